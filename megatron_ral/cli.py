@@ -1,0 +1,56 @@
+"""What the entry points share: arguments -> checked configuration, errors as one sentence, quiet third parties."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from typing import Callable, NoReturn
+
+from megatron_ral.config import ConfigError, RunConfig, check_layout, dump_config, load_config
+
+
+def parse_arguments(description: str, extra: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
+    """`--config FILE [dotted.key=value ...]` and what `extra` adds."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="YAML file")
+    extra(parser)
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
+    return parser.parse_args()
+
+
+def quiet_third_parties() -> None:
+    """Keep the log readable: ours speaks, libraries warn only where something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|transformers\..*|torch\..*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+
+
+def fail(error: Exception) -> NoReturn:
+    """One sentence from rank 0, exit status 2 on every rank."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    # os._exit: with several ranks the launcher must see every one of them end, whatever threads are alive
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def read_config(arguments: argparse.Namespace) -> RunConfig:
+    """Configuration checked as far as it goes without torch."""
+    config = load_config(arguments.config, arguments.overrides)
+    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+    return config
+
+
+def dry_run(config: RunConfig) -> str:
+    """Resolved configuration and layout of all ranks as text."""
+    from megatron_ral.parallel.layout import ParallelLayout
+
+    layout = ParallelLayout(0, int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor_model_parallel_size,
+                            config.parallel.pipeline_model_parallel_size)
+    return f"{dump_config(config)}\n{layout.describe()}"
+
+
+__all__ = ["ConfigError", "dry_run", "fail", "parse_arguments", "quiet_third_parties", "read_config"]

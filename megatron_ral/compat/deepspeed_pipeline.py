@@ -1,0 +1,93 @@
+"""DeepSpeed 0.19.8 ZeRO-3 under megatron-core's pipeline schedule: what it takes.
+
+DeepSpeed allows ZeRO-3 only without pipeline stages of its own. One plain ZeRO-3 engine per stage, driven by megatron's
+schedule, works with three adaptations kept here:
+
+1. `MegatronTopology`: the `mpu` names DeepSpeed calls, which megatron-core no longer has.
+2. `count_tied_embedding_once`: the gradient norm would count the last stage's copy of tied embeddings a second time.
+3. `suspended_module_hooks`: DeepSpeed's per-module fetch and release hooks compare module order over all ranks (stages
+   differ, so they would hang) and gather parameters anew for every micro-batch. While all parameters of the stage are
+   resident they have nothing to do.
+
+`tests/distributed/test_engine.py` covers each of them; `tests/unit/test_compat.py` tells when one is no longer needed.
+"""
+
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+
+from megatron_ral.parallel.groups import ParallelGroups
+
+
+class MegatronTopology:
+    """Adapter from our groups to the `mpu` interface of `deepspeed.initialize`.
+
+    The model-parallel *group* is tensor x pipeline while the model-parallel *rank* is the tensor rank: DeepSpeed counts
+    a replicated parameter (a norm weight) only where that rank is 0, which must hold once per stage.
+    """
+
+    def __init__(self, groups: ParallelGroups):
+        self._groups = groups
+
+    def get_data_parallel_world_size(self):
+        return self._groups.layout.data_size
+
+    def get_data_parallel_rank(self):
+        return self._groups.layout.data_rank
+
+    def get_data_parallel_group(self):
+        return self._groups.data
+
+    def get_model_parallel_world_size(self):
+        return self._groups.layout.tensor_size * self._groups.layout.pipeline_size
+
+    def get_model_parallel_rank(self):
+        return self._groups.layout.tensor_rank
+
+    def get_model_parallel_group(self):
+        return self._groups.model
+
+    def get_tensor_model_parallel_world_size(self):
+        return self._groups.layout.tensor_size
+
+    def get_tensor_model_parallel_rank(self):
+        return self._groups.layout.tensor_rank
+
+    def get_tensor_model_parallel_group(self):
+        return self._groups.tensor
+
+    def get_pipeline_model_parallel_world_size(self):
+        return self._groups.layout.pipeline_size
+
+    def get_pipeline_model_parallel_rank(self):
+        return self._groups.layout.pipeline_rank
+
+    def get_pipeline_model_parallel_group(self):
+        return self._groups.pipeline
+
+
+def count_tied_embedding_once(zero_optimizer) -> None:
+    """Leave parameters marked `shared` (the last stage's copy of tied embeddings) out of ZeRO-3's gradient norm."""
+    original = zero_optimizer.get_grad_norm_direct
+
+    def get_grad_norm_direct(gradients, params, norm_type=2):
+        counted = [torch.zeros_like(gradient) if getattr(param, "shared", False) else gradient
+                   for gradient, param in zip(gradients, params)]
+        return original(counted, params, norm_type)
+
+    zero_optimizer.get_grad_norm_direct = get_grad_norm_direct
+
+
+@contextmanager
+def suspended_module_hooks(module: torch.nn.Module) -> Iterator[None]:
+    """Run `module` without forward hooks; for use while every parameter is resident."""
+    saved = [(child, child._forward_pre_hooks, child._forward_hooks) for child in module.modules()]
+    for child, _, _ in saved:
+        child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for child, before, after in saved:
+            child._forward_pre_hooks, child._forward_hooks = before, after

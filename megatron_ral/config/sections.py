@@ -1,0 +1,241 @@
+"""The sections of a run's configuration; every default of the project lives here and nowhere else.
+
+Each section is a frozen dataclass that checks its own types (strictly: no string becomes a number) and its own
+impossible values. What concerns two sections at once is checked in `RunConfig`. Nothing here imports torch, so
+that a configuration is checked in milliseconds on a login node.
+"""
+
+from typing import Annotated, Literal, Optional
+
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """Which weights, in which precision."""
+
+    path: str = ""
+    """Hugging Face folder (config.json, safetensors, tokenizer, image processor) the run starts from."""
+    reference_path: str = ""
+    """Hugging Face folder of the frozen reference; empty: the same as `path`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of parameters and activations. Optimizer state and reductions are float32 in both."""
+    train_vision: bool = False
+    """Train the vision tower and its projector (the paper freezes them in RL)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    """How one model is cut over ranks. Data-parallel size is what remains: world / (tensor * pipeline)."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    timeout_minutes: PositiveInt = 30
+    """A collective that waits longer than this ends the job."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SourceConfig:
+    """One source of training samples; sources are read one after the other (a curriculum)."""
+
+    shards: str
+    """Glob of local tar files, e.g. `data/search-*.tar`."""
+    num_samples: NonNegativeInt = 0
+    """Samples taken from this source over the run, epochs repeated as needed; 0 (last source only): endless."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Where samples come from and how long they may be."""
+
+    train: tuple[SourceConfig, ...] = ()
+    eval_shards: str = ""
+    """Glob of held-out shards; empty: no evaluation."""
+    shuffle: bool = True
+    shuffle_buffer: PositiveInt = 1000
+    max_prompt_length: PositiveInt = 4096
+    """Tokens, visual tokens included. A longer prompt is quarantined under its key, never cut."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RolloutConfig:
+    """What is sampled before each round of updates."""
+
+    num_prompts: PositiveInt = 32
+    """Prompts per rollout over all data-parallel ranks."""
+    group_size: Annotated[int, Ge(2)] = 8
+    """G: responses per prompt."""
+    num_minibatches: PositiveInt = 4
+    """Optimizer updates per pass over a rollout. With 1 update in all, RAL with target `old` is exactly GRPO."""
+    num_epochs: PositiveInt = 1
+    """Passes over one rollout."""
+    generation_batch_size: PositiveInt = 32
+    """Prompts generated together on one rank; bounds the KV cache, never changes the result."""
+    max_response_length: PositiveInt = 512
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardConfig:
+    """Weights of the reward's parts (the paper: 0.9 and 0.1)."""
+
+    accuracy_weight: NonNegativeFloat = 0.9
+    format_weight: NonNegativeFloat = 0.1
+    require_think: bool = True
+    """Format needs `<think>..</think>` before the answer (false: RAL-zero)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    """Clipped GRPO surrogate + kl_coef * KL(k3) + attention_coef * attention term."""
+
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    kl_coef: NonNegativeFloat = 0.04
+    attention_coef: NonNegativeFloat = 1.0
+    """lambda_attn of the paper (0.5, 1 or 5 there)."""
+    attention_target: Literal["old", "reference"] = "old"
+    """The distribution the divergence is taken to; see docs/method notes in the README."""
+    attention_layers: tuple[int, ...] = (-1,)
+    """Recorded layers, 0-based; negative counts from the last. Any layer on any pipeline stage."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW with linear warm-up."""
+
+    learning_rate: PositiveFloat = 1.0e-5
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Global norm over all parameters of all stages; 0: no clipping."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    min_learning_rate_ratio: Fraction = 0.0
+    """Where the decay ends, as a share of `learning_rate`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """What is run, for how long, and what is kept."""
+
+    algorithm: Literal["sft", "ral"] = "ral"
+    """`ral` covers GRPO too: loss.attention_coef=0."""
+    num_steps: PositiveInt = 100
+    """sft: optimizer steps. ral: rollouts, each with num_epochs * num_minibatches optimizer steps."""
+    batch_size: PositiveInt = 32
+    """sft: samples per optimizer step over all data-parallel ranks."""
+    micro_batch_size: PositiveInt = 4
+    """Prompt groups per forward pass on one rank; changes memory and speed, never the result."""
+    output_dir: str = "outputs/run"
+    checkpoint_interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    export: bool = True
+    """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
+    stop_after_step: NonNegativeInt = 0
+    """Checkpoint and stop after this step although num_steps is larger (schedules keep num_steps); 0: off."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoggingConfig:
+    """What TensorBoard gets, and how often."""
+
+    tensorboard: bool = True
+    gradient_ratio_interval: NonNegativeInt = 1
+    """Steps between measurements of |grad attention| / |grad tokens|; each costs one extra backward pass. 0: off."""
+    completions_interval: NonNegativeInt = 5
+    num_completions: PositiveInt = 4
+    eval_interval: NonNegativeInt = 0
+    """Steps between evaluations on data.eval_shards; 0: never during training."""
+    num_eval_prompts: PositiveInt = 400
+    probe_interval: NonNegativeInt = 5
+    """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
+    num_probes: PositiveInt = 4
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """One run. Saved, resolved, with every checkpoint."""
+
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps made on one rollout."""
+        return self.rollout.num_minibatches * self.rollout.num_epochs
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run (what learning-rate schedules are stretched over)."""
+        return self.train.num_steps * (self.updates_per_rollout if self.train.algorithm == "ral" else 1)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen reference model has to be held."""
+        return self.train.algorithm == "ral" and (
+            self.loss.kl_coef > 0 or (self.loss.attention_coef > 0 and self.loss.attention_target == "reference")
+        )
+
+    def problem(self) -> Optional[tuple[str, str]]:
+        """First contradiction between sections as (key, sentence), or None."""
+        sources = self.data.train
+        if not self.model.path:
+            return "model.path", "is empty; give a Hugging Face folder"
+        if not sources:
+            return "data.train", "is empty; give at least one source of shards"
+        for index, source in enumerate(sources[:-1]):
+            if source.num_samples == 0:
+                return (f"data.train.{index}.num_samples",
+                        "= 0 (endless) is only possible for the last source; give a number of samples")
+        if self.train.algorithm == "ral" and self.rollout.num_prompts % self.rollout.num_minibatches:
+            return ("rollout.num_prompts", f"= {self.rollout.num_prompts} is not divisible by "
+                    f"rollout.num_minibatches = {self.rollout.num_minibatches}")
+        if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
+            return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
+        return None
+
+    def layout_problem(self, world_size: int) -> Optional[tuple[str, str]]:
+        """First contradiction with a number of processes as (key, sentence), or None."""
+        tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        if world_size % (tensor * pipeline):
+            return ("parallel", f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
+                    f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes")
+        data = world_size // (tensor * pipeline)
+        if self.train.algorithm == "sft":
+            key, groups = "train.batch_size", self.train.batch_size
+            unit, what = data, f"the {data} data-parallel ranks"
+        else:
+            key, groups = "rollout.num_prompts", self.rollout.num_prompts
+            unit = data * self.rollout.num_minibatches
+            what = f"{data} data-parallel ranks * rollout.num_minibatches = {self.rollout.num_minibatches}"
+        if groups % unit:
+            return key, f"= {groups} is not divisible by {what}"
+        per_rank = groups // unit
+        if per_rank % min(self.train.micro_batch_size, per_rank):
+            return ("train.micro_batch_size", f"= {self.train.micro_batch_size} does not divide the {per_rank} "
+                    f"prompt groups that one rank handles per optimizer step")
+        return None

@@ -1,0 +1,133 @@
+"""Reading WebDataset shards: which files, in which order, split by data-parallel rank.
+
+Departures from plain `webdataset.WebDataset(urls)`:
+- Shards must be existing local files. A shard name never reaches a shell (`pipe:` and other schemes are refused).
+- Nothing is decoded here, so nothing is ever unpickled.
+- Order is a function of (seed, epoch) alone, so that a position is (source, epoch, samples taken).
+"""
+
+import glob
+import hashlib
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import webdataset as wds
+
+from megatron_ral.types import Sample
+
+REQUIRED_FIELDS = ("problem", "solution")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+
+
+class DataError(ValueError):
+    """Data that cannot be used at all; the message names the file and the way out."""
+
+
+def find_shards(pattern: str, key: str) -> list[str]:
+    """Sorted local tar files of a glob.
+
+    Args:
+        pattern: glob of tar files.
+        key: configuration key, for the error.
+
+    Raises:
+        DataError: a URL scheme, no match, or a file that is no tar archive.
+    """
+    scheme = pattern.split("/", 1)[0]
+    if ":" in scheme:
+        raise DataError(f"{key} = '{pattern}': only local files are read, '{scheme.split(':')[0]}:' is refused; "
+                        "give a path to tar files")
+    shards = sorted(glob.glob(pattern))
+    if not shards:
+        raise DataError(f"{key} = '{pattern}' matches no file; make the shards first or correct the path")
+    for shard in shards:
+        if not Path(shard).is_file() or not tarfile.is_tarfile(shard):
+            raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
+    return shards
+
+
+def check_first_sample(shard: str, key: str) -> None:
+    """Raise DataError when the first sample of a shard lacks a needed field (a whole shard is then likely wrong)."""
+    for entry in _entries([shard]):
+        try:
+            parse_sample(entry)
+        except ValueError as error:
+            raise DataError(f"{key}: shard '{shard}': {error}") from None
+        return
+    raise DataError(f"{key}: shard '{shard}' holds no sample")
+
+
+def parse_sample(entry: dict) -> Sample:
+    """Raw WebDataset entry -> Sample.
+
+    Raises:
+        ValueError: a field is missing or of the wrong type; names sample and field.
+    """
+    key, shard = entry["__key__"], entry["__url__"]
+    if "json" not in entry:
+        raise ValueError(f"sample '{key}' has no .json member")
+    try:
+        record = json.loads(entry["json"].decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"sample '{key}': its .json is unreadable ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"sample '{key}': its .json is not an object")
+    for field in REQUIRED_FIELDS:
+        if not isinstance(record.get(field), str):
+            raise ValueError(f"sample '{key}' has no text field '{field}'")
+    images = tuple(entry[suffix] for suffix in IMAGE_SUFFIXES if suffix in entry)
+    if record.get("data_type", "image") == "image" and not images:
+        raise ValueError(f"sample '{key}' has data_type 'image' but no member .{' or .'.join(IMAGE_SUFFIXES)}")
+    boxes = record.get("target_boxes") or []
+    try:
+        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+    except (TypeError, ValueError):
+        raise ValueError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]") from None
+    return Sample(
+        key=key, shard=shard, problem=record["problem"], solution=record["solution"],
+        process=str(record.get("process") or ""), problem_type=str(record.get("problem_type") or ""),
+        images=images, target_boxes=boxes,
+    )
+
+
+def _entries(shards: Sequence[str]) -> Iterator[dict]:
+    """Raw entries of shards in order. The stage between opens plain files only, unlike webdataset's own opener."""
+
+    def opened(urls: Iterator[dict]) -> Iterator[dict]:
+        for item in urls:
+            with open(item["url"], "rb") as stream:
+                yield {**item, "stream": io.BufferedReader(stream)}
+
+    source = wds.SimpleShardList(list(shards))
+    yield from wds.DataPipeline(source, opened, wds.tariterators.tar_file_expander, wds.tariterators.group_by_keys)
+
+
+class _RandomState(random.Random):
+    """random.Random seeded by a stable hash of its identity."""
+
+    def __init__(self, *identity: object):
+        super().__init__(int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "little"))
+
+
+def epoch_entries(shards: Sequence[str], *, dp_rank: int, dp_size: int, epoch: int, seed: int, shuffle: bool,
+                  shuffle_buffer: int) -> Iterator[dict]:
+    """Raw entries one data-parallel rank reads in one epoch, in an order fixed by (seed, epoch).
+
+    Shards are dealt to data-parallel ranks like cards; tensor- and pipeline-parallel peers share dp_rank and so read
+    the same samples. With fewer shards than ranks, every rank reads all shards and keeps every dp_size-th sample.
+    """
+    order = list(shards)
+    if shuffle:
+        _RandomState("shards", seed, epoch).shuffle(order)
+    whole = len(order) >= dp_size
+    entries = _entries(order[dp_rank::dp_size] if whole else order)
+    if not whole:
+        entries = (entry for index, entry in enumerate(entries) if index % dp_size == dp_rank)
+    if shuffle:
+        rng = _RandomState("samples", seed, epoch, dp_rank)
+        entries = wds.filters._shuffle(entries, bufsize=shuffle_buffer, initial=shuffle_buffer, rng=rng)
+    return entries

@@ -1,0 +1,16 @@
+"""A frozen model (reference, teacher): the same stage, sharded by ZeRO-3, without an optimizer."""
+
+from megatron_ral.engine.stage import StageEngine
+from megatron_ral.models.shape import ModelShape
+from megatron_ral.parallel.groups import ParallelGroups
+
+
+class FrozenEngine(StageEngine):
+    """Frozen stage of one rank; `forward` is all it does.
+
+    Args:
+        shape, groups, dtype, path: as for StageEngine.
+    """
+
+    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str):
+        super().__init__(shape, groups, dtype, path)

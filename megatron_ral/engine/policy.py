@@ -1,0 +1,201 @@
+"""The trainable engine: gradients of a list of micro-batches under a loss given as a value, and the optimizer step.
+
+Where the two frameworks divide losses, and how that is cancelled:
+- megatron's schedule divides by the number of micro-batches -> `calculate_per_token_loss` and a 3-tuple turn that off;
+- DeepSpeed averages gradients over data-parallel ranks -> losses are multiplied by the number of those ranks.
+So the gradient is that of sum(loss) over all micro-batches and ranks, which `tests/distributed/test_engine.py` compares
+with one process on the whole batch.
+"""
+
+import math
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ral.compat.deepspeed_pipeline import count_tied_embedding_once
+from megatron_ral.config import RunConfig
+from megatron_ral.engine.protocol import Objective, StepResult
+from megatron_ral.engine.stage import StageEngine, group_layout
+from megatron_ral.models.group_layout import AttentionPass
+from megatron_ral.models.shape import ModelShape
+from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
+from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.types import TrainBatch
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on a stage's output whose backward also feeds a loss formed on this stage (as megatron does with its
+    mixture-of-experts loss). An attention loss is thus local to the stage that owns the layer."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (loss,) = ctx.saved_tensors
+        return grad, torch.full_like(loss, ctx.scale), None
+
+
+def learning_rate_at(step: int, config: RunConfig) -> float:
+    """Learning rate of 0-based optimizer step `step`: linear warm-up, then constant, linear or cosine decay."""
+    settings = config.optimizer
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    span = max(config.num_optimizer_steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps) / span, 1.0)
+    remaining = {"constant": 1.0, "linear": 1.0 - progress,
+                 "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[settings.decay]
+    low = settings.min_learning_rate_ratio
+    return settings.learning_rate * (low + (1.0 - low) * remaining if settings.decay != "constant" else 1.0)
+
+
+def _adamw(config: RunConfig, device: torch.device) -> Callable[[list], torch.optim.Optimizer]:
+    settings = config.optimizer
+
+    def build(parameters: list) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
+                                 eps=settings.eps, weight_decay=settings.weight_decay, fused=device.type == "cuda")
+
+    return build
+
+
+class PolicyEngine(StageEngine):
+    """Trainable stage of one rank."""
+
+    def __init__(self, shape: ModelShape, groups: ParallelGroups, config: RunConfig):
+        super().__init__(shape, groups, config.model.dtype, config.model.path,
+                         optimizer=_adamw(config, groups.device), train_vision=config.model.train_vision,
+                         clip_grad_norm=config.optimizer.clip_grad_norm)
+        self.config = config
+        self.num_steps_taken = 0
+        count_tied_embedding_once(self.deepspeed.optimizer)
+        self._trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        self._tied = [parameter for parameter in self._trainable
+                      if shape.tie_word_embeddings and groups.embedding is not None and self._is_embedding(parameter)]
+
+    def forward_backward(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, float]:
+        """Gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
+
+        Args:
+            batches: micro-batches of one optimizer step on this rank, of one shape.
+            objective: the loss.
+
+        Returns:
+            Metrics summed over micro-batches, ranks and stages, the same on every rank.
+        """
+        recorded = frozenset(self.local_layers(sorted(objective.recorded_layers)))
+        scale = float(self.layout.data_size)  # cancels DeepSpeed's mean over data-parallel ranks
+        metrics: dict[str, Tensor] = {}
+
+        def add(values: Mapping[str, Tensor]) -> None:
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach()
+
+        def forward_step(iterator, stage):
+            batch = next(iterator)
+            pass_ = AttentionPass(group_layout(batch.groups), recorded)
+            output = stage(batch.groups, pass_)
+            for layer in sorted(recorded):
+                record = pass_.records[layer]
+                assert record.query_BGRnD.requires_grad, f"layer {layer} was recorded without gradient (recomputed?)"
+                loss, values = objective.attention_loss(layer, self.attention_rows(record, pass_), batch)
+                add(values)
+                if loss is not None:
+                    output = _AttachLoss.apply(output, loss, scale)
+
+            def token_loss(logits):
+                loss, values = objective.token_loss(self.token_outputs(logits, batch.groups), batch)
+                add(values)
+                return loss * scale, torch.ones((), dtype=torch.int), {}
+
+            return output, token_loss
+
+        with self.resident(), self.deepspeed.coalesce_grad_reduction():
+            self.run_schedule(forward_step, batches, forward_only=False)
+            for parameter in self._trainable:
+                if parameter.grad is None:  # an old gradient would be reused in its place
+                    parameter.grad = torch.zeros_like(parameter)
+        self._sum_tied_embedding_gradients()
+        return sum_metrics(metrics, self.groups)
+
+    def step(self) -> StepResult:
+        """Clip, AdamW on this rank's shard, next learning rate. Parameters stay sharded after."""
+        learning_rate = learning_rate_at(self.num_steps_taken, self.config)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.step()
+        self.num_steps_taken += 1
+        return StepResult(float(self.deepspeed.get_global_grad_norm()), learning_rate,
+                          not self.deepspeed.optimizer.overflow)
+
+    def gradient_shards(self) -> list[Tensor]:
+        """Copies of this rank's reduced gradient shards, in parameter order."""
+        zero = self.deepspeed.optimizer
+        return [zero.get_local_fp32_grad_for_param(parameter).clone() for parameter in self._trainable]
+
+    def gradient_norm(self, shards: Sequence[Tensor]) -> float:
+        """Global norm of gradient shards, every parameter of every stage counted once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for parameter, shard in zip(self._trainable, shards):
+            sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
+            if not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0):
+                total += shard.double().square().sum()
+        all_reduce_sum_(total, self.groups.data)
+        all_reduce_sum_(total, self.groups.model)
+        return float(total.sqrt())
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`."""
+        zero, result = self.deepspeed.optimizer, {}
+        names = {id(parameter): name for name, parameter in self.stage.named_parameters()}
+        for parameter in self._trainable:
+            name = names[id(parameter)]
+            for kind in _STATE_KINDS:
+                value = zero.get_local_fp32_param(parameter, None if kind == "master" else kind)
+                result[f"{name}/{kind}"] = value.detach().clone()
+        result["adamw_step"] = torch.tensor(self._adamw_step())
+        return result
+
+    def load_state(self, state: Mapping[str, Tensor], num_steps_taken: int) -> None:
+        """Inverse of `state` in the same layout.
+
+        Raises:
+            ValueError: a shard is missing or of another size (another layout or model).
+        """
+        zero = self.deepspeed.optimizer
+        names = {id(parameter): name for name, parameter in self.stage.named_parameters()}
+        for parameter in self._trainable:
+            for kind in _STATE_KINDS:
+                key = f"{names[id(parameter)]}/{kind}"
+                if key not in state or state[key].numel() != parameter.ds_tensor.numel():
+                    raise ValueError(f"the checkpoint has no fitting shard '{key}'; resume with the layout it was "
+                                     "saved in")
+                zero.set_local_hp_param(state[key], parameter, None if kind == "master" else kind)
+            parameter.ds_tensor.data.copy_(state[f"{names[id(parameter)]}/master"])
+        for flat in zero.fp32_partitioned_groups_flat:
+            zero.optimizer.state[flat]["step"].fill_(float(state["adamw_step"]))
+        self.num_steps_taken = num_steps_taken
+
+    def _adamw_step(self) -> float:
+        zero = self.deepspeed.optimizer
+        return float(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
+
+    def _is_embedding(self, parameter: Any) -> bool:
+        return parameter is self.stage.language.shared_embedding_or_output_weight()
+
+    def _sum_tied_embedding_gradients(self) -> None:
+        """First and last stage each hold a copy; adding their gradient shards keeps the copies equal. Both stages
+        cut the parameter alike over data-parallel ranks, so shards match."""
+        for parameter in self._tied:
+            zero = self.deepspeed.optimizer
+            shard = zero.get_local_fp32_grad_for_param(parameter)
+            dist.all_reduce(shard, group=self.groups.embedding)
+            zero.set_local_grad_for_param(shard, parameter)
+
+
+_STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -1,0 +1,196 @@
+"""What policy and frozen models share: a ZeRO-3-sharded stage that can be made resident and run forward.
+
+Between uses each data-parallel rank holds 1/DP of its stage. `resident()` gathers the whole stage with one coalesced
+all-gather and releases it after; inside, DeepSpeed's per-module hooks are suspended, so that a pass sends nothing over
+the data-parallel group however many micro-batches it has.
+"""
+
+import logging
+from contextlib import contextmanager
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
+from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, TokenOutputs
+from megatron_ral.functional.attention_policy import attention_policy, head_sum_attention
+from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
+from megatron_ral.models.multimodal import MultimodalStage
+from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.weights import load_stage
+from megatron_ral.parallel.collectives import sum_over_ranks
+from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.vocab import vocab_parallel_logprobs
+from megatron_ral.types import GroupBatch, PromptBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived: nothing in it is set by a user directly.
+
+    `gradient_accumulation_steps` is 1 because losses are sums over a global denominator already, and the persistence
+    threshold 0 because `StageEngine.resident` decides what stays.
+    """
+    numel = sum(parameter.numel() for parameter in stage.parameters())
+    largest = max(parameter.numel() for parameter in stage.parameters())
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_grad_norm,
+        "bf16": {"enabled": stage.dtype == torch.bfloat16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": False, "contiguous_gradients": True,
+            "reduce_bucket_size": max(largest, min(numel, 200_000_000)), "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def group_layout(groups: GroupBatch) -> GroupLayout:
+    return GroupLayout(groups.prompts.prompt_lengths, groups.response_lengths, groups.prompts.input_ids.shape[1],
+                       groups.response_ids.shape[2])
+
+
+class StageEngine:
+    """One rank's stage of one model.
+
+    Args:
+        shape: model.
+        groups: process groups.
+        dtype: "float32" or "bfloat16".
+        path: Hugging Face folder with the weights.
+        optimizer: function from the trainable parameters to a torch optimizer; None: frozen.
+        train_vision: whether the vision tower is trainable.
+        clip_grad_norm: 0: no clipping.
+    """
+
+    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
+                 train_vision: bool = False, clip_grad_norm: float = 0.0):
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self.shape, self.groups, self.layout = shape, groups, groups.layout
+        self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device)
+        load_stage(self.stage, path)
+        for name, parameter in self.stage.named_parameters():
+            parameter.requires_grad_(optimizer is not None and (train_vision or not name.startswith("visual.")))
+        trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        self.numel = sum(parameter.numel() for parameter in self.stage.parameters())
+        self.stage.train(optimizer is not None)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
+            config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm), mpu=MegatronTopology(groups),
+            dist_init_required=False)
+        self._resident = False
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Hold the whole stage while inside: one all-gather in, nothing out. May be nested."""
+        if self._resident:
+            yield
+            return
+        parameters = list(self.stage.parameters())
+        parameters[0].all_gather(param_list=parameters)
+        self._resident = True
+        try:
+            with suspended_module_hooks(self.stage):
+                yield
+        finally:
+            self._resident = False
+            held = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
+            if held:
+                held[0].partition(param_list=held)
+
+    def local_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of `layers` that live on this stage."""
+        mine = self.layout.stage_layers(self.shape.num_layers)
+        return [layer for layer in layers if layer in mine]
+
+    @torch.no_grad()
+    def encode_images(self, prompts: PromptBatch) -> Optional[tuple[Tensor, ...]]:
+        """Visual embeddings of each prompt from the frozen tower; None on all but the first stage."""
+        if not self.layout.is_first_stage:
+            return None
+        with self.resident():
+            return self.stage.encode_images(prompts)
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = ()) -> list[ForwardOutput]:
+        """Pass without gradient through megatron's schedule.
+
+        Args:
+            batches: micro-batches of one shape (P, G, R, B).
+            layers: 0-based layers whose attention rows are wanted.
+
+        Returns:
+            One ForwardOutput per micro-batch: tokens on the last stage, rows on each layer's owner.
+        """
+        recorded = frozenset(self.local_layers(layers))
+        attention: list[Mapping[int, AttentionRows]] = []
+        tokens: list[TokenOutputs] = []
+
+        def forward_step(iterator, stage):
+            batch = next(iterator)
+            pass_ = AttentionPass(group_layout(batch), recorded)
+            output = stage(batch, pass_)
+            attention.append({layer: self.attention_rows(pass_.records[layer], pass_) for layer in sorted(recorded)})
+
+            def collect(logits, non_loss_data=True):
+                tokens.append(self.token_outputs(logits, batch))
+                return None
+
+            return output, collect
+
+        with self.resident():
+            self.run_schedule(forward_step, batches, forward_only=True)
+        return [ForwardOutput(tokens[index] if tokens else None, rows) for index, rows in enumerate(attention)]
+
+    def run_schedule(self, forward_step, batches: Sequence[Any], *, forward_only: bool) -> None:
+        """megatron-core's pipeline schedule over micro-batches of one shape."""
+        first = getattr(batches[0], "groups", batches[0])
+        layout = group_layout(first)
+        for batch in batches:
+            other = group_layout(getattr(batch, "groups", batch))
+            assert (other.B, other.sequence_length) == (layout.B, layout.sequence_length), "micro-batches differ in shape"
+        get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(batches), model=self.stage,
+            num_microbatches=len(batches), seq_length=layout.sequence_length, micro_batch_size=layout.B,
+            forward_only=forward_only, collect_non_loss_data=forward_only)
+
+    def token_outputs(self, logits: Tensor, batch: GroupBatch) -> TokenOutputs:
+        return TokenOutputs(*vocab_parallel_logprobs(logits, batch.response_ids, self.groups.tensor))
+
+    def attention_rows(self, record: AttentionRecord, pass_: AttentionPass) -> AttentionRows:
+        """Local head sum -> sum over tensor ranks -> head average -> policy."""
+        layout = pass_.layout
+        scale = self.shape.kv_channels ** -0.5
+        local = head_sum_attention(record.query_BGRnD, record.prompt_key_BPkD, record.response_key_BGRkD,
+                                   layout.visible_BGRS, scale)
+        attention = sum_over_ranks(local, self.groups.tensor) / self.shape.num_attention_heads
+        return AttentionRows(attention, attention_policy(attention, layout.self_RS), layout)
+
+    def full_parameter(self, name: str) -> Tensor:
+        """Copy of one whole (tensor-rank-local) parameter; every data-parallel rank must call it."""
+        with self.resident():
+            return dict(self.stage.named_parameters())[name].detach().clone()
+
+    def shard_bytes(self) -> dict[str, int]:
+        """Bytes this rank holds between steps: parameter shards, and with an optimizer its float32 state."""
+        parameters = list(self.stage.parameters())
+        held = {"parameters": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters)}
+        zero = self.deepspeed.optimizer
+        flat = getattr(zero, "fp32_partitioned_groups_flat", None)
+        if flat is not None:
+            held["master weights"] = sum(tensor.numel() * tensor.element_size() for tensor in flat)
+            held["optimizer state"] = sum(
+                value.numel() * value.element_size() for state in zero.optimizer.state.values()
+                for value in state.values() if torch.is_tensor(value))
+        held["whole stage"] = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
+        return held

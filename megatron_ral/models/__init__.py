@@ -1,0 +1,1 @@
+"""megatron-core modules: group layout, instrumented core attention, the language stage, the vision tower, weights."""

@@ -1,0 +1,104 @@
+"""The group layout [prompt | response 1 | ... | response G] and what travels with one forward pass.
+
+A prompt and its G responses are one sequence of P + G R tokens. Responses attend to the prompt and to themselves; the
+prompt never sees a response, so the layout is exact, not an approximation, and the prompt's layers run once per group.
+(Published for text as Prefix Grouper, arXiv 2506.05433.)
+
+`AttentionPass` takes the place of the attention mask: megatron-core hands it untouched to every core attention. It is
+made anew for each pass, so that several micro-batches can be in flight in a pipeline.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Lengths of B groups, padded to P prompt tokens and R response tokens. G = 0: prompts alone."""
+
+    prompt_lengths: Tensor
+    """[B] int64."""
+    response_lengths: Tensor
+    """[B, G] int64."""
+    P: int
+    R: int
+
+    @property
+    def B(self) -> int:
+        return self.response_lengths.shape[0]
+
+    @property
+    def G(self) -> int:
+        return self.response_lengths.shape[1]
+
+    @property
+    def sequence_length(self) -> int:
+        return self.P + self.G * self.R
+
+    @cached_property
+    def visible_BGRS(self) -> Tensor:
+        """[B, G, R, P + R] bool: keys [prompt; own response] that a response row sees, itself included."""
+        device = self.prompt_lengths.device
+        prompt = torch.arange(self.P, device=device) < self.prompt_lengths[:, None]
+        steps = torch.arange(self.R, device=device)
+        causal = steps[None, :] <= steps[:, None]
+        prompt = prompt[:, None, None, :].expand(self.B, self.G, self.R, self.P)
+        own = causal[None, None].expand(self.B, self.G, self.R, self.R)
+        return torch.cat([prompt, own], dim=-1)
+
+    @cached_property
+    def self_RS(self) -> Tensor:
+        """[R, P + R] bool: the column of each row's own token."""
+        own = torch.eye(self.R, dtype=torch.bool, device=self.prompt_lengths.device)
+        return torch.cat([own.new_zeros(self.R, self.P), own], dim=-1)
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Queries and keys of the response rows of one layer, after rotary embedding, this rank's heads."""
+
+    query_BGRnD: Tensor
+    prompt_key_BPkD: Tensor
+    response_key_BGRkD: Tensor
+
+
+class GroupKVCache:
+    """Keys and values of one rollout: the prompt's once per group, each response's own. Filled by the layers."""
+
+    def __init__(self, max_response_length: int):
+        self.max_response_length = max_response_length
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        """layer -> keys and values [B, P, k, D]"""
+        self.response: dict[int, tuple[Tensor, Tensor]] = {}
+        """layer -> keys and values [B, G, R, k, D], valid up to the current step"""
+
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.prompt[layer] = (key, value)
+
+    def append(self, layer: int, step: int, key_BGkD: Tensor, value_BGkD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token per response at `step`; returns all own keys and values up to and including it."""
+        if layer not in self.response:
+            B, G, k, D = key_BGkD.shape
+            shape = (B, G, self.max_response_length, k, D)
+            self.response[layer] = (key_BGkD.new_empty(shape), value_BGkD.new_empty(shape))
+        keys, values = self.response[layer]
+        keys[:, :, step], values[:, :, step] = key_BGkD, value_BGkD
+        return keys[:, :, : step + 1], values[:, :, : step + 1]
+
+
+@dataclass
+class AttentionPass:
+    """What one forward pass asks of the core attentions, and what they hand back."""
+
+    layout: GroupLayout
+    recorded_layers: frozenset[int] = frozenset()
+    """0-based layers whose response rows are recorded."""
+    cache: Optional[GroupKVCache] = None
+    decode_step: Optional[int] = None
+    """None: the sequence is the whole group layout. A number: one token per response at that step, keys from cache."""
+    records: dict[int, AttentionRecord] = field(default_factory=dict)
+    """Filled by the layers of this stage."""

@@ -1,0 +1,93 @@
+"""Core attention that understands the group layout, records the rows RAL needs, and keeps the KV cache.
+
+Takes the place of megatron-core's `DotProductAttention` through the layer spec. Departures from it:
+- the output comes from `scaled_dot_product_attention`, in two calls: prompt causal; responses as a batch of B G with
+  keys [prompt; own];
+- `attention_mask` is an `AttentionPass`, which names the layout, the layers to record and the cache;
+- grouped-query attention without repeating keys in memory where SDPA can do so.
+
+Softmax weights are not produced here: fused kernels do not return them. What is recorded are q and k of the response
+rows, from which `functional/attention_policy.py` forms the rows in float32.
+"""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ral.models.group_layout import AttentionPass, AttentionRecord
+
+
+class InstrumentedAttention(torch.nn.Module):
+    """Core attention of one layer on one tensor-parallel rank.
+
+    Inputs are megatron's: query [L, B, n, D], key and value [L, B, k, D] after rotary embedding; output [L, B, n D].
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
+                 attention_type: str, softmax_scale: Optional[float] = None, **unused):
+        super().__init__()
+        assert config.context_parallel_size == 1, "the attention policy needs whole rows: context parallelism must be 1"
+        assert config.attention_dropout == 0.0, "attention dropout would make p_theta differ from itself"
+        self.layer = layer_number - 1
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionPass,
+                attn_mask_type: Optional[AttnMaskType] = None, attention_bias: Optional[Tensor] = None,
+                packed_seq_params=None) -> Tensor:
+        assert attention_bias is None and packed_seq_params is None
+        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [B, L, heads, D]
+        if attention_mask.decode_step is not None:
+            output = self._decode(query, key, value, attention_mask)
+        else:
+            output = self._whole(query, key, value, attention_mask)
+        return output.transpose(0, 1).flatten(2)
+
+    def _whole(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
+        layout = pass_.layout
+        B, G, P, R = layout.B, layout.G, layout.P, layout.R
+        prompt_key, prompt_value = key[:, :P], value[:, :P]
+        if pass_.cache is not None:
+            pass_.cache.store_prompt(self.layer, prompt_key, prompt_value)
+        # Padding sits on the right of a prompt, so causality alone keeps real rows from seeing it.
+        prompt_output = self._sdpa(query[:, :P], prompt_key, prompt_value, is_causal=True)
+        if G == 0:
+            return prompt_output
+        group_query, group_key, group_value = (tensor[:, P:].unflatten(1, (G, R)) for tensor in (query, key, value))
+        if self.layer in pass_.recorded_layers:
+            pass_.records[self.layer] = AttentionRecord(group_query, prompt_key, group_key)
+        keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), group_key], dim=2)
+        values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), group_value], dim=2)
+        response_output = self._sdpa(group_query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1),
+                                     attn_mask=layout.visible_BGRS.flatten(0, 1)[:, None])
+        return torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[2:])], dim=1)
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+        """[B, L, heads, D] in and out."""
+        output = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2], **mask)
+        return output.transpose(1, 2)
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
+        """One token per response: [B, G, heads, D]. Scores over the shared prompt keys and the own keys are formed
+        apart and joined in one softmax, so that the prompt's keys are never copied G times."""
+        step, layout = pass_.decode_step, pass_.layout
+        own_key, own_value = pass_.cache.append(self.layer, step, key, value)
+        prompt_key, prompt_value = pass_.cache.prompt[self.layer]
+        B, G, n, D = query.shape
+        k, P = prompt_key.shape[2], prompt_key.shape[1]
+        query = query.unflatten(2, (k, n // k)) * self.softmax_scale
+        prompt_scores = torch.einsum("bgkmd,bpkd->bgkmp", query, prompt_key)
+        own_scores = torch.einsum("bgkmd,bgskd->bgkms", query, own_key)
+        padding = torch.arange(P, device=query.device) >= layout.prompt_lengths[:, None]
+        prompt_scores = prompt_scores.masked_fill(padding[:, None, None, None], float("-inf"))
+        weights = torch.softmax(torch.cat([prompt_scores, own_scores], dim=-1), dim=-1, dtype=torch.float32)
+        weights = weights.to(value.dtype)
+        output = torch.einsum("bgkmp,bpkd->bgkmd", weights[..., :P], prompt_value)
+        output = output + torch.einsum("bgkms,bgskd->bgkmd", weights[..., P:], own_value)
+        return output.flatten(2, 3)

@@ -1,0 +1,82 @@
+"""Shape of a model, read from a Hugging Face folder; pure, so that layouts are checked before anything is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_ral.config import ConfigError
+
+FAMILIES = ("qwen2_5_vl",)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Language model of a Qwen2.5-VL checkpoint; `vision` stays Hugging Face's own config."""
+
+    path: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    kv_channels: int
+    """Width of one head."""
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    tie_word_embeddings: bool
+    image_token_id: int
+    vision: PretrainedConfig
+
+    def layer_index(self, layer: int) -> int:
+        """0-based layer of a possibly negative index.
+
+        Raises:
+            ConfigError: no such layer.
+        """
+        index = layer + self.num_layers if layer < 0 else layer
+        if not 0 <= index < self.num_layers:
+            raise ConfigError(f"loss.attention_layers names layer {layer} but '{self.path}' has {self.num_layers} layers")
+        return index
+
+    def check_layout(self, tensor_size: int, pipeline_size: int) -> None:
+        """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""
+        key = "parallel.tensor_model_parallel_size"
+        for value, what in ((self.num_attention_heads, "attention heads"), (self.num_query_groups, "key/value heads"),
+                            (self.ffn_hidden_size, "feed-forward units"), (self.vocab_size, "vocabulary rows")):
+            if value % tensor_size:
+                raise ConfigError(f"{key} = {tensor_size} does not divide the {value} {what} of '{self.path}'")
+        if self.num_layers % pipeline_size:
+            raise ConfigError(f"parallel.pipeline_model_parallel_size = {pipeline_size} does not divide the "
+                              f"{self.num_layers} layers of '{self.path}'")
+
+
+def read_shape(path: str, key: str = "model.path") -> ModelShape:
+    """Shape of the checkpoint in a Hugging Face folder.
+
+    Raises:
+        ConfigError: no folder, no config, or a family this project does not know.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"{key} = '{path}' is not a Hugging Face folder (no config.json)")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key} = '{path}': config.json is not readable ({' '.join(str(error).split())})") from None
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"{key} = '{path}' is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
+    text = config.text_config
+    return ModelShape(
+        path=str(path), num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size, num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size, max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=text.rms_norm_eps, rope_theta=float(text.rope_parameters["rope_theta"]),
+        mrope_section=tuple(text.rope_parameters["mrope_section"]), tie_word_embeddings=config.tie_word_embeddings,
+        image_token_id=config.image_token_id, vision=config.vision_config,
+    )

@@ -1,0 +1,1 @@
+"""The one place that talks to process groups: layout (pure integers), groups, collectives, vocabulary shards."""

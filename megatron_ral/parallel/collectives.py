@@ -1,0 +1,99 @@
+"""Collectives: thin, named by what they are for, the autograd rule stated."""
+
+from typing import Any, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ral.parallel.groups import ParallelGroups
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Forward: all-reduce (sum). Backward: identity, right when every rank computes the same loss from the sum."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Differentiable sum over a group whose ranks go on to compute the same thing (see `_SumOverRanks`)."""
+    return tensor if group.size() == 1 else _SumOverRanks.apply(tensor, group)
+
+
+def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """In-place sum without gradient."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_reduce_max_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """In-place maximum without gradient."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor (equal shapes), in group order; no gradient."""
+    if group.size() == 1:
+        return [tensor]
+    shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, tensor.contiguous(), group=group)
+    return shards
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's (small, picklable) object, in group order, on every rank."""
+    if group.size() == 1:
+        return [value]
+    result: list[Any] = [None] * group.size()
+    dist.all_gather_object(result, value, group=group)
+    return result
+
+
+def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) -> Tensor:
+    """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
+    if groups.layout.pipeline_size > 1:
+        dist.broadcast(tensor, src=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
+    return tensor
+
+
+def send_to_next_stage(tensor: Tensor, groups: ParallelGroups) -> None:
+    ranks = dist.get_process_group_ranks(groups.pipeline)
+    dist.send(tensor.contiguous(), dst=ranks[groups.layout.pipeline_rank + 1], group=groups.pipeline)
+
+
+def receive_from_previous_stage(tensor: Tensor, groups: ParallelGroups) -> Tensor:
+    """Fill `tensor` with what the previous stage sends."""
+    ranks = dist.get_process_group_ranks(groups.pipeline)
+    dist.recv(tensor, src=ranks[groups.layout.pipeline_rank - 1], group=groups.pipeline)
+    return tensor
+
+
+def sum_metrics(metrics: Mapping[str, Tensor | float], groups: ParallelGroups) -> dict[str, float]:
+    """Sum named scalars over data-parallel ranks and pipeline stages, counting tensor-parallel copies once.
+
+    A metric that only some stages produce (token losses on the last, attention on its layer's owner) counts as zero
+    elsewhere. Every rank gets the same result.
+    """
+    names = sorted(set().union(*gather_objects(sorted(metrics), groups.pipeline)))
+    values = torch.tensor([float(metrics.get(name, 0.0)) for name in names], dtype=torch.float64)
+    if groups.device.type != "cpu":
+        values = values.to(groups.device)
+    all_reduce_sum_(values, groups.pipeline)
+    all_reduce_sum_(values, groups.data)
+    return dict(zip(names, values.tolist()))
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

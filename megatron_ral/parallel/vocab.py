@@ -1,0 +1,46 @@
+"""Log-probabilities and entropy from logits whose vocabulary is split over tensor-parallel ranks.
+
+Local partial -> collective -> combine: the pure halves are `functional/logprobs.py`. Full logits are never gathered.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ral.functional.logprobs import VocabPartials, combine_logprobs, logprob_gradient, vocab_partials
+from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_v: Tensor, targets: Tensor, group: dist.ProcessGroup):
+        logits = logits_v.float()
+        start = logits.shape[-1] * dist.get_rank(group)
+        maximum = all_reduce_max_(logits.max(dim=-1).values.contiguous(), group)
+        local = vocab_partials(logits, targets, maximum, start)
+        sums = all_reduce_sum_(torch.stack([local.sum_exp, local.target_logit, local.weighted_logit]), group)
+        logprobs, entropy = combine_logprobs(VocabPartials(*sums))
+        ctx.save_for_backward(logits_v, targets, maximum, sums[0])
+        ctx.start = start
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
+        logits_v, targets, maximum, sum_exp = ctx.saved_tensors
+        grad = logprob_gradient(logits_v.float(), targets, maximum, sum_exp, grad_logprobs, ctx.start)
+        return grad.to(logits_v.dtype), None, None
+
+
+def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each row, in float32.
+
+    Args:
+        logits_v: [..., v] this rank's columns of the logits; carries gradient.
+        targets: [...] int64 ids in the whole vocabulary.
+        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
+
+    Returns:
+        (logprobs [...], entropy [...] in nats, without gradient), equal on all ranks of the group.
+    """
+    return _VocabParallelLogprobs.apply(logits_v, targets, group)

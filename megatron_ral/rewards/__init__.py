@@ -1,0 +1,1 @@
+"""Rewards: strings in, floats out."""

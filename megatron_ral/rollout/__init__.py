@@ -1,0 +1,1 @@
+"""Sampling of groups, scoring, and assembly of what a loss needs."""

@@ -1,0 +1,1 @@
+"""The loop: `step.py` is one step in order (read it first), `objective.py` the losses, `trainer.py` the run."""

@@ -1,0 +1,98 @@
+"""Checkpoints: everything a run needs to go on, written so that a half-written one is never taken for whole.
+
+    <output_dir>/checkpoints/step_00000020/     rank_00000.safetensors ...  rank_00000.json ...  config.yaml
+                                                manifest.json (written last, then the folder gets its name)
+    <output_dir>/checkpoints/latest             link to the newest
+
+Every rank writes its own ZeRO-3 shards (master weights and AdamW moments by parameter name) as safetensors, and its
+position in the data as JSON. Random streams need no saving: they are functions of (seed, step, prompt).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from safetensors.torch import load_file, save_file
+
+from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.data.loader import PromptLoader
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.parallel.collectives import barrier
+from megatron_ral.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a restored run stands."""
+
+    step: int
+    """Steps done."""
+    path: Path
+
+
+def checkpoint_root(output_dir: str) -> Path:
+    return Path(output_dir) / "checkpoints"
+
+
+def newest_checkpoint(output_dir: str) -> Optional[Path]:
+    """Newest whole checkpoint (one with a manifest), or None."""
+    whole = [path for path in checkpoint_root(output_dir).glob("step_????????") if (path / "manifest.json").is_file()]
+    return max(whole, default=None)
+
+
+def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoader, step: int) -> Path:
+    """Write the state after `step` steps; every rank calls it. Older ones beyond train.keep_checkpoints go."""
+    layout, root = policy.layout, checkpoint_root(config.train.output_dir)
+    final = root / f"step_{step:08d}"
+    partial = root / f"step_{step:08d}.partial"
+    if layout.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    save_file(policy.state(), partial / f"rank_{layout.rank:05d}.safetensors")
+    position = {"loader": loader.state(), "num_steps_taken": policy.num_steps_taken}
+    (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(position))
+    barrier()
+    if layout.rank == 0:
+        (partial / "config.yaml").write_text(dump_config(config))
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        manifest = {"step": step, "layout": _layout_dict(layout), "files": files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        link = root / "latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, root / "latest")
+        for old in sorted(root.glob("step_????????"))[: -config.train.keep_checkpoints]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def restore_checkpoint(path: Path, policy: PolicyEngine, loader: PromptLoader) -> Resumed:
+    """Continue from a checkpoint of the same layout.
+
+    Raises:
+        ValueError: another layout, or a file missing or cut short.
+    """
+    manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["layout"] != _layout_dict(policy.layout):
+        raise ValueError(f"checkpoint '{path}' was saved with the layout {manifest['layout']}, this run has "
+                         f"{_layout_dict(policy.layout)}; resume with the same")
+    for name, size in manifest["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise ValueError(f"checkpoint '{path}': file '{name}' is missing or cut short; remove this checkpoint to "
+                             "resume from the one before")
+    rank = policy.layout.rank
+    position = json.loads((path / f"rank_{rank:05d}.json").read_text())
+    policy.load_state(load_file(path / f"rank_{rank:05d}.safetensors"), position["num_steps_taken"])
+    loader.restore(position["loader"])
+    return Resumed(manifest["step"], path)
+
+
+def _layout_dict(layout: ParallelLayout) -> dict[str, int]:
+    return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}

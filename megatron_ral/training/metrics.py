@@ -1,0 +1,63 @@
+"""TensorBoard, written by rank 0 alone; the same calls do nothing elsewhere."""
+
+import html
+from typing import Mapping, Sequence
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.rollout.collect import ScoredGroups
+from megatron_ral.rollout.evaluation import Evaluation, ProbeView
+from megatron_ral.training.pictures import attention_picture
+
+
+class RunLog:
+    """Event files of one run under <output_dir>/tensorboard."""
+
+    def __init__(self, config: RunConfig, active: bool, first_step: int = 0):
+        self.config = config
+        self._writer = None
+        if active and config.logging.tensorboard:
+            # purge_step hides what a killed run wrote after the checkpoint it is resumed from
+            self._writer = SummaryWriter(f"{config.train.output_dir}/tensorboard", purge_step=first_step or None)
+            self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def completions(self, rollout: Sequence[ScoredGroups], step: int) -> None:
+        """The first prompts of a rollout with all their responses and rewards."""
+        if self._writer is None:
+            return
+        shown = 0
+        for scored in rollout:
+            for b, prompt in enumerate(scored.groups.prompts.prompts):
+                if shown == self.config.logging.num_completions:
+                    return
+                rows = [f"**{html.escape(prompt.sample.problem)}** — `{html.escape(prompt.sample.solution)}` "
+                        f"(key {html.escape(prompt.sample.key)})", "", "| reward | response |", "|---|---|"]
+                for text, reward in zip(scored.score.texts[b], scored.score.rewards[b].tolist()):
+                    rows.append(f"| {reward:.2f} | {html.escape(text).replace('|', '&#124;')} |")
+                self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
+                shown += 1
+
+    def evaluation(self, result: Evaluation, step: int) -> None:
+        self.scalars({"eval/accuracy": result.accuracy, "eval/format_rate": result.format_rate,
+                      "eval/target_attention": result.target_attention, "eval/visual_mass": result.visual_mass}, step)
+
+    def probes(self, views: Sequence[ProbeView], merge_size: int, step: int) -> None:
+        """Attention over the image of each probe, and the responses as text."""
+        if self._writer is None:
+            return
+        for index, view in enumerate(views):
+            if view.prompt.sample.images:
+                self._writer.add_image(f"attention/probe_{index}", attention_picture(view, merge_size), step,
+                                       dataformats="HWC")
+            self._writer.add_text(f"probes/{index}", f"**{html.escape(view.prompt.sample.problem)}** — "
+                                  f"`{html.escape(view.prompt.sample.solution)}`: {html.escape(view.text)}", step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

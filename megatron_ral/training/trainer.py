@@ -1,0 +1,174 @@
+"""The run around the steps: build, resume, step, log, evaluate, checkpoint, export."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_ral.config import RunConfig
+from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.weights import export_stage
+from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
+from megatron_ral.training.metrics import RunLog
+from megatron_ral.training.objective import RalObjective
+from megatron_ral.training.step import StepReport, ral_step, sft_step
+
+logger = logging.getLogger(__name__)
+
+
+def silent_term_warnings(config: RunConfig) -> list[str]:
+    """Settings under which the attention term cannot act, each with its remedy."""
+    if config.train.algorithm != "ral":
+        return []
+    if config.loss.attention_coef == 0:
+        return ["loss.attention_coef = 0: the attention term is off and this run is GRPO"]
+    if config.loss.attention_target == "old" and config.updates_per_rollout == 1:
+        return ["one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient are "
+                "exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
+                "rollout.num_epochs, or set loss.attention_target = reference"]
+    return []
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: resolved configuration, checked against the world size.
+        shape: of model.path, checked against the layout.
+        groups: process groups.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups):
+        self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
+        self.is_main = groups.layout.rank == 0
+        self.processor = PromptProcessor(config.model.path, config.data.max_prompt_length)
+        sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
+        self.loader = PromptLoader(
+            sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
+            shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
+        self.eval_shards = []
+        if config.data.eval_shards:
+            self.eval_shards = list(open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards)
+        self.objective = RalObjective(config.loss, frozenset(shape.layer_index(i) for i in config.loss.attention_layers))
+        self.policy = PolicyEngine(shape, groups, config)
+        self.reference = None
+        if config.needs_reference:
+            self.reference = FrozenEngine(shape, groups, config.model.dtype,
+                                          config.model.reference_path or config.model.path)
+
+    def run(self, resume: bool) -> None:
+        """Train to the last step, checkpoint, export.
+
+        Args:
+            resume: go on from the newest checkpoint of train.output_dir (from the start where there is none).
+        """
+        started, config = time.perf_counter(), self.config
+        first = 0
+        found = newest_checkpoint(config.train.output_dir) if resume else None
+        if found is not None:
+            first = restore_checkpoint(found, self.policy, self.loader).step
+            self._say(f"resumed from {found}: {first} of {config.train.num_steps} steps done")
+        self._print_shards()
+        for warning in silent_term_warnings(config):
+            if self.is_main:
+                logger.warning(warning)
+        log = RunLog(config, self.is_main, first)
+        probes = self._probe_prompts()
+        if first == 0:
+            self._look(log, probes, 0)
+        end = min(config.train.stop_after_step or config.train.num_steps, config.train.num_steps)
+        bar = tqdm(total=end, initial=first, desc=config.train.algorithm, unit="step", disable=not self.is_main,
+                   mininterval=5.0)
+        for step in range(first, end):
+            report = self._one_step(step)
+            self._log_step(log, report, step, bar)
+            self._look(log, probes, step + 1)
+            interval = config.train.checkpoint_interval
+            if step + 1 == end or (interval and (step + 1) % interval == 0):
+                save_checkpoint(config, self.policy, self.loader, step + 1)
+        bar.close()
+        if config.train.export and end == config.train.num_steps:
+            with self.policy.resident():
+                export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
+        log.close()
+        self._summary(time.perf_counter() - started, first, end)
+
+    def _one_step(self, step: int) -> StepReport:
+        config, ranks = self.config, self.layout.data_size
+        if config.train.algorithm == "sft":
+            prompts = self.loader.take(config.train.batch_size // ranks)
+            return sft_step(self.policy, prompts, self.processor, config)
+        prompts = self.loader.take(config.rollout.num_prompts // ranks)
+        interval = config.logging.gradient_ratio_interval
+        measure = bool(interval) and config.loss.attention_coef > 0 and (step + 1) % interval == 0
+        return ral_step(self.policy, self.reference, prompts, self.processor, self.objective, config, step, measure)
+
+    def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
+        seconds = sum(report.seconds.values())
+        log.scalars(report.metrics, step + 1)
+        log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
+        quarantined = sum(gather_objects(len(self.loader.quarantined), self.groups.data))
+        log.scalars({"timing/step": seconds, "data/quarantined": float(quarantined)}, step + 1)
+        interval = self.config.logging.completions_interval
+        if report.rollout and interval and (step % interval == 0):
+            log.completions(report.rollout, step + 1)
+        shown = {name.split("/")[-1]: f"{report.metrics[name]:.3g}" for name in
+                 ("loss", "reward", "kl", "attention/divergence", "attention/grad_ratio", "grad_norm")
+                 if name in report.metrics}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    def _probe_prompts(self) -> list:
+        settings = self.config.logging
+        if not self.eval_shards or not settings.probe_interval or not settings.num_probes:
+            return []
+        return read_prompts(self.eval_shards, self.processor, settings.num_probes)
+
+    def _look(self, log: RunLog, probes: list, step: int) -> None:
+        """Evaluation and attention pictures where they are due after `step` steps."""
+        settings, layer = self.config.logging, max(self.objective.recorded_layers)
+        last = step == self.config.train.num_steps
+        if probes and (step % settings.probe_interval == 0 or last):
+            log.probes(view_probes(self.policy, probes, self.processor, self.config, layer),
+                       self.processor.merge_size, step)
+        if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
+            prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,
+                                   dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
+            log.evaluation(evaluate_prompts(self.policy, prompts, self.processor, self.config, layer), step)
+
+    def _print_shards(self) -> None:
+        """Bytes each rank holds, so that it can be seen that ZeRO-3 shards."""
+        held = gather_objects(self.policy.shard_bytes(), self.groups.data)
+        if self.is_main:
+            self._say(f"layout: tensor {self.layout.tensor_size} x pipeline {self.layout.pipeline_size} x data "
+                      f"{self.layout.data_size}; bytes held between steps by the data-parallel ranks of stage 0:")
+            for rank, parts in enumerate(held):
+                shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
+                self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
+
+    def _summary(self, seconds: float, first: int, end: int) -> None:
+        quarantined = gather_objects(dict(self.loader.quarantined), self.groups.data)
+        if not self.is_main:
+            return
+        merged = {key: reason for rank in quarantined for key, reason in rank.items()}
+        summary = {"algorithm": self.config.train.algorithm, "seconds": round(seconds, 2), "first_step": first,
+                   "last_step": end, "quarantined": merged,
+                   "layout": {"tensor": self.layout.tensor_size, "pipeline": self.layout.pipeline_size,
+                              "data": self.layout.data_size}}
+        path = Path(self.config.train.output_dir) / "summary.json"
+        path.write_text(json.dumps(summary, indent=2))
+        self._say(f"{self.config.train.algorithm}: steps {first}..{end} in {seconds:.1f} s; "
+                  f"{len(merged)} samples quarantined; summary in {path}")
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)

@@ -1,0 +1,180 @@
+"""One frozen dataclass per arrow of the pipeline; a stage makes the next type and never adds to what it received.
+
+    Sample -> Prompt -> PromptBatch -> (generate) ResponseBatch -> (reward) Score -> TrainBatch -> losses
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One entry of a shard, checked but not decoded."""
+
+    key: str
+    shard: str
+    problem: str
+    solution: str
+    """Reference answer, e.g. `<answer>7</answer>`."""
+    process: str
+    """Reasoning for supervised training, e.g. `<think>..</think>`; may be empty."""
+    problem_type: str
+    images: tuple[bytes, ...]
+    """Encoded image files, in the order of the question."""
+    target_boxes: tuple[tuple[float, float, float, float], ...]
+    """(x0, y0, x1, y1) in pixels of the first image; empty where nothing is annotated."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model sees it."""
+
+    sample: Sample
+    input_ids: Tensor
+    """[P] int64, visual tokens expanded."""
+    position_ids: Tensor
+    """[3, P] int64."""
+    next_position: int
+    """Rotary position of the first response token."""
+    pixel_values: Tensor
+    """[patches, channels * temporal * patch * patch] float32; 0 rows for text only."""
+    image_grid_thw: Tensor
+    """[I, 3] int64."""
+    visual_mask: Tensor
+    """[P] bool, True at visual tokens."""
+    target_mask: Tensor
+    """[P] bool, True at visual tokens of the first image whose cell lies in a target box."""
+    response_ids: Tensor
+    """[R] int64: the reference response, end-of-turn token included (supervised training)."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts, padded on the right."""
+
+    prompts: tuple[Prompt, ...]
+    input_ids: Tensor
+    """[B, P] int64."""
+    prompt_lengths: Tensor
+    """[B] int64."""
+    position_ids: Tensor
+    """[3, B, P] int64."""
+    next_position: Tensor
+    """[B] int64."""
+    visual_mask: Tensor
+    """[B, P] bool."""
+    target_mask: Tensor
+    """[B, P] bool."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(prompt.sample.key for prompt in self.prompts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def pad_prompts(prompts: Sequence[Prompt], pad_token_id: int, length: int = 0) -> PromptBatch:
+    """Pad prompts on the right to the longest of them, or to `length` if that is longer."""
+
+    def pad(rows: list[Tensor], value: int | bool) -> Tensor:
+        padded = pad_sequence(rows, batch_first=True, padding_value=value)
+        missing = length - padded.shape[1]
+        return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
+
+    return PromptBatch(
+        prompts=tuple(prompts),
+        input_ids=pad([prompt.input_ids for prompt in prompts], pad_token_id),
+        prompt_lengths=torch.tensor([len(prompt.input_ids) for prompt in prompts]),
+        position_ids=torch.stack([pad([prompt.position_ids[axis] for prompt in prompts], 0) for axis in range(3)]),
+        next_position=torch.tensor([prompt.next_position for prompt in prompts]),
+        visual_mask=pad([prompt.visual_mask for prompt in prompts], False),
+        target_mask=pad([prompt.target_mask for prompt in prompts], False),
+    )
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """G sampled responses for each of B prompts."""
+
+    prompts: PromptBatch
+    response_ids: Tensor
+    """[B, G, R] int64, padded on the right."""
+    response_lengths: Tensor
+    """[B, G] int64, end-of-turn token included."""
+    rollout_logprobs: Tensor
+    """[B, G, R] float32 under the sampler (temperature 1); a check, never used as old_logprobs."""
+    finished: Tensor
+    """[B, G] bool: ended with the end-of-turn token rather than at the length limit."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Rewards of a ResponseBatch."""
+
+    rewards: Tensor
+    """[B, G] float32."""
+    components: Mapping[str, Tensor]
+    """Name -> [B, G] float32 before weighting (accuracy, format, ...)."""
+    texts: tuple[tuple[str, ...], ...]
+    """Decoded responses [B][G]."""
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """B prompt groups in the layout [prompt | response 1 | ... | response G]: what one forward pass reads."""
+
+    prompts: PromptBatch
+    response_ids: Tensor
+    """[B, G, R] int64."""
+    response_lengths: Tensor
+    """[B, G] int64."""
+    visual_embeds: Optional[tuple[Tensor, ...]] = None
+    """Per prompt [visual tokens, hidden]: outputs of a frozen vision tower; None: encode the pixels in the pass."""
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, G, R] bool, True at real response tokens."""
+        steps = torch.arange(self.response_ids.shape[2], device=self.response_ids.device)
+        return steps < self.response_lengths[..., None]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[B, P + G R] int64."""
+        return torch.cat([self.prompts.input_ids, self.response_ids.flatten(1)], dim=1)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[3, B, P + G R] int64; every response continues from its prompt."""
+        B, G, R = self.response_ids.shape
+        steps = self.prompts.next_position[:, None, None] + torch.arange(R)
+        responses = steps.expand(B, G, R).reshape(1, B, G * R).expand(3, -1, -1)
+        return torch.cat([self.prompts.position_ids, responses], dim=2)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One micro-batch of prompt groups with everything a loss needs. Optional parts exist only where they are used:
+    log-probabilities on the last pipeline stage, attention on the stage that owns the layer."""
+
+    groups: GroupBatch
+    denominator: float
+    """Response tokens of the whole optimizer step over all data-parallel ranks: every loss is a sum over this."""
+    advantages: Optional[Tensor] = None
+    """[B, G] float32."""
+    old_logprobs: Optional[Tensor] = None
+    """[B, G, R] float32, from the training engine before the first update."""
+    ref_logprobs: Optional[Tensor] = None
+    """[B, G, R] float32, from the frozen reference."""
+    target_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> [B, G, R, S] float32 attention policy the divergence is taken to."""
+
+    def with_denominator(self, denominator: float) -> "TrainBatch":
+        return replace(self, denominator=denominator)
