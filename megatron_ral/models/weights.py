@@ -124,12 +124,19 @@ def stage_tensors(shape: ModelShape, layers: range, first: bool, last: bool,
 
 
 def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
-    """The table of a built stage, checked against its parameters."""
+    """The table of a built stage, checked against its parameters.
+
+    Also marks each parameter with `tensor_model_parallel`, which DeepSpeed and the engine read when they count a
+    gradient norm (megatron-core sets it only when it initialises the weights itself).
+    """
     layout = stage.layout
     visual_names = [name for name, _ in stage.visual.named_parameters()] if stage.visual is not None else []
     table = list(stage_tensors(stage.shape, layout.stage_layers(stage.shape.num_layers), layout.is_first_stage,
                                layout.is_last_stage, visual_names))
-    assert {tensor.name for tensor in table} == {name for name, _ in stage.named_parameters()}
+    parameters = dict(stage.named_parameters())
+    assert {tensor.name for tensor in table} == set(parameters)
+    for tensor in table:
+        parameters[tensor.name].tensor_model_parallel = tensor.cut_dim is not None
     return table
 
 

@@ -1,0 +1,80 @@
+"""Evaluate a Hugging Face folder on held-out shards with greedy responses.
+
+`torchrun ... -m megatron_ral.evaluate --config FILE --model HF_DIR --output FILE.json [dotted.key=value ...]`
+
+Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length, reward.* and parallel.* of the
+configuration; the model comes from --model in any layout.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from megatron_ral.cli import fail, parse_arguments, quiet_third_parties, read_config
+from megatron_ral.config import ConfigError
+
+
+def _extra(parser) -> None:
+    parser.add_argument("--model", help="Hugging Face folder (default: model.path of the configuration)")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+
+
+def main() -> None:
+    quiet_third_parties()
+    arguments = parse_arguments(__doc__, _extra)
+    try:
+        config = read_config(arguments)
+        from megatron_ral.models.shape import read_shape
+
+        path = arguments.model or config.model.path
+        shape = read_shape(path, "--model")
+        shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+        layer = max(shape.layer_index(index) for index in config.loss.attention_layers)
+        if not config.data.eval_shards:
+            raise ConfigError("data.eval_shards is empty; give held-out shards to evaluate on")
+    except ConfigError as error:
+        fail(error)
+
+    from megatron_ral.data.loader import open_sources
+    from megatron_ral.data.shards import DataError
+
+    try:
+        shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
+    except DataError as error:
+        fail(error)
+
+    from tqdm import tqdm
+
+    from megatron_ral.data.processor import PromptProcessor
+    from megatron_ral.engine.frozen import FrozenEngine
+    from megatron_ral.models.weights import CheckpointError
+    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts
+
+    started = time.perf_counter()
+    groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
+                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
+                          timeout_minutes=config.parallel.timeout_minutes)
+    is_main, layout = groups.layout.rank == 0, groups.layout
+    processor = PromptProcessor(path, config.data.max_prompt_length)
+    prompts = read_prompts(shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
+                           dp_size=layout.data_size)
+    try:
+        engine = FrozenEngine(shape, groups, config.model.dtype, path)
+    except CheckpointError as error:
+        fail(error)
+    with tqdm(total=len(prompts), desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+        result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update)
+    if is_main:
+        record = {**dataclasses.asdict(result), "seconds": round(time.perf_counter() - started, 2), "model": path}
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=2))
+        print(f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
+              f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}", flush=True)
+    stop_groups()
+
+
+if __name__ == "__main__":
+    main()

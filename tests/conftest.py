@@ -1,0 +1,67 @@
+"""Shared material of the tests: tiny checkpoints and shards, made once per session by the project's own tools."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+def run_tool(name: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, str(PROJECT / "tools" / name), *map(str, arguments)], check=True,
+                   capture_output=True, cwd=PROJECT)
+
+
+def perturbed_copy(source: Path, target: Path, scale: float = 0.02, seed: int = 1) -> Path:
+    """A Hugging Face folder with noise added to every weight: a second model of the same shape."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    generator = torch.Generator().manual_seed(seed)
+    for file in target.glob("*.safetensors"):
+        tensors = {name: tensor + scale * torch.randn(tensor.shape, generator=generator)
+                   for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> dict[str, Path]:
+    """tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; data: shards."""
+    root = tmp_path_factory.mktemp("material")
+    run_tool("make_tiny_model.py", "--output", root / "tiny", "--seed", 0)
+    run_tool("make_digit_search.py", "--output", root / "data", "--num-single", 64, "--num-search", 128,
+             "--num-biased", 32, "--num-rl", 128, "--num-heldout", 64, "--shard-size", 16)
+    # Untrained weights give attention close to uniform; noise of this size makes rows and log-probs differ.
+    perturbed_copy(root / "tiny", root / "tiny_a", seed=1)
+    perturbed_copy(root / "tiny", root / "tiny_b", seed=2)
+    _untie(root / "tiny_a", root / "untied")
+    return {"tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied", "data": root / "data",
+            "root": root}
+
+
+def _untie(source: Path, target: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    import shutil
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
+    config = model.config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    state = model.state_dict()
+    untied = Qwen2_5_VLForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(3)
+    head = state["model.language_model.embed_tokens.weight"]
+    state["lm_head.weight"] = head + 0.05 * torch.randn(head.shape, generator=generator)
+    untied.load_state_dict(state)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    untied.save_pretrained(target)

@@ -1,0 +1,123 @@
+"""What the ranks of the distributed tests do: fixed rollouts of a tiny model, and one optimizer step on them."""
+
+import hashlib
+
+import torch
+
+from megatron_ral.config import RunConfig
+from megatron_ral.config.sections import (
+    LossConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, SourceConfig, DataConfig, TrainConfig)
+from megatron_ral.data.loader import open_sources
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.functional.advantages import group_advantages
+from megatron_ral.models.shape import read_shape
+from megatron_ral.parallel.collectives import gather_shards
+from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.rollout.assemble import assemble_minibatches
+from megatron_ral.rollout.collect import ScoredGroups
+from megatron_ral.rollout.evaluation import read_prompts
+from megatron_ral.training.objective import RalObjective, finish_metrics
+from megatron_ral.types import GroupBatch, Score, pad_prompts
+
+NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
+
+
+def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, **loss) -> RunConfig:
+    settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
+    return RunConfig(
+        seed=3, model=ModelConfig(path=path, dtype="float32"),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
+        data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
+        rollout=RolloutConfig(num_prompts=NUM_GROUPS, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
+                              max_response_length=LENGTH),
+        loss=LossConfig(**settings), # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide a step.
+        optimizer=OptimizerConfig(learning_rate=1e-3, clip_grad_norm=0.5, eps=1e-5),
+        train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2))
+
+
+def fixed_groups(path: str, data: str) -> list[tuple]:
+    """NUM_GROUPS prompts with made-up responses of different lengths and rewards, the same in every process."""
+    processor = PromptProcessor(path, 128)
+    shards = open_sources([(f"{data}/rl-*.tar", 0)], "data.train")[0].shards
+    prompts = read_prompts(shards, processor, NUM_GROUPS)
+    result = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(100 + index)
+        ids = torch.randint(0, 320, (GROUP_SIZE, LENGTH), generator=generator)
+        lengths = torch.randint(2, LENGTH + 1, (GROUP_SIZE,), generator=generator)
+        rewards = torch.randint(0, 3, (GROUP_SIZE,), generator=generator).float()
+        result.append((prompt, ids, lengths, rewards))
+    return result
+
+
+def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, pad_to: int = 0) -> list[ScoredGroups]:
+    """Groups cut into micro-batches; visual embeddings from the engine's frozen tower where one is given."""
+    width = max(pad_to, max(len(prompt.input_ids) for prompt, *_ in groups))
+    result = []
+    for start in range(0, len(groups), size):
+        prompts, ids, lengths, rewards = zip(*groups[start:start + size])
+        batch = pad_prompts(prompts, 0, width)
+        embeds = engine.encode_images(batch) if engine is not None else None
+        rewards = torch.stack(rewards)
+        score = Score(rewards, {}, ())
+        result.append(ScoredGroups(GroupBatch(batch, torch.stack(ids), torch.stack(lengths), embeds), score,
+                                   group_advantages(rewards), torch.zeros(rewards.shape + (LENGTH,)),
+                                   torch.ones_like(rewards, dtype=torch.bool)))
+    return result
+
+
+def open_policy(path: str, tensor: int, pipeline: int, **loss):
+    config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
+    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    shape = read_shape(path)
+    objective = RalObjective(config.loss, frozenset(shape.layer_index(i) for i in config.loss.attention_layers))
+    return config, groups, shape, PolicyEngine(shape, groups, config), objective
+
+
+def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
+    """Every parameter of every stage by Hugging Face name, on every rank."""
+    from megatron_ral.models.weights import describe_stage
+    from megatron_ral.parallel.collectives import gather_objects
+
+    mine = {}
+    with policy.resident():
+        parameters = dict(policy.stage.named_parameters())
+        for tensor in describe_stage(policy.stage):
+            if getattr(parameters[tensor.name], "shared", False):
+                mine["tied copy"] = tensor.join(gather_shards(parameters[tensor.name].detach(), policy.groups.tensor))
+                continue
+            shards = gather_shards(parameters[tensor.name].detach(), policy.groups.tensor)
+            full = tensor.join(shards) if tensor.cut_dim is not None else shards[0]
+            mine.update({name: part.clone() for name, part in zip(tensor.sources, tensor.split(full))})
+    return {name: value for part in gather_objects(mine, policy.groups.pipeline) for name, value in part.items()}
+
+
+def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
+             num_steps: int = 1, layers: tuple = (-1,)) -> dict:
+    """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
+    its gradient is far from zero. Returns metrics, norms, and all weights."""
+    config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_layers=layers)
+    frozen = FrozenEngine(shape, groups, "float32", other)
+    everything = fixed_groups(path, data)
+    share = len(everything) // groups.layout.data_size
+    mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
+    width = max(len(prompt.input_ids) for prompt, *_ in everything)
+    rollout = micro_batches(mine, min(micro_batch_size, share), policy, width)
+    reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers))
+    [minibatch] = assemble_minibatches(rollout, reference, reference, "reference", 1, groups)
+    history = []
+    for _ in range(num_steps):
+        policy.forward_backward(minibatch, objective.only_attention())
+        attention_shards = policy.gradient_shards()
+        metrics = finish_metrics(policy.forward_backward(minibatch, objective))
+        norm = policy.gradient_norm(policy.gradient_shards())
+        result = policy.step()
+        history.append({**metrics, "own_norm": norm, "grad_norm": result.grad_norm,
+                        "attention_norm": policy.gradient_norm(attention_shards)})
+    weights = full_weights(policy)
+    held = policy.shard_bytes()
+    stop_groups()
+    return {"history": history, "weights": weights, "bytes": held,
+            "digest": hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()}

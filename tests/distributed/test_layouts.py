@@ -1,0 +1,79 @@
+"""The same fixed rollouts in every layout give the same loss terms, gradient norm and weights as one process."""
+
+import pytest
+import torch
+
+from tests.distributed.cases import one_step
+from tests.distributed.runner import run_ranks
+
+#            world, tensor, pipeline, micro-batch
+LAYOUTS = [(2, 2, 1, 2), (2, 1, 2, 2), (2, 1, 1, 2), (4, 2, 2, 1), (8, 2, 2, 2)]
+
+
+def close(name: str, ours: float, wanted: float, tolerance: float = 1e-5) -> None:
+    assert abs(ours - wanted) <= tolerance * max(abs(wanted), 1e-7), f"{name}: {ours} instead of {wanted}"
+
+
+@pytest.fixture(scope="module")
+def alone(material):
+    """One process, the whole batch in one micro-batch."""
+    return run_ranks(1, one_step, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), 1, 1, 8,
+                     2, (-1, 1))[0]
+
+
+def test_one_process_step_has_every_term(alone):
+    """The comparison would be worth little if a term were zero."""
+    first = alone["history"][0]
+    for name in ("loss/policy", "kl", "loss/attention", "attention/divergence", "attention/target_mass", "grad_norm",
+                 "attention_norm", "entropy", "clip_ratio/low"):
+        assert abs(first[name]) > 1e-5, name
+
+
+@pytest.mark.parametrize("world, tensor, pipeline, micro_batch_size", LAYOUTS)
+def test_layout_equals_one_process(material, alone, world, tensor, pipeline, micro_batch_size):
+    results = run_ranks(world, one_step, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]),
+                        tensor, pipeline, micro_batch_size, 2, (-1, 1))
+    for step, wanted in enumerate(alone["history"]):
+        for rank, result in enumerate(results):
+            for name, value in wanted.items():
+                close(f"rank {rank}, step {step}, {name}", result["history"][step][name], value)
+            # our count of the gradient norm and DeepSpeed's are two implementations of one number
+            close("own norm", result["history"][step]["own_norm"], result["history"][step]["grad_norm"])
+    for name, wanted in alone["weights"].items():
+        ours = results[0]["weights"][name]
+        assert (ours - wanted).norm() <= 1e-5 * wanted.norm(), name
+    if pipeline > 1:
+        tied = results[-1]["weights"]
+        assert torch.equal(tied["tied copy"], tied["model.embed_tokens.weight"])
+
+
+def test_untied_embeddings_under_tensor_and_pipeline(material):
+    arguments = (str(material["untied"]), str(material["tiny_other"]), str(material["data"]))
+    # the reference must have the same head layout as the policy, so it is the policy's own folder: divergence 0
+    arguments = (arguments[0], arguments[0], arguments[2])
+    alone = run_ranks(1, one_step, *arguments, 1, 1, 4)[0]
+    result = run_ranks(4, one_step, *arguments, 2, 2, 4)[0]
+    for name in ("loss/policy", "grad_norm", "entropy"):
+        close(name, result["history"][0][name], alone["history"][0][name])
+    for name, wanted in alone["weights"].items():
+        assert (result["weights"][name] - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def test_micro_batches_do_not_change_the_step(material, alone):
+    for size in (1, 4):
+        result = run_ranks(1, one_step, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), 1, 1,
+                           size, 2, (-1, 1))[0]
+        for step, wanted in enumerate(alone["history"]):
+            for name, value in wanted.items():
+                close(f"micro-batch {size}, {name}", result["history"][step][name], value)
+
+
+def test_zero3_really_shards(material):
+    arguments = (str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), 1, 1, 2)
+    alone = run_ranks(1, one_step, *arguments)[0]["bytes"]
+    shares = [result["bytes"] for result in run_ranks(2, one_step, *arguments)]
+    for kind in ("parameters", "master weights", "optimizer state"):
+        assert alone[kind] > 0
+        for share in shares:
+            # every parameter is padded to a multiple of the ranks; scalars of AdamW are not shared
+            assert share[kind] == pytest.approx(alone[kind] / 2, rel=1e-3), kind
