@@ -2,7 +2,7 @@
 
 megatron-core 0.16.1 writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, its point-to-point
 communication and its rotary embedding. DeepSpeed 0.19.8 compiles a shared-memory collective the first time it runs on
-CPU (a minute, needs a compiler). `tests/unit/test_compat.py` fails once these lines are no longer needed.
+CPU (a minute, needs a compiler), and counts "devices" by starting `numactl` at every gradient reduction. `tests/unit/test_compat.py` fails once these lines are no longer needed.
 """
 
 import importlib
@@ -47,5 +47,6 @@ def install() -> None:
     schedules.torch = _CpuTorch()
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # By name: the attribute `deepspeed.comm.torch` is torch itself.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

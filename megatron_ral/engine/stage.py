@@ -97,7 +97,7 @@ class StageEngine:
             yield
             return
         parameters = list(self.stage.parameters())
-        parameters[0].all_gather(param_list=parameters)
+        parameters[0].all_gather_coalesced(parameters).wait()
         self._resident = True
         try:
             with suspended_module_hooks(self.stage):

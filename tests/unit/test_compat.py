@@ -1,0 +1,52 @@
+"""Each workaround is still needed; a test that fails here says that a workaround can go."""
+
+import importlib
+import inspect
+
+import deepspeed
+import megatron.core
+import pytest
+import torch
+
+
+def test_versions_the_workarounds_were_written_for():
+    assert megatron.core.__version__.startswith("0.16.1")
+    assert deepspeed.__version__.startswith("0.19.8")
+
+
+def test_megatron_schedules_still_name_cuda():
+    from megatron.core.pipeline_parallel import p2p_communication, schedules
+
+    assert 'device="cuda"' in inspect.getsource(schedules.forward_backward_no_pipelining)
+    assert "torch.cuda.current_device()" in inspect.getsource(p2p_communication)
+
+
+def test_deepspeed_still_compiles_a_collective_on_cpu():
+    assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op")
+
+
+def test_deepspeed_norm_still_counts_tied_copies():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert "shared" not in inspect.getsource(DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct)
+
+
+def test_megatron_still_lacks_the_names_deepspeed_calls():
+    from megatron.core import parallel_state
+
+    assert not hasattr(parallel_state, "get_model_parallel_world_size")
+
+
+def test_deepspeed_still_compares_module_order_over_all_ranks():
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    source = inspect.getsource(coordinator.PartitionedParameterCoordinator.reset_step)
+    assert "assert_ints_same_as_other_ranks" in source
+
+
+def test_cpu_shims_refuse_a_machine_with_an_accelerator(monkeypatch):
+    from megatron_ral.compat import cpu_backend
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(AssertionError, match="accelerator"):
+        cpu_backend.install()

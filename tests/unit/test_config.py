@@ -1,0 +1,98 @@
+"""Every wrong configuration ends with one sentence that names file, key and value."""
+
+import pytest
+
+from megatron_ral.config import ConfigError, check_layout, dump_config, load_config
+
+GOOD = """
+model: {path: somewhere, dtype: float32}
+data: {train: [{shards: a-*.tar, num_samples: 32}, {shards: b-*.tar}]}
+optimizer: {learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_scientific_notation_is_a_number(file):
+    assert load_config(file).optimizer.learning_rate == 1e-4
+    assert load_config(file, ["optimizer.eps=1e-7"]).optimizer.eps == 1e-7
+
+
+def test_overrides_apply_in_order_and_reach_lists(file):
+    config = load_config(file, ["loss.attention_coef=5", "loss.attention_coef=0.5", "data.train.0.num_samples=7"])
+    assert config.loss.attention_coef == 0.5
+    assert config.data.train[0].num_samples == 7
+
+
+def test_dump_reads_back_equal(file, tmp_path):
+    config = load_config(file, ["seed=5", "loss.attention_layers=[-1, 0]"])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("override, named", [
+    ("loss.atention_coef=2", ["loss.atention_coef", "loss.attention_coef"]),
+    ("los.attention_coef=2", ["'los'", "'loss'"]),
+    ("rollout.group_size=1", ["rollout.group_size", "1"]),
+    ("seed=-1", ["seed", "-1"]),
+    ("seed=one", ["seed", "one"]),
+    ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "fast"]),
+    ("loss.attention_target=olds", ["loss.attention_target", "olds", "'old'"]),
+    ("parallel=3", ["parallel", "3"]),
+    ("rollout.num_prompts=30", ["rollout.num_prompts", "30", "rollout.num_minibatches"]),
+    ("data.train.0.num_samples=0", ["data.train.0.num_samples", "0"]),
+    ("data.train=[]", ["data.train"]),
+    ("model.path=''", ["model.path"]),
+    ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "1"]),
+    ("no_equals_sign", ["no_equals_sign", "dotted.key=value"]),
+])
+def test_wrong_setting_is_named(file, override, named):
+    with pytest.raises(ConfigError) as error:
+        load_config(file, [override])
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    for part in named:
+        assert part in sentence, sentence
+
+
+def test_file_is_named(file, tmp_path):
+    file.write_text(GOOD + "\nseeds: 3\n")
+    with pytest.raises(ConfigError, match="run.yaml.*'seeds'"):
+        load_config(file)
+    file.write_text(GOOD + "\nseed: 1\nseed: 2\n")
+    with pytest.raises(ConfigError, match="'seed' is given twice"):
+        load_config(file)
+    file.write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(file)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("world, overrides, named", [
+    (3, ["parallel.tensor_model_parallel_size=2"], ["tensor_model_parallel_size", "2", "world size 3"]),
+    (3, [], ["rollout.num_prompts", "32", "3 data-parallel"]),
+    (1, ["train.micro_batch_size=3"], ["train.micro_batch_size", "3", "8 prompt groups"]),
+    (5, ["train.algorithm=sft"], ["train.batch_size", "32"]),
+])
+def test_world_size_that_does_not_fit_is_named(file, world, overrides, named):
+    with pytest.raises(ConfigError) as error:
+        check_layout(load_config(file, overrides), world)
+    for part in named:
+        assert part in str(error.value), str(error.value)
+
+
+def test_shipped_configurations_load():
+    from pathlib import Path
+
+    files = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))
+    assert files
+    for path in files:
+        for world in (1, 2):
+            check_layout(load_config(path, ["model.path=somewhere"]), world)
