@@ -32,21 +32,19 @@ for argument in "$@"; do
 done
 
 phases=()
-run_phase() { # run_phase NAME COMMAND...: run and keep the wall seconds, also over interrupted and repeated starts
+run_phase() { # run_phase NAME COMMAND...: run it and keep the wall seconds
     local name="$1" start seconds
     shift
     start=$(date +%s)
     "$@"
     seconds=$(($(date +%s) - start))
-    mkdir -p "$OUTPUT_DIR/seconds"
     echo "$seconds" > "$OUTPUT_DIR/seconds/$name"
 }
 
 start=$(date +%s)
 setup_environment
-setup_seconds=$(($(date +%s) - start))
-[ -n "${dry_run:-}" ] || run_phase setup true
-[ -n "${dry_run:-}" ] || echo "$setup_seconds" > "$OUTPUT_DIR/seconds/setup"
+mkdir -p "$OUTPUT_DIR/seconds"
+echo $(($(date +%s) - start)) > "$OUTPUT_DIR/seconds/setup"
 
 model="$OUTPUT_DIR/model"
 [ -f "$DATA_DIR/dataset_info.json" ] ||

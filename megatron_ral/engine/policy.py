@@ -74,6 +74,7 @@ class PolicyEngine(StageEngine):
         self.config = config
         self.num_steps_taken = 0
         count_tied_embedding_once(self.deepspeed.optimizer)
+        self._make_optimizer_state()
         self._trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
         self._tied = [parameter for parameter in self._trainable
                       if shape.tie_word_embeddings and groups.embedding is not None and self._is_embedding(parameter)]
@@ -180,6 +181,13 @@ class PolicyEngine(StageEngine):
         for flat in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[flat]["step"].fill_(float(state["adamw_step"]))
         self.num_steps_taken = num_steps_taken
+
+    def _make_optimizer_state(self) -> None:
+        """AdamW makes its moments at the first step; made here, a checkpoint can fill them and memory shows them."""
+        zero = self.deepspeed.optimizer
+        for flat in zero.fp32_partitioned_groups_flat:
+            step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
+            zero.optimizer.state[flat].update(step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
 
     def _adamw_step(self) -> float:
         zero = self.deepspeed.optimizer

@@ -1,0 +1,92 @@
+"""Wrong input at the command line: one clear sentence on stderr, exit status 2, before any training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cases import RL, write_config
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def command(module: str, *arguments: str, world: int = 1) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    if world > 1:  # what torchrun sets; every error here comes before ranks talk to each other
+        environment.update(RANK="0", WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment,
+                          cwd=PROJECT, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def good(material, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    path, overrides = write_config(folder, RL, material["tiny"], material["data"], "rl")
+    return ["--config", path, *overrides, f"train.output_dir={folder}/run"], folder
+
+
+def one_sentence(result: subprocess.CompletedProcess, *named: str) -> None:
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+    for part in named:
+        assert part in errors[0], errors[0]
+
+
+@pytest.mark.parametrize("world, override, named", [
+    (1, "loss.atention_coef=1", ["run.yaml", "loss.atention_coef", "loss.attention_coef"]),
+    (4, "parallel.tensor_model_parallel_size=4", ["parallel.tensor_model_parallel_size", "4", "2 key/value heads"]),
+    (3, "parallel.pipeline_model_parallel_size=3", ["parallel.pipeline_model_parallel_size", "3", "4 layers"]),
+    (3, "parallel.tensor_model_parallel_size=2", ["tensor_model_parallel_size", "world size 3"]),
+    (1, "data.train=[{shards: 'nowhere/*.tar'}]", ["data.train", "nowhere/*.tar", "matches no file"]),
+    (1, "data.eval_shards=pipe:ls", ["data.eval_shards", "pipe:"]),
+    (1, "model.path=nowhere", ["model.path", "nowhere", "config.json"]),
+    (1, "loss.attention_layers=[9]", ["loss.attention_layers", "9", "4 layers"]),
+])
+def test_train_refuses(good, world, override, named):
+    arguments, folder = good
+    output = f"train.output_dir={folder}/never"
+    one_sentence(command("megatron_ral.train", *arguments, output, override, world=world), *named)
+    assert not (folder / "never").exists()
+
+
+def test_train_refuses_a_shard_without_a_needed_field(good, tmp_path):
+    from tests.unit.test_data import png, record, write_shard
+    import json
+
+    broken = record()
+    del broken["solution"]
+    write_shard(tmp_path / "a.tar", [("s0", {"png": png(), "json": json.dumps(broken).encode()})])
+    arguments, _ = good
+    one_sentence(command("megatron_ral.train", *arguments, f"data.train=[{{shards: '{tmp_path}/a.tar'}}]"),
+                 "a.tar", "'s0'", "'solution'")
+
+
+def test_train_refuses_a_checkpoint_that_is_cut_short(good, material, tmp_path):
+    import shutil
+
+    shutil.copytree(material["tiny"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    arguments, _ = good
+    one_sentence(command("megatron_ral.train", *arguments, f"model.path={tmp_path}/cut"),
+                 "model.safetensors", "not a whole safetensors file")
+
+
+def test_evaluate_refuses(good):
+    arguments, _ = good
+    one_sentence(command("megatron_ral.evaluate", *arguments, "--output", "x.json", "--model", "nowhere"), "--model",
+                 "nowhere")
+
+
+def test_dry_run_prints_configuration_and_layout_and_trains_nothing(good):
+    arguments, folder = good
+    result = command("megatron_ral.train", *arguments, "parallel.pipeline_model_parallel_size=2",
+                     f"train.output_dir={folder}/never", "--dry-run", world=4)
+    assert result.returncode == 0, result.stderr
+    assert "pipeline_model_parallel_size: 2" in result.stdout
+    assert "4 ranks = tensor 1 x pipeline 2 x data 2" in result.stdout
+    assert not (folder / "never").exists()

@@ -1,0 +1,251 @@
+"""Write a randomly initialised, tiny Qwen2.5-VL as a complete Hugging Face folder, for tests and demonstrations.
+
+The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with its
+chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B model.
+It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a byte-level BPE
+trained on the text of the digit-search task (tools/make_digit_search.py), where a word keeps the space AFTER it instead
+of before. So a colour is one and the same token in a question and in an answer, which is what lets the model tie a
+colour seen to a colour named. The tags of the answer format and every digit are one token each.
+
+    python tools/make_tiny_model.py --output tiny_model
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_digit_search import PALETTE, answer, colour_question, digit_question, think  # noqa: E402
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+VISION_PAD = "<|vision_pad|>"
+IMAGE_PAD = "<|image_pad|>"
+VIDEO_PAD = "<|video_pad|>"
+SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+
+# A single digit, a word with the space after it, a run of white space, or any other single character.
+WORD_PATTERN = r"\d|\p{L}+ ?|\s+|[^\s\p{L}\d]"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['content'] is string -%}
+        {{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part['type'] == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception('unknown content type: ' + part['type']) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def task_text() -> list[str]:
+    """Every word that the digit-search task can use, for training the tokenizer."""
+    lines = ["system\n", "user\n", "assistant\n"]
+    for colour in PALETTE:
+        lines += [digit_question(colour), think(colour, 0), answer(colour)]
+    return lines + [colour_question(cell) for cell in range(1, 10)]
+
+
+def build_tokenizer():
+    """Byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = task_text()
+    for tag in TAGS:
+        lines = [line.replace(tag, "\n") for line in lines]  # tags are added as whole tokens below
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,  # never reached: merging ends when every word is whole
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (TURN_END, END_OF_TEXT)],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+    )
+
+
+def build_model(args: argparse.Namespace, tokenizer):
+    """Randomly initialised `Qwen2_5_VLForConditionalGeneration` whose token ids match the tokenizer."""
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    token_id = tokenizer.convert_tokens_to_ids
+    half_head = args.hidden_size // args.num_heads // 2
+    spatial = half_head * 3 // 8
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": args.vocab_size,
+            "hidden_size": args.hidden_size,
+            "intermediate_size": args.intermediate_size,
+            "num_hidden_layers": args.num_layers,
+            "num_attention_heads": args.num_heads,
+            "num_key_value_heads": args.num_kv_heads,
+            "max_position_embeddings": 4096,
+            "max_window_layers": args.num_layers,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": args.initializer_range,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": args.rope_theta,
+                "mrope_section": [half_head - 2 * spatial, spatial, spatial],
+            },
+            "bos_token_id": token_id(END_OF_TEXT),
+            "eos_token_id": token_id(TURN_END),
+            "pad_token_id": token_id(END_OF_TEXT),
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": args.vision_depth,
+            "hidden_size": args.vision_hidden_size,
+            "intermediate_size": args.vision_intermediate_size,
+            "num_heads": args.vision_num_heads,
+            "out_hidden_size": args.hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "tokens_per_second": 2,
+            "fullatt_block_indexes": [args.vision_depth - 1],
+            "initializer_range": args.initializer_range,
+        },
+        image_token_id=token_id(IMAGE_PAD),
+        video_token_id=token_id(VIDEO_PAD),
+        vision_start_token_id=token_id(VISION_START),
+        vision_end_token_id=token_id(VISION_END),
+        bos_token_id=token_id(END_OF_TEXT),
+        eos_token_id=token_id(TURN_END),
+        pad_token_id=token_id(END_OF_TEXT),
+        tie_word_embeddings=True,
+        initializer_range=args.initializer_range,
+        dtype="float32",
+    )
+    torch.manual_seed(args.seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=token_id(END_OF_TEXT), eos_token_id=token_id(TURN_END), pad_token_id=token_id(END_OF_TEXT)
+    )
+    return model
+
+
+def build_image_processor():
+    """Qwen2.5-VL's image processor, allowed to keep an image of one visual token (28 x 28 pixels) as it is."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16384)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line; every error names the option and its value."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--force", action="store_true", help="replace a model that is already in --output")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--hidden-size", type=int, default=128, help="width of the language model")
+    parser.add_argument("--intermediate-size", type=int, default=384, help="width of its feed-forward layers")
+    parser.add_argument("--num-layers", type=int, default=4, help="layers of the language model")
+    parser.add_argument("--num-heads", type=int, default=4, help="query heads")
+    parser.add_argument("--num-kv-heads", type=int, default=2, help="key and value heads")
+    parser.add_argument("--vision-depth", type=int, default=2, help="blocks of the vision encoder")
+    parser.add_argument("--vision-hidden-size", type=int, default=96, help="width of the vision encoder")
+    parser.add_argument("--vision-intermediate-size", type=int, default=256, help="width of its feed-forward layers")
+    parser.add_argument("--vision-num-heads", type=int, default=4, help="heads of the vision encoder")
+    parser.add_argument("--vocab-size", type=int, default=512, help="rows of the word embeddings, unused ones included")
+    parser.add_argument("--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ")
+    parser.add_argument("--initializer-range", type=float, default=0.08, help="standard deviation of the weights at the start")
+    args = parser.parse_args(argv)
+
+    for name, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.rope_theta <= 1.0:
+        parser.error(f"--rope-theta must be above 1, got {args.rope_theta}")
+    if args.initializer_range <= 0.0:
+        parser.error(f"--initializer-range must be above 0, got {args.initializer_range}")
+    if args.hidden_size % args.num_heads or args.hidden_size // args.num_heads % 16:
+        parser.error(
+            f"--hidden-size {args.hidden_size} must be --num-heads ({args.num_heads}) times a multiple of 16 "
+            "(the rotary sections are 2 : 3 : 3 of half a head)"
+        )
+    if args.num_heads % args.num_kv_heads:
+        parser.error(f"--num-heads {args.num_heads} must be a multiple of --num-kv-heads ({args.num_kv_heads})")
+    if args.vision_hidden_size % args.vision_num_heads or args.vision_hidden_size // args.vision_num_heads % 4:
+        parser.error(
+            f"--vision-hidden-size {args.vision_hidden_size} must be --vision-num-heads ({args.vision_num_heads}) "
+            "times a multiple of 4 (two rotary axes)"
+        )
+    if args.output.exists():
+        if not args.force:
+            parser.error(f"--output {args.output} exists already; give --force to replace it")
+        if not (args.output / "config.json").is_file():
+            parser.error(f"--output {args.output} holds no config.json, so --force will not delete it")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the model to a temporary folder beside --output, then rename it."""
+    args = parse_arguments(argv)
+    tokenizer = build_tokenizer()
+    if len(tokenizer) > args.vocab_size:
+        sys.exit(f"--vocab-size must be at least {len(tokenizer)}, the tokens in use, got {args.vocab_size}")
+    model = build_model(args, tokenizer)
+
+    output = args.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        build_image_processor().save_pretrained(partial)
+        if output.exists():
+            shutil.rmtree(output)
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {model.num_parameters():,} parameters and {len(tokenizer)} tokens to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
