@@ -36,6 +36,9 @@ def main() -> None:
     except ConfigError as error:
         fail(error)
 
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
     from megatron_ral.data.loader import open_sources
     from megatron_ral.data.shards import DataError
 

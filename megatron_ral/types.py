@@ -3,12 +3,30 @@
     Sample -> Prompt -> PromptBatch -> (generate) ResponseBatch -> (reward) Score -> TrainBatch -> losses
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Mapping, Optional, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same value with its tensors on `device`: tensors, tuples, mappings and dataclasses of them.
+
+    A `Prompt` stays where it is: its pixels go to the device only when the vision tower reads them.
+    """
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Prompt):
+        return value
+    if isinstance(value, tuple):
+        return tuple(to_device(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{item.name: to_device(getattr(value, item.name), device) for item in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,7 @@ class GroupBatch:
     def position_ids(self) -> Tensor:
         """[3, B, P + G R] int64; every response continues from its prompt."""
         B, G, R = self.response_ids.shape
-        steps = self.prompts.next_position[:, None, None] + torch.arange(R)
+        steps = self.prompts.next_position[:, None, None] + torch.arange(R, device=self.response_ids.device)
         responses = steps.expand(B, G, R).reshape(1, B, G * R).expand(3, -1, -1)
         return torch.cat([self.prompts.position_ids, responses], dim=2)
 
@@ -175,6 +193,3 @@ class TrainBatch:
     """[B, G, R] float32, from the frozen reference."""
     target_attention: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> [B, G, R, S] float32 attention policy the divergence is taken to."""
-
-    def with_denominator(self, denominator: float) -> "TrainBatch":
-        return replace(self, denominator=denominator)

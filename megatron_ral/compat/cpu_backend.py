@@ -1,8 +1,9 @@
 """Run megatron-core and DeepSpeed on a machine without an accelerator. Installed only there; no GPU path changes.
 
 megatron-core 0.16.1 writes `device="cuda"` and `torch.cuda.current_device()` into its schedules, its point-to-point
-communication and its rotary embedding. DeepSpeed 0.19.8 compiles a shared-memory collective the first time it runs on
-CPU (a minute, needs a compiler), and counts "devices" by starting `numactl` at every gradient reduction. `tests/unit/test_compat.py` fails once these lines are no longer needed.
+communication and its rotary embedding. DeepSpeed 0.19.8 looks for an accelerator when it is imported and warns; compiles
+a shared-memory collective the first time it runs on CPU (a minute, needs a compiler); and counts "devices" by starting
+`numactl` at every gradient reduction. `tests/unit/test_compat.py` fails once these lines are no longer needed.
 """
 
 import importlib
@@ -31,6 +32,13 @@ class _CpuTorch(types.ModuleType):
 _installed = False
 
 
+def choose_deepspeed_accelerator() -> None:
+    """Tell DeepSpeed that this machine has no accelerator, where it has none. Call before DeepSpeed is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def install() -> None:
     """Redirect what megatron-core and DeepSpeed would do on CUDA. Idempotent; refuses where CUDA is available."""
     global _installed
@@ -46,7 +54,6 @@ def install() -> None:
 
     schedules.torch = _CpuTorch()
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    choose_deepspeed_accelerator()
     # By name: the attribute `deepspeed.comm.torch` is torch itself.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -106,7 +106,7 @@ class LossConfig:
     attention_coef: NonNegativeFloat = 1.0
     """lambda_attn of the paper (0.5, 1 or 5 there)."""
     attention_target: Literal["old", "reference"] = "old"
-    """The distribution the divergence is taken to; see docs/method notes in the README."""
+    """The distribution the divergence is taken to; see "Settings" in README.md."""
     attention_layers: tuple[int, ...] = (-1,)
     """Recorded layers, 0-based; negative counts from the last. Any layer on any pipeline stage."""
 

@@ -11,7 +11,7 @@ from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.group_layout import AttentionPass, GroupKVCache, GroupLayout
 from megatron_ral.parallel.collectives import (
     broadcast_from_stage_, gather_shards, receive_from_previous_stage, send_to_next_stage)
-from megatron_ral.types import PromptBatch, ResponseBatch
+from megatron_ral.types import PromptBatch, ResponseBatch, to_device
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ class _Decoder:
     """One rollout's cache and the passing of hidden states between stages."""
 
     def __init__(self, engine: StageEngine, prompts: PromptBatch, settings: SamplingSettings):
-        self.engine, self.prompts, self.settings = engine, prompts, settings
+        self.engine, self.settings, self.device = engine, settings, engine.groups.device
+        self.prompts = to_device(prompts, self.device)
         self.cache = GroupKVCache(settings.max_response_length)
         self.B, self.G, self.P = len(prompts), settings.group_size, prompts.input_ids.shape[1]
 
     def prefill(self, visual_embeds: Optional[tuple[Tensor, ...]]) -> Optional[Tensor]:
         """Logits [B, G, v] for the first token on the last stage, None elsewhere."""
-        layout = GroupLayout(self.prompts.prompt_lengths, torch.zeros(self.B, 0, dtype=torch.int64), self.P, 0)
+        layout = GroupLayout(self.prompts.prompt_lengths, self._lengths(0), self.P, 0)
         attention = AttentionPass(layout, cache=self.cache)
         self._receive(self.P)
         output = self.engine.stage.prefill(self.prompts, visual_embeds, attention)
@@ -82,12 +83,12 @@ class _Decoder:
 
     def advance(self, tokens_BG: Tensor, step: int) -> Optional[Tensor]:
         """Feed the tokens of `step`; logits [B, G, v] for the next on the last stage, None elsewhere."""
-        layout = GroupLayout(self.prompts.prompt_lengths, torch.zeros(self.B, self.G, dtype=torch.int64), self.P,
+        layout = GroupLayout(self.prompts.prompt_lengths, self._lengths(self.G), self.P,
                              self.settings.max_response_length)
         attention = AttentionPass(layout, cache=self.cache, decode_step=step)
         positions = (self.prompts.next_position + step)[:, None].expand(-1, self.G)
         self._receive(self.G)
-        return self._hand_on(self.engine.stage.decode(tokens_BG, positions, attention))
+        return self._hand_on(self.engine.stage.decode(tokens_BG.to(self.device), positions, attention))
 
     def draw(self, logits: Optional[Tensor], uniform_BG: Tensor) -> tuple[Tensor, Tensor]:
         """Sample on the last stage, tell the others. Returns tokens [B, G] and their log-probabilities at
@@ -99,14 +100,18 @@ class _Decoder:
                                   self.settings.top_p).view(self.B, self.G)
             message[0] = token
             message[1] = torch.log_softmax(logits, dim=-1).gather(-1, token[..., None])[..., 0]
-        message = broadcast_from_stage_(message.to(self.engine.groups.device), -1, self.engine.groups).cpu()
+        message = broadcast_from_stage_(message.to(self.device), -1, self.engine.groups).cpu()
         return message[0].long(), message[1].float()
+
+    def _lengths(self, G: int) -> Tensor:
+        """Response lengths play no part while generating: what a row sees is what the cache holds."""
+        return torch.zeros(self.B, G, dtype=torch.int64, device=self.device)
 
     def _receive(self, length: int) -> None:
         engine = self.engine
         if not engine.layout.is_first_stage:
             hidden = torch.empty(length, self.B, engine.shape.hidden_size, dtype=engine.stage.dtype,
-                                 device=engine.groups.device)
+                                 device=self.device)
             engine.stage.set_input_tensor(receive_from_previous_stage(hidden, engine.groups))
 
     def _hand_on(self, output: Tensor) -> Optional[Tensor]:

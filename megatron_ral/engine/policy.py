@@ -22,7 +22,7 @@ from megatron_ral.models.group_layout import AttentionPass
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.groups import ParallelGroups
-from megatron_ral.types import TrainBatch
+from megatron_ral.types import TrainBatch, to_device
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -98,7 +98,7 @@ class PolicyEngine(StageEngine):
                 metrics[name] = metrics.get(name, 0.0) + value.detach()
 
         def forward_step(iterator, stage):
-            batch = next(iterator)
+            batch = to_device(next(iterator), self.groups.device)
             pass_ = AttentionPass(group_layout(batch.groups), recorded)
             output = stage(batch.groups, pass_)
             for layer in sorted(recorded):
@@ -187,7 +187,8 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
-            zero.optimizer.state[flat].update(step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            zero.optimizer.state[flat].update(step=step, exp_avg=torch.zeros_like(flat),
+                                              exp_avg_sq=torch.zeros_like(flat))
 
     def _adamw_step(self) -> float:
         zero = self.deepspeed.optimizer

@@ -25,7 +25,7 @@ from megatron_ral.models.weights import load_stage
 from megatron_ral.parallel.collectives import sum_over_ranks
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
-from megatron_ral.types import GroupBatch, PromptBatch
+from megatron_ral.types import GroupBatch, PromptBatch, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -137,7 +137,7 @@ class StageEngine:
         tokens: list[TokenOutputs] = []
 
         def forward_step(iterator, stage):
-            batch = next(iterator)
+            batch = to_device(next(iterator), self.groups.device)
             pass_ = AttentionPass(group_layout(batch), recorded)
             output = stage(batch, pass_)
             attention.append({layer: self.attention_rows(pass_.records[layer], pass_) for layer in sorted(recorded)})
@@ -158,7 +158,7 @@ class StageEngine:
         layout = group_layout(first)
         for batch in batches:
             other = group_layout(getattr(batch, "groups", batch))
-            assert (other.B, other.sequence_length) == (layout.B, layout.sequence_length), "micro-batches differ in shape"
+            assert (other.B, other.P, other.R) == (layout.B, layout.P, layout.R), "micro-batches differ in shape"
         get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=iter(batches), model=self.stage,
             num_microbatches=len(batches), seq_length=layout.sequence_length, micro_batch_size=layout.B,

@@ -1,4 +1,4 @@
-"""One pipeline stage of the multimodal model: vision tower on the first, language layers everywhere, logits on the last.
+"""One pipeline stage of the multimodal model: vision tower on the first, language layers on all, logits on the last.
 
 The forward pass reads a `GroupBatch` (or, decoding, one token per response) and an `AttentionPass`. It returns the
 hidden states for the next stage, or on the last stage the logits of the rows that predict response tokens: the first

@@ -40,7 +40,8 @@ class ModelShape:
         """
         index = layer + self.num_layers if layer < 0 else layer
         if not 0 <= index < self.num_layers:
-            raise ConfigError(f"loss.attention_layers names layer {layer} but '{self.path}' has {self.num_layers} layers")
+            raise ConfigError(f"loss.attention_layers names layer {layer} but '{self.path}' has {self.num_layers} "
+                              "layers")
         return index
 
     def check_layout(self, tensor_size: int, pipeline_size: int) -> None:

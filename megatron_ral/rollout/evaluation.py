@@ -14,7 +14,7 @@ from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
 from megatron_ral.rollout.collect import sample_responses, score_responses
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
+from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, to_device
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
             batch = responses.prompts
             mass = torch.zeros(len(batch), batch.input_ids.shape[1], device=engine.groups.device)
             if rows is not None:
-                mask = _group_batch(responses).response_mask[..., None]
+                mask = _group_batch(responses).response_mask[..., None].to(mass.device)
                 mass = (rows.policy[..., : mass.shape[1]] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
             mass = broadcast_from_stage_(mass.contiguous(), owner, engine.groups).cpu()
             score = score_responses(responses, processor, config)
@@ -124,8 +124,8 @@ def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: P
 
 
 def _attention_sums(responses: ResponseBatch, rows: AttentionRows) -> dict[str, Tensor]:
-    prompts, P = responses.prompts, rows.layout.P
-    mask = _group_batch(responses).response_mask
+    groups = to_device(_group_batch(responses), rows.policy.device)
+    prompts, mask, P = groups.prompts, groups.response_mask, rows.layout.P
     visual = (rows.policy[..., :P] * prompts.visual_mask[:, None, None]).sum(-1)
     target = (rows.policy[..., :P] * prompts.target_mask[:, None, None]).sum(-1)
     annotated = mask & prompts.target_mask.any(-1)[:, None, None]

@@ -36,7 +36,7 @@ class RunLog:
             for b, prompt in enumerate(scored.groups.prompts.prompts):
                 if shown == self.config.logging.num_completions:
                     return
-                rows = [f"**{html.escape(prompt.sample.problem)}** — `{html.escape(prompt.sample.solution)}` "
+                rows = [f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
                         f"(key {html.escape(prompt.sample.key)})", "", "| reward | response |", "|---|---|"]
                 for text, reward in zip(scored.score.texts[b], scored.score.rewards[b].tolist()):
                     rows.append(f"| {reward:.2f} | {html.escape(text).replace('|', '&#124;')} |")
@@ -56,7 +56,7 @@ class RunLog:
                 self._writer.add_image(f"attention/probe_{index}", attention_picture(view, merge_size), step,
                                        dataformats="HWC")
             self._writer.add_text(f"probes/{index}", f"**{html.escape(view.prompt.sample.problem)}** — "
-                                  f"`{html.escape(view.prompt.sample.solution)}`: {html.escape(view.text)}", step)
+                                  f"{html.escape(view.prompt.sample.solution)}: {html.escape(view.text)}", step)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -39,7 +39,7 @@ def attention_picture(view: ProbeView, merge_size: int) -> np.ndarray:
         for row in range(rows):
             for column in range(columns):
                 draw.text(((column + 0.5) * size[0] / columns, (row + 0.8) * size[1] / rows),
-                          f"{100 * share[row, column]:.0f}%", fill="white", anchor="mm")
+                          f"{100 * share[row, column]:.0f}%", fill="white", anchor="mm", stroke_width=1, stroke_fill="black")
     both = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
     both.paste(plain, (0, 0))
     both.paste(overlay, (size[0] + 8, 0))

@@ -1,7 +1,7 @@
 """One training step, in order. Read this file first.
 
-`ral_step` is one rollout and the optimizer steps made on it; `sft_step` is one supervised optimizer step. Both are plain
-sequences of calls: what a call does is one file away.
+`ral_step` is one rollout and the optimizer steps made on it; `sft_step` is one supervised optimizer step. Both are
+plain sequences of calls: what a call does is one file away.
 """
 
 import time
@@ -150,7 +150,7 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: Poli
             for name, values in scored.score.components.items():
                 add(f"rewards/{name}/mean", values.sum())
             mask = scored.groups.response_mask
-            difference = (output.tokens.logprobs - scored.rollout_logprobs).abs() * mask
+            difference = (output.tokens.logprobs.cpu() - scored.rollout_logprobs).abs() * mask
             add("sampling/logprob_difference", difference.sum())
             add("tokens", mask.sum())
     total = sum_metrics(sums, policy.groups)

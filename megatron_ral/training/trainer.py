@@ -58,7 +58,8 @@ class Trainer:
         self.eval_shards = []
         if config.data.eval_shards:
             self.eval_shards = list(open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards)
-        self.objective = RalObjective(config.loss, frozenset(shape.layer_index(i) for i in config.loss.attention_layers))
+        recorded = frozenset(shape.layer_index(layer) for layer in config.loss.attention_layers)
+        self.objective = RalObjective(config.loss, recorded)
         self.policy = PolicyEngine(shape, groups, config)
         self.reference = None
         if config.needs_reference:

@@ -32,7 +32,8 @@ def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, **loss) -> Run
         data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
         rollout=RolloutConfig(num_prompts=NUM_GROUPS, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
                               max_response_length=LENGTH),
-        loss=LossConfig(**settings), # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide a step.
+        loss=LossConfig(**settings),
+        # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide.
         optimizer=OptimizerConfig(learning_rate=1e-3, clip_grad_norm=0.5, eps=1e-5),
         train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2))
 

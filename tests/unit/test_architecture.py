@@ -1,4 +1,4 @@
-"""Arrows go down only, and third parties stay in their rooms (docs/architecture.md)."""
+"""Arrows go down only, and third parties stay in their rooms (the map in README.md)."""
 
 import ast
 from pathlib import Path
