@@ -1,0 +1,95 @@
+"""Text-only and mixed batches, prompts of different lengths, several images sizes: no hang, and equal to one process."""
+
+import dataclasses
+
+import torch
+
+from megatron_ral.config.sections import ModelConfig
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.shape import read_shape
+from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.rollout.assemble import global_response_tokens
+from megatron_ral.rollout.collect import collect_rollout
+from megatron_ral.training.objective import SftObjective
+from megatron_ral.training.step import supervised_batches
+from megatron_ral.types import Sample, TrainBatch
+from tests.distributed.cases import full_weights, make_config
+from tests.distributed.runner import run_ranks
+from tests.unit.test_data import png
+
+
+def samples() -> list[Sample]:
+    """Eight samples; with two data-parallel ranks the second rank gets text alone."""
+    sizes = [(56, 56), (84, 28), None, (28, 56)] + [None] * 4
+    return [Sample(key=f"k{index}", shard="s", problem="Which digit is red? " + "Which colour is cell 2? " * (index % 3),
+                   solution=f"<answer>{index}</answer>", process="<think>red</think>" * (1 + index % 2), problem_type="",
+                   images=() if size is None else (png(*size),), target_boxes=())
+            for index, size in enumerate(sizes)]
+
+
+def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int):
+    config = make_config(path, tensor=tensor, pipeline=pipeline)
+    config = dataclasses.replace(config, model=ModelConfig(path=path, dtype="float32", train_vision=True))
+    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    policy = PolicyEngine(read_shape(path), groups, config)
+    processor = PromptProcessor(path, 128)
+    prompts = [processor(sample) for sample in samples()]
+    share = len(prompts) // groups.layout.data_size
+    mine = prompts[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
+    batches = supervised_batches(mine, processor.pad_token_id, min(micro_batch_size, share))
+    denominator = global_response_tokens(batches, groups)
+    losses, norms = [], []
+    for _ in range(2):
+        losses.append(policy.forward_backward([TrainBatch(batch, denominator) for batch in batches],
+                                              SftObjective())["loss"])
+        norms.append(policy.step().grad_norm)
+    weights = full_weights(policy)
+    stop_groups()
+    return losses, norms, weights
+
+
+def test_a_rank_without_images_neither_hangs_nor_changes_the_step(material):
+    path = str(material["tiny"])
+    losses, norms, weights = run_ranks(1, supervised_step, path, 1, 1, 8)[0]
+    assert losses[1] < losses[0]
+    for world, tensor, pipeline, micro in ((1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 2, 4), (4, 2, 1, 2)):
+        ours = run_ranks(world, supervised_step, path, tensor, pipeline, micro)[-1]
+        assert torch.allclose(torch.tensor(ours[0]), torch.tensor(losses), rtol=1e-5), (world, tensor, pipeline, micro)
+        assert torch.allclose(torch.tensor(ours[1]), torch.tensor(norms), rtol=1e-5)
+        for name, wanted in weights.items():
+            assert (ours[2][name] - wanted).norm() <= 1e-5 * wanted.norm(), (name, world, tensor, pipeline, micro)
+
+
+def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
+    config = make_config(path, tensor=tensor, pipeline=pipeline)
+    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    policy = PolicyEngine(read_shape(path), groups, config)
+    processor = PromptProcessor(path, 128)
+    share = len(samples()) // groups.layout.data_size
+    start = groups.layout.data_rank * share
+    prompts = [processor(sample) for sample in samples()[start:start + share]]
+    rollout = collect_rollout(policy, prompts, processor, config, 0, 2)
+    old = policy.forward([scored.groups for scored in rollout], [3])
+    stop_groups()
+    result = {}
+    for scored, output in zip(rollout, old):
+        for b, key in enumerate(scored.groups.prompts.keys):
+            for g in range(scored.groups.response_ids.shape[1]):
+                n = int(scored.groups.response_lengths[b, g])
+                result[key, g] = (scored.groups.response_ids[b, g, :n].tolist(), scored.rollout_logprobs[b, g, :n],
+                                  output.tokens.logprobs[b, g, :n] if output.tokens else None)
+    return result
+
+
+def test_rollouts_of_mixed_prompts_do_not_depend_on_ranks_or_padding(material):
+    path = str(material["tiny"])
+    alone = run_ranks(1, rollout_of_mixed_prompts, path, 1, 1)[0]
+    assert len(alone) == 24
+    for ids, rollout, training in alone.values():
+        assert torch.allclose(rollout, training, atol=1e-4)
+    results = run_ranks(2, rollout_of_mixed_prompts, path, 1, 1)
+    assert not set(results[0]) & set(results[1])
+    for key, (ids, rollout, training) in {**results[0], **results[1]}.items():
+        assert ids == alone[key][0]
+        assert torch.allclose(training, alone[key][2], atol=1e-5)
