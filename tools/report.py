@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-COLUMNS = ("accuracy", "format_rate", "target_attention", "num_prompts")
+COLUMNS = ("accuracy", "format_rate", "target_attention", "num_prompts")  # of the table; the report has more
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     report = {}
     for stage in ("sft", "rl"):
         result = json.loads((arguments.output_dir / stage / "evaluation.json").read_text())
-        report[stage] = {name: result[name] for name in COLUMNS}
+        report[stage] = {name: result[name] for name in (*COLUMNS, "target_attention_by_layer")}
     report["wall_seconds"] = {name: float(value) for name, _, value in
                               (phase.partition("=") for phase in arguments.phase)}
     report["layout"] = json.loads((arguments.output_dir / "rl" / "summary.json").read_text())["layout"]
@@ -31,6 +31,9 @@ def main() -> None:
         row = report[stage]
         print(f"{stage:>6}{row['accuracy']:>18.3f}{row['format_rate']:>18.3f}{row['target_attention']:>18.3f}"
               f"{row['num_prompts']:>18d}")
+    for stage in ("sft", "rl"):
+        by_layer = " ".join(f"{share:.3f}" for share in report[stage]["target_attention_by_layer"])
+        print(f"{stage:>6} target attention, first to last layer: {by_layer}")
     gain = 100 * (report["rl"]["accuracy"] - report["sft"]["accuracy"])
     print(f"\naccuracy after RL - after SFT: {gain:+.1f} points")
     total = sum(report["wall_seconds"].values())

@@ -1,7 +1,9 @@
 """Held-out evaluation: greedy responses, accuracy, format, and how much of the visual attention meets the target."""
 
+import itertools
+import logging
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +14,12 @@ from megatron_ral.data.shards import epoch_entries, parse_sample
 from megatron_ral.engine.generate import SamplingSettings
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
 from megatron_ral.rollout.collect import sample_responses, score_responses
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, to_device
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,9 @@ class Evaluation:
     accuracy: float
     format_rate: float
     target_attention: float
-    """Attention mass of response rows on the asked cell's visual tokens / mass on all visual tokens, mean over rows."""
+    """Attention mass of response rows on the asked cell's visual tokens / mass on all visual tokens, mean over rows,
+    in the measured layer."""
+    target_attention_by_layer: tuple[float, ...]
     visual_mass: float
     """Attention mass of response rows on all visual tokens, mean over rows."""
     num_prompts: int
@@ -42,20 +49,16 @@ class ProbeView:
 
 def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0,
                  dp_size: int = 1) -> list[Prompt]:
-    """The first `limit` usable samples of the shards in file order, of which this rank keeps every dp_size-th: the set
-    does not depend on the number of ranks."""
-    prompts, seen = [], 0
-    for entry in epoch_entries(shards, dp_rank=0, dp_size=1, epoch=0, seed=0, shuffle=False, shuffle_buffer=1):
-        if seen == limit:
-            break
-        try:
-            sample = parse_sample(entry)
-            prompt = processor(sample) if seen % dp_size == dp_rank or limit <= dp_size else None
-        except (SampleError, ValueError):
-            continue
-        if seen % dp_size == dp_rank:
-            prompts.append(prompt)
-        seen += 1
+    """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set
+    does not depend on the number of ranks. Unusable samples are left out with a warning."""
+    prompts = []
+    entries = epoch_entries(shards, dp_rank=0, dp_size=1, epoch=0, seed=0, shuffle=False, shuffle_buffer=1)
+    for index, entry in enumerate(itertools.islice(entries, limit)):
+        if index % dp_size == dp_rank:
+            try:
+                prompts.append(processor(parse_sample(entry)))
+            except (SampleError, ValueError) as error:
+                logger.warning("left out of the evaluation: %s", error)
     return prompts
 
 
@@ -66,25 +69,30 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
     Args:
         engine: policy or frozen engine.
         prompts: this rank's share.
-        layer: 0-based layer whose attention is measured.
+        layer: 0-based layer whose attention is reported as the measured one; all layers are reported beside it.
         progress: called with the number of prompts done.
     """
     sums: dict[str, float] = {}
+    layers = range(engine.shape.num_layers)
     with engine.resident():
-        for responses, rows in _greedy_batches(engine, prompts, processor, config, layer):
+        for responses, attention in _greedy_batches(engine, prompts, processor, config, layers):
             score = score_responses(responses, processor, config)
             if engine.layout.is_last_stage:
                 _add(sums, {"prompts": len(score.rewards), "accuracy": score.components["accuracy"].sum(),
                             "format": score.components["format"].sum()})
-            if rows is not None:
-                _add(sums, _attention_sums(responses, rows))
+            for index, rows in attention.items():
+                _add(sums, _attention_sums(responses, index, rows))
             progress(len(responses.prompts))
     total = sum_metrics(sums, engine.groups)
-    count = max(total.get("prompts", 0.0), 1.0)
+
+    def mean(name: str, count: str) -> float:
+        return total.get(name, 0.0) / max(total.get(count, 0.0), 1.0)
+
+    by_layer = tuple(mean(f"target/{index}", f"annotated/{index}") for index in layers)
     return Evaluation(
-        accuracy=total.get("accuracy", 0.0) / count, format_rate=total.get("format", 0.0) / count,
-        target_attention=total.get("target", 0.0) / max(total.get("annotated_rows", 0.0), 1.0),
-        visual_mass=total.get("visual", 0.0) / max(total.get("rows", 0.0), 1.0), num_prompts=int(total["prompts"]))
+        accuracy=mean("accuracy", "prompts"), format_rate=mean("format", "prompts"), target_attention=by_layer[layer],
+        target_attention_by_layer=by_layer, visual_mass=mean(f"visual/{layer}", f"rows/{layer}"),
+        num_prompts=int(total.get("prompts", 0)))
 
 
 def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
@@ -93,8 +101,8 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     views = []
     owner = layer // (engine.shape.num_layers // engine.layout.pipeline_size)
     with engine.resident():
-        for responses, rows in _greedy_batches(engine, prompts, processor, config, layer):
-            batch = responses.prompts
+        for responses, attention in _greedy_batches(engine, prompts, processor, config, [layer]):
+            batch, rows = responses.prompts, attention.get(layer)
             mass = torch.zeros(len(batch), batch.input_ids.shape[1], device=engine.groups.device)
             if rows is not None:
                 mask = _group_batch(responses).response_mask[..., None].to(mass.device)
@@ -111,27 +119,22 @@ def _group_batch(responses: ResponseBatch, embeds=None) -> GroupBatch:
 
 
 def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                    layer: int):
-    """Yield (responses, attention rows of `layer` on its owner, None elsewhere), batch by batch."""
+                    layers: Sequence[int]) -> Iterator[tuple[ResponseBatch, Mapping[int, AttentionRows]]]:
+    """Responses, and the attention rows of those of `layers` that live on this stage, batch by batch."""
     settings = SamplingSettings(1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
                                 temperature=0.0)
     size = config.rollout.generation_batch_size
     for start in range(0, len(prompts), size):
         chosen = prompts[start:start + size]
         for responses, embeds in sample_responses(engine, chosen, processor, settings, size):
-            output = engine.forward([_group_batch(responses, embeds)], [layer])[0]
-            yield responses, output.attention.get(layer)
+            yield responses, engine.forward([_group_batch(responses, embeds)], layers)[0].attention
 
 
-def _attention_sums(responses: ResponseBatch, rows: AttentionRows) -> dict[str, Tensor]:
+def _attention_sums(responses: ResponseBatch, layer: int, rows: AttentionRows) -> dict[str, Tensor]:
     groups = to_device(_group_batch(responses), rows.policy.device)
-    prompts, mask, P = groups.prompts, groups.response_mask, rows.layout.P
-    visual = (rows.policy[..., :P] * prompts.visual_mask[:, None, None]).sum(-1)
-    target = (rows.policy[..., :P] * prompts.target_mask[:, None, None]).sum(-1)
-    annotated = mask & prompts.target_mask.any(-1)[:, None, None]
-    share = torch.where(visual > 0, target / visual.clamp(min=1e-30), 0.0)
-    return {"rows": mask.sum(), "visual": (visual * mask).sum(), "annotated_rows": annotated.sum(),
-            "target": (share * annotated).sum()}
+    mass = row_mass(rows.policy, groups.prompts.visual_mask, groups.prompts.target_mask, groups.response_mask)
+    return {f"rows/{layer}": groups.response_mask.sum(), f"visual/{layer}": (mass.visual * groups.response_mask).sum(),
+            f"annotated/{layer}": mass.annotated.sum(), f"target/{layer}": (mass.target_share * mass.annotated).sum()}
 
 
 def _add(sums: dict[str, float], values: dict) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_ral.config.sections import LossConfig
 from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
 from megatron_ral.functional.attention_loss import attention_rl_loss
+from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.functional.kl import kl_k3
 from megatron_ral.functional.policy_loss import clipped_surrogate
 from megatron_ral.types import TrainBatch
@@ -95,18 +96,15 @@ def attention_metrics(rows: AttentionRows, batch: TrainBatch, share: float) -> d
     `attention/target_mass` is the mass on the annotated cells divided by the mass on all visual tokens, over the rows
     of prompts that have an annotation; it is handed on as sum and count.
     """
-    prompts, P = batch.groups.prompts, rows.layout.P
     mask = batch.groups.response_mask
-    visual = (rows.policy[..., :P] * prompts.visual_mask[:, None, None, :]).sum(-1)
-    target = (rows.policy[..., :P] * prompts.target_mask[:, None, None, :]).sum(-1)
-    annotated = mask & prompts.target_mask.any(-1)[:, None, None]
+    mass = row_mass(rows.policy, batch.groups.prompts.visual_mask, batch.groups.prompts.target_mask, mask)
     own = rows.attention.masked_fill(~rows.layout.self_RS, 0.0).sum(-1)
     return {
-        "attention/visual_mass": (visual * mask).sum() * share,
+        "attention/visual_mass": (mass.visual * mask).sum() * share,
         "attention/sink_mass": (rows.policy[..., 0] * mask).sum() * share,
         "attention/self_mass": (own * mask).sum() * share,
-        "attention/target_mass:sum": (torch.where(visual > 0, target / visual.clamp(min=1e-30), 0.0) * annotated).sum(),
-        "attention/target_mass:count": annotated.sum(),
+        "attention/target_mass:sum": (mass.target_share * mass.annotated).sum(),
+        "attention/target_mass:count": mass.annotated.sum(),
     }
 
 

@@ -259,3 +259,18 @@ def test_sampling_follows_the_distribution_at_a_temperature():
 def test_streams_belong_to_the_sample():
     assert torch.equal(uniform_stream(5, 0, 1, "key", 2), uniform_stream(5, 0, 1, "key", 2))
     assert not torch.equal(uniform_stream(5, 0, 1, "key", 2), uniform_stream(5, 0, 1, "key", 3))
+
+
+# --- masses -----------------------------------------------------------------------------------------------------------
+
+def test_row_mass_by_hand():
+    from megatron_ral.functional.attention_mass import row_mass
+
+    policy = torch.tensor([[[[0.1, 0.2, 0.3, 0.4, 0.0], [0.5, 0.0, 0.0, 0.2, 0.3]]]])  # P = 4, R = 1 own column
+    visual, target = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, True, False]])
+    mass = row_mass(policy, visual, target, torch.tensor([[[True, True]]]))
+    assert mass.visual.flatten().tolist() == pytest.approx([0.5, 0.0])
+    assert mass.target_share.flatten().tolist() == pytest.approx([0.6, 0.0])
+    assert mass.annotated.flatten().tolist() == [True, True]
+    without = row_mass(policy, visual, torch.zeros_like(target), torch.tensor([[[True, False]]]))
+    assert not without.annotated.any()
