@@ -1,0 +1,42 @@
+"""Evaluation: the same held-out set and the same result whatever the layout, and known values where they are known."""
+
+import pytest
+import torch
+
+from megatron_ral.data.loader import open_sources
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.models.shape import read_shape
+from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from tests.distributed.cases import make_config
+from tests.distributed.runner import run_ranks
+
+
+def evaluation(path: str, data: str, tensor: int, pipeline: int):
+    config = make_config(path, tensor=tensor, pipeline=pipeline)
+    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    processor = PromptProcessor(path, 128)
+    shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
+    prompts = read_prompts(shards, processor, 21, dp_rank=groups.layout.data_rank, dp_size=groups.layout.data_size)
+    engine = FrozenEngine(read_shape(path), groups, "float32", path)
+    result = evaluate_prompts(engine, prompts, processor, config, 1)
+    views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
+    stop_groups()
+    return result, [(view.prompt.sample.key, view.text, view.visual_attention) for view in views]
+
+
+@pytest.mark.parametrize("world, tensor, pipeline", [(2, 1, 1), (4, 1, 2), (2, 2, 1)])
+def test_evaluation_does_not_depend_on_the_layout(material, world, tensor, pipeline):
+    """21 prompts: with two data-parallel ranks one of them has a prompt more."""
+    alone, views = run_ranks(1, evaluation, str(material["tiny"]), str(material["data"]), 1, 1)[0]
+    assert alone.num_prompts == 21
+    for result, other_views in run_ranks(world, evaluation, str(material["tiny"]), str(material["data"]), tensor, pipeline):
+        assert result.num_prompts == 21 and result.accuracy == alone.accuracy
+        assert result.target_attention_by_layer == pytest.approx(alone.target_attention_by_layer, rel=1e-5)
+        assert result.visual_mass == pytest.approx(alone.visual_mass, rel=1e-5)
+        for (key, text, mass), (other_key, other_text, other_mass) in zip(views, other_views, strict=True):
+            assert (key, text) == (other_key, other_text)
+            assert len(mass) == 4 and torch.allclose(mass, other_mass, atol=1e-6)
+    assert alone.target_attention == alone.target_attention_by_layer[1]
+    assert 0.05 < alone.target_attention < 0.6
