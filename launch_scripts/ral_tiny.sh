@@ -1,69 +1,107 @@
 #!/usr/bin/env bash
 # The whole pipeline at 1.4 million parameters on a bare CPU machine: shards, SFT, RL with RAL, evaluation, export.
 #
-#   bash launch_scripts/ral_tiny.sh [dotted.key=value ...]
+#   bash launch_scripts/ral_tiny.sh [dotted.key=value ...] [--dry-run]
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
-# A phase whose result is in OUTPUT_DIR already is not run again; a training run that was cut off is resumed.
+# A phase whose result is in OUTPUT_DIR already is not run again; a training run that was cut off is resumed. Other
+# settings need another OUTPUT_DIR.
 set -euo pipefail
 
-# ---- yours to set -------------------------------------------------------------------------------------------------
-OUTPUT_DIR="${OUTPUT_DIR:-outputs/ral_tiny}"
+# ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
+OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per set of overrides
+DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search in the project
 NPROC_PER_NODE="${NPROC_PER_NODE:-2}"
-NNODES="${NNODES:-1}"
+NNODES="${NNODES:-1}"                # more than 1: OUTPUT_DIR and DATA_DIR must be on a shared disk
 NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-29500}"
-DATA_DIR="${DATA_DIR:-data/digit_search}"
-# -------------------------------------------------------------------------------------------------------------------
+MASTER_PORT="${MASTER_PORT:-}"       # default: a free port on one node, 29500 on several
+# ---------------------------------------------------------------------------------------------------------------------
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-cd "$PROJECT"
 
-sft_overrides=() rl_overrides=() seed=0
+overrides=() sft_overrides=() rl_overrides=() seed=0 dry_run=""
 for argument in "$@"; do
     case "$argument" in
+        --dry-run) dry_run=1 && continue ;;
         sft:*) sft_overrides+=("${argument#sft:}") ;;
         rl:*) rl_overrides+=("${argument#rl:}") ;;
-        --dry-run) dry_run=1 ;;
+        seed=*) seed="${argument#seed=}" sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
         *) sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
     esac
-    case "$argument" in seed=*) seed="${argument#seed=}" ;; esac
+    overrides+=("$argument")
 done
+if [ -z "$OUTPUT_DIR" ]; then
+    OUTPUT_DIR="$PROJECT/outputs/ral_tiny"
+    if [ "${#overrides[@]}" -gt 0 ]; then
+        OUTPUT_DIR+="-$(printf '%s\n' "${overrides[@]}" | sha256sum | cut -c1-8)"
+    fi
+fi
+OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
+DATA_DIR="$(realpath -m "${DATA_DIR:-$PROJECT/data/digit_search}")"
+model="$OUTPUT_DIR/model"
+cd "$PROJECT"
 
-phases=()
+started=$(date +%s)
+setup_environment
+setup_seconds=$(($(date +%s) - started))
+
+config=pretrained_configs/runs
+sft=(--config "$config/sft_tiny.yaml" "model.path='$model'" "train.output_dir='$OUTPUT_DIR/sft'"
+    "data.train.0.shards='$DATA_DIR/single-*.tar'" "data.train.1.shards='$DATA_DIR/search-*.tar'"
+    "data.train.2.shards='$DATA_DIR/biased-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
+    ${sft_overrides[@]+"${sft_overrides[@]}"})
+rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.output_dir='$OUTPUT_DIR/rl'"
+    "data.train.0.shards='$DATA_DIR/rl-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
+    ${rl_overrides[@]+"${rl_overrides[@]}"})
+
+if [ -n "$dry_run" ]; then
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    "$PYTHON" tools/make_tiny_model.py --output "$scratch/model" > /dev/null 2>&1
+    launch megatron_ral.train "${sft[@]}" "model.path='$scratch/model'" --dry-run
+    launch megatron_ral.train "${rl[@]}" "model.path='$scratch/model'" --dry-run
+    exit 0
+fi
+
+mkdir -p "$OUTPUT_DIR/seconds"
+printf '%s\n' "processes=$NPROC_PER_NODE*$NNODES" "data=$DATA_DIR" ${overrides[@]+"${overrides[@]}"} \
+    > "$OUTPUT_DIR/arguments.new.$NODE_RANK"
+if [ -f "$OUTPUT_DIR/arguments" ] && ! cmp -s "$OUTPUT_DIR/arguments" "$OUTPUT_DIR/arguments.new.$NODE_RANK"; then
+    rm "$OUTPUT_DIR/arguments.new.$NODE_RANK"
+    echo "error: OUTPUT_DIR = $OUTPUT_DIR was made with other arguments ($(tr '\n' ' ' < "$OUTPUT_DIR/arguments")); " \
+        "give another OUTPUT_DIR or remove it" >&2
+    exit 2
+fi
+mv "$OUTPUT_DIR/arguments.new.$NODE_RANK" "$OUTPUT_DIR/arguments"
+echo "$setup_seconds" > "$OUTPUT_DIR/seconds/setup"
+
 run_phase() { # run_phase NAME COMMAND...: run it and keep the wall seconds
-    local name="$1" start seconds
+    local name="$1" start
     shift
     start=$(date +%s)
     "$@"
-    seconds=$(($(date +%s) - start))
-    echo "$seconds" > "$OUTPUT_DIR/seconds/$name"
+    echo $(($(date +%s) - start)) > "$OUTPUT_DIR/seconds/$name"
 }
 
-start=$(date +%s)
-setup_environment
-mkdir -p "$OUTPUT_DIR/seconds"
-echo $(($(date +%s) - start)) > "$OUTPUT_DIR/seconds/setup"
+# make_once NAME FILE COMMAND...: on the first node, unless FILE is there; other nodes wait for it. Two starts at the
+# same time wait for each other.
+make_once() {
+    local name="$1" file="$2"
+    shift 2
+    if [ "$NODE_RANK" != 0 ]; then
+        until [ -f "$file" ]; do sleep 2; done
+        return
+    fi
+    mkdir -p "$(dirname "$(dirname "$file")")"
+    {
+        flock 8
+        [ -f "$file" ] || run_phase "$name" "$@"
+    } 8> "$(dirname "$file").lock"
+}
 
-model="$OUTPUT_DIR/model"
-[ -f "$DATA_DIR/dataset_info.json" ] ||
-    run_phase data "$PYTHON" tools/make_digit_search.py --output "$DATA_DIR"
-[ -f "$model/config.json" ] ||
-    run_phase model "$PYTHON" tools/make_tiny_model.py --output "$model" --seed "$seed"
-
-config=pretrained_configs/runs
-sft=(--config "$config/sft_tiny.yaml" "model.path=$model" "train.output_dir=$OUTPUT_DIR/sft"
-    "data.train.0.shards=$DATA_DIR/single-*.tar" "data.train.1.shards=$DATA_DIR/search-*.tar"
-    "data.train.2.shards=$DATA_DIR/biased-*.tar" "data.eval_shards=$DATA_DIR/heldout-*.tar" "${sft_overrides[@]}")
-rl=(--config "$config/ral_tiny.yaml" "model.path=$OUTPUT_DIR/sft/hf" "train.output_dir=$OUTPUT_DIR/rl"
-    "data.train.0.shards=$DATA_DIR/rl-*.tar" "data.eval_shards=$DATA_DIR/heldout-*.tar" "${rl_overrides[@]}")
-
-if [ -n "${dry_run:-}" ]; then
-    launch megatron_ral.train "${sft[@]}" --dry-run
-    launch megatron_ral.train "${rl[@]}" "model.path=$model" --dry-run
-    exit 0
-fi
+make_once data "$DATA_DIR/dataset_info.json" "$PYTHON" tools/make_digit_search.py --output "$DATA_DIR"
+make_once model "$model/config.json" "$PYTHON" tools/make_tiny_model.py --output "$model" --seed "$seed"
 
 [ -d "$OUTPUT_DIR/sft/hf" ] || run_phase sft launch megatron_ral.train --resume "${sft[@]}"
 [ -f "$OUTPUT_DIR/sft/evaluation.json" ] || run_phase sft_evaluation \
@@ -72,7 +110,10 @@ fi
 [ -f "$OUTPUT_DIR/rl/evaluation.json" ] || run_phase rl_evaluation \
     launch megatron_ral.evaluate --model "$OUTPUT_DIR/rl/hf" --output "$OUTPUT_DIR/rl/evaluation.json" "${rl[@]}"
 
-for name in setup data model sft sft_evaluation rl rl_evaluation; do
-    [ ! -f "$OUTPUT_DIR/seconds/$name" ] || phases+=(--phase "$name=$(cat "$OUTPUT_DIR/seconds/$name")")
-done
-"$PYTHON" tools/report.py --output-dir "$OUTPUT_DIR" "${phases[@]}"
+if [ "$NODE_RANK" = 0 ]; then
+    phases=()
+    for name in setup data model sft sft_evaluation rl rl_evaluation; do
+        [ ! -f "$OUTPUT_DIR/seconds/$name" ] || phases+=(--phase "$name=$(cat "$OUTPUT_DIR/seconds/$name")")
+    done
+    "$PYTHON" tools/report.py --output-dir "$OUTPUT_DIR" "${phases[@]}"
+fi

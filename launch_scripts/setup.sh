@@ -8,27 +8,47 @@ export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-setup_environment() {
-    local wanted base="${PYTHON_BASE:-python3}"
+_is_python_311() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+}
+
+_install() {
+    local wanted base candidate
     wanted="$(sha256sum "$PROJECT/requirements.txt" | cut -d' ' -f1)"
     if [ -f "$PROJECT/.venv/installed" ] && [ "$(cat "$PROJECT/.venv/installed")" = "$wanted" ]; then
         return 0
     fi
-    "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || {
-        command -v python3.11 >/dev/null || {
-            echo "error: Python 3.11 is needed; set PYTHON_BASE to its interpreter" >&2
-            return 1
-        }
-        base=python3.11
-    }
+    base=""
+    for candidate in ${PYTHON_BASE:-python3.11 python3 python}; do
+        if _is_python_311 "$candidate"; then
+            base="$candidate"
+            break
+        fi
+    done
+    if [ -z "$base" ]; then
+        echo "error: Python 3.11 is needed (tried: ${PYTHON_BASE:-python3.11 python3 python}); set PYTHON_BASE" >&2
+        return 1
+    fi
     echo "installing into .venv (first use)"
     "$base" -m venv "$PROJECT/.venv" || return 1
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$PROJECT/requirements.txt" || return 1
     printf '%s\n' "$wanted" > "$PROJECT/.venv/installed"
 }
 
-# launch MODULE [ARGUMENT ...]: the module under torchrun, layout from the environment.
+# Two first starts at the same time must not install into one folder.
+setup_environment() {
+    (
+        flock 9
+        _install
+    ) 9> "$PROJECT/.setup.lock"
+}
+
+# launch MODULE [ARGUMENT ...]: the module under torchrun, layout from the environment. On one node and without
+# MASTER_PORT a free port is taken.
 launch() {
-    "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m "$@"
+    local rendezvous=(--standalone)
+    if [ "$NNODES" != 1 ] || [ -n "${MASTER_PORT:-}" ]; then
+        rendezvous=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" --node-rank "$NODE_RANK")
+    fi
+    "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvous[@]}" -m "$@"
 }

@@ -27,20 +27,25 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
 
 
-def fail(error: Exception) -> NoReturn:
-    """One sentence from rank 0, exit status 2 on every rank."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def fail(error: Exception, everywhere: bool = True) -> NoReturn:
+    """One sentence, exit status 2.
+
+    Args:
+        everywhere: every rank found the same, so rank 0 alone speaks; False: this rank found it.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or not everywhere:
+        print(f"error: {error}" if everywhere else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     # os._exit: with several ranks the launcher must see every one of them end, whatever threads are alive
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2)
 
 
-def read_config(arguments: argparse.Namespace) -> RunConfig:
-    """Configuration checked as far as it goes without torch."""
+def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConfig:
+    """Configuration checked as far as it goes without torch; `training`: batch sizes against the ranks too."""
     config = load_config(arguments.config, arguments.overrides)
-    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)), training)
     return config
 
 

@@ -24,13 +24,13 @@ def main() -> None:
     quiet_third_parties()
     arguments = parse_arguments(__doc__, _extra)
     try:
-        config = read_config(arguments)
+        config = read_config(arguments, training=False)
         from megatron_ral.models.shape import read_shape
 
         path = arguments.model or config.model.path
         shape = read_shape(path, "--model")
         shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
-        layer = max(shape.layer_index(index) for index in config.loss.attention_layers)
+        layer = max(shape.layer_indices(config.loss.attention_layers))
         if not config.data.eval_shards:
             raise ConfigError("data.eval_shards is empty; give held-out shards to evaluate on")
     except ConfigError as error:
@@ -40,18 +40,19 @@ def main() -> None:
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.loader import open_sources
+    from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.data.shards import DataError
 
     try:
         shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-    except DataError as error:
+        processor = PromptProcessor(path, config.data.max_prompt_length)
+    except (ConfigError, DataError) as error:
         fail(error)
 
     from tqdm import tqdm
 
-    from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.engine.frozen import FrozenEngine
-    from megatron_ral.models.weights import CheckpointError
+    from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts
 
@@ -60,12 +61,11 @@ def main() -> None:
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)
     is_main, layout = groups.layout.rank == 0, groups.layout
-    processor = PromptProcessor(path, config.data.max_prompt_length)
     prompts = read_prompts(shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
                            dp_size=layout.data_size)
     try:
         engine = FrozenEngine(shape, groups, config.model.dtype, path)
-    except CheckpointError as error:
+    except AgreedError as error:
         fail(error)
     with tqdm(total=len(prompts), desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
         result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update)

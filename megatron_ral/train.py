@@ -4,10 +4,9 @@ Arguments -> configuration -> checks that need no memory -> build -> run.
 """
 
 import os
-from pathlib import Path
 
 from megatron_ral.cli import dry_run, fail, parse_arguments, quiet_third_parties, read_config
-from megatron_ral.config import ConfigError
+from megatron_ral.config import ConfigError, RunConfig
 
 
 def _extra(parser) -> None:
@@ -15,19 +14,25 @@ def _extra(parser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and layout, and exit")
 
 
+def _check_models(config: RunConfig):
+    """Shape of the model, after everything that its folder and the reference's can contradict."""
+    from megatron_ral.models.shape import read_shape
+
+    shape = read_shape(config.model.path)
+    shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    shape.layer_indices(config.loss.attention_layers)
+    if config.model.reference_path:
+        shape.check_same_architecture(read_shape(config.model.reference_path, "model.reference_path"),
+                                      "model.reference_path")
+    return shape
+
+
 def main() -> None:
     quiet_third_parties()
     arguments = parse_arguments(__doc__, _extra)
     try:
         config = read_config(arguments)
-        from megatron_ral.models.shape import read_shape
-
-        shape = read_shape(config.model.path)
-        shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
-        for layer in config.loss.attention_layers:
-            shape.layer_index(layer)
-        if config.model.reference_path:
-            read_shape(config.model.reference_path, "model.reference_path")
+        shape = _check_models(config)
     except ConfigError as error:
         fail(error)
     if arguments.dry_run:
@@ -38,28 +43,25 @@ def main() -> None:
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
-    from megatron_ral.data.loader import open_sources
     from megatron_ral.data.shards import DataError
-
-    try:  # every path is looked at before any memory is taken
-        open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
-        if config.data.eval_shards:
-            open_sources([(config.data.eval_shards, 0)], "data.eval_shards")
-        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-    except (DataError, OSError) as error:
-        fail(error)
-
     from megatron_ral.models.weights import CheckpointError
+    from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
-    from megatron_ral.training.trainer import Trainer
+    from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
+    try:  # everything on disk is looked at before any memory is taken
+        inputs = Inputs.open(config, arguments.resume)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        fail(error)
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)
     try:
-        Trainer(config, shape, groups).run(resume=arguments.resume)
-    except (CheckpointError, ConfigError, DataError) as error:
+        Trainer(config, shape, groups, inputs).run()
+    except AgreedError as error:
         fail(error)
+    except (CheckpointError, ConfigError, DataError, TooManySkippedSteps) as error:
+        fail(error, everywhere=False)
     stop_groups()
 
 

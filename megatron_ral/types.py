@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import PurePath
 from typing import Any, Mapping, Optional, Sequence
 
 import torch
@@ -45,6 +46,11 @@ class Sample:
     """Encoded image files, in the order of the question."""
     target_boxes: tuple[tuple[float, float, float, float], ...]
     """(x0, y0, x1, y1) in pixels of the first image; empty where nothing is annotated."""
+
+    @property
+    def identity(self) -> str:
+        """Shard name and key: keys need only be unique inside a shard."""
+        return f"{PurePath(self.shard).name}/{self.key}"
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class PromptBatch:
     """[B, P] bool."""
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(prompt.sample.key for prompt in self.prompts)
+    def identities(self) -> tuple[str, ...]:
+        return tuple(prompt.sample.identity for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -125,7 +131,7 @@ class ResponseBatch:
     response_lengths: Tensor
     """[B, G] int64, end-of-turn token included."""
     rollout_logprobs: Tensor
-    """[B, G, R] float32 under the sampler (temperature 1); a check, never used as old_logprobs."""
+    """[B, G, R] float32 under the sampler (at its temperature, before top-p); a check, never used as old_logprobs."""
     finished: Tensor
     """[B, G] bool: ended with the end-of-turn token rather than at the length limit."""
 

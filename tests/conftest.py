@@ -45,7 +45,9 @@ def material(tmp_path_factory) -> dict[str, Path]:
     perturbed_copy(root / "tiny", root / "tiny_a", seed=1)
     perturbed_copy(root / "tiny", root / "tiny_b", seed=2)
     _untie(root / "tiny_a", root / "untied")
-    return {"tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied", "data": root / "data",
+    perturbed_copy(root / "untied", root / "untied_other", seed=3)
+    return {"tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
+            "untied_other": root / "untied_other", "data": root / "data",
             "root": root}
 
 

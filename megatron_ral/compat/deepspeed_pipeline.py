@@ -9,7 +9,7 @@ schedule, works with three adaptations kept here:
    differ, so they would hang) and gather parameters anew for every micro-batch. While all parameters of the stage are
    resident they have nothing to do.
 
-`tests/distributed/test_engine.py` covers each of them; `tests/unit/test_compat.py` tells when one is no longer needed.
+`tests/distributed/test_layouts.py` covers each of them; `tests/unit/test_compat.py` tells when one is no longer needed.
 """
 
 from collections import OrderedDict

@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise ConfigError(f"key '{key}' is given twice (line {key_node.start_mark.line + 1})")
             seen.add(key)
@@ -107,7 +107,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, TypeError):
             value = text
         _set(tree, key, value, f"override '{override}'")
         source = f"{path} with overrides"
@@ -122,9 +122,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def check_layout(config: RunConfig, world_size: int) -> None:
+def check_layout(config: RunConfig, world_size: int, training: bool = True) -> None:
     """Raise ConfigError when `world_size` processes cannot run this configuration."""
-    problem = config.layout_problem(world_size)
+    problem = config.layout_problem(world_size, training)
     if problem:
         raise ConfigError(f"{problem[0]} {problem[1]}")
 

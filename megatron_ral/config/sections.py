@@ -7,11 +7,11 @@ that a configuration is checked in milliseconds on a login node.
 
 from typing import Annotated, Literal, Optional
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Gt(0)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -116,8 +116,8 @@ class OptimizerConfig:
     """AdamW with linear warm-up."""
 
     learning_rate: PositiveFloat = 1.0e-5
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     eps: PositiveFloat = 1.0e-8
     weight_decay: NonNegativeFloat = 0.0
     clip_grad_norm: NonNegativeFloat = 1.0
@@ -147,6 +147,8 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 2
     export: bool = True
     """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
+    max_skipped_steps: PositiveInt = 5
+    """Stop after this many steps in a row whose gradient was not finite (each is skipped with a warning)."""
     stop_after_step: NonNegativeInt = 0
     """Checkpoint and stop after this step although num_steps is larger (schedules keep num_steps); 0: off."""
 
@@ -218,12 +220,14 @@ class RunConfig:
             return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
         return None
 
-    def layout_problem(self, world_size: int) -> Optional[tuple[str, str]]:
-        """First contradiction with a number of processes as (key, sentence), or None."""
+    def layout_problem(self, world_size: int, training: bool = True) -> Optional[tuple[str, str]]:
+        """First contradiction with a number of processes as (key, sentence), or None; `training`: batches too."""
         tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         if world_size % (tensor * pipeline):
             return ("parallel", f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
                     f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes")
+        if not training:
+            return None
         data = world_size // (tensor * pipeline)
         if self.train.algorithm == "sft":
             key, groups = "train.batch_size", self.train.batch_size

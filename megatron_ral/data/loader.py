@@ -6,6 +6,7 @@ on; `state()` remembers the raw position, so that a resumed run skips exactly wh
 
 import logging
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Iterator, Sequence
 
 from megatron_ral.data.processor import PromptProcessor, SampleError
@@ -117,8 +118,9 @@ class PromptLoader:
             try:
                 prompt = self.processor(parse_sample(entry))
             except (SampleError, ValueError) as error:
-                if entry["__key__"] not in self.quarantined:
-                    self.quarantined[entry["__key__"]] = str(error)
+                identity = f"{PurePath(entry['__url__']).name}/{entry['__key__']}"
+                if identity not in self.quarantined:
+                    self.quarantined[identity] = str(error)
                     logger.warning("quarantined (%d so far): %s", len(self.quarantined), error)
                 continue
             self.taken_from_source += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_ral.config import ConfigError
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.types import Prompt, Sample
 
@@ -29,12 +30,19 @@ class PromptProcessor:
     Args:
         path: Hugging Face folder with config, tokenizer and image processor.
         max_prompt_length: tokens, visual tokens included; a longer prompt raises SampleError.
+
+    Raises:
+        ConfigError: no usable tokenizer or image processor in the folder.
     """
 
     def __init__(self, path: str, max_prompt_length: int):
-        config = AutoConfig.from_pretrained(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        try:
+            config = AutoConfig.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"'{path}' holds no usable tokenizer and image processor "
+                              f"({' '.join(str(error).split())[:200]})") from None
         self.max_prompt_length = max_prompt_length
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
@@ -44,7 +52,7 @@ class PromptProcessor:
         self.end_token_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         if self.end_token_id is None or self.end_token_id == self.tokenizer.unk_token_id:
-            raise ValueError(f"tokenizer in '{path}' has no {END_OF_TURN} token")
+            raise ConfigError(f"the tokenizer in '{path}' has no {END_OF_TURN} token")
 
     def __call__(self, sample: Sample) -> Prompt:
         """Raises SampleError naming the key when the image cannot be decoded, does not match its tokens, the prompt

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import tarfile
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -21,6 +22,7 @@ from megatron_ral.types import Sample
 
 REQUIRED_FIELDS = ("problem", "solution")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+_IMAGE_MEMBER = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_SUFFIXES)})")
 
 
 class DataError(ValueError):
@@ -45,9 +47,25 @@ def find_shards(pattern: str, key: str) -> list[str]:
     if not shards:
         raise DataError(f"{key} = '{pattern}' matches no file; make the shards first or correct the path")
     for shard in shards:
-        if not Path(shard).is_file() or not tarfile.is_tarfile(shard):
-            raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
+        _check_archive(shard, key)
     return shards
+
+
+def _check_archive(shard: str, key: str) -> None:
+    """Raise DataError for a file that is no tar archive, is cut short, or is damaged between two members (where a
+    reader would take it for the end). Reads headers only."""
+    if not Path(shard).is_file() or not tarfile.is_tarfile(shard):
+        raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            archive.getmembers()
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{key}: shard '{shard}' is cut short or damaged ({error}); remove or rebuild it") from None
+    with open(shard, "rb") as stream:
+        stream.seek(end)
+        if any(stream.read(tarfile.BLOCKSIZE)):
+            raise DataError(f"{key}: shard '{shard}' is damaged at byte {end}; remove or rebuild it")
 
 
 def check_first_sample(shard: str, key: str) -> None:
@@ -62,7 +80,8 @@ def check_first_sample(shard: str, key: str) -> None:
 
 
 def parse_sample(entry: dict) -> Sample:
-    """Raw WebDataset entry -> Sample.
+    """Raw WebDataset entry -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
+    the order of the question.
 
     Raises:
         ValueError: a field is missing or of the wrong type; names sample and field.
@@ -79,7 +98,11 @@ def parse_sample(entry: dict) -> Sample:
     for field in REQUIRED_FIELDS:
         if not isinstance(record.get(field), str):
             raise ValueError(f"sample '{key}' has no text field '{field}'")
-    images = tuple(entry[suffix] for suffix in IMAGE_SUFFIXES if suffix in entry)
+    for field in ("process", "problem_type"):
+        if not isinstance(record.get(field) or "", str):
+            raise ValueError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}")
+    numbered = sorted((int(match[1] or 0), name) for name in entry if (match := _IMAGE_MEMBER.fullmatch(name)))
+    images = tuple(entry[name] for _, name in numbered)
     if record.get("data_type", "image") == "image" and not images:
         raise ValueError(f"sample '{key}' has data_type 'image' but no member .{' or .'.join(IMAGE_SUFFIXES)}")
     boxes = record.get("target_boxes") or []
@@ -89,7 +112,7 @@ def parse_sample(entry: dict) -> Sample:
         raise ValueError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]") from None
     return Sample(
         key=key, shard=shard, problem=record["problem"], solution=record["solution"],
-        process=str(record.get("process") or ""), problem_type=str(record.get("problem_type") or ""),
+        process=record.get("process") or "", problem_type=record.get("problem_type") or "",
         images=images, target_boxes=boxes,
     )
 
@@ -102,8 +125,13 @@ def _entries(shards: Sequence[str]) -> Iterator[dict]:
             with open(item["url"], "rb") as stream:
                 yield {**item, "stream": io.BufferedReader(stream)}
 
-    source = wds.SimpleShardList(list(shards))
-    yield from wds.DataPipeline(source, opened, wds.tariterators.tar_file_expander, wds.tariterators.group_by_keys)
+    for shard in shards:
+        stages = wds.SimpleShardList([shard]), opened, wds.tariterators.tar_file_expander, wds.tariterators.group_by_keys
+        try:
+            yield from wds.DataPipeline(*stages)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise DataError(f"shard '{shard}' cannot be read on: {error.args[0] if error.args else error}; remove or "
+                            "rebuild it") from None
 
 
 class _RandomState(random.Random):

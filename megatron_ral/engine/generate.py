@@ -41,7 +41,7 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     """
     B, G, R = len(prompts), settings.group_size, settings.max_response_length
     uniforms = torch.stack([torch.stack([uniform_stream(R, *identity, key, response) for response in range(G)])
-                            for key in prompts.keys])
+                            for key in prompts.identities])
     tokens = torch.full((B, G, R), settings.pad_token_id)
     logprobs = torch.zeros(B, G, R)
     lengths = torch.zeros(B, G, dtype=torch.int64)
@@ -91,14 +91,15 @@ class _Decoder:
         return self._hand_on(self.engine.stage.decode(tokens_BG.to(self.device), positions, attention))
 
     def draw(self, logits: Optional[Tensor], uniform_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample on the last stage, tell the others. Returns tokens [B, G] and their log-probabilities at
-        temperature 1."""
+        """Sample on the last stage, tell the others. Returns tokens [B, G] and their log-probabilities under
+        softmax(logits / temperature), before top-p."""
         message = torch.zeros(2, self.B, self.G, dtype=torch.float64)
         if logits is not None:
             logits = torch.cat(gather_shards(logits.float(), self.engine.groups.tensor), dim=-1).cpu()
             token = sample_tokens(logits.flatten(0, 1), uniform_BG.flatten(), self.settings.temperature,
                                   self.settings.top_p).view(self.B, self.G)
             message[0] = token
+            logits = logits / (self.settings.temperature or 1.0)
             message[1] = torch.log_softmax(logits, dim=-1).gather(-1, token[..., None])[..., 0]
         message = broadcast_from_stage_(message.to(self.device), -1, self.engine.groups).cpu()
         return message[0].long(), message[1].float()

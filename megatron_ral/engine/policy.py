@@ -3,7 +3,7 @@
 Where the two frameworks divide losses, and how that is cancelled:
 - megatron's schedule divides by the number of micro-batches -> `calculate_per_token_loss` and a 3-tuple turn that off;
 - DeepSpeed averages gradients over data-parallel ranks -> losses are multiplied by the number of those ranks.
-So the gradient is that of sum(loss) over all micro-batches and ranks, which `tests/distributed/test_engine.py` compares
+So the gradient is that of sum(loss) over all micro-batches and ranks, which `tests/distributed/test_layouts.py` compares
 with one process on the whole batch.
 """
 
@@ -20,6 +20,7 @@ from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
 from megatron_ral.models.group_layout import AttentionPass
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.weights import CheckpointError
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.types import TrainBatch, to_device
@@ -110,7 +111,8 @@ class PolicyEngine(StageEngine):
                     output = _AttachLoss.apply(output, loss, scale)
 
             def token_loss(logits):
-                loss, values = objective.token_loss(self.token_outputs(logits, batch.groups), batch)
+                loss, values = objective.token_loss(
+                    self.token_outputs(logits, batch.groups, objective.temperature), batch)
                 add(values)
                 return loss * scale, torch.ones((), dtype=torch.int), {}
 
@@ -166,7 +168,7 @@ class PolicyEngine(StageEngine):
         """Inverse of `state` in the same layout.
 
         Raises:
-            ValueError: a shard is missing or of another size (another layout or model).
+            CheckpointError: a shard is missing or of another size (another layout or model).
         """
         zero = self.deepspeed.optimizer
         names = {id(parameter): name for name, parameter in self.stage.named_parameters()}
@@ -174,8 +176,8 @@ class PolicyEngine(StageEngine):
             for kind in _STATE_KINDS:
                 key = f"{names[id(parameter)]}/{kind}"
                 if key not in state or state[key].numel() != parameter.ds_tensor.numel():
-                    raise ValueError(f"the checkpoint has no fitting shard '{key}'; resume with the layout it was "
-                                     "saved in")
+                    raise CheckpointError(f"the checkpoint has no fitting shard '{key}'; resume with the layout "
+                                          "it was saved in")
                 zero.set_local_hp_param(state[key], parameter, None if kind == "master" else kind)
             parameter.ds_tensor.data.copy_(state[f"{names[id(parameter)]}/master"])
         for flat in zero.fp32_partitioned_groups_flat:

@@ -1,7 +1,7 @@
 """What an engine hands to a loss, and what a loss looks like to an engine."""
 
 from dataclasses import dataclass, field
-from typing import Mapping, Optional, Protocol
+from typing import Any, Mapping, Optional, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class Objective(Protocol):
 
     recorded_layers: frozenset[int]
     """0-based layers whose attention rows are wanted."""
+    temperature: float
+    """Logits are divided by it: the policy that is trained is the one that was sampled from."""
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss on the last stage."""
@@ -50,7 +52,8 @@ class ForwardOutput:
     """Result of a pass without gradient over one micro-batch, each part on the stage that owns it."""
 
     tokens: Optional[TokenOutputs] = None
-    attention: Mapping[int, AttentionRows] = field(default_factory=dict)
+    attention: Mapping[int, Any] = field(default_factory=dict)
+    """Layer -> what `keep` kept of its rows, by default the attention policy [B, G, R, S]."""
 
 
 @dataclass(frozen=True)

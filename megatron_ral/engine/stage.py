@@ -7,7 +7,7 @@ the data-parallel group however many micro-batches it has.
 
 import logging
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import deepspeed
 import torch
@@ -21,8 +21,8 @@ from megatron_ral.functional.attention_policy import attention_policy, head_sum_
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.weights import load_stage
-from megatron_ral.parallel.collectives import sum_over_ranks
+from megatron_ral.models.weights import CheckpointError, load_stage
+from megatron_ral.parallel.collectives import raise_together, sum_over_ranks
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
 from megatron_ral.types import GroupBatch, PromptBatch, to_device
@@ -78,7 +78,12 @@ class StageEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
         self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device)
-        load_stage(self.stage, path)
+        problem = None
+        try:
+            load_stage(self.stage, path)
+        except CheckpointError as error:
+            problem = error
+        raise_together(problem)
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(optimizer is not None and (train_vision or not name.startswith("visual.")))
         trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
@@ -122,28 +127,33 @@ class StageEngine:
             return self.stage.encode_images(prompts)
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = ()) -> list[ForwardOutput]:
+    def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = (), *, temperature: float = 1.0,
+                keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy
+                ) -> list[ForwardOutput]:
         """Pass without gradient through megatron's schedule.
 
         Args:
             batches: micro-batches of one shape (P, G, R, B).
             layers: 0-based layers whose attention rows are wanted.
+            temperature: logits are divided by it before the log-probabilities.
+            keep: what is kept of each layer's rows (a map of [B, G, R, S] floats); the attention policy by default.
 
         Returns:
             One ForwardOutput per micro-batch: tokens on the last stage, rows on each layer's owner.
         """
         recorded = frozenset(self.local_layers(layers))
-        attention: list[Mapping[int, AttentionRows]] = []
+        attention: list[Mapping[int, Any]] = []
         tokens: list[TokenOutputs] = []
 
         def forward_step(iterator, stage):
             batch = to_device(next(iterator), self.groups.device)
             pass_ = AttentionPass(group_layout(batch), recorded)
             output = stage(batch, pass_)
-            attention.append({layer: self.attention_rows(pass_.records[layer], pass_) for layer in sorted(recorded)})
+            attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_), batch)
+                              for layer in sorted(recorded)})
 
             def collect(logits, non_loss_data=True):
-                tokens.append(self.token_outputs(logits, batch))
+                tokens.append(self.token_outputs(logits, batch, temperature))
                 return None
 
             return output, collect
@@ -164,7 +174,10 @@ class StageEngine:
             num_microbatches=len(batches), seq_length=layout.sequence_length, micro_batch_size=layout.B,
             forward_only=forward_only, collect_non_loss_data=forward_only)
 
-    def token_outputs(self, logits: Tensor, batch: GroupBatch) -> TokenOutputs:
+    def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
+        """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""
+        if temperature != 1.0:
+            logits = logits.float() / temperature
         return TokenOutputs(*vocab_parallel_logprobs(logits, batch.response_ids, self.groups.tensor))
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass) -> AttentionRows:
@@ -175,11 +188,6 @@ class StageEngine:
                                    layout.visible_BGRS, scale)
         attention = sum_over_ranks(local, self.groups.tensor) / self.shape.num_attention_heads
         return AttentionRows(attention, attention_policy(attention, layout.self_RS), layout)
-
-    def full_parameter(self, name: str) -> Tensor:
-        """Copy of one whole (tensor-rank-local) parameter; every data-parallel rank must call it."""
-        with self.resident():
-            return dict(self.stage.named_parameters())[name].detach().clone()
 
     def shard_bytes(self) -> dict[str, int]:
         """Bytes this rank holds between steps: parameter shards, and with an optimizer its float32 state."""

@@ -77,7 +77,7 @@ class GroupKVCache:
         """layer -> keys and values [B, G, R, k, D], valid up to the current step"""
 
     def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.prompt[layer] = (key, value)
+        self.prompt[layer] = (key.contiguous(), value.contiguous())  # not views that keep the mixed q, k, v alive
 
     def append(self, layer: int, step: int, key_BGkD: Tensor, value_BGkD: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token per response at `step`; returns all own keys and values up to and including it."""

@@ -68,6 +68,11 @@ class InstrumentedAttention(torch.nn.Module):
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """[B, L, heads, D] in and out."""
+        if "attn_mask" in mask and query.is_cuda and query.shape[2] != key.shape[2]:
+            # With a mask only the memory-efficient kernel serves, and it wants equal heads; the fallback would hold
+            # the whole score matrix.
+            repeats = query.shape[2] // key.shape[2]
+            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
         output = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2], **mask)

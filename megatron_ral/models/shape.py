@@ -1,7 +1,9 @@
 """Shape of a model, read from a Hugging Face folder; pure, so that layouts are checked before anything is built."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -43,6 +45,28 @@ class ModelShape:
             raise ConfigError(f"loss.attention_layers names layer {layer} but '{self.path}' has {self.num_layers} "
                               "layers")
         return index
+
+    def layer_indices(self, layers: Sequence[int]) -> list[int]:
+        """0-based layers of loss.attention_layers, each once.
+
+        Raises:
+            ConfigError: no such layer, or the same one under two names.
+        """
+        indices = [self.layer_index(layer) for layer in layers]
+        if len(set(indices)) != len(indices):
+            raise ConfigError(f"loss.attention_layers = {list(layers)} names a layer of '{self.path}' twice "
+                              f"({self.num_layers} layers)")
+        return indices
+
+    def check_same_architecture(self, other: "ModelShape", key: str) -> None:
+        """Raise ConfigError naming `key` and the first field in which `other` differs (its path aside)."""
+        for item in dataclasses.fields(self):
+            ours, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name == "vision":
+                ours, theirs = ours.to_dict(), theirs.to_dict()
+            if item.name != "path" and ours != theirs:
+                raise ConfigError(f"{key} = '{other.path}' has {item.name} = {theirs}, but '{self.path}' has {ours}; "
+                                  "it must be a checkpoint of the same architecture")
 
     def check_layout(self, tensor_size: int, pipeline_size: int) -> None:
         """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""

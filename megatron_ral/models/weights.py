@@ -2,7 +2,7 @@
 
 One table describes every parameter (`stage_tensors`); loading and exporting both follow it. Fused layouts of
 megatron-core: `linear_qkv` interleaves per key/value group [q of the group, k, v]; `linear_fc1` is [gate; up] on every
-rank. Checkpoints are read from safetensors only, slice by slice; nothing is unpickled.
+rank. Checkpoints are read from safetensors only, tensor by tensor; nothing is unpickled.
 """
 
 import json
@@ -147,7 +147,10 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         self.path = Path(path)
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+                raise CheckpointError(f"'{index}' is not a safetensors index ({error!r})") from None
         else:
             files = ["model.safetensors"]
         self._handles, self._where = {}, {}
@@ -164,6 +167,9 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         handle, stored = self._where[name]
         return handle.get_tensor(stored)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._where
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         handle, stored = self._where[name]

@@ -53,7 +53,7 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Every rank's (small, picklable) object, in group order, on every rank."""
-    if group.size() == 1:
+    if dist.get_world_size(group) == 1:
         return [value]
     result: list[Any] = [None] * group.size()
     dist.all_gather_object(result, value, group=group)
@@ -83,15 +83,31 @@ def sum_metrics(metrics: Mapping[str, Tensor | float], groups: ParallelGroups) -
     """Sum named scalars over data-parallel ranks and pipeline stages, counting tensor-parallel copies once.
 
     A metric that only some stages produce (token losses on the last, attention on its layer's owner) counts as zero
-    elsewhere. Every rank gets the same result.
+    elsewhere, and so does one on a data-parallel rank that had nothing to do. Every rank gets the same result.
     """
-    names = sorted(set().union(*gather_objects(sorted(metrics), groups.pipeline)))
+    names = sorted(set().union(*gather_objects(sorted(metrics), dist.group.WORLD)))
     values = torch.tensor([float(metrics.get(name, 0.0)) for name in names], dtype=torch.float64)
     if groups.device.type != "cpu":
         values = values.to(groups.device)
     all_reduce_sum_(values, groups.pipeline)
     all_reduce_sum_(values, groups.data)
     return dict(zip(names, values.tolist()))
+
+
+class AgreedError(ValueError):
+    """A problem that one rank or several found, raised on all of them alike."""
+
+
+def raise_together(problem: Exception | None) -> None:
+    """End all ranks where one has a problem: raises AgreedError with its text on every rank.
+
+    For checks that every rank makes before a collective: a rank that raised alone would leave its peers waiting.
+    """
+    texts = gather_objects(None if problem is None else str(problem), dist.group.WORLD)
+    found = {text: rank for rank, text in reversed(list(enumerate(texts))) if text is not None}
+    if found:
+        text, rank = next(reversed(found.items()))
+        raise AgreedError(text if None not in texts and len(found) == 1 else f"rank {rank}: {text}") from problem
 
 
 def barrier() -> None:

@@ -44,6 +44,6 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardO
                 groups=rollout[index].groups, denominator=denominator, advantages=rollout[index].advantages,
                 old_logprobs=old[index].tokens.logprobs if old[index].tokens else None,
                 ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention={layer: rows.policy for layer, rows in source.attention.items()}))
+                target_attention=dict(source.attention)))
         minibatches.append(step)
     return minibatches

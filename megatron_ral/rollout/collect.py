@@ -1,7 +1,7 @@
 """From prompts to scored groups: encode images once, generate, decode, score, advantages."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -47,16 +47,13 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
 
 def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor,
                      settings: SamplingSettings, batch_size: int,
-                     *identity: object) -> list[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
-    """Generate for all prompts, `batch_size` at a time; returns responses with their visual embeddings."""
-    result = []
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    with engine.resident():
-        for start in range(0, len(prompts), batch_size):
-            batch = pad_prompts(prompts[start:start + batch_size], processor.pad_token_id, longest)
-            embeds = engine.encode_images(batch)
-            result.append((generate(engine, batch, embeds, settings, *identity), embeds))
-    return result
+                     *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
+    """Generate for all prompts, `batch_size` at a time; the caller keeps the engine resident. Yields responses with their
+    visual embeddings (first stage only)."""
+    for start in range(0, len(prompts), batch_size):
+        batch = pad_prompts(prompts[start:start + batch_size], processor.pad_token_id)
+        embeds = engine.encode_images(batch)
+        yield generate(engine, batch, embeds, settings, *identity), embeds
 
 
 def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
@@ -71,8 +68,9 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
     settings = SamplingSettings(
         config.rollout.group_size, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
         config.rollout.temperature, config.rollout.top_p)
-    sampled = sample_responses(engine, prompts, processor, settings, config.rollout.generation_batch_size,
-                               config.seed, step)
+    with engine.resident():
+        sampled = list(sample_responses(engine, prompts, processor, settings, config.rollout.generation_batch_size,
+                                        config.seed, step))
     longest = max(responses.response_ids.shape[2] for responses, _ in sampled)
     width = max(len(prompt.input_ids) for prompt in prompts)
     rows = []

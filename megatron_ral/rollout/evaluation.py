@@ -3,7 +3,7 @@
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
 from megatron_ral.rollout.collect import sample_responses, score_responses
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, to_device
+from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
     sums: dict[str, float] = {}
     layers = range(engine.shape.num_layers)
     with engine.resident():
-        for responses, attention in _greedy_batches(engine, prompts, processor, config, layers):
+        for responses, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
             score = score_responses(responses, processor, config)
             if engine.layout.is_last_stage:
                 _add(sums, {"prompts": len(score.rewards), "accuracy": score.components["accuracy"].sum(),
                             "format": score.components["format"].sum()})
-            for index, rows in attention.items():
-                _add(sums, _attention_sums(responses, index, rows))
+            for index, values in attention.items():
+                _add(sums, {f"{name}/{index}": value for name, value in values.items()})
             progress(len(responses.prompts))
     total = sum_metrics(sums, engine.groups)
 
@@ -101,12 +101,11 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     views = []
     owner = layer // (engine.shape.num_layers // engine.layout.pipeline_size)
     with engine.resident():
-        for responses, attention in _greedy_batches(engine, prompts, processor, config, [layer]):
-            batch, rows = responses.prompts, attention.get(layer)
-            mass = torch.zeros(len(batch), batch.input_ids.shape[1], device=engine.groups.device)
-            if rows is not None:
-                mask = _group_batch(responses).response_mask[..., None].to(mass.device)
-                mass = (rows.policy[..., : mass.shape[1]] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
+        for responses, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
+            batch = responses.prompts
+            mass = attention.get(layer)
+            if mass is None:
+                mass = torch.zeros(len(batch), batch.input_ids.shape[1], device=engine.groups.device)
             mass = broadcast_from_stage_(mass.contiguous(), owner, engine.groups).cpu()
             score = score_responses(responses, processor, config)
             for b, prompt in enumerate(batch.prompts):
@@ -114,27 +113,29 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     return views
 
 
-def _group_batch(responses: ResponseBatch, embeds=None) -> GroupBatch:
-    return GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
-
-
 def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                    layers: Sequence[int]) -> Iterator[tuple[ResponseBatch, Mapping[int, AttentionRows]]]:
-    """Responses, and the attention rows of those of `layers` that live on this stage, batch by batch."""
+                    layers: Sequence[int], keep: Callable[[AttentionRows, GroupBatch], Any]
+                    ) -> Iterator[tuple[ResponseBatch, Mapping[int, Any]]]:
+    """Greedy responses batch by batch, and what `keep` makes of the attention rows of those of `layers` that live on
+    this stage."""
     settings = SamplingSettings(1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
                                 temperature=0.0)
-    size = config.rollout.generation_batch_size
-    for start in range(0, len(prompts), size):
-        chosen = prompts[start:start + size]
-        for responses, embeds in sample_responses(engine, chosen, processor, settings, size):
-            yield responses, engine.forward([_group_batch(responses, embeds)], layers)[0].attention
+    sampled = sample_responses(engine, prompts, processor, settings, config.rollout.generation_batch_size)
+    for responses, embeds in sampled:
+        groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
+        yield responses, engine.forward([groups], layers, keep=keep)[0].attention
 
 
-def _attention_sums(responses: ResponseBatch, layer: int, rows: AttentionRows) -> dict[str, Tensor]:
-    groups = to_device(_group_batch(responses), rows.policy.device)
+def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
     mass = row_mass(rows.policy, groups.prompts.visual_mask, groups.prompts.target_mask, groups.response_mask)
-    return {f"rows/{layer}": groups.response_mask.sum(), f"visual/{layer}": (mass.visual * groups.response_mask).sum(),
-            f"annotated/{layer}": mass.annotated.sum(), f"target/{layer}": (mass.target_share * mass.annotated).sum()}
+    return {"rows": groups.response_mask.sum(), "visual": (mass.visual * groups.response_mask).sum(),
+            "annotated": mass.annotated.sum(), "target": (mass.target_share * mass.annotated).sum()}
+
+
+def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:
+    """[B, P]: attention policy over the prompt, averaged over response rows."""
+    mask = groups.response_mask[..., None]
+    return (rows.policy[..., : rows.layout.P] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
 
 
 def _add(sums: dict[str, float], values: dict) -> None:

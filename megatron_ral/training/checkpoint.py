@@ -11,26 +11,23 @@ position in the data as JSON. Random streams need no saving: they are functions 
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.weights import CheckpointError
 from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.layout import ParallelLayout
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """Where a restored run stands."""
-
-    step: int
-    """Steps done."""
-    path: Path
+# Settings that may differ between a checkpoint and the run that goes on from it.
+FREE_SETTINGS = ("logging.", "train.stop_after_step", "train.checkpoint_interval", "train.keep_checkpoints",
+                 "train.output_dir", "train.export", "train.max_skipped_steps", "parallel.timeout_minutes")
 
 
 def checkpoint_root(output_dir: str) -> Path:
@@ -41,6 +38,33 @@ def newest_checkpoint(output_dir: str) -> Optional[Path]:
     """Newest whole checkpoint (one with a manifest), or None."""
     whole = [path for path in checkpoint_root(output_dir).glob("step_????????") if (path / "manifest.json").is_file()]
     return max(whole, default=None)
+
+
+def find_checkpoint(config: RunConfig, resume: bool) -> Optional[Path]:
+    """What to resume from; None where a run starts anew.
+
+    Raises:
+        CheckpointError: not resuming into a folder that holds checkpoints (they would be mixed with the new ones), or
+            resuming with other settings than the checkpoint was made with.
+    """
+    found = newest_checkpoint(config.train.output_dir)
+    if found is None:
+        return None
+    if not resume:
+        raise CheckpointError(f"train.output_dir = '{config.train.output_dir}' holds '{found.name}' of an earlier run; "
+                              "give --resume to go on from it, or another train.output_dir")
+    saved, now = (_flat(yaml.safe_load(text)) for text in ((found / "config.yaml").read_text(), dump_config(config)))
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
+            raise CheckpointError(f"{key} = {now.get(key)} but checkpoint '{found}' was made with {saved.get(key)}; "
+                                  "resume with the same setting, or start in another train.output_dir")
+    return found
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
 
 
 def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoader, step: int) -> Path:
@@ -68,30 +92,31 @@ def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoade
         link.symlink_to(final.name)
         os.replace(link, root / "latest")
         for old in sorted(root.glob("step_????????"))[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+            if old != final:
+                shutil.rmtree(old)
     barrier()
     return final
 
 
-def restore_checkpoint(path: Path, policy: PolicyEngine, loader: PromptLoader) -> Resumed:
-    """Continue from a checkpoint of the same layout.
+def restore_checkpoint(path: Path, policy: PolicyEngine, loader: PromptLoader) -> int:
+    """Continue from a checkpoint of the same layout; returns the number of steps done.
 
     Raises:
-        ValueError: another layout, or a file missing or cut short.
+        CheckpointError: another layout, or a file missing or cut short.
     """
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["layout"] != _layout_dict(policy.layout):
-        raise ValueError(f"checkpoint '{path}' was saved with the layout {manifest['layout']}, this run has "
-                         f"{_layout_dict(policy.layout)}; resume with the same")
+        raise CheckpointError(f"checkpoint '{path}' was saved with the layout {manifest['layout']}, this run has "
+                              f"{_layout_dict(policy.layout)}; resume with the same")
     for name, size in manifest["files"].items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
-            raise ValueError(f"checkpoint '{path}': file '{name}' is missing or cut short; remove this checkpoint to "
-                             "resume from the one before")
+            raise CheckpointError(f"checkpoint '{path}': file '{name}' is missing or cut short; remove this "
+                                  "checkpoint to resume from the one before")
     rank = policy.layout.rank
     position = json.loads((path / f"rank_{rank:05d}.json").read_text())
     policy.load_state(load_file(path / f"rank_{rank:05d}.safetensors"), position["num_steps_taken"])
     loader.restore(position["loader"])
-    return Resumed(manifest["step"], path)
+    return manifest["step"]
 
 
 def _layout_dict(layout: ParallelLayout) -> dict[str, int]:

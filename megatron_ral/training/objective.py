@@ -22,6 +22,7 @@ class SftObjective:
     """Mean cross-entropy of the response tokens over the global batch."""
 
     recorded_layers: frozenset[int] = frozenset()
+    temperature: float = 1.0
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
         mask = batch.groups.response_mask
@@ -41,6 +42,7 @@ class RalObjective:
 
     settings: LossConfig
     recorded_layers: frozenset[int]
+    temperature: float = 1.0
     parts: Literal["all", "attention"] = "all"
     """`attention`: the attention term alone (to measure its gradient)."""
 

@@ -83,7 +83,7 @@ def ral_step(policy: PolicyEngine, reference: Optional[FrozenEngine], prompts: S
         measure_gradient_ratio: also measure |grad attention| / |grad tokens| on the last optimizer step.
     """
     report = StepReport()
-    layers = sorted(objective.recorded_layers)
+    layers, target = sorted(objective.recorded_layers), config.loss.attention_target
     per_update = len(prompts) // config.rollout.num_minibatches
     micro_batch_size = min(config.train.micro_batch_size, per_update)
 
@@ -91,11 +91,14 @@ def ral_step(policy: PolicyEngine, reference: Optional[FrozenEngine], prompts: S
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size)
     batches = [scored.groups for scored in report.rollout]
     with report.timed("old"):
-        old = policy.forward(batches, layers)
-    with report.timed("reference"):
-        frozen = reference.forward(batches, layers) if reference is not None else None
-    minibatches = assemble_minibatches(report.rollout, old, frozen, config.loss.attention_target,
-                                       config.rollout.num_minibatches, policy.groups)
+        old = policy.forward(batches, layers if target == "old" else (), temperature=objective.temperature)
+    frozen = None
+    if reference is not None:
+        with report.timed("reference"):
+            frozen = reference.forward(batches, layers if target == "reference" else (),
+                                       temperature=objective.temperature)
+    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config.rollout.num_minibatches,
+                                       policy.groups)
     report.metrics.update(rollout_metrics(report.rollout, old, policy))
 
     updates: list[dict[str, float]] = []
@@ -114,7 +117,7 @@ def ral_step(policy: PolicyEngine, reference: Optional[FrozenEngine], prompts: S
                 result = policy.step()
             updates.append({**finish_metrics(sums), "grad_norm": result.grad_norm, "lr": result.learning_rate,
                             "skipped_steps": float(not result.applied)})
-    for name in updates[-1]:
+    for name in sorted(set().union(*updates)):
         values = [update[name] for update in updates if name in update]
         report.metrics[name] = sum(values) / len(values)
     # The first update is on policy (its divergence to `old` is zero by construction): the last one shows the term.

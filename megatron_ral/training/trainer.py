@@ -3,12 +3,14 @@
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional, Sequence
 
 from tqdm import tqdm
 
 from megatron_ral.config import RunConfig
-from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
@@ -17,7 +19,7 @@ from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
-from megatron_ral.training.checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
+from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.objective import RalObjective
 from megatron_ral.training.step import StepReport, ral_step, sft_step
@@ -38,6 +40,37 @@ def silent_term_warnings(config: RunConfig) -> list[str]:
     return []
 
 
+class TooManySkippedSteps(RuntimeError):
+    """The gradient was not finite for train.max_skipped_steps steps in a row."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run finds on disk, looked at before anything is built."""
+
+    processor: PromptProcessor
+    sources: Sequence[Source]
+    eval_shards: Sequence[str]
+    checkpoint: Optional[Path]
+    """To resume from."""
+
+    @classmethod
+    def open(cls, config: RunConfig, resume: bool) -> "Inputs":
+        """Look at every path of the configuration.
+
+        Raises:
+            DataError, ConfigError, CheckpointError: what is missing or contradicts.
+        """
+        sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
+        eval_shards: Sequence[str] = ()
+        if config.data.eval_shards:
+            eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
+        processor = PromptProcessor(config.model.path, config.data.max_prompt_length)
+        checkpoint = find_checkpoint(config, resume)
+        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
+        return cls(processor, sources, eval_shards, checkpoint)
+
+
 class Trainer:
     """One run on one rank.
 
@@ -45,39 +78,32 @@ class Trainer:
         config: resolved configuration, checked against the world size.
         shape: of model.path, checked against the layout.
         groups: process groups.
+        inputs: what is on disk.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups):
+    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups, inputs: Inputs):
         self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
         self.is_main = groups.layout.rank == 0
-        self.processor = PromptProcessor(config.model.path, config.data.max_prompt_length)
-        sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
+        self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
+        self.num_skipped = 0
         self.loader = PromptLoader(
-            sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
+            inputs.sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
             shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
-        self.eval_shards = []
-        if config.data.eval_shards:
-            self.eval_shards = list(open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards)
-        recorded = frozenset(shape.layer_index(layer) for layer in config.loss.attention_layers)
-        self.objective = RalObjective(config.loss, recorded)
+        self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
+                                      config.rollout.temperature)
         self.policy = PolicyEngine(shape, groups, config)
         self.reference = None
         if config.needs_reference:
             self.reference = FrozenEngine(shape, groups, config.model.dtype,
                                           config.model.reference_path or config.model.path)
 
-    def run(self, resume: bool) -> None:
-        """Train to the last step, checkpoint, export.
-
-        Args:
-            resume: go on from the newest checkpoint of train.output_dir (from the start where there is none).
-        """
+    def run(self) -> None:
+        """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
-        found = newest_checkpoint(config.train.output_dir) if resume else None
-        if found is not None:
-            first = restore_checkpoint(found, self.policy, self.loader).step
-            self._say(f"resumed from {found}: {first} of {config.train.num_steps} steps done")
+        if self.inputs.checkpoint is not None:
+            first = restore_checkpoint(self.inputs.checkpoint, self.policy, self.loader)
+            self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_term_warnings(config):
             if self.is_main:
@@ -92,6 +118,7 @@ class Trainer:
         for step in range(first, end):
             report = self._one_step(step)
             self._log_step(log, report, step, bar)
+            self._watch_skipped(report, step)
             self._look(log, probes, step + 1)
             interval = config.train.checkpoint_interval
             if step + 1 == end or (interval and (step + 1) % interval == 0):
@@ -127,6 +154,17 @@ class Trainer:
                  if name in report.metrics}
         bar.set_postfix(shown, refresh=False)
         bar.update()
+
+    def _watch_skipped(self, report: StepReport, step: int) -> None:
+        """Warn of steps whose gradient was not finite; stop when that does not end."""
+        self.num_skipped = self.num_skipped + 1 if report.metrics["skipped_steps"] > 0 else 0
+        if self.num_skipped and self.is_main:
+            logger.warning("step %d: the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
+                           self.num_skipped)
+        if self.num_skipped == self.config.train.max_skipped_steps:
+            raise TooManySkippedSteps(f"the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
+                                      f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
+                                      "resume from an earlier checkpoint")
 
     def _probe_prompts(self) -> list:
         settings = self.config.logging

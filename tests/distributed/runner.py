@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Callable
@@ -51,8 +52,9 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: flo
                      for rank in range(world_size)]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + timeout
         for process in processes:
-            process.join(timeout)
+            process.join(max(deadline - time.monotonic(), 0.1))
         hung = [process.pid for process in processes if process.is_alive()]
         for process in processes:
             if process.is_alive():
@@ -60,4 +62,6 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: flo
         errors = {path.stem: path.read_text() for path in sorted(Path(folder).glob("*.error"))}
         assert not errors, "\n".join(f"rank {rank}:\n{text}" for rank, text in errors.items())
         assert not hung, f"{len(hung)} of {world_size} ranks hung for {timeout} s"
+        codes = [process.exitcode for process in processes]
+        assert not any(codes), f"exit codes {codes}"
         return [torch.load(f"{folder}/{rank}.result", weights_only=False) for rank in range(world_size)]

@@ -13,12 +13,12 @@ from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
 
-def evaluation(path: str, data: str, tensor: int, pipeline: int):
+def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21):
     config = make_config(path, tensor=tensor, pipeline=pipeline)
     groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
-    prompts = read_prompts(shards, processor, 21, dp_rank=groups.layout.data_rank, dp_size=groups.layout.data_size)
+    prompts = read_prompts(shards, processor, limit, dp_rank=groups.layout.data_rank, dp_size=groups.layout.data_size)
     engine = FrozenEngine(read_shape(path), groups, "float32", path)
     result = evaluate_prompts(engine, prompts, processor, config, 1)
     views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
@@ -40,3 +40,8 @@ def test_evaluation_does_not_depend_on_the_layout(material, world, tensor, pipel
             assert len(mass) == 4 and torch.allclose(mass, other_mass, atol=1e-6)
     assert alone.target_attention == alone.target_attention_by_layer[1]
     assert 0.05 < alone.target_attention < 0.6
+
+
+def test_a_rank_without_a_prompt_takes_part(material):
+    result, _ = run_ranks(2, evaluation, str(material["tiny"]), str(material["data"]), 1, 1, 1)[1]
+    assert result.num_prompts == 1 and result.target_attention > 0

@@ -13,12 +13,11 @@ from tests.distributed.runner import run_ranks
 
 
 class WeightedSum:
-    """A smooth loss of every log-prob and every attention row, with a weight of its own for each response."""
+    """A smooth loss of every log-prob and every attention row, with a weight of its own for each response (handed over
+    as advantages)."""
 
     recorded_layers = frozenset({1, 3})
-
-    def __init__(self, weights):
-        self.weights = weights  # per TrainBatch (by its advantages' first entry): [B, G]
+    temperature = 1.0
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch):
         return (outputs.logprobs * batch.groups.response_mask * batch.advantages[..., None]).sum(), {}
@@ -40,20 +39,19 @@ def group_against_sequences(path, data):
     alone = separate(everything)
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(7))
     result = {}
-    for name, rows, weight in (("group", everything, weights), ("separate", alone, weights.reshape(9, 1))):
-        width = max(len(prompt.input_ids) for prompt, *_ in rows)
-        prompts = pad_prompts([row[0] for row in rows], 0, width)
-        batch = GroupBatch(prompts, torch.stack([row[1] for row in rows]), torch.stack([row[2] for row in rows]),
+    for name, groups_, weight in (("group", everything, weights), ("separate", alone, weights.reshape(9, 1))):
+        prompts = pad_prompts([row[0] for row in groups_], 0)
+        batch = GroupBatch(prompts, torch.stack([row[1] for row in groups_]), torch.stack([row[2] for row in groups_]),
                            policy.encode_images(prompts))
         output = policy.forward([batch], [1, 3])[0]
         mask = batch.response_mask
-        policy.forward_backward([TrainBatch(batch, 1.0, weight)], WeightedSum(None))
+        policy.forward_backward([TrainBatch(batch, 1.0, weight)], WeightedSum())
         gradients = [shard.clone() for shard in policy.gradient_shards()]
         names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
         result[name] = {
             "logprobs": (output.tokens.logprobs * mask).reshape(9, -1),
-            "attention": {layer: (rows_.policy * mask[..., None]).reshape(9, 7, -1)
-                          for layer, rows_ in output.attention.items()},
+            "attention": {layer: (rows * mask[..., None]).reshape(9, 7, -1)
+                          for layer, rows in output.attention.items()},
             "gradients": dict(zip(names, gradients))}
     stop_groups()
     return result
@@ -74,13 +72,13 @@ def test_group_equals_separate_sequences(material):
 def generated_against_training(path, data, tensor, pipeline):
     config, groups, shape, policy, _ = open_policy(path, tensor, pipeline)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
-    settings = SamplingSettings(group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=1.0,
+    settings = SamplingSettings(group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8,
                                 top_p=0.9)
     with policy.resident():
         embeds = policy.encode_images(prompts)
         sampled = generate(policy, prompts, embeds, settings, 0, 0)
     batch = GroupBatch(prompts, sampled.response_ids, sampled.response_lengths, embeds)
-    output = policy.forward([batch])[0]
+    output = policy.forward([batch], temperature=0.8)[0]
     mask = batch.response_mask
     result = {"ids": sampled.response_ids, "lengths": sampled.response_lengths, "finished": sampled.finished,
               "rollout": sampled.rollout_logprobs, "training": None}
@@ -184,8 +182,7 @@ def lm_head_gradient(path, data):
     batches = [scored.groups for scored in rollout]
     old = policy.forward(batches, [3])
     # a target away from the policy: every row's neighbour
-    moved = [type(output)(output.tokens, {3: type(rows)(rows.attention, rows.policy.roll(1, 0), rows.layout)})
-             for output in old for rows in [output.attention[3]]]
+    moved = [type(output)(output.tokens, {3: output.attention[3].roll(1, 0)}) for output in old]
     [minibatch] = assemble_minibatches(rollout, old, moved, "reference", 1, groups)
     policy.forward_backward(minibatch, objective.only_attention())
     gradients = dict(zip(names, policy.gradient_shards()))

@@ -74,7 +74,7 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     stop_groups()
     result = {}
     for scored, output in zip(rollout, old):
-        for b, key in enumerate(scored.groups.prompts.keys):
+        for b, key in enumerate(scored.groups.prompts.identities):
             for g in range(scored.groups.response_ids.shape[1]):
                 n = int(scored.groups.response_lengths[b, g])
                 result[key, g] = (scored.groups.response_ids[b, g, :n].tolist(), scored.rollout_logprobs[b, g, :n],

@@ -3,7 +3,7 @@
 from megatron_ral.config import load_config
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.groups import start_groups, stop_groups
-from megatron_ral.training.trainer import Trainer
+from megatron_ral.training.trainer import Inputs, Trainer
 
 RL = """
 seed: 1
@@ -39,5 +39,5 @@ def run_training(path: str, overrides: list[str], resume: bool = False) -> None:
     config = load_config(path, overrides)
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
-    Trainer(config, read_shape(config.model.path), groups).run(resume)
+    Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, resume)).run()
     stop_groups()

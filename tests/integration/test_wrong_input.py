@@ -45,6 +45,7 @@ def one_sentence(result: subprocess.CompletedProcess, *named: str) -> None:
     (1, "data.eval_shards=pipe:ls", ["data.eval_shards", "pipe:"]),
     (1, "model.path=nowhere", ["model.path", "nowhere", "config.json"]),
     (1, "loss.attention_layers=[9]", ["loss.attention_layers", "9", "4 layers"]),
+    (1, "loss.attention_layers=[-1, 3]", ["loss.attention_layers", "twice"]),
 ])
 def test_train_refuses(good, world, override, named):
     arguments, folder = good
@@ -74,6 +75,27 @@ def test_train_refuses_a_checkpoint_that_is_cut_short(good, material, tmp_path):
     arguments, _ = good
     one_sentence(command("megatron_ral.train", *arguments, f"model.path={tmp_path}/cut"),
                  "model.safetensors", "not a whole safetensors file")
+
+
+def test_train_refuses_another_architecture_as_reference(good, material, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(material["tiny"], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.1
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    arguments, _ = good
+    one_sentence(command("megatron_ral.train", *arguments, f"model.reference_path={tmp_path}/other"),
+                 "model.reference_path", "rms_norm_eps = 0.1")
+
+
+def test_train_refuses_a_folder_without_a_tokenizer(good, material, tmp_path):
+    import shutil
+
+    shutil.copytree(material["tiny"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
+    arguments, _ = good
+    one_sentence(command("megatron_ral.train", *arguments, f"model.path={tmp_path}/bare"), "bare", "tokenizer")
 
 
 def test_evaluate_refuses(good):

@@ -50,6 +50,9 @@ def test_dump_reads_back_equal(file, tmp_path):
     ("data.train=[]", ["data.train"]),
     ("model.path=''", ["model.path"]),
     ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "1"]),
+    ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
+    ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0"]),
+    ("data={[1]: 2}", ["data"]),
     ("no_equals_sign", ["no_equals_sign", "dotted.key=value"]),
 ])
 def test_wrong_setting_is_named(file, override, named):

@@ -67,6 +67,32 @@ def test_file_that_is_no_tar_is_named(tmp_path):
         find_shards(str(tmp_path / "*.tar"), "data.train")
 
 
+def test_shard_that_is_cut_short_or_damaged_is_named(tmp_path):
+    write_shard(tmp_path / "whole.tar", [good(f"s{index}") for index in range(4)])
+    whole = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1800])
+    with pytest.raises(DataError, match="cut.tar' is cut short or damaged"):
+        find_shards(str(tmp_path / "cut.tar"), "data.train")
+    # garbage where the header of the third member should be: a reader would take it for the end of the archive
+    (tmp_path / "damaged.tar").write_bytes(whole[:2048] + b"x" * 3000 + whole[2048:])
+    with pytest.raises(DataError, match="damaged.tar' is damaged at byte"):
+        find_shards(str(tmp_path / "damaged.tar"), "data.train")
+
+
+def test_duplicate_members_end_the_run_naming_the_shard(tmp_path, processor):
+    write_shard(tmp_path / "a.tar", [good("s0"), ("s1", {"png": png()}), ("s1", {"png": png()})])
+    with pytest.raises(DataError, match="a.tar' cannot be read on"):
+        loader(tmp_path / "a.tar", processor, shuffle=False).take(3)
+
+
+def test_several_images_in_the_order_of_their_numbers(tmp_path, processor):
+    members = {"1.png": png(84, 56), "0.png": png(28, 28), "json": json.dumps(record(target_boxes=[])).encode()}
+    write_shard(tmp_path / "a.tar", [("s0", members)])
+    prompt = loader(tmp_path / "a.tar", processor).take(1)[0]
+    assert prompt.image_grid_thw.tolist() == [[1, 2, 2], [1, 4, 6]]
+    assert int(prompt.visual_mask.sum()) == 1 + 6
+
+
 @pytest.mark.parametrize("field", ["problem", "solution"])
 def test_shard_without_a_needed_field_is_named(tmp_path, field):
     broken = record()
@@ -116,17 +142,20 @@ def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, 
         good("outside", target_boxes=[[0, 0, 500, 28]]),
         good("long", problem="Which digit is red? " * 60),
         ("textless", {"png": png(), "json": b"\xff\xfe"}),
+        good("listed", process=["a", 1]),
         good("good1"),
     ])
     stream = loader(tmp_path / "a.tar", processor, shuffle=False)
     keys = [prompt.sample.key for prompt in stream.take(4)]
     assert keys == ["good0", "good1", "good0", "good1"]
-    assert set(stream.quarantined) == {"literal", "broken", "outside", "long", "textless"}
-    assert "image tokens would not match the 4 visual features" in stream.quarantined["literal"]
-    assert "cannot be decoded" in stream.quarantined["broken"]
-    assert "not inside the image of 56 x 56" in stream.quarantined["outside"]
-    assert "longer than data.max_prompt_length = 128" in stream.quarantined["long"]
-    assert caplog.text.count("quarantined (") == 5, "each is reported once, not once per epoch"
+    reasons = {key.removeprefix("a.tar/"): reason for key, reason in stream.quarantined.items()}
+    assert set(reasons) == {"literal", "broken", "outside", "long", "textless", "listed"}
+    assert "image tokens would not match the 4 visual features" in reasons["literal"]
+    assert "cannot be decoded" in reasons["broken"]
+    assert "not inside the image of 56 x 56" in reasons["outside"]
+    assert "longer than data.max_prompt_length = 128" in reasons["long"]
+    assert "'process' must be text, not list" in reasons["listed"]
+    assert caplog.text.count("quarantined (") == 6, "each is reported once, not once per epoch"
 
 
 def test_mismatch_of_tokens_and_features_is_caught_where_the_key_is_known(processor, tmp_path, monkeypatch):
