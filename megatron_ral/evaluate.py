@@ -25,6 +25,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, _extra)
     try:
         config = read_config(arguments, training=False)
+        from megatron_ral.models.checkpoints import config_folder
         from megatron_ral.models.shape import read_shape
 
         path = arguments.model or config.model.path
@@ -45,7 +46,7 @@ def main() -> None:
 
     try:
         shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor(path, config.data.max_prompt_length)
+        processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length)
     except (ConfigError, DataError) as error:
         fail(error)
 

@@ -44,7 +44,7 @@ def main() -> None:
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.shards import DataError
-    from megatron_ral.models.weights import CheckpointError
+    from megatron_ral.models.checkpoints import CheckpointError
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer

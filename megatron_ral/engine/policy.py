@@ -20,7 +20,7 @@ from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
 from megatron_ral.models.group_layout import AttentionPass
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.weights import CheckpointError
+from megatron_ral.models.checkpoints import CheckpointError
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.types import TrainBatch, to_device

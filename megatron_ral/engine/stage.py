@@ -21,7 +21,8 @@ from megatron_ral.functional.attention_policy import attention_policy, head_sum_
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.weights import CheckpointError, load_stage
+from megatron_ral.models.checkpoints import CheckpointError
+from megatron_ral.models.weights import load_stage
 from megatron_ral.parallel.collectives import raise_together, sum_over_ranks
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.layout import ParallelLayout, stage_sizes
 
 
 class LanguageStage(GPTModel):
@@ -45,8 +45,16 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
         use_cpu_initialization=device.type == "cpu", perform_initialization=False,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
-        deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
+        pipeline_model_parallel_layout=_pipeline_layers(shape, layout), deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
     )
+
+
+def _pipeline_layers(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:
+    """Our split of the layers in megatron-core's terms; None without a pipeline."""
+    if layout.pipeline_size == 1:
+        return None
+    stages = [["decoder"] * size for size in stage_sizes(shape.num_layers, layout.pipeline_size)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def build_language_stage(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype,
@@ -56,7 +64,7 @@ def build_language_stage(shape: ModelShape, layout: ParallelLayout, dtype: torch
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=InstrumentedAttention)
     return LanguageStage(
         config=transformer_config(shape, layout, dtype, device), transformer_layer_spec=spec,
-        vocab_size=shape.vocab_size, max_sequence_length=shape.max_position_embeddings,
+        vocab_size=shape.padded_vocab_size(layout.tensor_size), max_sequence_length=shape.max_position_embeddings,
         pre_process=layout.is_first_stage, post_process=layout.is_last_stage, parallel_output=True,
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="mrope", rotary_base=shape.rope_theta,

@@ -126,4 +126,10 @@ class MultimodalStage(torch.nn.Module):
         if self.language.share_embeddings_and_output_weights:
             weight = self.language.shared_embedding_or_output_weight()
         logits, _ = self.language.output_layer(hidden.flatten(0, -2)[:, None], weight=weight)
-        return logits.view(*hidden.shape[:-1], -1)
+        logits = logits.view(*hidden.shape[:-1], -1)
+        columns = logits.shape[-1]
+        padding = columns * (self.layout.tensor_rank + 1) - self.shape.vocab_size
+        if padding > 0:  # finite, so that 0 * logit stays 0 in an entropy
+            logits = torch.cat([logits[..., : max(columns - padding, 0)],
+                                torch.full_like(logits[..., max(columns - padding, 0):], -1e9)], dim=-1)
+        return logits

@@ -2,12 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.config import ConfigError
+from megatron_ral.models.checkpoints import config_folder
 
 FAMILIES = ("qwen2_5_vl",)
 
@@ -71,26 +71,35 @@ class ModelShape:
     def check_layout(self, tensor_size: int, pipeline_size: int) -> None:
         """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""
         key = "parallel.tensor_model_parallel_size"
-        for value, what in ((self.num_attention_heads, "attention heads"), (self.num_query_groups, "key/value heads"),
-                            (self.ffn_hidden_size, "feed-forward units"), (self.vocab_size, "vocabulary rows")):
+        for value, what in ((self.num_attention_heads, "attention heads"),
+                            (self.ffn_hidden_size, "feed-forward units")):
             if value % tensor_size:
                 raise ConfigError(f"{key} = {tensor_size} does not divide the {value} {what} of '{self.path}'")
-        if self.num_layers % pipeline_size:
-            raise ConfigError(f"parallel.pipeline_model_parallel_size = {pipeline_size} does not divide the "
+        if self.num_query_groups % tensor_size and tensor_size % self.num_query_groups:
+            raise ConfigError(f"{key} = {tensor_size} neither divides nor is a multiple of the "
+                              f"{self.num_query_groups} key/value heads of '{self.path}'")
+        if self.num_layers < pipeline_size:
+            raise ConfigError(f"parallel.pipeline_model_parallel_size = {pipeline_size} is more than the "
                               f"{self.num_layers} layers of '{self.path}'")
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Vocabulary rows over all tensor ranks: the next multiple of their number. Padding never leaves the model: its
+        logits are masked, its rows are not exported."""
+        return -(-self.vocab_size // tensor_size) * tensor_size
 
 
 def read_shape(path: str, key: str = "model.path") -> ModelShape:
-    """Shape of the checkpoint in a Hugging Face folder.
+    """Shape of the checkpoint in a Hugging Face or Megatron folder.
 
     Raises:
         ConfigError: no folder, no config, or a family this project does not know.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{key} = '{path}' is not a Hugging Face folder (no config.json)")
+    folder = config_folder(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key} = '{path}' is neither a Hugging Face nor a Megatron folder (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError) as error:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types for what a config.json can hold
         raise ConfigError(f"{key} = '{path}': config.json is not readable ({' '.join(str(error).split())})") from None
     if config.model_type not in FAMILIES:
         raise ConfigError(f"{key} = '{path}' is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")

@@ -3,6 +3,20 @@
 from dataclasses import dataclass
 
 
+def stage_sizes(num_layers: int, pipeline_size: int) -> list[int]:
+    """Layers of each pipeline stage. Where they do not divide, stages in the middle get one more first: the first
+    stage also embeds and sees, the last also holds the LM head and the losses.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if num_layers < pipeline_size:
+        raise ValueError(f"{num_layers} layers cannot fill {pipeline_size} pipeline stages")
+    base, extra = divmod(num_layers, pipeline_size)
+    order = [*range(1, pipeline_size - 1), 0, pipeline_size - 1]
+    return [base + (stage in order[:extra]) for stage in range(pipeline_size)]
+
+
 @dataclass(frozen=True)
 class ParallelLayout:
     """Place of one rank in tensor x data x pipeline parallelism.
@@ -46,9 +60,15 @@ class ParallelLayout:
         return self.pipeline_rank == self.pipeline_size - 1
 
     def stage_layers(self, num_layers: int) -> range:
-        """0-based layers of this rank's stage; stages are of equal size."""
-        per_stage = num_layers // self.pipeline_size
-        return range(self.pipeline_rank * per_stage, (self.pipeline_rank + 1) * per_stage)
+        """0-based layers of this rank's stage."""
+        sizes = stage_sizes(num_layers, self.pipeline_size)
+        start = sum(sizes[: self.pipeline_rank])
+        return range(start, start + sizes[self.pipeline_rank])
+
+    def stage_of_layer(self, layer: int, num_layers: int) -> int:
+        """Pipeline stage that owns a 0-based layer."""
+        sizes = stage_sizes(num_layers, self.pipeline_size)
+        return next(stage for stage in range(len(sizes)) if layer < sum(sizes[: stage + 1]))
 
     def with_rank(self, rank: int) -> "ParallelLayout":
         return ParallelLayout(rank, self.world_size, self.tensor_size, self.pipeline_size)

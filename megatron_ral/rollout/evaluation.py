@@ -99,7 +99,7 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
                 layer: int) -> list[ProbeView]:
     """Greedy responses of fixed prompts and the attention of their rows over the image, on every rank."""
     views = []
-    owner = layer // (engine.shape.num_layers // engine.layout.pipeline_size)
+    owner = engine.layout.stage_of_layer(layer, engine.shape.num_layers)
     with engine.resident():
         for responses, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
             batch = responses.prompts

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.weights import CheckpointError
+from megatron_ral.models.checkpoints import CheckpointError
 from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.layout import ParallelLayout
 

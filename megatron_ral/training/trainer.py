@@ -14,6 +14,7 @@ from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.checkpoints import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_objects
@@ -65,7 +66,7 @@ class Inputs:
         eval_shards: Sequence[str] = ()
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor(config.model.path, config.data.max_prompt_length)
+        processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length)
         checkpoint = find_checkpoint(config, resume)
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)

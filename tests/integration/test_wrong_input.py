@@ -38,8 +38,8 @@ def one_sentence(result: subprocess.CompletedProcess, *named: str) -> None:
 
 @pytest.mark.parametrize("world, override, named", [
     (1, "loss.atention_coef=1", ["run.yaml", "loss.atention_coef", "loss.attention_coef"]),
-    (4, "parallel.tensor_model_parallel_size=4", ["parallel.tensor_model_parallel_size", "4", "2 key/value heads"]),
-    (3, "parallel.pipeline_model_parallel_size=3", ["parallel.pipeline_model_parallel_size", "3", "4 layers"]),
+    (3, "parallel.tensor_model_parallel_size=3", ["parallel.tensor_model_parallel_size", "3", "4 attention heads"]),
+    (8, "parallel.pipeline_model_parallel_size=8", ["parallel.pipeline_model_parallel_size", "8", "4 layers"]),
     (3, "parallel.tensor_model_parallel_size=2", ["tensor_model_parallel_size", "world size 3"]),
     (1, "data.train=[{shards: 'nowhere/*.tar'}]", ["data.train", "nowhere/*.tar", "matches no file"]),
     (1, "data.eval_shards=pipe:ls", ["data.eval_shards", "pipe:"]),

@@ -1,0 +1,165 @@
+"""Weights on disk: Hugging Face folders and Megatron folders (one safetensors file per tensor and pipeline rank), read
+and written tensor by tensor.
+
+    Megatron folder:  tp_00_pp_00.safetensors ...   hf/ (config, tokenizer, processor)   megatron.json (written last)
+
+Both kinds are read through one mapping from hub names (`model.layers..`, `visual..`, `lm_head..`) to tensors, so that
+loading, converting, resharding and comparing are the same code on either. Only safetensors; nothing is unpickled.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Iterator, Mapping, Sequence
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+MANIFEST = "megatron.json"
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what is needed; the message lists what is missing or mis-shaped."""
+
+
+def config_folder(path: str | Path) -> Path:
+    """Where a checkpoint, Hugging Face or Megatron, keeps config.json, tokenizer and processor."""
+    return Path(path) / "hf" if (Path(path) / MANIFEST).is_file() else Path(path)
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by hub name, read on demand."""
+
+    path: Path
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the tensor."""
+        raise KeyError(name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type without reading the tensor."""
+        raise KeyError(name)
+
+
+def open_safetensors(path: Path):
+    """Handle of one file.
+
+    Raises:
+        CheckpointError: missing, cut short or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"'{path.parent}' has no file '{path.name}'")
+    try:
+        return safe_open(str(path), framework="pt")
+    except Exception as error:  # safetensors raises its own type for every kind of damage
+        raise CheckpointError(f"'{path}' is not a whole safetensors file ({error})") from None
+
+
+def stored_dtype(handle, name: str) -> torch.dtype:
+    """Type of a tensor in an open file.
+
+    Raises:
+        CheckpointError: a type that is no floating point number of 16 or 32 bits.
+    """
+    found = handle.get_slice(name).get_dtype()
+    if found not in _DTYPES:
+        raise CheckpointError(f"tensor '{name}' has type {found}; known: {', '.join(_DTYPES)}")
+    return _DTYPES[found]
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """JSON object that must hold `keys`.
+
+    Raises:
+        CheckpointError: unreadable, or a key is missing.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return {**value, **{key: value[key] for key in keys}}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{path}' is not readable ({error!r})") from None
+
+
+class HuggingFaceWeights(Weights):
+    """A Hugging Face folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        index = self.path / "model.safetensors.index.json"
+        files = ["model.safetensors"]
+        if index.is_file():
+            weight_map = read_json(index, "weight_map")["weight_map"]
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"'{index}' is not a safetensors index")
+            files = sorted(set(weight_map.values()))
+        self._where = {}
+        for file in files:
+            handle = open_safetensors(self.path / file)
+            for name in handle.keys():
+                self._where[hub_name(name)] = (handle, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        handle, stored = self._where[name]
+        return handle.get_tensor(stored)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        handle, stored = self._where[name]
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return stored_dtype(*self._where[name])
+
+
+def hub_name(name: str) -> str:
+    """Names as transformers 5 keeps them in memory -> names as they are on the hub."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file tensor by tensor, in the announced order, so that only one tensor is in memory.
+
+    Args:
+        path: file to write.
+        entries: (name, dtype, shape) of every tensor in the order of `add`.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]):
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        self._expected = []
+        for name, dtype, shape in entries:
+            size = dtype.itemsize
+            for dimension in shape:
+                size *= dimension
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            self._expected.append((name, dtype, tuple(shape)))
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._next, self._file = 0, open(path, "wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Append the next tensor; returns its bytes."""
+        wanted = self._expected[self._next]
+        assert (name, tensor.dtype, tuple(tensor.shape)) == wanted, f"{name} {tuple(tensor.shape)} instead of {wanted}"
+        self._next += 1
+        data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
+        self._file.write(memoryview(data.numpy()))
+        return data.numel()
+
+    def close(self) -> None:
+        self._file.flush()
+        self._file.close()
+        assert self._next == len(self._expected), "not every announced tensor was written"

@@ -1,0 +1,156 @@
+"""Conversion tools on odd shapes: bit-identical round trips, damage that is named, nothing half-visible, little memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ral.config import ConfigError
+from megatron_ral.models import conversion
+from megatron_ral.models.checkpoints import CheckpointError, HuggingFaceWeights, SafetensorsWriter
+from megatron_ral.models.conversion import MegatronWeights, differing_weights, to_hf, to_megatron
+from megatron_ral.models.shape import read_shape
+
+PROJECT = Path(__file__).parents[2]
+
+
+def odd_folder(source: Path, target: Path, *, kv_heads: int, layers: int, vocab: int, tied: bool,
+               dtype=torch.float32) -> Path:
+    """Random weights of an odd shape, written with our own writer."""
+    raw = json.loads((source / "config.json").read_text())
+    raw["text_config"].update(num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab,
+                              tie_word_embeddings=tied, layer_types=["full_attention"] * layers)
+    raw["tie_word_embeddings"] = tied
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (target / "config.json").write_text(json.dumps(raw))
+    shapes = conversion.expected_shapes(read_shape(str(target)))
+    writer = SafetensorsWriter(target / "model.safetensors", [(name, dtype, shape) for name, shape in shapes.items()])
+    generator = torch.Generator().manual_seed(layers)
+    for name, shape in shapes.items():
+        writer.add(name, torch.randn(shape, generator=generator).to(dtype))
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize("kv_heads, layers, vocab, tied, dtype", [
+    (1, 5, 509, True, torch.float32), (2, 3, 511, False, torch.bfloat16), (4, 4, 512, False, torch.float32)])
+def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, kv_heads, layers, vocab, tied, dtype):
+    source = odd_folder(material["tiny"], tmp_path / "hf", kv_heads=kv_heads, layers=layers, vocab=vocab, tied=tied,
+                        dtype=dtype)
+    previous = source
+    for number, (tensor, pipeline) in enumerate([(1, 1), (2, 3), (4, 1), (4, 2), (1, 3)]):
+        to_megatron(previous, tmp_path / f"m{number}", tensor, pipeline)
+        assert not differing_weights(source, tmp_path / f"m{number}")
+        previous = tmp_path / f"m{number}"
+    done = to_hf(previous, tmp_path / "back", max_shard_bytes=300_000)
+    assert done.num_bytes == (source / "model.safetensors").stat().st_size - header_bytes(source / "model.safetensors")
+    assert not differing_weights(source, tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 3
+    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def header_bytes(path: Path) -> int:
+    with open(path, "rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def test_result_loads_in_stock_transformers(material, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    to_megatron(material["untied"], tmp_path / "m", 2, 2)
+    to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
+    ours = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(material["untied"]).state_dict()
+    assert set(ours) == set(stock) and all(torch.equal(ours[name], stock[name]) for name in stock)
+
+
+def test_one_changed_bit_is_found(material, tmp_path):
+    to_megatron(material["tiny"], tmp_path / "m", 2, 1)
+    assert len(differing_weights(material["tiny_other"], tmp_path / "m")) == len(HuggingFaceWeights(material["tiny"]))
+    file = tmp_path / "m" / "tp_01_pp_00.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert len(differing_weights(material["tiny"], tmp_path / "m")) == 1
+
+
+def test_damage_is_named_and_leaves_nothing(material, tmp_path):
+    def refused(match, source, error=CheckpointError, tensor=2, pipeline=1):
+        with pytest.raises(error, match=match):
+            to_megatron(source, tmp_path / "out", tensor, pipeline)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+    cut = shutil.copytree(material["tiny"], tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    refused("not a whole safetensors file", cut)
+    (cut / "model.safetensors").unlink()
+    refused("has no file 'model.safetensors'", cut)
+    (cut / "model.safetensors.index.json").write_text("{not json")
+    refused("index.json' is not readable", cut)
+    family = shutil.copytree(material["tiny"], tmp_path / "family")
+    (family / "config.json").write_text('{"model_type": "qwen2"}')
+    refused("'qwen2' model; known families", family, ConfigError)
+    (family / "config.json").write_text('{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": "x"}}')
+    refused("config.json is not readable", family, ConfigError)
+    wrong = shutil.copytree(material["tiny"], tmp_path / "wrong")
+    config = json.loads((wrong / "config.json").read_text())
+    config["text_config"].update(num_hidden_layers=5, intermediate_size=400, layer_types=["full_attention"] * 5)
+    (wrong / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        to_megatron(wrong, tmp_path / "out", 2, 1)
+    assert "missing     model.layers.4.self_attn.q_proj.weight" in str(error.value)
+    assert "mis-shaped  model.layers.0.mlp.up_proj.weight" in str(error.value)
+    refused("does not divide the 4 attention heads", material["tiny"], ConfigError, tensor=3)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        to_megatron(material["tiny"], tmp_path / "out", 1, 1)
+    to_megatron(material["tiny"], tmp_path / "m", 2, 1)
+    (tmp_path / "m" / "tp_01_pp_00.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="tp_01_pp_00.safetensors' is missing or cut short"):
+        MegatronWeights(tmp_path / "m")
+
+
+def test_interrupted_conversion_leaves_nothing_visible(material, tmp_path, monkeypatch):
+    def stop(num_bytes):
+        raise KeyboardInterrupt
+
+    for convert in (lambda: to_megatron(material["tiny"], tmp_path / "out", 2, 2, stop),
+                    lambda: to_hf(material["tiny"], tmp_path / "out", progress=stop)):
+        with pytest.raises(KeyboardInterrupt):
+            convert()
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_command_line(material, tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)], cwd=PROJECT,
+                              capture_output=True, text=True)
+
+    done = run("to-megatron", "--hf", material["tiny"], "--output", tmp_path / "m", "--tensor-parallel", 2,
+               "--pipeline-parallel", 3)
+    assert done.returncode == 0 and "bytes in" in done.stdout and "GB/s" in done.stdout, done.stderr
+    proof = run("verify", "--hf", material["tiny"], "--megatron", tmp_path / "m")
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    assert "80 tensors, 0 differ" in proof.stdout
+    for kind in ("text", "one image", "two images"):
+        assert f"logits on {kind}: largest difference" in proof.stdout
+    other = run("verify", "--hf", material["tiny_other"], "--megatron", tmp_path / "m", "--skip-logits")
+    assert other.returncode == 1 and "80 differ" in other.stdout
+    wrong = run("to-hf", "--megatron", material["tiny"], "--output", tmp_path / "x")
+    assert wrong.returncode == 2 and "is not a Megatron folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_shapes_have_the_published_number_of_parameters(size):
+    shape = read_shape(str(PROJECT / "pretrained_configs" / "models" / f"qwen2.5-vl-{size}"))
+    total = sum(torch.Size(dimensions).numel() for dimensions in conversion.expected_shapes(shape).values())
+    assert total == PUBLISHED[size]
+    shape.check_layout(8 if size != "7b" else 4, 4)

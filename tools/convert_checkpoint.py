@@ -1,0 +1,151 @@
+"""Convert checkpoints between Hugging Face folders and Megatron folders of any layout, and prove that they are equal.
+
+    python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR --tensor-parallel N --pipeline-parallel M
+    python tools/convert_checkpoint.py to-hf       --megatron DIR --output DIR
+    python tools/convert_checkpoint.py reshard     --megatron DIR --output DIR --tensor-parallel N --pipeline-parallel M
+    python tools/convert_checkpoint.py verify      --hf DIR --megatron DIR [--skip-logits]
+
+Tensors are read from safetensors one parameter at a time, so memory stays near the size of the largest few. The output
+appears under its name only when it is whole. Exit status: 0 done, 1 `verify` found a difference, 2 wrong input.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ral.cli import quiet_third_parties  # noqa: E402
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, source, cuts in (("to-megatron", "--hf", True), ("to-hf", "--megatron", False),
+                               ("reshard", "--megatron", True)):
+        command = commands.add_parser(name)
+        command.add_argument(source, dest="source", required=True, metavar="DIR", help="folder to read")
+        command.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+        if cuts:
+            command.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
+            command.add_argument("--pipeline-parallel", type=int, required=True, metavar="M")
+        else:
+            command.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="size of one output file")
+    verify = commands.add_parser("verify")
+    verify.add_argument("--hf", required=True, metavar="DIR")
+    verify.add_argument("--megatron", required=True, metavar="DIR")
+    verify.add_argument("--skip-logits", action="store_true", help="compare weights only (a model larger than memory)")
+    arguments = parser.parse_args(argv)
+    for name in ("tensor_parallel", "pipeline_parallel", "max_shard_bytes"):
+        if getattr(arguments, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megatron_ral.models import conversion
+    from megatron_ral.models.checkpoints import MANIFEST, CheckpointError
+
+    if arguments.command != "to-megatron" and not (Path(arguments.source) / MANIFEST).is_file():
+        raise CheckpointError(f"--megatron '{arguments.source}' is not a Megatron folder (no {MANIFEST})")
+    with tqdm(unit="B", unit_scale=True, desc=arguments.command, mininterval=0.5) as bar:
+        if arguments.command == "to-hf":
+            done = conversion.to_hf(arguments.source, arguments.output, arguments.max_shard_bytes, bar.update)
+        else:
+            done = conversion.to_megatron(arguments.source, arguments.output, arguments.tensor_parallel,
+                                          arguments.pipeline_parallel, bar.update)
+    print(f"{arguments.command}: {done}; wrote {arguments.output}")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from megatron_ral.models.conversion import differing_weights, open_weights
+
+    apart = differing_weights(arguments.hf, arguments.megatron)
+    print(f"weights: {len(open_weights(arguments.hf))} tensors, {len(apart)} differ")
+    for name in apart[:20]:
+        print(f"  differs: {name}")
+    worst = 0.0
+    if not arguments.skip_logits:
+        for kind, difference in logit_differences(arguments.hf, arguments.megatron).items():
+            print(f"logits on {kind}: largest difference {difference:.3g}")
+            worst = max(worst, difference)
+    return 1 if apart or worst > 1e-4 else 0
+
+
+def logit_differences(hf: str, megatron: str) -> dict[str, float]:
+    """Largest difference between the logits of stock transformers on the one folder and of our stage on the other, in
+    float32, on a text prompt, an image and two images."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from megatron_ral.data.processor import PromptProcessor
+    from megatron_ral.models.conversion import config_folder
+    from megatron_ral.models.group_layout import AttentionPass, GroupLayout
+    from megatron_ral.models.multimodal import MultimodalStage
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.models.weights import load_stage
+    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.types import GroupBatch, Sample, pad_prompts
+
+    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    shape = read_shape(str(config_folder(megatron)))
+    stage = MultimodalStage(shape, groups.layout, torch.float32, groups.device)
+    load_stage(stage, megatron)
+    stock = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).to(groups.device).eval()
+    processor = PromptProcessor(hf, 10_000)
+    result = {}
+    for kind, sizes in {"text": [], "one image": [(112, 84)], "two images": [(84, 56), (140, 112)]}.items():
+        sample = Sample(key=kind, shard="verify", problem="What is the difference?", solution="<answer>none</answer>",
+                        process="", problem_type="", images=tuple(test_picture(*size) for size in sizes),
+                        target_boxes=())
+        prompt = processor(sample)
+        ids = prompt.response_ids[None, None]
+        batch = GroupBatch(pad_prompts([prompt], 0), ids, torch.tensor([[ids.shape[-1]]]))
+        layout = GroupLayout(batch.prompts.prompt_lengths, batch.response_lengths, len(prompt.input_ids), ids.shape[-1])
+        tokens = torch.cat([prompt.input_ids, prompt.response_ids])[None]
+        vision = {}
+        if sizes:
+            vision = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw,
+                      "mm_token_type_ids": (tokens == shape.image_token_id).int()}
+        with torch.no_grad():
+            ours = stage(batch, AttentionPass(layout))[0, 0]
+            theirs = stock(input_ids=tokens, **vision).logits[0, len(prompt.input_ids) - 1:-1]
+        result[kind] = float((ours - theirs).abs().max())
+    stop_groups()
+    return result
+
+
+def test_picture(width: int, height: int) -> bytes:
+    """PNG of a colour ramp."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(255, 0, height))
+    ramp = np.stack([across, down, np.full_like(across, 99)])
+    stream = io.BytesIO()
+    Image.fromarray(ramp.transpose(1, 2, 0).astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    quiet_third_parties()
+    from megatron_ral.config import ConfigError
+    from megatron_ral.models.checkpoints import CheckpointError
+
+    try:
+        return verify(arguments) if arguments.command == "verify" else convert(arguments)
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
