@@ -18,6 +18,7 @@ MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 MASTER_PORT="${MASTER_PORT:-}"       # default: a free port on one node, 29500 on several
 # ---------------------------------------------------------------------------------------------------------------------
 
+# shellcheck source=launch_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 overrides=() sft_overrides=() rl_overrides=() seed=0 dry_run=""

@@ -52,3 +52,29 @@ launch() {
     fi
     "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvous[@]}" -m "$@"
 }
+
+# launch_run CONFIG SHAPE_DIR [dotted.key=value ...] [--dry-run]: one training run at real size. SHAPE_DIR holds the
+# published config.json, which is all that --dry-run needs.
+launch_run() {
+    local config="$1" shape="$2" dry_run="" argument name settings=()
+    shift 2
+    name="$(basename "$config" .yaml)"
+    for argument in "$@"; do
+        if [ "$argument" = --dry-run ]; then dry_run=1; else settings+=("$argument"); fi
+    done
+    [ -z "$MODEL_DIR" ] || MODEL_DIR="$(realpath -m "$MODEL_DIR")"
+    OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/$name}")"
+    cd "$PROJECT" || return 1
+    setup_environment || return 1
+    if [ -n "$dry_run" ]; then
+        RANK=0 WORLD_SIZE=$((NPROC_PER_NODE * NNODES)) "$PYTHON" -m megatron_ral.train --config "$config" \
+            "model.path='${MODEL_DIR:-$shape}'" ${settings[@]+"${settings[@]}"} --dry-run
+        return
+    fi
+    if [ -z "$MODEL_DIR" ] || [ -z "$TRAIN_SHARDS" ]; then
+        echo "error: set MODEL_DIR (a checkpoint folder) and TRAIN_SHARDS (a glob of tar files)" >&2
+        return 2
+    fi
+    launch megatron_ral.train --resume --config "$config" "model.path='$MODEL_DIR'" "train.output_dir='$OUTPUT_DIR'" \
+        "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${settings[@]+"${settings[@]}"}
+}

@@ -49,13 +49,14 @@ def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConf
     return config
 
 
-def dry_run(config: RunConfig) -> str:
-    """Resolved configuration and layout of all ranks as text."""
+def dry_run(config: RunConfig, shape) -> str:
+    """Resolved configuration, layout of all ranks, and the parameters each holds, as text."""
     from megatron_ral.parallel.layout import ParallelLayout
+    from megatron_ral.planning.parameters import describe_parameters
 
     layout = ParallelLayout(0, int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor_model_parallel_size,
                             config.parallel.pipeline_model_parallel_size)
-    return f"{dump_config(config)}\n{layout.describe()}"
+    return f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
 
 
 __all__ = ["ConfigError", "dry_run", "fail", "parse_arguments", "quiet_third_parties", "read_config"]

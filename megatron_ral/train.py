@@ -37,7 +37,7 @@ def main() -> None:
         fail(error)
     if arguments.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(dry_run(config))
+            print(dry_run(config, shape))
         return
 
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator

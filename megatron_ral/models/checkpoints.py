@@ -44,30 +44,36 @@ class Weights(Mapping[str, Tensor]):
         raise KeyError(name)
 
 
-def open_safetensors(path: Path):
-    """Handle of one file.
+class SafetensorsFile:
+    """One file, opened anew for every tensor: a mapping that stayed open would keep every page it ever read in memory.
 
     Raises:
-        CheckpointError: missing, cut short or damaged.
+        CheckpointError: missing, cut short or damaged, or a tensor that is no floating point number of 16 or 32 bits.
     """
-    if not path.is_file():
-        raise CheckpointError(f"'{path.parent}' has no file '{path.name}'")
-    try:
-        return safe_open(str(path), framework="pt")
-    except Exception as error:  # safetensors raises its own type for every kind of damage
-        raise CheckpointError(f"'{path}' is not a whole safetensors file ({error})") from None
 
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"'{path.parent}' has no file '{path.name}'")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        with self._open() as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise CheckpointError(f"'{path}': tensor '{name}' has type {part.get_dtype()}; known: "
+                                          f"{', '.join(_DTYPES)}")
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
 
-def stored_dtype(handle, name: str) -> torch.dtype:
-    """Type of a tensor in an open file.
+    def read(self, name: str) -> Tensor:
+        with self._open() as handle:
+            return handle.get_tensor(name)
 
-    Raises:
-        CheckpointError: a type that is no floating point number of 16 or 32 bits.
-    """
-    found = handle.get_slice(name).get_dtype()
-    if found not in _DTYPES:
-        raise CheckpointError(f"tensor '{name}' has type {found}; known: {', '.join(_DTYPES)}")
-    return _DTYPES[found]
+    def _open(self):
+        try:
+            return safe_open(str(self.path), framework="pt")
+        except Exception as error:  # safetensors raises its own type for every kind of damage
+            raise CheckpointError(f"'{self.path}' is not a whole safetensors file ({error})") from None
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -97,13 +103,13 @@ class HuggingFaceWeights(Weights):
             files = sorted(set(weight_map.values()))
         self._where = {}
         for file in files:
-            handle = open_safetensors(self.path / file)
-            for name in handle.keys():
-                self._where[hub_name(name)] = (handle, name)
+            opened = SafetensorsFile(self.path / file)
+            for name in opened.shapes:
+                self._where[hub_name(name)] = (opened, name)
 
     def __getitem__(self, name: str) -> Tensor:
-        handle, stored = self._where[name]
-        return handle.get_tensor(stored)
+        file, stored = self._where[name]
+        return file.read(stored)
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._where
@@ -115,11 +121,12 @@ class HuggingFaceWeights(Weights):
         return len(self._where)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        handle, stored = self._where[name]
-        return tuple(handle.get_slice(stored).get_shape())
+        file, stored = self._where[name]
+        return file.shapes[stored]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return stored_dtype(*self._where[name])
+        file, stored = self._where[name]
+        return file.dtypes[stored]
 
 
 def hub_name(name: str) -> str:

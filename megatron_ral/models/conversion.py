@@ -19,8 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from megatron_ral.config import ConfigError
 from megatron_ral.models.checkpoints import (
-    MANIFEST, CheckpointError, HuggingFaceWeights, SafetensorsWriter, Weights, config_folder, open_safetensors,
-    read_json, stored_dtype)
+    MANIFEST, CheckpointError, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter, Weights, config_folder, read_json)
 from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.models.tensor_table import StageTensor, stage_tensors
 from megatron_ral.parallel.layout import ParallelLayout
@@ -107,8 +106,8 @@ class MegatronWeights(Weights):
                 for source in tensor.sources:
                     places = self._tied if source in self._where else self._where
                     places[source] = (stage, tensor)
-        self._handles = {(rank, stage): open_safetensors(self.path / shard_file(rank, stage))
-                         for rank in range(self.tensor_size) for stage in range(self.pipeline_size)}
+        self._files = {(rank, stage): SafetensorsFile(self.path / shard_file(rank, stage))
+                       for rank in range(self.tensor_size) for stage in range(self.pipeline_size)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name, *self._where[name], first_rank=0)
@@ -124,7 +123,7 @@ class MegatronWeights(Weights):
 
     def _read(self, name: str, stage: int, tensor: StageTensor, first_rank: int) -> Tensor:
         ranks = range(self.tensor_size) if tensor.cut_dim is not None else (first_rank,)
-        full = tensor.join([self._handles[rank, stage].get_tensor(tensor.name) for rank in ranks])
+        full = tensor.join([self._files[rank, stage].read(tensor.name) for rank in ranks])
         return tensor.split(full)[tensor.sources.index(name)]
 
     def __contains__(self, name: object) -> bool:
@@ -141,7 +140,7 @@ class MegatronWeights(Weights):
 
     def dtype_of(self, name: str) -> torch.dtype:
         stage, tensor = self._where[name]
-        return stored_dtype(self._handles[0, stage], tensor.name)
+        return self._files[0, stage].dtypes[tensor.name]
 
 
 def open_weights(path: str | Path) -> Weights:

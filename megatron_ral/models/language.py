@@ -42,7 +42,7 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
         add_bias_linear=False, add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_size, pipeline_model_parallel_size=layout.pipeline_size,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=device.type == "cpu", perform_initialization=False,
+        use_cpu_initialization=device.type != "cuda", perform_initialization=False,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
         pipeline_model_parallel_layout=_pipeline_layers(shape, layout), deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,

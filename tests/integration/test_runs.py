@@ -135,7 +135,7 @@ def export_and_read(path, data, output, tensor, pipeline):
 
     config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
-    old = policy.forward([rollout[0].groups], [3])
+    old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
     [minibatch] = assemble_minibatches(rollout, old, None, "old", 1, groups)
     policy.forward_backward(minibatch, objective)
     policy.step()

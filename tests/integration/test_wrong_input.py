@@ -111,4 +111,5 @@ def test_dry_run_prints_configuration_and_layout_and_trains_nothing(good):
     assert result.returncode == 0, result.stderr
     assert "pipeline_model_parallel_size: 2" in result.stdout
     assert "4 ranks = tensor 1 x pipeline 2 x data 2" in result.stdout
+    assert "the model: 1,387,808 parameters" in result.stdout
     assert not (folder / "never").exists()

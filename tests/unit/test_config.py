@@ -97,5 +97,7 @@ def test_shipped_configurations_load():
     files = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))
     assert files
     for path in files:
-        for world in (1, 2):
-            check_layout(load_config(path, ["model.path=somewhere"]), world)
+        config = load_config(path, ["model.path=somewhere"])
+        model = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        for data in (1, 2, 4):
+            check_layout(config, model * data)

@@ -1,0 +1,59 @@
+"""The 72B shape without memory: every rank of a layout is built by the real code on meta tensors, and counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ral.models.shape import read_shape
+from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.planning.parameters import stage_parameters
+from tests.distributed.runner import run_ranks
+
+MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
+
+
+def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) -> dict[int, int]:
+    """Parameters of each rank's stage, one process playing all ranks over a fake process group."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_ral.compat import cpu_backend
+    from megatron_ral.models.multimodal import MultimodalStage
+    from megatron_ral.models.weights import describe_stage
+
+    cpu_backend.install()
+    shape, world, counts = read_shape(path), tensor * pipeline, {}
+    for rank in ranks:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+        with torch.device("meta"):
+            stage = MultimodalStage(shape, ParallelLayout(rank, world, tensor, pipeline), torch.bfloat16,
+                                    torch.device("meta"))
+        describe_stage(stage)  # the table names exactly the parameters that were built
+        counts[rank] = sum(parameter.numel() for parameter in stage.parameters())
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return counts
+
+
+@pytest.mark.parametrize("size, tensor, pipeline, total", [
+    ("72b", 8, 4, 73_410_777_344), ("3b", 4, 3, 3_754_622_976)])
+def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
+    """3B: tied embeddings, 2 key/value heads under 4 tensor ranks."""
+    path = MODELS / f"qwen2.5-vl-{size}"
+    ranks = list(range(tensor * pipeline))
+    counts = run_ranks(1, build_every_rank, str(path), tensor, pipeline, ranks)[0]
+    layout = ParallelLayout(0, tensor * pipeline, tensor, pipeline)
+    stages = stage_parameters(read_shape(str(path)), layout)
+    for rank in ranks:
+        assert counts[rank] == stages[layout.with_rank(rank).pipeline_rank].per_tensor_rank
+    assert sum(stage.unique for stage in stages) == total
+
+
+def test_zero3_shares_add_up_to_the_whole():
+    layout = ParallelLayout(0, 64, 8, 2)
+    for stage in stage_parameters(read_shape(str(MODELS / "qwen2.5-vl-72b")), layout):
+        padding = layout.data_size * stage.per_rank - stage.per_tensor_rank
+        assert 0 <= padding < layout.data_size * 2000
