@@ -123,7 +123,8 @@ class MegatronWeights(Weights):
 
     def _read(self, name: str, stage: int, tensor: StageTensor, first_rank: int) -> Tensor:
         ranks = range(self.tensor_size) if tensor.cut_dim is not None else (first_rank,)
-        full = tensor.join([self._files[rank, stage].read(tensor.name) for rank in ranks])
+        shards = (self._files[rank, stage].read(tensor.name) for rank in ranks)
+        full = tensor.join(shards, self.tensor_size)
         return tensor.split(full)[tensor.sources.index(name)]
 
     def __contains__(self, name: object) -> bool:

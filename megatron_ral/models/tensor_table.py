@@ -5,7 +5,7 @@ group [q of the group, k, v]; `linear_fc1` is [gate; up] on every rank. Pure: no
 """
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +37,21 @@ class StageTensor:
         blocks = full.chunk(self.interleaved, dim=self.cut_dim)
         return torch.cat([block.chunk(tensor_size, dim=self.cut_dim)[tensor_rank] for block in blocks], self.cut_dim)
 
-    def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """Full parameter from the shards of all tensor ranks."""
-        if self.cut_dim is None or len(shards) == 1:
-            return shards[0]
-        parts = [shard.chunk(self.interleaved, dim=self.cut_dim) for shard in shards]
-        return torch.cat([part[block] for block in range(self.interleaved) for part in parts], self.cut_dim)
+    def join(self, shards: Iterable[Tensor], tensor_size: int) -> Tensor:
+        """Full parameter from the shards of all tensor ranks in order; one shard at a time need be in memory."""
+        full = None
+        for rank, shard in enumerate(shards):
+            if self.cut_dim is None or tensor_size == 1:
+                return shard
+            if full is None:
+                size = list(shard.shape)
+                size[self.cut_dim] *= tensor_size
+                full = shard.new_empty(size)
+            blocks = zip(full.chunk(self.interleaved, self.cut_dim), shard.chunk(self.interleaved, self.cut_dim))
+            for whole, part in blocks:
+                whole.chunk(tensor_size, self.cut_dim)[rank].copy_(part)
+        assert full is not None
+        return full
 
 
 def _one(tensors: list[Tensor]) -> Tensor:

@@ -71,7 +71,7 @@ def export_stage(stage: MultimodalStage, groups: ParallelGroups, source: str, ou
             continue  # the last stage's copy of tied embeddings
         shards = gather_shards(parameter.detach(), groups.tensor) if tensor.cut_dim is not None else [parameter]
         if layout.tensor_rank == 0 and layout.data_rank == 0:
-            for name, value in zip(tensor.sources, tensor.split(tensor.join(shards))):
+            for name, value in zip(tensor.sources, tensor.split(tensor.join(shards, layout.tensor_size))):
                 tensors[name] = value.detach().cpu().contiguous().clone()
     file = f"model-{layout.pipeline_rank + 1:05d}-of-{layout.pipeline_size:05d}.safetensors"
     if layout.tensor_rank == 0 and layout.data_rank == 0:

@@ -90,10 +90,11 @@ def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
         parameters = dict(policy.stage.named_parameters())
         for tensor in describe_stage(policy.stage):
             if getattr(parameters[tensor.name], "shared", False):
-                mine["tied copy"] = tensor.join(gather_shards(parameters[tensor.name].detach(), policy.groups.tensor))
+                copies = gather_shards(parameters[tensor.name].detach(), policy.groups.tensor)
+                mine["tied copy"] = tensor.join(copies, policy.layout.tensor_size)
                 continue
             shards = gather_shards(parameters[tensor.name].detach(), policy.groups.tensor)
-            full = tensor.join(shards) if tensor.cut_dim is not None else shards[0]
+            full = tensor.join(shards, policy.layout.tensor_size)
             mine.update({name: part.clone() for name, part in zip(tensor.sources, tensor.split(full))})
     return {name: value for part in gather_objects(mine, policy.groups.pipeline) for name, value in part.items()}
 
