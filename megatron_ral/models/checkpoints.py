@@ -10,7 +10,7 @@ loading, converting, resharding and comparing are the same code on either. Only 
 import json
 import struct
 from pathlib import Path
-from typing import Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,17 @@ class Weights(Mapping[str, Tensor]):
     """Tensors by hub name, read on demand."""
 
     path: Path
+    _where: dict[str, Any]
+    """Hub name -> where the tensor is kept."""
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
@@ -110,15 +121,6 @@ class HuggingFaceWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._where[name]
         return file.read(stored)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._where
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         file, stored = self._where[name]

@@ -127,15 +127,6 @@ class MegatronWeights(Weights):
         full = tensor.join(shards, self.tensor_size)
         return tensor.split(full)[tensor.sources.index(name)]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
     def shape_of(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 

@@ -173,7 +173,6 @@ def test_attention_term_is_exactly_zero_on_policy_and_acts_after_a_step(material
 
 
 def lm_head_gradient(path, data):
-    from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.rollout.assemble import assemble_minibatches
 
     config, groups, shape, policy, objective = open_policy(path, 1, 1)
