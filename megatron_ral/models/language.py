@@ -45,7 +45,8 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
         use_cpu_initialization=device.type != "cuda", perform_initialization=False,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
-        pipeline_model_parallel_layout=_pipeline_layers(shape, layout), deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
+        pipeline_model_parallel_layout=_pipeline_layers(shape, layout),
+        deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
     )
 
 
