@@ -83,7 +83,7 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     from transformers import AutoModelForImageTextToText
 
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.models.conversion import config_folder
+    from megatron_ral.models.checkpoints import config_folder
     from megatron_ral.models.group_layout import AttentionPass, GroupLayout
     from megatron_ral.models.multimodal import MultimodalStage
     from megatron_ral.models.shape import read_shape

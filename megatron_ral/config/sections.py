@@ -198,9 +198,9 @@ class RunConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference model has to be held."""
+        # The divergence is logged at attention_coef = 0 too, so its target decides, not the coefficient.
         return self.train.algorithm == "ral" and (
-            self.loss.kl_coef > 0 or (self.loss.attention_coef > 0 and self.loss.attention_target == "reference")
-        )
+            self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
 
     def problem(self) -> Optional[tuple[str, str]]:
         """First contradiction between sections as (key, sentence), or None."""

@@ -76,8 +76,9 @@ class PolicyEngine(StageEngine):
         self.num_steps_taken = 0
         count_tied_embedding_once(self.deepspeed.optimizer)
         self._make_optimizer_state()
-        self._trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
-        self._tied = [parameter for parameter in self._trainable
+        self._trainable = {name: parameter for name, parameter in self.stage.named_parameters()
+                           if parameter.requires_grad}
+        self._tied = [parameter for parameter in self._trainable.values()
                       if shape.tie_word_embeddings and groups.embedding is not None and self._is_embedding(parameter)]
 
     def forward_backward(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, float]:
@@ -120,7 +121,7 @@ class PolicyEngine(StageEngine):
 
         with self.resident(), self.deepspeed.coalesce_grad_reduction():
             self.run_schedule(forward_step, batches, forward_only=False)
-            for parameter in self._trainable:
+            for parameter in self._trainable.values():
                 if parameter.grad is None:  # an old gradient would be reused in its place
                     parameter.grad = torch.zeros_like(parameter)
         self._sum_tied_embedding_gradients()
@@ -139,12 +140,12 @@ class PolicyEngine(StageEngine):
     def gradient_shards(self) -> list[Tensor]:
         """Copies of this rank's reduced gradient shards, in parameter order."""
         zero = self.deepspeed.optimizer
-        return [zero.get_local_fp32_grad_for_param(parameter).clone() for parameter in self._trainable]
+        return [zero.get_local_fp32_grad_for_param(parameter).clone() for parameter in self._trainable.values()]
 
     def gradient_norm(self, shards: Sequence[Tensor]) -> float:
         """Global norm of gradient shards, every parameter of every stage counted once."""
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for parameter, shard in zip(self._trainable, shards):
+        for parameter, shard in zip(self._trainable.values(), shards):
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
             if not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0):
                 total += shard.double().square().sum()
@@ -155,9 +156,7 @@ class PolicyEngine(StageEngine):
     def state(self) -> dict[str, Tensor]:
         """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`."""
         zero, result = self.deepspeed.optimizer, {}
-        names = {id(parameter): name for name, parameter in self.stage.named_parameters()}
-        for parameter in self._trainable:
-            name = names[id(parameter)]
+        for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
                 value = zero.get_local_fp32_param(parameter, None if kind == "master" else kind)
                 result[f"{name}/{kind}"] = value.detach().clone()
@@ -171,15 +170,14 @@ class PolicyEngine(StageEngine):
             CheckpointError: a shard is missing or of another size (another layout or model).
         """
         zero = self.deepspeed.optimizer
-        names = {id(parameter): name for name, parameter in self.stage.named_parameters()}
-        for parameter in self._trainable:
+        for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
-                key = f"{names[id(parameter)]}/{kind}"
+                key = f"{name}/{kind}"
                 if key not in state or state[key].numel() != parameter.ds_tensor.numel():
                     raise CheckpointError(f"the checkpoint has no fitting shard '{key}'; resume with the layout "
                                           "it was saved in")
                 zero.set_local_hp_param(state[key], parameter, None if kind == "master" else kind)
-            parameter.ds_tensor.data.copy_(state[f"{names[id(parameter)]}/master"])
+            parameter.ds_tensor.data.copy_(state[f"{name}/master"])
         for flat in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[flat]["step"].fill_(float(state["adamw_step"]))
         self.num_steps_taken = num_steps_taken

@@ -88,7 +88,6 @@ class StageEngine:
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(optimizer is not None and (train_vision or not name.startswith("visual.")))
         trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
-        self.numel = sum(parameter.numel() for parameter in self.stage.parameters())
         self.stage.train(optimizer is not None)
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.stage, optimizer=optimizer(trainable) if optimizer else None,

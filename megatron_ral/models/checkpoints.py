@@ -8,6 +8,7 @@ loading, converting, resharding and comparing are the same code on either. Only 
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 MANIFEST = "megatron.json"
+INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
@@ -28,6 +30,14 @@ class CheckpointError(ValueError):
 def config_folder(path: str | Path) -> Path:
     """Where a checkpoint, Hugging Face or Megatron, keeps config.json, tokenizer and processor."""
     return Path(path) / "hf" if (Path(path) / MANIFEST).is_file() else Path(path)
+
+
+def copy_config(source: str | Path, target: Path) -> None:
+    """Copy everything of a checkpoint but its weights: config, tokenizer, processor, generation config."""
+    target.mkdir(exist_ok=True)
+    for path in config_folder(source).iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
+            shutil.copy(path, target / path.name)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -105,7 +115,7 @@ class HuggingFaceWeights(Weights):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         files = ["model.safetensors"]
         if index.is_file():
             weight_map = read_json(index, "weight_map")["weight_map"]

@@ -19,7 +19,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from megatron_ral.config import ConfigError
 from megatron_ral.models.checkpoints import (
-    MANIFEST, CheckpointError, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter, Weights, config_folder, read_json)
+    INDEX, MANIFEST, CheckpointError, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter, Weights, copy_config,
+    read_json)
 from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.models.tensor_table import StageTensor, stage_tensors
 from megatron_ral.parallel.layout import ParallelLayout
@@ -182,7 +183,7 @@ def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeli
                 progress(written)
             for file in files:
                 file.close()
-        _copy_config(config_folder(source), partial / "hf")
+        copy_config(source, partial / "hf")
         sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
         manifest = {"format": 1, "tensor_parallel": tensor_size, "pipeline_parallel": pipeline_size, "files": sizes}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -221,9 +222,9 @@ def to_hf(source: str | Path, output: str | Path, max_shard_bytes: int = 5_000_0
                 progress(writer.add(name, weights[name]))
                 weight_map[name] = file
             writer.close()
-        _copy_config(config_folder(source), partial)
+        copy_config(source, partial)
         index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (partial / INDEX).write_text(json.dumps(index, indent=2))
         _finish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -267,11 +268,3 @@ def _begin(output: str | Path) -> Path:
 
 def _finish(partial: Path, output: str | Path) -> None:
     os.rename(partial, Path(output).absolute())
-
-
-def _copy_config(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but its weights."""
-    target.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "model.safetensors.index.json":
-            shutil.copy(path, target / path.name)

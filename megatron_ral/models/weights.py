@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_ral.models.checkpoints import config_folder
+from megatron_ral.models.checkpoints import INDEX, copy_config
 from megatron_ral.models.conversion import check_weights, open_weights
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.tensor_table import StageTensor, stage_tensors
@@ -82,10 +82,8 @@ def export_stage(stage: MultimodalStage, groups: ParallelGroups, source: str, ou
     if layout.rank == 0:
         weight_map = {name: file for file, names, _ in written for name in names}
         index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for path in config_folder(source).iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name != "model.safetensors.index.json":
-                shutil.copy(path, partial / path.name)
+        (partial / INDEX).write_text(json.dumps(index, indent=2))
+        copy_config(source, partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()

@@ -29,6 +29,13 @@ def test_overrides_apply_in_order_and_reach_lists(file):
     assert config.data.train[0].num_samples == 7
 
 
+@pytest.mark.parametrize("overrides, needed", [
+    (["loss.kl_coef=0"], False), ([], True), (["train.algorithm=sft"], False),
+    (["loss.kl_coef=0", "loss.attention_target=reference", "loss.attention_coef=0"], True)])
+def test_reference_is_held_where_something_is_compared_with_it(file, overrides, needed):
+    assert load_config(file, overrides).needs_reference == needed
+
+
 def test_dump_reads_back_equal(file, tmp_path):
     config = load_config(file, ["seed=5", "loss.attention_layers=[-1, 0]"])
     again = tmp_path / "resolved.yaml"
