@@ -31,6 +31,16 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 @dataclass(frozen=True)
+class FramePictures:
+    """A video as pictures that were taken out of it."""
+
+    pictures: tuple[bytes, ...]
+    """Encoded image files in time order."""
+    fps: float
+    """Pictures per second."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One entry of a shard, checked but not decoded."""
 
@@ -46,6 +56,8 @@ class Sample:
     """Encoded image files, in the order of the question."""
     target_boxes: tuple[tuple[float, float, float, float], ...]
     """(x0, y0, x1, y1) in pixels of the first image; empty where nothing is annotated."""
+    videos: tuple[bytes | FramePictures, ...] = ()
+    """Encoded video files or pictures, shown after the images."""
 
     @property
     def identity(self) -> str:
@@ -65,11 +77,16 @@ class Prompt:
     next_position: int
     """Rotary position of the first response token."""
     pixel_values: Tensor
-    """[patches, channels * temporal * patch * patch] float32; 0 rows for text only."""
-    image_grid_thw: Tensor
-    """[I, 3] int64."""
+    """[patches, channels * temporal * patch * patch] float32 of the images and videos in the order of their tokens; 0
+    rows for text only."""
+    grid_thw: Tensor
+    """[V, 3] int64 patches of each image and video."""
+    is_video: Tensor
+    """[V] bool."""
+    seconds_per_grid: Tensor
+    """[V] float32: seconds of one temporal patch; 0 for images."""
     visual_mask: Tensor
-    """[P] bool, True at visual tokens."""
+    """[P] bool, True at visual tokens (of images and videos)."""
     target_mask: Tensor
     """[P] bool, True at visual tokens of the first image whose cell lies in a target box."""
     response_ids: Tensor

@@ -36,7 +36,8 @@ def perturbed_copy(source: Path, target: Path, scale: float = 0.02, seed: int = 
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> dict[str, Path]:
-    """tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; data: shards."""
+    """tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; qwen3: the second family;
+    data: shards."""
     root = tmp_path_factory.mktemp("material")
     run_tool("make_tiny_model.py", "--output", root / "tiny", "--seed", 0)
     run_tool("make_digit_search.py", "--output", root / "data", "--num-single", 64, "--num-search", 128,
@@ -44,26 +45,10 @@ def material(tmp_path_factory) -> dict[str, Path]:
     # Untrained weights give attention close to uniform; noise of this size makes rows and log-probs differ.
     perturbed_copy(root / "tiny", root / "tiny_a", seed=1)
     perturbed_copy(root / "tiny", root / "tiny_b", seed=2)
-    _untie(root / "tiny_a", root / "untied")
+    run_tool("make_tiny_model.py", "--output", root / "made_untied", "--untied", "--seed", 3)
+    perturbed_copy(root / "made_untied", root / "untied", seed=5)
     perturbed_copy(root / "untied", root / "untied_other", seed=3)
+    run_tool("make_tiny_model.py", "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3)
+    perturbed_copy(root / "made_qwen3", root / "qwen3", seed=4)
     return {"tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
-            "untied_other": root / "untied_other", "data": root / "data",
-            "root": root}
-
-
-def _untie(source: Path, target: Path) -> None:
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    import shutil
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
-    config = model.config
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    state = model.state_dict()
-    untied = Qwen2_5_VLForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(3)
-    head = state["model.language_model.embed_tokens.weight"]
-    state["lm_head.weight"] = head + 0.05 * torch.randn(head.shape, generator=generator)
-    untied.load_state_dict(state)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    untied.save_pretrained(target)
+            "untied_other": root / "untied_other", "qwen3": root / "qwen3", "data": root / "data", "root": root}

@@ -78,7 +78,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     """Largest difference between the logits of stock transformers on the one folder and of our stage on the other, in
-    float32, on a text prompt, an image and two images."""
+    float32, on text, one image, two images, a video, and an image with a video."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -89,7 +89,7 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     from megatron_ral.models.shape import read_shape
     from megatron_ral.models.weights import load_stage
     from megatron_ral.parallel.groups import start_groups, stop_groups
-    from megatron_ral.types import GroupBatch, Sample, pad_prompts
+    from megatron_ral.types import FramePictures, GroupBatch, Sample, pad_prompts, to_device
 
     groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     shape = read_shape(str(config_folder(megatron)))
@@ -98,36 +98,37 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     stock = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).to(groups.device).eval()
     processor = PromptProcessor(hf, 10_000)
     result = {}
-    for kind, sizes in {"text": [], "one image": [(112, 84)], "two images": [(84, 56), (140, 112)]}.items():
+    video = FramePictures(tuple(test_picture(84, 112, frame) for frame in range(6)), fps=1.0)
+    inputs = {"text": ([], ()), "one image": ([(112, 84)], ()), "two images": ([(84, 56), (140, 112)], ()),
+              "a video": ([], (video,)), "an image and a video": ([(112, 84)], (video,))}
+    for kind, (sizes, videos) in inputs.items():
         sample = Sample(key=kind, shard="verify", problem="What is the difference?", solution="<answer>none</answer>",
                         process="", problem_type="", images=tuple(test_picture(*size) for size in sizes),
-                        target_boxes=())
+                        target_boxes=(), videos=videos)
         prompt = processor(sample)
         ids = prompt.response_ids[None, None]
         batch = GroupBatch(pad_prompts([prompt], 0), ids, torch.tensor([[ids.shape[-1]]]))
+        batch = to_device(batch, groups.device)
         layout = GroupLayout(batch.prompts.prompt_lengths, batch.response_lengths, len(prompt.input_ids), ids.shape[-1])
-        tokens = torch.cat([prompt.input_ids, prompt.response_ids])[None]
-        vision = {}
-        if sizes:
-            vision = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw,
-                      "mm_token_type_ids": (tokens == shape.image_token_id).int()}
+        tokens = torch.cat([prompt.input_ids, prompt.response_ids])
         with torch.no_grad():
             ours = stage(batch, AttentionPass(layout))[0, 0]
-            theirs = stock(input_ids=tokens, **vision).logits[0, len(prompt.input_ids) - 1:-1]
+            stock_inputs = to_device(processor.stock_inputs(prompt, tokens), groups.device)
+            theirs = stock(**stock_inputs).logits[0, len(prompt.input_ids) - 1:-1]
         result[kind] = float((ours - theirs).abs().max())
     stop_groups()
     return result
 
 
-def test_picture(width: int, height: int) -> bytes:
-    """PNG of a colour ramp."""
+def test_picture(width: int, height: int, shift: int = 0) -> bytes:
+    """PNG of a colour ramp; `shift` gives another one."""
     import io
 
     import numpy as np
     from PIL import Image
 
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(255, 0, height))
-    ramp = np.stack([across, down, np.full_like(across, 99)])
+    ramp = np.stack([(across + 40 * shift) % 256, down, np.full_like(across, 99)])
     stream = io.BytesIO()
     Image.fromarray(ramp.transpose(1, 2, 0).astype(np.uint8)).save(stream, "PNG")
     return stream.getvalue()

@@ -1,4 +1,5 @@
-"""Write a randomly initialised, tiny Qwen2.5-VL as a complete Hugging Face folder, for tests and demonstrations.
+"""Write a randomly initialised, tiny Qwen2.5-VL or Qwen3-VL as a complete Hugging Face folder, for tests and
+demonstrations.
 
 The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with its
 chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B model.
@@ -29,6 +30,7 @@ VISION_PAD = "<|vision_pad|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
+PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 # A single digit, a word with the space after it, a run of white space, or any other single character.
@@ -104,73 +106,82 @@ def build_tokenizer():
 
 
 def build_model(args: argparse.Namespace, tokenizer):
-    """Randomly initialised `Qwen2_5_VLForConditionalGeneration` whose token ids match the tokenizer."""
+    """Randomly initialised model whose token ids match the tokenizer."""
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration)
 
     token_id = tokenizer.convert_tokens_to_ids
     half_head = args.hidden_size // args.num_heads // 2
     spatial = half_head * 3 // 8
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": args.vocab_size,
-            "hidden_size": args.hidden_size,
-            "intermediate_size": args.intermediate_size,
-            "num_hidden_layers": args.num_layers,
-            "num_attention_heads": args.num_heads,
-            "num_key_value_heads": args.num_kv_heads,
-            "max_position_embeddings": 4096,
-            "max_window_layers": args.num_layers,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": args.initializer_range,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": args.rope_theta,
-                "mrope_section": [half_head - 2 * spatial, spatial, spatial],
-            },
-            "bos_token_id": token_id(END_OF_TEXT),
-            "eos_token_id": token_id(TURN_END),
-            "pad_token_id": token_id(END_OF_TEXT),
-            "tie_word_embeddings": True,
+    ends = {
+        "bos_token_id": token_id(END_OF_TEXT), "eos_token_id": token_id(TURN_END), "pad_token_id": token_id(END_OF_TEXT)
+    }
+    text_config = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.intermediate_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": args.num_heads,
+        "num_key_value_heads": args.num_kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": args.initializer_range,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": args.rope_theta,
+            "mrope_section": [half_head - 2 * spatial, spatial, spatial],
         },
-        vision_config={
-            "depth": args.vision_depth,
-            "hidden_size": args.vision_hidden_size,
-            "intermediate_size": args.vision_intermediate_size,
-            "num_heads": args.vision_num_heads,
-            "out_hidden_size": args.hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "tokens_per_second": 2,
-            "fullatt_block_indexes": [args.vision_depth - 1],
-            "initializer_range": args.initializer_range,
-        },
+        "tie_word_embeddings": not args.untied,
+        **ends,
+    }
+    vision_config = {
+        "depth": args.vision_depth,
+        "hidden_size": args.vision_hidden_size,
+        "intermediate_size": args.vision_intermediate_size,
+        "num_heads": args.vision_num_heads,
+        "out_hidden_size": args.hidden_size,
+        "patch_size": PATCH_SIZE[args.family],
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": args.initializer_range,
+    }
+    if args.family == "qwen3_vl":
+        make_config, make_model = Qwen3VLConfig, Qwen3VLForConditionalGeneration
+        text_config["head_dim"] = args.hidden_size // args.num_heads
+        vision_config["num_position_embeddings"] = 64
+        vision_config["deepstack_visual_indexes"] = list(range(min(3, args.vision_depth - 1)))
+    else:
+        make_config, make_model = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        text_config["max_window_layers"] = args.num_layers
+        vision_config |= {
+            "window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [args.vision_depth - 1]
+        }
+    config = make_config(
+        text_config=text_config,
+        vision_config=vision_config,
         image_token_id=token_id(IMAGE_PAD),
         video_token_id=token_id(VIDEO_PAD),
         vision_start_token_id=token_id(VISION_START),
         vision_end_token_id=token_id(VISION_END),
-        bos_token_id=token_id(END_OF_TEXT),
-        eos_token_id=token_id(TURN_END),
-        pad_token_id=token_id(END_OF_TEXT),
-        tie_word_embeddings=True,
+        tie_word_embeddings=not args.untied,
         initializer_range=args.initializer_range,
         dtype="float32",
+        **ends,
     )
     torch.manual_seed(args.seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=token_id(END_OF_TEXT), eos_token_id=token_id(TURN_END), pad_token_id=token_id(END_OF_TEXT)
-    )
+    model = make_model(config)
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 
-def build_image_processor():
-    """Qwen2.5-VL's image processor, allowed to keep an image of one visual token (28 x 28 pixels) as it is."""
+def build_image_processor(family: str):
+    """The family's image processor, allowed to keep an image of one visual token as it is."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16384)
+    cell = (2 * PATCH_SIZE[family]) ** 2
+    return Qwen2VLImageProcessorPil(min_pixels=cell, max_pixels=cell * 16384, patch_size=PATCH_SIZE[family])
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -180,6 +191,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--force", action="store_true", help="replace a model that is already in --output")
+    parser.add_argument("--family", choices=sorted(PATCH_SIZE), default="qwen2_5_vl", help="model family")
+    parser.add_argument("--untied", action="store_true", help="give the LM head weights of its own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--hidden-size", type=int, default=128, help="width of the language model")
     parser.add_argument("--intermediate-size", type=int, default=384, help="width of its feed-forward layers")
@@ -237,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        build_image_processor().save_pretrained(partial)
+        build_image_processor(args.family).save_pretrained(partial)
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)

@@ -40,6 +40,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    """Cut the sequence over tensor ranks outside attention too: activations of norms and residuals shrink by the number
+    of tensor ranks for the same traffic. No effect with one tensor rank; generation goes without."""
     timeout_minutes: PositiveInt = 30
     """A collective that waits longer than this ends the job."""
 

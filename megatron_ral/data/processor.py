@@ -1,11 +1,12 @@
-"""Sample -> Prompt: chat template, image tokens, rotary positions, target cells.
+"""Sample -> Prompt: chat template, visual tokens, rotary positions, target cells.
 
 The image processor is Hugging Face's Qwen2-VL one in its PIL backend (no torchvision), the tokenizer whatever the
-checkpoint folder holds. Image tokens are counted here, before any truncation could be thought of, so that a mismatch is
+checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
 found where the sample's key is known.
 """
 
 import io
+from typing import Any, Sequence
 
 import torch
 from PIL import Image
@@ -14,14 +15,35 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.config import ConfigError
+from megatron_ral.data.video import (
+    VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
 from megatron_ral.functional.positions import multimodal_positions
-from megatron_ral.types import Prompt, Sample
+from megatron_ral.types import FramePictures, Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
 
 
 class SampleError(ValueError):
     """A sample that cannot be used; the loader quarantines it under its key and goes on."""
+
+
+class _Visual:
+    """One image or video of a sample: its patches and how its tokens stand in the text.
+
+    Args:
+        pixels: [patches, width] float32.
+        grid: [3] int64.
+        seconds: of one temporal patch of a video; None: an image.
+        stamps: time stamps of the temporal patches where each is a run of its own; None: one run.
+    """
+
+    def __init__(self, pixels: Tensor, grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None):
+        self.pixels, self.grid, self.seconds, self.stamps = pixels, grid, seconds, stamps
+        self.is_video = seconds is not None
+
+    def runs(self) -> Tensor:
+        """Grid of each run of visual tokens, [runs, 3]."""
+        return self.grid[None] if self.stamps is None else self.grid.new_tensor([[1, *self.grid[1:]]] * len(self.stamps))
 
 
 class PromptProcessor:
@@ -44,42 +66,70 @@ class PromptProcessor:
             raise ConfigError(f"'{path}' holds no usable tokenizer and image processor "
                               f"({' '.join(str(error).split())[:200]})") from None
         self.max_prompt_length = max_prompt_length
-        self.image_token_id = config.image_token_id
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.merge_size = config.vision_config.spatial_merge_size
-        self.pixel_width = (config.vision_config.in_channels * config.vision_config.temporal_patch_size
-                            * config.vision_config.patch_size**2)
+        self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
+        names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        self.image_token, self.video_token, self.vision_start, self.vision_end = \
+            self.tokenizer.convert_ids_to_tokens(names)
+        vision = config.vision_config
+        self.merge_size = vision.spatial_merge_size
+        self.pixel_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.timed_frames = config.model_type == "qwen3_vl"
+        self.tokens_per_second = getattr(vision, "tokens_per_second", 1)
+        self.video = VideoSettings.from_image_processor(self.image_processor, family=config.model_type)
         self.end_token_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         if self.end_token_id is None or self.end_token_id == self.tokenizer.unk_token_id:
             raise ConfigError(f"the tokenizer in '{path}' has no {END_OF_TURN} token")
 
     def __call__(self, sample: Sample) -> Prompt:
-        """Raises SampleError naming the key when the image cannot be decoded, does not match its tokens, the prompt
-        is too long, or a box lies outside the image."""
+        """Raises SampleError naming the key when an image or video cannot be decoded, does not match its tokens, the
+        prompt is too long, or a box lies outside the image."""
         images = [self._decode(sample, data) for data in sample.images]
-        if images:
-            features = self.image_processor(images=images, return_tensors="pt")
-            pixel_values, grids = features["pixel_values"], features["image_grid_thw"]
-        else:
-            pixel_values, grids = torch.zeros(0, self.pixel_width), torch.zeros(0, 3, dtype=torch.int64)
-        tokens_per_image = (grids.prod(dim=1) // self.merge_size**2).tolist()
-        input_ids = torch.tensor(self._tokenize(sample, tokens_per_image))
-        visual_mask = input_ids == self.image_token_id
-        if int(visual_mask.sum()) != sum(tokens_per_image):
-            raise SampleError(f"sample '{sample.key}': {int(visual_mask.sum())} image tokens in the text but "
-                              f"{sum(tokens_per_image)} visual features")
+        visuals = [*self._image_visuals(images), *(self._video_visual(sample, video) for video in sample.videos)]
+        input_ids = torch.tensor(self._tokenize(sample, visuals))
+        visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
+        num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
+        if int(visual_mask.sum()) != num_features:
+            raise SampleError(f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
+                              f"{num_features} visual features")
         if len(input_ids) > self.max_prompt_length:
             raise SampleError(f"sample '{sample.key}': prompt of {len(input_ids)} tokens is longer than "
                               f"data.max_prompt_length = {self.max_prompt_length}")
-        position_ids, next_position = multimodal_positions(visual_mask, grids, self.merge_size)
+        runs = [visual.runs() for visual in visuals]
+        intervals = [self._temporal_interval(visual) for visual, grids in zip(visuals, runs) for _ in grids]
+        position_ids, next_position = multimodal_positions(
+            visual_mask, torch.cat(runs) if runs else torch.zeros(0, 3, dtype=torch.int64), self.merge_size, intervals)
+        grids = [visual.grid for visual in visuals]
         response = self.tokenizer(sample.process + sample.solution, add_special_tokens=False)["input_ids"]
         return Prompt(
             sample=sample, input_ids=input_ids, position_ids=position_ids, next_position=next_position,
-            pixel_values=pixel_values, image_grid_thw=grids, visual_mask=visual_mask,
-            target_mask=self._target_mask(sample, images, grids, visual_mask),
+            pixel_values=torch.cat([torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),
+            grid_thw=torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
+            is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
+            seconds_per_grid=torch.tensor([visual.seconds or 0.0 for visual in visuals]),
+            visual_mask=visual_mask, target_mask=self._target_mask(sample, images, grids, visual_mask),
             response_ids=torch.tensor(response + [self.end_token_id]),
         )
+
+    def stock_inputs(self, prompt: Prompt, input_ids: Tensor) -> dict[str, Any]:
+        """What stock transformers takes for one sequence that begins with `prompt`, for comparisons with it.
+
+        Args:
+            input_ids: [L] int64, the prompt's tokens and whatever follows.
+        """
+        patches = prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
+        video = prompt.is_video
+        types = (input_ids == self.image_token_id).int() + 2 * (input_ids == self.video_token_id).int()
+        result: dict[str, Any] = {"input_ids": input_ids[None], "mm_token_type_ids": types[None]}
+        if not video.all():
+            result["pixel_values"] = torch.cat([part for part, is_video in zip(patches, video) if not is_video])
+            result["image_grid_thw"] = prompt.grid_thw[~video]
+        if video.any():
+            result["pixel_values_videos"] = torch.cat([part for part, is_video in zip(patches, video) if is_video])
+            result["video_grid_thw"] = prompt.grid_thw[video]
+            if not self.timed_frames:
+                result["second_per_grid_ts"] = prompt.seconds_per_grid[video]
+        return result
 
     def decode(self, token_ids: Tensor) -> str:
         """Text of a response, special tokens removed."""
@@ -91,29 +141,65 @@ class PromptProcessor:
         except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
             raise SampleError(f"sample '{sample.key}': image cannot be decoded ({error})") from None
 
-    def _tokenize(self, sample: Sample, tokens_per_image: list[int]) -> list[int]:
-        if self.image_token in sample.problem:
-            raise SampleError(f"sample '{sample.key}': the problem text itself contains {self.image_token}; its image "
-                              f"tokens would not match the {sum(tokens_per_image)} visual features")
-        content = [{"type": "image"} for _ in tokens_per_image] + [{"type": "text", "text": sample.problem}]
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  add_generation_prompt=True)
-        pieces = text.split(self.image_token)
-        if len(pieces) != len(tokens_per_image) + 1:
-            raise SampleError(f"sample '{sample.key}': the chat template made {len(pieces) - 1} image places for "
-                              f"{len(tokens_per_image)} images")
-        expanded = pieces[0]
-        for count, piece in zip(tokens_per_image, pieces[1:]):
-            expanded += self.image_token * count + piece
-        return self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    def _image_visuals(self, images: list[Image.Image]) -> list[_Visual]:
+        if not images:
+            return []
+        features = self.image_processor(images=images, return_tensors="pt")
+        grids = features["image_grid_thw"]
+        return [_Visual(pixels, grid) for pixels, grid in
+                zip(features["pixel_values"].split(grids.prod(dim=1).tolist()), grids)]
 
-    def _target_mask(self, sample: Sample, images: list, grids: Tensor, visual_mask: Tensor) -> Tensor:
+    def _video_visual(self, sample: Sample, video: bytes | FramePictures) -> _Visual:
+        try:
+            decoded = (frames_video(video.pictures, video.fps, self.video) if isinstance(video, FramePictures)
+                       else decode_video(video, self.video))
+            pixels, grid = patchify_video(decoded, self.video)
+        except VideoError as error:
+            raise SampleError(f"sample '{sample.key}': {error}") from None
+        stamps = grid_timestamps(decoded, self.video) if self.timed_frames else None
+        return _Visual(pixels, grid, seconds_per_grid(decoded, self.video), stamps)
+
+    def _temporal_interval(self, visual: _Visual) -> float:
+        """Rotary positions from one temporal patch to the next, in float32 as stock transformers has them."""
+        one_run_of_frames = visual.is_video and visual.stamps is None
+        return float(self.tokens_per_second * torch.tensor(visual.seconds)) if one_run_of_frames else 1.0
+
+    def _tokenize(self, sample: Sample, visuals: Sequence[_Visual]) -> list[int]:
+        for token in (self.image_token, self.video_token):
+            if token in sample.problem:
+                raise SampleError(f"sample '{sample.key}': the problem text itself contains {token}; its visual tokens "
+                                  "would not match the visual features")
+        content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
+            add_generation_prompt=True)
+        expanded = ""
+        for number, visual in enumerate(visuals):
+            place = self.video_token if visual.is_video else self.image_token
+            if visual.stamps is not None:
+                place = self.vision_start + place + self.vision_end
+            before, found, text = text.partition(place)
+            if not found or self.image_token in before or self.video_token in before:
+                raise SampleError(f"sample '{sample.key}': the chat template of this checkpoint has no {place} for "
+                                  f"image or video {number}")
+            expanded += before + self._visual_text(visual)
+        return self.tokenizer(expanded + text, add_special_tokens=False)["input_ids"]
+
+    def _visual_text(self, visual: _Visual) -> str:
+        """Tokens that stand for one image or video."""
+        counts = (visual.runs().prod(dim=1) // self.merge_size**2).tolist()
+        if visual.stamps is None:
+            return (self.video_token if visual.is_video else self.image_token) * counts[0]
+        return "".join(f"<{stamp:.1f} seconds>{self.vision_start}{self.video_token * count}{self.vision_end}"
+                       for stamp, count in zip(visual.stamps, counts))
+
+    def _target_mask(self, sample: Sample, images: list, grids: Sequence[Tensor], visual_mask: Tensor) -> Tensor:
         """Visual tokens of the first image whose centre lies in a target box."""
         mask = torch.zeros_like(visual_mask)
         if not sample.target_boxes or not images:
             return mask
         width, height = images[0].size
-        rows, columns = int(grids[0, 1]) // self.merge_size, int(grids[0, 2]) // self.merge_size
+        rows, columns = int(grids[0][1]) // self.merge_size, int(grids[0][2]) // self.merge_size
         centre_y = (torch.arange(rows) + 0.5) * height / rows
         centre_x = (torch.arange(columns) + 0.5) * width / columns
         cells = torch.zeros(rows, columns, dtype=torch.bool)

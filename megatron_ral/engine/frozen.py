@@ -9,8 +9,9 @@ class FrozenEngine(StageEngine):
     """Frozen stage of one rank; `forward` is all it does.
 
     Args:
-        shape, groups, dtype, path: as for StageEngine.
+        shape, groups, dtype, path, sequence_parallel: as for StageEngine.
     """
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str):
-        super().__init__(shape, groups, dtype, path)
+    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str,
+                 sequence_parallel: bool = False):
+        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel)

@@ -35,7 +35,7 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     Args:
         engine: policy, made resident for the whole call.
         prompts: B prompts.
-        visual_embeds: of the first stage (`StageEngine.encode_images`); ignored elsewhere.
+        visual_embeds: of the first stage (`StageEngine.encode_visual`); ignored elsewhere.
         settings: how to draw.
         identity: what the random stream belongs to (seed, step); prompt key and response number are added.
     """
@@ -47,7 +47,7 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     lengths = torch.zeros(B, G, dtype=torch.int64)
     finished = torch.zeros(B, G, dtype=torch.bool)
     decoder = _Decoder(engine, prompts, settings)
-    with engine.resident():
+    with engine.resident(), engine.stage.whole_sequences():
         for step in range(R):
             logits = decoder.prefill(visual_embeds) if step == 0 else decoder.advance(tokens[:, :, step - 1], step - 1)
             token, logprob = decoder.draw(logits, uniforms[:, :, step])

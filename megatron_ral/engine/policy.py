@@ -11,7 +11,6 @@ import math
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import count_tied_embedding_once
@@ -71,13 +70,16 @@ class PolicyEngine(StageEngine):
     def __init__(self, shape: ModelShape, groups: ParallelGroups, config: RunConfig):
         super().__init__(shape, groups, config.model.dtype, config.model.path,
                          optimizer=_adamw(config, groups.device), train_vision=config.model.train_vision,
-                         clip_grad_norm=config.optimizer.clip_grad_norm)
+                         clip_grad_norm=config.optimizer.clip_grad_norm,
+                         sequence_parallel=config.parallel.sequence_parallel)
         self.config = config
         self.num_steps_taken = 0
         count_tied_embedding_once(self.deepspeed.optimizer)
         self._make_optimizer_state()
         self._trainable = {name: parameter for name, parameter in self.stage.named_parameters()
                            if parameter.requires_grad}
+        self._partial = [parameter for parameter in self._trainable.values() if self.layout.tensor_size > 1
+                         and getattr(parameter, "partial_over_tensor_ranks", False)]
         self._tied = [parameter for parameter in self._trainable.values()
                       if shape.tie_word_embeddings and groups.embedding is not None and self._is_embedding(parameter)]
 
@@ -124,7 +126,8 @@ class PolicyEngine(StageEngine):
             for parameter in self._trainable.values():
                 if parameter.grad is None:  # an old gradient would be reused in its place
                     parameter.grad = torch.zeros_like(parameter)
-        self._sum_tied_embedding_gradients()
+        self._sum_gradients(self._partial, self.groups.tensor)
+        self._sum_gradients(self._tied, self.groups.embedding)
         return sum_metrics(metrics, self.groups)
 
     def step(self) -> StepResult:
@@ -197,14 +200,17 @@ class PolicyEngine(StageEngine):
     def _is_embedding(self, parameter: Any) -> bool:
         return parameter is self.stage.language.shared_embedding_or_output_weight()
 
-    def _sum_tied_embedding_gradients(self) -> None:
-        """First and last stage each hold a copy; adding their gradient shards keeps the copies equal. Both stages
-        cut the parameter alike over data-parallel ranks, so shards match."""
-        for parameter in self._tied:
-            zero = self.deepspeed.optimizer
-            shard = zero.get_local_fp32_grad_for_param(parameter)
-            dist.all_reduce(shard, group=self.groups.embedding)
-            zero.set_local_grad_for_param(shard, parameter)
+    def _sum_gradients(self, parameters: Sequence[Any], group: Any) -> None:
+        """Add up the gradients of parameters that several ranks hold a copy of, each with a part of the gradient: norms
+        over tensor ranks, tied embeddings over the first and last stage. Every rank cuts a parameter alike over
+        data-parallel ranks, so that shards match; one all-reduce for all of them."""
+        if not parameters:
+            return
+        zero = self.deepspeed.optimizer
+        shards = [zero.get_local_fp32_grad_for_param(parameter) for parameter in parameters]
+        total = all_reduce_sum_(torch.cat([shard.flatten() for shard in shards]), group)
+        for parameter, part in zip(parameters, total.split([shard.numel() for shard in shards])):
+            zero.set_local_grad_for_param(part, parameter)
 
 
 _STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")

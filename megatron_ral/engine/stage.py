@@ -72,13 +72,14 @@ class StageEngine:
         optimizer: function from the trainable parameters to a torch optimizer; None: frozen.
         train_vision: whether the vision tower is trainable.
         clip_grad_norm: 0: no clipping.
+        sequence_parallel: cut the sequence over tensor ranks outside attention.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
-                 train_vision: bool = False, clip_grad_norm: float = 0.0):
+                 train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device)
+        self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel)
         problem = None
         try:
             load_stage(self.stage, path)
@@ -119,12 +120,12 @@ class StageEngine:
         return [layer for layer in layers if layer in mine]
 
     @torch.no_grad()
-    def encode_images(self, prompts: PromptBatch) -> Optional[tuple[Tensor, ...]]:
-        """Visual embeddings of each prompt from the frozen tower; None on all but the first stage."""
+    def encode_visual(self, prompts: PromptBatch) -> Optional[tuple[Tensor, ...]]:
+        """Visual features of each prompt from the frozen tower; None on all but the first stage."""
         if not self.layout.is_first_stage:
             return None
         with self.resident():
-            return self.stage.encode_images(prompts)
+            return self.stage.encode_visual(prompts)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = (), *, temperature: float = 1.0,
@@ -171,8 +172,8 @@ class StageEngine:
             assert (other.B, other.P, other.R) == (layout.B, layout.P, layout.R), "micro-batches differ in shape"
         get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=iter(batches), model=self.stage,
-            num_microbatches=len(batches), seq_length=layout.sequence_length, micro_batch_size=layout.B,
-            forward_only=forward_only, collect_non_loss_data=forward_only)
+            num_microbatches=len(batches), seq_length=self.stage.padded_length(layout.sequence_length),
+            micro_batch_size=layout.B, forward_only=forward_only, collect_non_loss_data=forward_only)
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
         """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""

@@ -1,19 +1,25 @@
-"""Multimodal rotary position ids of Qwen2-VL / Qwen2.5-VL (temporal, height, width)."""
+"""Multimodal rotary positions (temporal, height, width) of the Qwen-VL families: indices and angles."""
+
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
 
 
-def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: int) -> tuple[Tensor, int]:
+def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: int,
+                         temporal_intervals: Optional[Sequence[float]] = None) -> tuple[Tensor, int]:
     """Position ids of one prompt.
 
-    Text advances all three coordinates together. An image of grid (t, h, w) keeps the temporal coordinate and spreads
-    (h / merge) x (w / merge) over height and width; the text after it continues at the start + max(h, w) / merge.
+    Text advances all three coordinates together. An image or video of grid (t, h, w) that starts at position s gives
+    its token (i, y, x) the coordinates (s + floor(i * interval), s + y, s + x), with y < h / merge and x < w / merge;
+    the text after it continues at s + max(h, w) / merge.
 
     Args:
-        is_visual: [P] bool, True at visual tokens. Each run of visual tokens holds whole images.
-        grids: [I, 3] int64 patches (t, h, w) of each image in order.
+        is_visual: [P] bool, True at visual tokens. Each run of visual tokens holds whole images or videos.
+        grids: [V, 3] int64 patches (t, h, w) of each image or video in the order of their tokens.
         spatial_merge_size: patches per visual token and side.
+        temporal_intervals: [V] positions between two temporal patches; None: 1 everywhere. Qwen2.5-VL takes tokens per
+            second times seconds per patch for a video.
 
     Returns:
         ([3, P] int64 positions, position of the next text token).
@@ -21,24 +27,51 @@ def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: i
     Raises:
         ValueError: the visual tokens do not match the grids.
 
-    Source: Qwen2-VL (arXiv 2409.12191) section 2.1, M-RoPE.
+    Source: Qwen2-VL (arXiv 2409.12191) section 2.1, Qwen2.5-VL (arXiv 2502.13923) section 2.1.2. What follows a video
+    is as transformers 5 has it; up to version 4 it continued after the largest coordinate, the temporal one included.
     """
-    columns, position, index, image = [], 0, 0, 0
+    columns, position, index, number = [], 0, 0, 0
+    intervals = [1.0] * len(grids) if temporal_intervals is None else temporal_intervals
     flags = is_visual.tolist()
     while index < len(flags):
         if not flags[index]:
             columns.append(torch.full((3, 1), position, dtype=torch.int64))
             position, index = position + 1, index + 1
             continue
-        if image >= len(grids):
-            raise ValueError(f"visual tokens at position {index} belong to no image ({len(grids)} images)")
-        t, h, w = (int(value) for value in grids[image])
+        if number >= len(grids):
+            raise ValueError(f"visual tokens at position {index} belong to no image or video ({len(grids)} in all)")
+        t, h, w = (int(value) for value in grids[number])
         h, w = h // spatial_merge_size, w // spatial_merge_size
         if not all(flags[index:index + t * h * w]) or index + t * h * w > len(flags):
-            raise ValueError(f"image {image} needs {t * h * w} visual tokens in one run at position {index}")
-        axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+            raise ValueError(f"image or video {number} needs {t * h * w} visual tokens in one run at position {index}")
+        seconds = (torch.arange(t) * float(intervals[number])).long()
+        axes = torch.meshgrid(seconds, torch.arange(h), torch.arange(w), indexing="ij")
         columns.append(torch.stack(axes).reshape(3, -1) + position)
-        position, index, image = position + max(h, w), index + t * h * w, image + 1
-    if image != len(grids):
-        raise ValueError(f"{len(grids)} images but visual tokens for {image}")
+        position, index, number = position + max(h, w), index + t * h * w, number + 1
+    if number != len(grids):
+        raise ValueError(f"{len(grids)} images or videos but visual tokens for {number}")
     return torch.cat(columns, dim=1), position
+
+
+def rotary_angles(position_ids: Tensor, inverse_frequencies: Tensor, sections: Sequence[int],
+                  interleaved: bool) -> Tensor:
+    """Rotation angle of every position and channel: each frequency follows one of the three coordinates.
+
+    Args:
+        position_ids: [3, B, S] int64 (temporal, height, width).
+        inverse_frequencies: [D / 2] float32.
+        sections: frequencies of each coordinate; sum = D / 2.
+        interleaved: False: the first sections[0] frequencies follow the temporal coordinate, the next the height, the
+            last the width (Qwen2.5-VL). True: t, h, w alternate until height and width have had their share, the
+            rest is temporal (Qwen3-VL).
+
+    Returns:
+        [S, B, 1, D] float32, the two halves equal, as megatron-core takes it.
+    """
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
+    if interleaved:
+        axis = torch.zeros_like(axis)
+        for coordinate in (1, 2):
+            axis[coordinate:3 * sections[coordinate]:3] = coordinate
+    angles = position_ids[axis.to(position_ids.device)].float() * inverse_frequencies[:, None, None]  # [D / 2, B, S]
+    return torch.cat([angles, angles]).permute(2, 1, 0)[:, :, None].contiguous()

@@ -3,8 +3,9 @@ and written tensor by tensor.
 
     Megatron folder:  tp_00_pp_00.safetensors ...   hf/ (config, tokenizer, processor)   megatron.json (written last)
 
-Both kinds are read through one mapping from hub names (`model.layers..`, `visual..`, `lm_head..`) to tensors, so that
-loading, converting, resharding and comparing are the same code on either. Only safetensors; nothing is unpickled.
+Both kinds are read through one mapping from names (`model.layers..`, `visual..`, `lm_head..`, as Qwen2.5-VL has them on
+the hub; `Family.hub_name` tells the others) to tensors, so that loading, converting, resharding and comparing are the
+same code on either. Only safetensors; nothing is unpickled.
 """
 
 import json
@@ -41,11 +42,11 @@ def copy_config(source: str | Path, target: Path) -> None:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by hub name, read on demand."""
+    """Tensors by name, read on demand."""
 
     path: Path
     _where: dict[str, Any]
-    """Hub name -> where the tensor is kept."""
+    """Name -> where the tensor is kept."""
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._where
@@ -55,6 +56,10 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """The tensor between two indices of a dimension."""
+        return self[name].narrow(dim, start, stop - start)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
@@ -89,6 +94,10 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         with self._open() as handle:
             return handle.get_tensor(name)
+
+    def read_part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        with self._open() as handle:
+            return handle.get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
 
     def _open(self):
         try:
@@ -126,11 +135,15 @@ class HuggingFaceWeights(Weights):
         for file in files:
             opened = SafetensorsFile(self.path / file)
             for name in opened.shapes:
-                self._where[hub_name(name)] = (opened, name)
+                self._where[common_name(name)] = (opened, name)
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._where[name]
         return file.read(stored)
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        file, stored = self._where[name]
+        return file.read_part(stored, dim, start, stop)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         file, stored = self._where[name]
@@ -141,8 +154,8 @@ class HuggingFaceWeights(Weights):
         return file.dtypes[stored]
 
 
-def hub_name(name: str) -> str:
-    """Names as transformers 5 keeps them in memory -> names as they are on the hub."""
+def common_name(name: str) -> str:
+    """The project's name of a weight, from any of those that transformers and the hub have had for it."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 

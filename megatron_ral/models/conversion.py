@@ -15,12 +15,12 @@ from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from megatron_ral.config import ConfigError
 from megatron_ral.models.checkpoints import (
     INDEX, MANIFEST, CheckpointError, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter, Weights, copy_config,
     read_json)
+from megatron_ral.models.families import build_tower
 from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.models.tensor_table import StageTensor, stage_tensors
 from megatron_ral.parallel.layout import ParallelLayout
@@ -43,12 +43,12 @@ class Converted:
 def visual_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names inside the vision tower with their shapes, built without memory."""
     with torch.device("meta"):
-        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(shape.vision)
+        tower = build_tower(shape.vision)
     return {name: tuple(parameter.shape) for name, parameter in tower.named_parameters()}
 
 
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this shape by hub name."""
+    """Every tensor of a checkpoint of this shape by our name."""
     H, D = shape.hidden_size, shape.kv_channels
     query, key = shape.num_attention_heads * D, shape.num_query_groups * D
     result = {f"visual.{name}": size for name, size in visual_shapes(shape).items()}
@@ -57,7 +57,10 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}"
         for part, rows in (("q", query), ("k", key), ("v", key)):
             result[f"{prefix}.self_attn.{part}_proj.weight"] = (rows, H)
-            result[f"{prefix}.self_attn.{part}_proj.bias"] = (rows,)
+            if shape.family.qkv_bias:
+                result[f"{prefix}.self_attn.{part}_proj.bias"] = (rows,)
+            if shape.family.qk_norm and part != "v":
+                result[f"{prefix}.self_attn.{part}_norm.weight"] = (D,)
         result[f"{prefix}.self_attn.o_proj.weight"] = (H, query)
         for part in ("gate", "up"):
             result[f"{prefix}.mlp.{part}_proj.weight"] = (shape.ffn_hidden_size, H)
@@ -89,7 +92,7 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
 
 
 class MegatronWeights(Weights):
-    """A Megatron folder, seen by hub names: joined over tensor ranks, taken apart into Hugging Face tensors."""
+    """A Megatron folder, seen as Hugging Face's tensors: joined over tensor ranks, then taken apart."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -217,10 +220,11 @@ def to_hf(source: str | Path, output: str | Path, max_shard_bytes: int = 5_000_0
     try:
         for number, names in enumerate(plan, 1):
             file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            writer = SafetensorsWriter(partial / file, [(n, weights.dtype_of(n), weights.shape_of(n)) for n in names])
+            hub = {name: shape.family.hub_name(name) for name in names}
+            writer = SafetensorsWriter(partial / file, [(hub[n], weights.dtype_of(n), weights.shape_of(n)) for n in names])
             for name in names:
-                progress(writer.add(name, weights[name]))
-                weight_map[name] = file
+                progress(writer.add(hub[name], weights[name]))
+                weight_map[hub[name]] = file
             writer.close()
         copy_config(source, partial)
         index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": weight_map}

@@ -90,6 +90,27 @@ class GroupKVCache:
         return keys[:, :, : step + 1], values[:, :, : step + 1]
 
 
+@dataclass(frozen=True)
+class VisualFeatures:
+    """Features of the vision tower that a language layer adds at the visual tokens (DeepStack)."""
+
+    sequence: Tensor
+    """[N] int64 places in the sequence."""
+    batch: Tensor
+    """[N] int64 places in the batch."""
+    features: Tensor
+    """[N, H]."""
+
+    def add_to(self, hidden: Tensor) -> Tensor:
+        """[S, B, H] hidden states with the features added."""
+        return hidden.index_put((self.sequence, self.batch), self.features.to(hidden.dtype), accumulate=True)
+
+    def part(self, start: int, stop: int) -> "VisualFeatures":
+        """Those of one stretch of the sequence, counted from its start (sequence parallelism)."""
+        mine = (self.sequence >= start) & (self.sequence < stop)
+        return VisualFeatures(self.sequence[mine] - start, self.batch[mine], self.features[mine])
+
+
 @dataclass
 class AttentionPass:
     """What one forward pass asks of the core attentions, and what they hand back."""
@@ -102,3 +123,5 @@ class AttentionPass:
     """None: the sequence is the whole group layout. A number: one token per response at that step, keys from cache."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)
     """Filled by the layers of this stage."""
+    deepstack: dict[int, VisualFeatures] = field(default_factory=dict)
+    """0-based layer -> what it adds to its output; filled by the first stage."""

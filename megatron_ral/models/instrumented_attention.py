@@ -26,6 +26,7 @@ class InstrumentedAttention(torch.nn.Module):
     """Core attention of one layer on one tensor-parallel rank.
 
     Inputs are megatron's: query [L, B, n, D], key and value [L, B, k, D] after rotary embedding; output [L, B, n D].
+    Rows beyond the group layout (sequence parallelism pads to a multiple of the tensor ranks) give zeros.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
@@ -49,7 +50,7 @@ class InstrumentedAttention(torch.nn.Module):
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
         layout = pass_.layout
-        B, G, P, R = layout.B, layout.G, layout.P, layout.R
+        B, G, P, R, padding = layout.B, layout.G, layout.P, layout.R, query.shape[1] - layout.sequence_length
         prompt_key, prompt_value = key[:, :P], value[:, :P]
         if pass_.cache is not None:
             pass_.cache.store_prompt(self.layer, prompt_key, prompt_value)
@@ -57,14 +58,16 @@ class InstrumentedAttention(torch.nn.Module):
         prompt_output = self._sdpa(query[:, :P], prompt_key, prompt_value, is_causal=True)
         if G == 0:
             return prompt_output
-        group_query, group_key, group_value = (tensor[:, P:].unflatten(1, (G, R)) for tensor in (query, key, value))
+        group_query, group_key, group_value = (tensor[:, P:layout.sequence_length].unflatten(1, (G, R))
+                                               for tensor in (query, key, value))
         if self.layer in pass_.recorded_layers:
             pass_.records[self.layer] = AttentionRecord(group_query, prompt_key, group_key)
         keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), group_key], dim=2)
         values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), group_value], dim=2)
         response_output = self._sdpa(group_query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1),
                                      attn_mask=layout.visible_BGRS.flatten(0, 1)[:, None])
-        return torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[2:])], dim=1)
+        output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[2:])], dim=1)
+        return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """[B, L, heads, D] in and out."""

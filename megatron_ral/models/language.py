@@ -1,8 +1,11 @@
-"""The language model of one pipeline stage: megatron-core's GPTModel with our core attention.
+"""The language model of one pipeline stage: megatron-core's GPTModel with our core attention, norms and layers.
 
-Departure from GPTModel: tied embeddings on the first and last stage are not made equal by a collective at build time.
-Weights always come from a checkpoint, which gives both copies the same values; the engine keeps them equal by summing
-their gradients.
+Departures from GPTModel:
+- tied embeddings on the first and last stage are not made equal by a collective at build time. Weights always come from
+  a checkpoint, which gives both copies the same values; the engine keeps them equal by summing their gradients;
+- norms are torch's RMSNorm under sequence parallelism too, and know whether their gradient is a part of a sum over
+  tensor ranks (`partial_over_tensor_ranks`), which the engine then forms;
+- a layer adds features of the vision tower to its output where the `AttentionPass` carries some (DeepStack).
 """
 
 import copy
@@ -12,11 +15,38 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.layout import ParallelLayout, stage_sizes
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root mean square norm with megatron-core's signature.
+
+    Args:
+        over_heads: every tensor rank sees other heads (q and k norm), so that its gradient is a part of the whole;
+            under sequence parallelism that is so for every norm, whose ranks see other tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, over_heads: bool = False,
+                 **unused):
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.partial_over_tensor_ranks = over_heads or config.sequence_parallel
+
+
+class DeepstackLayer(TransformerLayer):
+    """Transformer layer that adds what `AttentionPass.deepstack` holds for it to its output."""
+
+    def forward(self, *args, attention_mask, **kwargs):
+        hidden, context = super().forward(*args, attention_mask=attention_mask, **kwargs)
+        features = attention_mask.deepstack.get(self.layer_number - 1)
+        return (hidden if features is None else features.add_to(hidden)), context
 
 
 class LanguageStage(GPTModel):
@@ -26,10 +56,14 @@ class LanguageStage(GPTModel):
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
             self.output_layer.weight.shared = True
 
+    def embed_words(self, token_ids: Tensor) -> Tensor:
+        """[B, S] tokens -> [S, B, H], the whole sequence on every tensor rank."""
+        return self.embedding.word_embeddings(token_ids).transpose(0, 1).contiguous()
 
-def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype,
-                       device: torch.device) -> TransformerConfig:
-    """megatron-core configuration of a Qwen2.5 language model.
+
+def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+                       sequence_parallel: bool = False) -> TransformerConfig:
+    """megatron-core configuration of a language model.
 
     `calculate_per_token_loss` keeps the schedule from dividing the loss by the number of micro-batches: here a loss
     is a sum over a global denominator already.
@@ -39,7 +73,8 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
         num_attention_heads=shape.num_attention_heads, num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels, mrope_section=list(shape.mrope_section),
         normalization="RMSNorm", layernorm_epsilon=shape.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0,
+        add_bias_linear=False, add_qkv_bias=shape.family.qkv_bias, qk_layernorm=shape.family.qk_norm,
+        hidden_dropout=0.0, attention_dropout=0.0, sequence_parallel=sequence_parallel,
         tensor_model_parallel_size=layout.tensor_size, pipeline_model_parallel_size=layout.pipeline_size,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.type != "cuda", perform_initialization=False,
@@ -58,15 +93,33 @@ def _pipeline_layers(shape: ModelShape, layout: ParallelLayout) -> list[list[str
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build_language_stage(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype,
-                         device: torch.device) -> LanguageStage:
+def _stage_spec(shape: ModelShape, layout: ParallelLayout) -> TransformerBlockSubmodules:
+    """Our modules in place of megatron-core's in every layer of this stage."""
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm))
+    spec.module = DeepstackLayer
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = ModuleSpec(module=InstrumentedAttention)
+    if shape.family.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"over_heads": True})
+    return TransformerBlockSubmodules([spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=RMSNorm)
+
+
+def build_language_stage(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+                         sequence_parallel: bool = False) -> LanguageStage:
     """This rank's stage, weights uninitialised (`weights.load_stage` fills them)."""
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(module=InstrumentedAttention)
-    return LanguageStage(
-        config=transformer_config(shape, layout, dtype, device), transformer_layer_spec=spec,
+    stage = LanguageStage(
+        config=transformer_config(shape, layout, dtype, device, sequence_parallel),
+        transformer_layer_spec=_stage_spec(shape, layout),
         vocab_size=shape.padded_vocab_size(layout.tensor_size), max_sequence_length=shape.max_position_embeddings,
         pre_process=layout.is_first_stage, post_process=layout.is_last_stage, parallel_output=True,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings, scatter_embedding_sequence_parallel=False,
         position_embedding_type="mrope", rotary_base=shape.rope_theta,
     )
+    if sequence_parallel:
+        # The block would fork a random number generator per tensor rank, for a dropout that is always 0 here.
+        stage.decoder.config = copy.copy(stage.decoder.config)
+        stage.decoder.config.sequence_parallel = False
+        if layout.is_last_stage:
+            stage.output_layer.sequence_parallel = False  # its input is gathered before rows are chosen
+    return stage

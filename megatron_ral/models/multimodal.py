@@ -3,13 +3,22 @@
 The forward pass reads a `GroupBatch` (or, decoding, one token per response) and an `AttentionPass`. It returns the
 hidden states for the next stage, or on the last stage the logits of the rows that predict response tokens: the first
 response token is predicted by the prompt's last row, token r by response row r - 1.
+
+Under sequence parallelism hidden states outside attention are cut over tensor ranks along the sequence, padded to a
+multiple of their number; visual embeddings are placed before the cut, and rows are chosen after the pieces are gathered.
 """
 
-import torch
-from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from contextlib import contextmanager
+from typing import Iterator
 
-from megatron_ral.models.group_layout import AttentionPass
+import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region)
+from torch import Tensor
+
+from megatron_ral.functional.positions import rotary_angles
+from megatron_ral.models.families import build_tower
+from megatron_ral.models.group_layout import AttentionPass, VisualFeatures
 from megatron_ral.models.language import build_language_stage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.layout import ParallelLayout
@@ -24,32 +33,63 @@ class MultimodalStage(torch.nn.Module):
         layout: this rank's place.
         dtype: of parameters and activations.
         device: where to build.
+        sequence_parallel: cut the sequence over tensor ranks outside attention; without effect on one tensor rank.
     """
 
-    def __init__(self, shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+                 sequence_parallel: bool = False):
         super().__init__()
         self.shape, self.layout, self.dtype = shape, layout, dtype
-        self.language = build_language_stage(shape, layout, dtype, device)
+        sequence_parallel = sequence_parallel and layout.tensor_size > 1
+        self.language = build_language_stage(shape, layout, dtype, device, sequence_parallel)
         self.config, self.model_type = self.language.config, self.language.model_type
         self.visual = None
         if layout.is_first_stage:
             with torch.device(device):
-                self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(shape.vision, dtype=dtype)
+                self.visual = build_tower(shape.vision, dtype)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states from the previous stage (called by megatron's schedule)."""
         self.language.set_input_tensor(input_tensor)
 
+    def padded_length(self, length: int) -> int:
+        """Length of a sequence as the stages hand it on."""
+        parts = self.layout.tensor_size if self.config.sequence_parallel else 1
+        return -(-length // parts) * parts
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """No sequence parallelism inside (generation, where a pass may be shorter than there are tensor ranks)."""
+        switched = [part for part in (self.config, *self.modules()) if getattr(part, "sequence_parallel", False)]
+        for part in switched:
+            part.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for part in switched:
+                part.sequence_parallel = True
+
     def forward(self, groups: GroupBatch, attention: AttentionPass) -> Tensor:
         """Whole group layout.
 
         Returns:
-            [S, B, H] hidden states, or on the last stage logits [B, G, R, v] (this rank's share of the vocabulary).
+            [S, B, H] hidden states (under sequence parallelism this rank's part of the padded S), or on the last stage
+            logits [B, G, R, v] (this rank's share of the vocabulary).
         """
-        hidden = self._embed(groups) if self.layout.is_first_stage else None
-        hidden = self._decode_layers(hidden, groups.position_ids, attention)
+        hidden, position_ids = None, groups.position_ids
+        length = position_ids.shape[-1]
+        padding = self.padded_length(length) - length
+        if self.layout.is_first_stage:
+            embeds = groups.visual_embeds if groups.visual_embeds is not None else self.encode_visual(groups.prompts)
+            hidden = self._embed(groups.input_ids, groups.prompts, embeds, attention)
+            if self.config.sequence_parallel:
+                hidden = scatter_to_sequence_parallel_region(torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, padding)))
+        hidden = self._decode_layers(hidden, torch.nn.functional.pad(position_ids, (0, padding)), attention)
         if not self.layout.is_last_stage:
             return hidden
+        if self.config.sequence_parallel:
+            # The output layer sums the gradient over tensor ranks, so that here it is only cut.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)[:length]
         return self._logits(self._predicting_rows(hidden, attention))
 
     def prefill(self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None,
@@ -58,7 +98,7 @@ class MultimodalStage(torch.nn.Module):
         prompt's last row."""
         hidden = None
         if self.layout.is_first_stage:
-            hidden = self._place_visual(self._word_embeddings(prompts.input_ids), prompts, visual_embeds)
+            hidden = self._embed(prompts.input_ids, prompts, visual_embeds, attention)
         hidden = self._decode_layers(hidden, prompts.position_ids, attention)
         if not self.layout.is_last_stage:
             return hidden
@@ -67,50 +107,55 @@ class MultimodalStage(torch.nn.Module):
 
     def decode(self, token_BG: Tensor, positions_BG: Tensor, attention: AttentionPass) -> Tensor:
         """One token per response. Returns [G, B, H] hidden states, or on the last stage logits [B, G, v]."""
-        hidden = self._word_embeddings(token_BG) if self.layout.is_first_stage else None
+        hidden = self.language.embed_words(token_BG) if self.layout.is_first_stage else None
         hidden = self._decode_layers(hidden, positions_BG[None].expand(3, -1, -1), attention)
         return self._logits(hidden.transpose(0, 1)) if self.layout.is_last_stage else hidden
 
-    def encode_images(self, prompts: PromptBatch) -> tuple[Tensor, ...]:
-        """Visual embeddings of each prompt, [visual tokens, H]; one call of the tower for the whole batch.
+    def encode_visual(self, prompts: PromptBatch) -> tuple[Tensor, ...]:
+        """Features of each prompt's images and videos, [visual tokens, 1 + D, H]: what takes the place of the word
+        embedding, then what each of the first D layers adds (D = 0 but for DeepStack). One call of the tower for the
+        whole batch.
 
         The tower runs even where no prompt has an image (on one blank patch group, result unused): under ZeRO-3 every
         rank must use every module equally often.
         """
         pixels = torch.cat([prompt.pixel_values for prompt in prompts.prompts])
-        grids = torch.cat([prompt.image_grid_thw for prompt in prompts.prompts])
+        grids = torch.cat([prompt.grid_thw for prompt in prompts.prompts])
         counts = [int(prompt.visual_mask.sum()) for prompt in prompts.prompts]
         merge = self.visual.spatial_merge_size
         blank = len(grids) == 0
         if blank:
             pixels, grids = pixels.new_zeros(merge * merge, pixels.shape[1]), grids.new_tensor([[1, merge, merge]])
         device = next(self.visual.parameters()).device
-        features = self.visual(pixels.to(device, self.dtype), grid_thw=grids.to(device)).pooler_output
+        output = self.visual(pixels.to(device, self.dtype), grid_thw=grids.to(device))
+        features = torch.stack([output.pooler_output, *getattr(output, "deepstack_features", ())], dim=1)
         if blank:
             features = features[:0] + 0.0 * features.sum()  # no rows, but still in the graph: zero gradient, not none
         return features.split(counts)
 
-    def _word_embeddings(self, token_ids: Tensor) -> Tensor:
-        return self.language.embedding(input_ids=token_ids, position_ids=None)
-
-    def _embed(self, groups: GroupBatch) -> Tensor:
-        embeds = groups.visual_embeds
-        if embeds is None:
-            embeds = self.encode_images(groups.prompts)
-        return self._place_visual(self._word_embeddings(groups.input_ids), groups.prompts, embeds)
-
-    def _place_visual(self, hidden: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...]) -> Tensor:
-        """Put visual embeddings at their tokens of [S, B, H] hidden states."""
-        where = torch.nn.functional.pad(prompts.visual_mask, (0, hidden.shape[0] - prompts.visual_mask.shape[1]))
+    def _embed(self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...],
+               attention: AttentionPass) -> Tensor:
+        """Word embeddings [S, B, H] with visual embeddings at their tokens; what deeper layers add goes into the
+        pass."""
+        hidden = self.language.embed_words(token_ids).transpose(0, 1)  # [B, S, H]: features come prompt by prompt
+        where = torch.nn.functional.pad(prompts.visual_mask, (0, hidden.shape[1] - prompts.visual_mask.shape[1]))
         features = torch.cat(list(visual_embeds)).to(hidden.dtype)
         assert int(where.sum()) == len(features), "visual tokens and features differ; the processor should have seen it"
-        # [B, S] order, because features come prompt by prompt.
-        hidden = hidden.transpose(0, 1).masked_scatter(where[..., None].to(hidden.device), features)
+        hidden = hidden.masked_scatter(where[..., None].to(hidden.device), features[:, 0])
+        if features.shape[1] > 1:
+            batch, sequence = where.to(hidden.device).nonzero(as_tuple=True)
+            for layer in range(features.shape[1] - 1):
+                deeper = VisualFeatures(sequence, batch, features[:, 1 + layer])
+                if self.config.sequence_parallel:
+                    part = self.padded_length(hidden.shape[1]) // self.layout.tensor_size
+                    deeper = deeper.part(self.layout.tensor_rank * part, (self.layout.tensor_rank + 1) * part)
+                attention.deepstack[layer] = deeper
         return hidden.transpose(0, 1).contiguous()
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
-        rotary = self.language.rotary_pos_emb(position_ids, list(self.shape.mrope_section))
-        return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotary)
+        angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, self.shape.mrope_section,
+                               self.shape.family.interleaved_rotary)
+        return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=angles)
 
     def _predicting_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
         """[S, B, H] -> [B, G, R, H]: the rows whose logits predict response tokens 0..R-1."""

@@ -8,15 +8,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.config import ConfigError
 from megatron_ral.models.checkpoints import config_folder
-
-FAMILIES = ("qwen2_5_vl",)
+from megatron_ral.models.families import FAMILIES, Family
+from megatron_ral.parallel.layout import stage_sizes
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Language model of a Qwen2.5-VL checkpoint; `vision` stays Hugging Face's own config."""
+    """Language model of a checkpoint; `vision` stays Hugging Face's own config."""
 
     path: str
+    family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -32,7 +33,13 @@ class ModelShape:
     mrope_section: tuple[int, ...]
     tie_word_embeddings: bool
     image_token_id: int
+    video_token_id: int
     vision: PretrainedConfig
+
+    @property
+    def num_deepstack_layers(self) -> int:
+        """First language layers after which features of the vision tower are added."""
+        return len(getattr(self.vision, "deepstack_visual_indexes", ()))
 
     def layer_index(self, layer: int) -> int:
         """0-based layer of a possibly negative index.
@@ -78,9 +85,14 @@ class ModelShape:
         if self.num_query_groups % tensor_size and tensor_size % self.num_query_groups:
             raise ConfigError(f"{key} = {tensor_size} neither divides nor is a multiple of the "
                               f"{self.num_query_groups} key/value heads of '{self.path}'")
+        key = "parallel.pipeline_model_parallel_size"
         if self.num_layers < pipeline_size:
-            raise ConfigError(f"parallel.pipeline_model_parallel_size = {pipeline_size} is more than the "
-                              f"{self.num_layers} layers of '{self.path}'")
+            raise ConfigError(f"{key} = {pipeline_size} is more than the {self.num_layers} layers of '{self.path}'")
+        first = stage_sizes(self.num_layers, pipeline_size)[0]
+        if first < self.num_deepstack_layers:
+            raise ConfigError(f"{key} = {pipeline_size} leaves {first} layers on the first stage, but features of the "
+                              f"vision tower enter the first {self.num_deepstack_layers} layers of '{self.path}', "
+                              "which must be on that stage; take fewer stages")
 
     def padded_vocab_size(self, tensor_size: int) -> int:
         """Vocabulary rows over all tensor ranks: the next multiple of their number. Padding never leaves the model: its
@@ -104,13 +116,30 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
     if config.model_type not in FAMILIES:
         raise ConfigError(f"{key} = '{path}' is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
     text = config.text_config
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _refuse_unknown_variants(text, width, f"{key} = '{path}'")
     return ModelShape(
-        path=str(path), num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size, num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        path=str(path), family=FAMILIES[config.model_type], num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size, ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads, num_query_groups=text.num_key_value_heads, kv_channels=width,
         vocab_size=text.vocab_size, max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps, rope_theta=float(text.rope_parameters["rope_theta"]),
         mrope_section=tuple(text.rope_parameters["mrope_section"]), tie_word_embeddings=config.tie_word_embeddings,
-        image_token_id=config.image_token_id, vision=config.vision_config,
+        image_token_id=config.image_token_id, video_token_id=config.video_token_id, vision=config.vision_config,
     )
+
+
+def _refuse_unknown_variants(text: PretrainedConfig, width: int, name: str) -> None:
+    """Raise ConfigError for what the config.json of a known family may ask for and this project would not do."""
+    rope = text.rope_parameters
+    asked = {
+        "hidden_act": (text.hidden_act, "silu"),
+        "attention_dropout": (text.attention_dropout, 0.0),
+        "attention_bias": (getattr(text, "attention_bias", False), False),
+        "layer_types": (sorted(set(getattr(text, "layer_types", None) or ["full_attention"])), ["full_attention"]),
+        "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_parameters.mrope_section, summed": (sum(rope.get("mrope_section") or ()), width // 2),
+    }
+    for field, (value, known) in asked.items():
+        if value != known:
+            raise ConfigError(f"{name}: config.json has text_config.{field} = {value!r}; only {known!r} is known")

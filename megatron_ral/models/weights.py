@@ -43,8 +43,7 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
     check_weights(weights, stage.shape)
     parameters = dict(stage.named_parameters())
     for tensor in describe_stage(stage):
-        full = tensor.merge([weights[source] for source in tensor.sources])
-        parameters[tensor.name].copy_(tensor.cut(full, layout.tensor_rank, layout.tensor_size))
+        parameters[tensor.name].copy_(tensor.read(weights, layout.tensor_rank, layout.tensor_size))
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def export_stage(stage: MultimodalStage, groups: ParallelGroups, source: str, ou
         shards = gather_shards(parameter.detach(), groups.tensor) if tensor.cut_dim is not None else [parameter]
         if layout.tensor_rank == 0 and layout.data_rank == 0:
             for name, value in zip(tensor.sources, tensor.split(tensor.join(shards, layout.tensor_size))):
-                tensors[name] = value.detach().cpu().contiguous().clone()
+                tensors[stage.shape.family.hub_name(name)] = value.detach().cpu().contiguous().clone()
     file = f"model-{layout.pipeline_rank + 1:05d}-of-{layout.pipeline_size:05d}.safetensors"
     if layout.tensor_rank == 0 and layout.data_rank == 0:
         save_file(tensors, partial / file, metadata={"format": "pt"})

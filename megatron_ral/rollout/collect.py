@@ -52,7 +52,7 @@ def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], processor: 
     visual embeddings (first stage only)."""
     for start in range(0, len(prompts), batch_size):
         batch = pad_prompts(prompts[start:start + batch_size], processor.pad_token_id)
-        embeds = engine.encode_images(batch)
+        embeds = engine.encode_visual(batch)
         yield generate(engine, batch, embeds, settings, *identity), embeds
 
 

@@ -24,7 +24,7 @@ def attention_picture(view: ProbeView, merge_size: int) -> np.ndarray:
     scale = _SIDE / max(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     plain = image.resize(size, Image.Resampling.NEAREST)
-    rows, columns = (int(value) // merge_size for value in view.prompt.image_grid_thw[0, 1:])
+    rows, columns = (int(value) // merge_size for value in view.prompt.grid_thw[0, 1:])
     mass = view.visual_attention[: rows * columns].view(rows, columns).numpy()
     share = mass / max(float(mass.sum()), 1e-30)
     heat = Image.fromarray(_colour(share / max(float(share.max()), 1e-30))).resize(size, Image.Resampling.NEAREST)

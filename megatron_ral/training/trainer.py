@@ -96,7 +96,8 @@ class Trainer:
         self.reference = None
         if config.needs_reference:
             self.reference = FrozenEngine(shape, groups, config.model.dtype,
-                                          config.model.reference_path or config.model.path)
+                                          config.model.reference_path or config.model.path,
+                                          config.parallel.sequence_parallel)
 
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""

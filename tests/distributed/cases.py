@@ -24,11 +24,13 @@ from megatron_ral.types import GroupBatch, Score, pad_prompts
 NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
 
-def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, **loss) -> RunConfig:
+def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False,
+                **loss) -> RunConfig:
     settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
     return RunConfig(
         seed=3, model=ModelConfig(path=path, dtype="float32"),
-        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
+                                sequence_parallel=sequence_parallel),
         data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
         rollout=RolloutConfig(num_prompts=NUM_GROUPS, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
                               max_response_length=LENGTH),
@@ -63,7 +65,7 @@ def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, p
     for start in range(0, len(groups), size):
         prompts, ids, lengths, rewards = zip(*groups[start:start + size])
         batch = pad_prompts(prompts, 0, width)
-        embeds = engine.encode_images(batch) if engine is not None else None
+        embeds = engine.encode_visual(batch) if engine is not None else None
         rewards = torch.stack(rewards)
         score = Score(rewards, {}, ())
         result.append(ScoredGroups(GroupBatch(batch, torch.stack(ids), torch.stack(lengths), embeds), score,
@@ -100,11 +102,12 @@ def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
 
 
 def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
-             num_steps: int = 1, layers: tuple = (-1,)) -> dict:
+             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False) -> dict:
     """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
     its gradient is far from zero. Returns metrics, norms, and all weights."""
-    config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_layers=layers)
-    frozen = FrozenEngine(shape, groups, "float32", other)
+    config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_layers=layers,
+                                                           sequence_parallel=sequence_parallel)
+    frozen = FrozenEngine(shape, groups, "float32", other, sequence_parallel)
     everything = fixed_groups(path, data)
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]

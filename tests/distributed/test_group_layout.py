@@ -42,7 +42,7 @@ def group_against_sequences(path, data):
     for name, groups_, weight in (("group", everything, weights), ("separate", alone, weights.reshape(9, 1))):
         prompts = pad_prompts([row[0] for row in groups_], 0)
         batch = GroupBatch(prompts, torch.stack([row[1] for row in groups_]), torch.stack([row[2] for row in groups_]),
-                           policy.encode_images(prompts))
+                           policy.encode_visual(prompts))
         output = policy.forward([batch], [1, 3])[0]
         mask = batch.response_mask
         policy.forward_backward([TrainBatch(batch, 1.0, weight)], WeightedSum())
@@ -75,7 +75,7 @@ def generated_against_training(path, data, tensor, pipeline):
     settings = SamplingSettings(group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8,
                                 top_p=0.9)
     with policy.resident():
-        embeds = policy.encode_images(prompts)
+        embeds = policy.encode_visual(prompts)
         sampled = generate(policy, prompts, embeds, settings, 0, 0)
     batch = GroupBatch(prompts, sampled.response_ids, sampled.response_lengths, embeds)
     output = policy.forward([batch], temperature=0.8)[0]
@@ -108,7 +108,7 @@ def stop_token(path, data):
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
     settings = SamplingSettings(group_size=6, max_response_length=12, end_token_id=-1, pad_token_id=0)
     with policy.resident():
-        embeds = policy.encode_images(prompts)
+        embeds = policy.encode_visual(prompts)
         free = generate(policy, prompts, embeds, settings, 5)
         end = int(free.response_ids[:, :, 2].flatten().mode().values)
         stopped = generate(policy, prompts, embeds, SamplingSettings(6, 12, end, 0), 5)

@@ -6,8 +6,9 @@ import torch
 from tests.distributed.cases import one_step
 from tests.distributed.runner import run_ranks
 
-#            world, tensor, pipeline, micro-batch
-LAYOUTS = [(2, 2, 1, 2), (2, 1, 2, 2), (2, 1, 1, 2), (4, 2, 2, 1), (8, 2, 2, 2)]
+#            world, tensor, pipeline, micro-batch, sequence parallel
+LAYOUTS = [(2, 2, 1, 2, False), (2, 2, 1, 2, True), (2, 1, 2, 2, False), (2, 1, 1, 2, False), (4, 2, 2, 1, False),
+           (8, 2, 2, 2, True)]
 
 
 def close(name: str, ours: float, wanted: float, tolerance: float = 1e-5) -> None:
@@ -29,10 +30,10 @@ def test_one_process_step_has_every_term(alone):
         assert abs(first[name]) > 1e-5, name
 
 
-@pytest.mark.parametrize("world, tensor, pipeline, micro_batch_size", LAYOUTS)
-def test_layout_equals_one_process(material, alone, world, tensor, pipeline, micro_batch_size):
+@pytest.mark.parametrize("world, tensor, pipeline, micro_batch_size, sequence_parallel", LAYOUTS)
+def test_layout_equals_one_process(material, alone, world, tensor, pipeline, micro_batch_size, sequence_parallel):
     results = run_ranks(world, one_step, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]),
-                        tensor, pipeline, micro_batch_size, 2, (-1, 1))
+                        tensor, pipeline, micro_batch_size, 2, (-1, 1), sequence_parallel)
     for step, wanted in enumerate(alone["history"]):
         for rank, result in enumerate(results):
             for name, value in wanted.items():

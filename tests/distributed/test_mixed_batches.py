@@ -1,7 +1,8 @@
-"""Text-only and mixed batches, prompts of different lengths, several images sizes: no hang, and equal to one process."""
+"""Text-only, image and video batches, prompts of different lengths: no hang, and equal to one process; both families."""
 
 import dataclasses
 
+import pytest
 import torch
 
 from megatron_ral.config.sections import ModelConfig
@@ -13,7 +14,7 @@ from megatron_ral.rollout.assemble import global_response_tokens
 from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.training.objective import SftObjective
 from megatron_ral.training.step import supervised_batches
-from megatron_ral.types import Sample, TrainBatch
+from megatron_ral.types import FramePictures, Sample, TrainBatch
 from tests.distributed.cases import full_weights, make_config
 from tests.distributed.runner import run_ranks
 from tests.unit.test_data import png
@@ -21,11 +22,12 @@ from tests.unit.test_data import png
 
 def samples() -> list[Sample]:
     """Eight samples; with two data-parallel ranks the second rank gets text alone."""
-    sizes = [(56, 56), (84, 28), None, (28, 56)] + [None] * 4
+    images = [((56, 56),), ((84, 28), (56, 28)), (), ()] + [()] * 4
+    clip = FramePictures(tuple(png(56, 84) for _ in range(4)), fps=1.0)
     return [Sample(key=f"k{index}", shard="s", problem="Which digit is red? " + "Which colour is cell 2? " * (index % 3),
                    solution=f"<answer>{index}</answer>", process="<think>red</think>" * (1 + index % 2), problem_type="",
-                   images=() if size is None else (png(*size),), target_boxes=())
-            for index, size in enumerate(sizes)]
+                   images=tuple(png(*size) for size in sizes), target_boxes=(), videos=(clip,) if index == 3 else ())
+            for index, sizes in enumerate(images)]
 
 
 def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int):
@@ -62,7 +64,9 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_step(material):
 
 
 def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
+    """Sequence parallel where there are tensor ranks: it is on in the training pass and off while generating."""
     config = make_config(path, tensor=tensor, pipeline=pipeline)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence_parallel=True))
     groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     policy = PolicyEngine(read_shape(path), groups, config)
     processor = PromptProcessor(path, 128)
@@ -82,14 +86,20 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     return result
 
 
-def test_rollouts_of_mixed_prompts_do_not_depend_on_ranks_or_padding(material):
-    path = str(material["tiny"])
+@pytest.mark.parametrize("family, layouts", [("tiny", [(2, 1, 1)]), ("qwen3", [(1, 1, 1), (2, 2, 1), (2, 1, 2)])])
+def test_rollouts_of_mixed_prompts_do_not_depend_on_ranks_or_padding(material, family, layouts):
+    path = str(material[family])
     alone = run_ranks(1, rollout_of_mixed_prompts, path, 1, 1)[0]
     assert len(alone) == 24
     for ids, rollout, training in alone.values():
         assert torch.allclose(rollout, training, atol=1e-4)
-    results = run_ranks(2, rollout_of_mixed_prompts, path, 1, 1)
-    assert not set(results[0]) & set(results[1])
-    for key, (ids, rollout, training) in {**results[0], **results[1]}.items():
-        assert ids == alone[key][0]
-        assert torch.allclose(training, alone[key][2], atol=1e-5)
+    for world, tensor, pipeline in layouts:
+        seen, parts = {}, run_ranks(world, rollout_of_mixed_prompts, path, tensor, pipeline)
+        assert tensor * pipeline > 1 or world == 1 or not set(parts[0]) & set(parts[1])
+        for part in parts:
+            for key, (ids, rollout, training) in part.items():
+                assert ids == alone[key][0]
+                if training is not None:
+                    assert torch.allclose(training, alone[key][2], atol=1e-5)
+                    seen[key] = True
+        assert set(seen) == set(alone)

@@ -1,6 +1,7 @@
 """Shapes that do not divide: kv heads fewer than tensor ranks, layers not divisible by stages, vocabulary not by ranks.
 
-Each is compared with stock transformers (logits) and with one process (a step with every term of the loss)."""
+A step with every term of the loss is compared with one process; logits and attention rows after it with stock
+transformers (which test_parity.py does for logits and gradients of every layout)."""
 
 import json
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ral.parallel.layout import ParallelLayout, stage_sizes
+from tests.conftest import perturbed_copy
 from tests.distributed.cases import one_step
 from tests.distributed.runner import run_ranks
 from tests.integration.test_runs import check_against_transformers, export_and_read
@@ -48,18 +50,30 @@ def test_stage_sizes(num_layers, stages, sizes):
         assert layer in layout.with_rank(owner).stage_layers(num_layers)
 
 
-@pytest.mark.parametrize("world, tensor, pipeline", [(2, 2, 1), (4, 4, 1), (3, 1, 3), (4, 2, 2)])
-def test_odd_shapes_equal_transformers(material, odd, tmp_path, world, tensor, pipeline):
+@pytest.mark.parametrize("world, tensor, pipeline", [(4, 4, 1), (3, 1, 3)])
+def test_logits_and_attention_rows_of_an_exported_step_equal_transformers(material, odd, tmp_path, world, tensor, pipeline):
     source, output = str(odd[0]), str(tmp_path / "hf")
     results = run_ranks(world, export_and_read, source, str(material["data"]), output, tensor, pipeline)
     check_against_transformers(results, source, output, str(material["data"]))
+
+
+def test_qwen3_step_like_one_process(material, tmp_path):
+    """Deep visual features, normalised heads, sequence parallelism and both kinds of parallel ranks at once."""
+    other = perturbed_copy(material["qwen3"], tmp_path / "other", seed=9)
+    arguments = (str(material["qwen3"]), str(other), str(material["data"]))
+    alone = run_ranks(1, one_step, *arguments, 1, 1, 8, 1, (-1, 1))[0]
+    result = run_ranks(8, one_step, *arguments, 2, 2, 2, 1, (-1, 1), True)[0]
+    check_step(result, alone)
 
 
 @pytest.mark.parametrize("world, tensor, pipeline", [(4, 4, 1), (3, 1, 3), (8, 2, 2)])
 def test_odd_shapes_step_like_one_process(material, odd, world, tensor, pipeline):
     arguments = (str(odd[0]), str(odd[1]), str(material["data"]))
     alone = run_ranks(1, one_step, *arguments, 1, 1, 8, 1, (-1, 1))[0]
-    result = run_ranks(world, one_step, *arguments, tensor, pipeline, 2, 1, (-1, 1))[0]
+    check_step(run_ranks(world, one_step, *arguments, tensor, pipeline, 2, 1, (-1, 1))[0], alone)
+
+
+def check_step(result, alone):
     for name, wanted in alone["history"][0].items():
         assert abs(result["history"][0][name] - wanted) <= 1e-5 * max(abs(wanted), 1e-7), name
     for name, wanted in alone["changes"].items():

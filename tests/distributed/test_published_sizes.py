@@ -39,10 +39,11 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
 
 
 @pytest.mark.parametrize("size, tensor, pipeline, total", [
-    ("72b", 8, 4, 73_410_777_344), ("3b", 4, 3, 3_754_622_976)])
+    ("qwen2.5-vl-72b", 8, 4, 73_410_777_344), ("qwen2.5-vl-3b", 4, 3, 3_754_622_976),
+    ("qwen3-vl-8b", 4, 2, 8_767_123_696)])
 def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
     """3B: tied embeddings, 2 key/value heads under 4 tensor ranks."""
-    path = MODELS / f"qwen2.5-vl-{size}"
+    path = MODELS / size
     ranks = list(range(tensor * pipeline))
     counts = run_ranks(1, build_every_rank, str(path), tensor, pipeline, ranks)[0]
     layout = ParallelLayout(0, tensor * pipeline, tensor, pipeline)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.functional.attention_policy import attention_policy
 from megatron_ral.training.checkpoint import newest_checkpoint
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
@@ -157,7 +158,8 @@ def export_and_read(path, data, output, tensor, pipeline):
 
 
 @pytest.mark.parametrize("world, tensor, pipeline, kind", [
-    (1, 1, 1, "tiny"), (2, 2, 1, "tiny"), (2, 1, 2, "tiny"), (4, 2, 2, "untied")])
+    (1, 1, 1, "tiny"), (2, 2, 1, "tiny"), (2, 1, 2, "tiny"), (4, 2, 2, "untied"),
+    (2, 2, 1, "qwen3")])
 def test_exported_folder_in_stock_transformers(material, tmp_path, world, tensor, pipeline, kind):
     """The outside reference: logits and eager attention of stock transformers on the exported folder."""
     source, output = str(material[kind]), str(tmp_path / "hf")
@@ -168,19 +170,17 @@ def test_exported_folder_in_stock_transformers(material, tmp_path, world, tensor
 def check_against_transformers(results, source, output, data):
     logits = results[-1]["logits"]
     rows = {layer: value for result in results for layer, value in result["attention"].items()}
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(output, attn_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_pretrained(output, attn_implementation="eager").eval()
     AutoTokenizer.from_pretrained(output)
-    groups = fixed_groups(source, data)
+    groups, processor = fixed_groups(source, data), PromptProcessor(source, 128)
     P = max(len(prompt.input_ids) for prompt, *_ in groups)
     for b, (prompt, ids, lengths, _) in enumerate(groups):
         length = len(prompt.input_ids)
         for g in range(len(ids)):
             n = int(lengths[g])
-            tokens = torch.cat([prompt.input_ids, ids[g, :n]])[None]
+            tokens = torch.cat([prompt.input_ids, ids[g, :n]])
             with torch.no_grad():
-                out = model(input_ids=tokens, mm_token_type_ids=(tokens == model.config.image_token_id).int(),
-                            pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
-                            output_attentions=True)
+                out = model(**processor.stock_inputs(prompt, tokens), output_attentions=True)
             vocab = out.logits.shape[-1]  # ours may be padded
             assert torch.allclose(logits[b, g, :n, :vocab], out.logits[0, length - 1:-1], atol=1e-4)
             for layer in (1, 3):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from megatron_ral.config import ConfigError
 from megatron_ral.models import conversion
-from megatron_ral.models.checkpoints import CheckpointError, HuggingFaceWeights, SafetensorsWriter
+from megatron_ral.models.checkpoints import CheckpointError, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter
 from megatron_ral.models.conversion import MegatronWeights, differing_weights, to_hf, to_megatron
 from megatron_ral.models.shape import read_shape
+from megatron_ral.models.tensor_table import stage_tensors
 
 PROJECT = Path(__file__).parents[2]
 
@@ -23,12 +25,14 @@ def odd_folder(source: Path, target: Path, *, kv_heads: int, layers: int, vocab:
     """Random weights of an odd shape, written with our own writer."""
     raw = json.loads((source / "config.json").read_text())
     raw["text_config"].update(num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab,
-                              tie_word_embeddings=tied, layer_types=["full_attention"] * layers)
+                              tie_word_embeddings=tied)
+    raw["text_config"].pop("layer_types", None)
     raw["tie_word_embeddings"] = tied
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (target / "config.json").write_text(json.dumps(raw))
-    shapes = conversion.expected_shapes(read_shape(str(target)))
-    writer = SafetensorsWriter(target / "model.safetensors", [(name, dtype, shape) for name, shape in shapes.items()])
+    shape = read_shape(str(target))
+    shapes = {shape.family.hub_name(name): size for name, size in conversion.expected_shapes(shape).items()}
+    writer = SafetensorsWriter(target / "model.safetensors", [(name, dtype, size) for name, size in shapes.items()])
     generator = torch.Generator().manual_seed(layers)
     for name, shape in shapes.items():
         writer.add(name, torch.randn(shape, generator=generator).to(dtype))
@@ -36,10 +40,12 @@ def odd_folder(source: Path, target: Path, *, kv_heads: int, layers: int, vocab:
     return target
 
 
-@pytest.mark.parametrize("kv_heads, layers, vocab, tied, dtype", [
-    (1, 5, 509, True, torch.float32), (2, 3, 511, False, torch.bfloat16), (4, 4, 512, False, torch.float32)])
-def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, kv_heads, layers, vocab, tied, dtype):
-    source = odd_folder(material["tiny"], tmp_path / "hf", kv_heads=kv_heads, layers=layers, vocab=vocab, tied=tied,
+@pytest.mark.parametrize("family, kv_heads, layers, vocab, tied, dtype", [
+    ("tiny", 1, 5, 509, True, torch.float32), ("tiny", 2, 3, 511, False, torch.bfloat16),
+    ("tiny", 4, 4, 512, False, torch.float32), ("qwen3", 1, 8, 509, True, torch.bfloat16),
+    ("qwen3", 2, 7, 510, False, torch.float32)])
+def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv_heads, layers, vocab, tied, dtype):
+    source = odd_folder(material[family], tmp_path / "hf", kv_heads=kv_heads, layers=layers, vocab=vocab, tied=tied,
                         dtype=dtype)
     previous = source
     for number, (tensor, pipeline) in enumerate([(1, 1), (2, 3), (4, 1), (4, 2), (1, 3)]):
@@ -54,18 +60,51 @@ def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, kv_heads, 
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
+    assert set(stored_names(tmp_path / "back")) == set(stored_names(source)), "names as on the hub"
+
+
+def stored_names(folder: Path) -> list[str]:
+    return [name for file in folder.glob("*.safetensors") for name in SafetensorsFile(file).shapes]
+
+
+@pytest.mark.parametrize("family, kv_heads, tensor", [("tiny", 2, 2), ("tiny", 1, 4), ("qwen3", 4, 4)])
+def test_a_rank_reads_no_more_than_its_shard(material, tmp_path, family, kv_heads, tensor):
+    source = odd_folder(material[family], tmp_path / "hf", kv_heads=kv_heads, layers=4, vocab=509, tied=False)
+    shape, read = read_shape(str(source)), []
+
+    class Counted(HuggingFaceWeights):
+        def __getitem__(self, name):
+            read.append(torch.Size(self.shape_of(name)).numel())
+            return super().__getitem__(name)
+
+        def part(self, name, dim, start, stop):
+            part = super().part(name, dim, start, stop)
+            read.append(part.numel())
+            return part
+
+    weights = Counted(source)
+    for entry in stage_tensors(shape, range(4), True, True, tensor, list(conversion.visual_shapes(shape))):
+        full = entry.merge([weights[name] for name in entry.sources])
+        read.clear()
+        for rank in range(tensor):
+            shard = entry.read(weights, rank, tensor)
+            assert torch.equal(shard, entry.cut(full, rank, tensor)), entry.name
+            if "linear_qkv" not in entry.name or kv_heads >= tensor:
+                assert sum(read) <= shard.numel(), entry.name
+            read.clear()
+
+
 def header_bytes(path: Path) -> int:
     with open(path, "rb") as stream:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-def test_result_loads_in_stock_transformers(material, tmp_path):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    to_megatron(material["untied"], tmp_path / "m", 2, 2)
+@pytest.mark.parametrize("kind", ["untied", "qwen3"])
+def test_result_loads_in_stock_transformers(material, tmp_path, kind):
+    to_megatron(material[kind], tmp_path / "m", 2, 2)
     to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
-    ours = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(material["untied"]).state_dict()
+    ours, stock = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
+                   for path in (tmp_path / "hf", material[kind]))
     assert set(ours) == set(stock) and all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
@@ -137,7 +176,7 @@ def test_command_line(material, tmp_path):
     proof = run("verify", "--hf", material["tiny"], "--megatron", tmp_path / "m")
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert "80 tensors, 0 differ" in proof.stdout
-    for kind in ("text", "one image", "two images"):
+    for kind in ("text", "one image", "two images", "a video", "an image and a video"):
         assert f"logits on {kind}: largest difference" in proof.stdout
     other = run("verify", "--hf", material["tiny_other"], "--megatron", tmp_path / "m", "--skip-logits")
     assert other.returncode == 1 and "80 differ" in other.stdout
@@ -145,12 +184,13 @@ def test_command_line(material, tmp_path):
     assert wrong.returncode == 2 and "is not a Megatron folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-PUBLISHED = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
+PUBLISHED = {"qwen2.5-vl-3b": 3_754_622_976, "qwen2.5-vl-7b": 8_292_166_656, "qwen2.5-vl-32b": 33_452_718_336,
+             "qwen2.5-vl-72b": 73_410_777_344, "qwen3-vl-8b": 8_767_123_696}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_shapes_have_the_published_number_of_parameters(size):
-    shape = read_shape(str(PROJECT / "pretrained_configs" / "models" / f"qwen2.5-vl-{size}"))
+    shape = read_shape(str(PROJECT / "pretrained_configs" / "models" / size))
     total = sum(torch.Size(dimensions).numel() for dimensions in conversion.expected_shapes(shape).values())
     assert total == PUBLISHED[size]
-    shape.check_layout(8 if size != "7b" else 4, 4)
+    shape.check_layout(8 if size != "qwen2.5-vl-7b" else 4, 4)
