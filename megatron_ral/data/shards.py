@@ -22,7 +22,9 @@ from megatron_ral.types import Sample
 
 REQUIRED_FIELDS = ("problem", "solution")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-_IMAGE_MEMBER = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_SUFFIXES)})")
+VIDEO_SUFFIXES = ("mp4", "webm", "gif")
+_IMAGE_MEMBER, _VIDEO_MEMBER = (re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(suffixes)})")
+                                for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
 
 
 class DataError(ValueError):
@@ -81,7 +83,7 @@ def check_first_sample(shard: str, key: str) -> None:
 
 def parse_sample(entry: dict) -> Sample:
     """Raw WebDataset entry -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
-    the order of the question.
+    the order of the question; videos likewise (`.mp4`, `.webm`, `.gif`).
 
     Raises:
         ValueError: a field is missing or of the wrong type; names sample and field.
@@ -101,10 +103,12 @@ def parse_sample(entry: dict) -> Sample:
     for field in ("process", "problem_type"):
         if not isinstance(record.get(field) or "", str):
             raise ValueError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}")
-    numbered = sorted((int(match[1] or 0), name) for name in entry if (match := _IMAGE_MEMBER.fullmatch(name)))
-    images = tuple(entry[name] for _, name in numbered)
-    if record.get("data_type", "image") == "image" and not images:
-        raise ValueError(f"sample '{key}' has data_type 'image' but no member .{' or .'.join(IMAGE_SUFFIXES)}")
+    media = {}
+    for kind, pattern, suffixes in (("image", _IMAGE_MEMBER, IMAGE_SUFFIXES), ("video", _VIDEO_MEMBER, VIDEO_SUFFIXES)):
+        numbered = sorted((int(match[1] or 0), name) for name in entry if (match := pattern.fullmatch(name)))
+        media[kind] = tuple(entry[name] for _, name in numbered)
+        if record.get("data_type", "image") == kind and not media[kind]:
+            raise ValueError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}")
     boxes = record.get("target_boxes") or []
     try:
         boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
@@ -113,7 +117,7 @@ def parse_sample(entry: dict) -> Sample:
     return Sample(
         key=key, shard=shard, problem=record["problem"], solution=record["solution"],
         process=record.get("process") or "", problem_type=record.get("problem_type") or "",
-        images=images, target_boxes=boxes,
+        images=media["image"], target_boxes=boxes, videos=media["video"],
     )
 
 

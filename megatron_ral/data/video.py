@@ -168,7 +168,7 @@ def _frames_at(wanted: list[int], packets: list["av.Packet"],
         if nearest and time < packets[keyframes[nearest]].pts:  # shown before the keyframe it follows in the file
             nearest -= 1
         if keyframes[nearest] > reached:
-            frame, decoded = None, _decode_from(keyframes[nearest], packets, decoder, set(wanted))
+            decoded = _decode_from(keyframes[nearest], packets, decoder, set(wanted))
         while frame is None or frame.pts < time:
             reached, frame = next(decoded, (len(packets), None))
             if frame is None:

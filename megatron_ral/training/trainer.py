@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -28,8 +28,12 @@ from megatron_ral.training.step import StepReport, ral_step, sft_step
 logger = logging.getLogger(__name__)
 
 
-def silent_term_warnings(config: RunConfig) -> list[str]:
-    """Settings under which the attention term cannot act, each with its remedy."""
+def silent_setting_warnings(config: RunConfig) -> list[str]:
+    """Settings without effect, each with its remedy; above all those under which the attention term cannot act."""
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
+        return ["parallel.sequence_parallel has no effect with parallel.tensor_model_parallel_size = 1",
+                *silent_setting_warnings(alone)]
     if config.train.algorithm != "ral":
         return []
     if config.loss.attention_coef == 0:
@@ -107,7 +111,7 @@ class Trainer:
             first = restore_checkpoint(self.inputs.checkpoint, self.policy, self.loader)
             self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
-        for warning in silent_term_warnings(config):
+        for warning in silent_setting_warnings(config):
             if self.is_main:
                 logger.warning(warning)
         log = RunLog(config, self.is_main, first)

@@ -136,6 +136,15 @@ def test_damage_is_named_and_leaves_nothing(material, tmp_path):
     refused("'qwen2' model; known families", family, ConfigError)
     (family / "config.json").write_text('{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": "x"}}')
     refused("config.json is not readable", family, ConfigError)
+    for change, named in (({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+                          ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, "layer_types"),
+                          ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0,
+                                                "mrope_section": [4, 6, 6]}}, "rope_type = 'linear'")):
+        config = json.loads((material["tiny"] / "config.json").read_text())
+        config["text_config"].pop("layer_types", None)
+        config["text_config"].update(change)
+        (family / "config.json").write_text(json.dumps(config))
+        refused(f"config.json has text_config.*{named}", family, ConfigError)
     wrong = shutil.copytree(material["tiny"], tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
     config["text_config"].update(num_hidden_layers=5, intermediate_size=400, layer_types=["full_attention"] * 5)
