@@ -201,13 +201,25 @@ class GroupBatch:
 
 
 @dataclass(frozen=True)
+class StepTotals:
+    """What the losses of one optimizer step are divided by: counts over all its micro-batches and data-parallel ranks,
+    of the groups that take part; at least 1, so that a step in which none does is 0 and not 0 / 0."""
+
+    num_tokens: int
+    """Response tokens."""
+    num_sequences: int
+    """Responses."""
+    max_response_length: int
+    """Limit of the generation, a constant of the run."""
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """One micro-batch of prompt groups with everything a loss needs. Optional parts exist only where they are used:
     log-probabilities on the last pipeline stage, attention on the stage that owns the layer."""
 
     groups: GroupBatch
-    denominator: float
-    """Response tokens of the whole optimizer step over all data-parallel ranks: every loss is a sum over this."""
+    totals: StepTotals
     advantages: Optional[Tensor] = None
     """[B, G] float32."""
     old_logprobs: Optional[Tensor] = None
@@ -216,3 +228,11 @@ class TrainBatch:
     """[B, G, R] float32, from the frozen reference."""
     target_attention: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> [B, G, R, S] float32 attention policy the divergence is taken to."""
+    takes_part: Optional[Tensor] = None
+    """[B] bool: groups that count in losses and totals; None: all of them."""
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[B, G, R] bool, True at the response tokens that count."""
+        mask = self.groups.response_mask
+        return mask if self.takes_part is None else mask & self.takes_part[:, None, None]

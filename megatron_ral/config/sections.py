@@ -101,11 +101,39 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    """Clipped GRPO surrogate + kl_coef * KL(k3) + attention_coef * attention term."""
+    """Policy loss + kl_coef * KL - entropy_coef * entropy on tokens, + attention_coef * attention term.
 
+    Of the GRPO family: DAPO (without refill and length penalty) is clip_high = 0.28, kl_coef = 0, filter_equal_rewards;
+    Dr. GRPO is aggregation = sequence_sum_norm, advantage_scale = none, kl_coef = 0; GSPO is policy_loss = gspo,
+    aggregation = sequence_mean, clip_low = 3e-4, clip_high = 4e-4, kl_coef = 0.
+    """
+
+    policy_loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """grpo: the ratio of each token, clipped. gspo: the ratio of the whole response, clipped. cispo: the clipped ratio
+    of each token as a constant weight of its log-likelihood, so that no token loses its gradient."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
+    """How tokens are weighted, over the whole optimizer step: each alike (DAPO); each response alike (GRPO as
+    published); a sum over rollout.max_response_length per response (Dr. GRPO). The attention term is always a mean over
+    tokens."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Whether advantages are divided by the standard deviation of their group (none: Dr. GRPO)."""
     clip_low: PositiveFloat = 0.2
+    """Ratios are clipped below 1 - clip_low. 1 or more: not at all (cispo in its paper)."""
     clip_high: PositiveFloat = 0.2
+    """Ratios are clipped above 1 + clip_high. TRL's cispo gives the bound itself: 5 there is 4 here."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Upper bound of the ratio where the advantage is negative, more than 1 (verl: 3); 0: none. Not with cispo."""
     kl_coef: NonNegativeFloat = 0.04
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k3: never negative, unbiased in value. k2: unbiased in gradient. k1: measures, but its expected gradient is 0."""
+    kl_clamp: NonNegativeFloat = 0.0
+    """Bound of the estimate of one token (verl: 10), beyond which it gives no gradient; 0: none."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy of the tokens' distributions, as a bonus."""
+    filter_equal_rewards: bool = False
+    """Leave groups whose rewards are all equal out of every term and every denominator (the condition of DAPO's dynamic
+    sampling). They are dropped and *not* refilled: an optimizer step then has fewer groups, and one without any group
+    left has no gradient. Without it such groups have no advantage but count in the means, the KL and the entropy."""
     attention_coef: NonNegativeFloat = 1.0
     """lambda_attn of the paper (0.5, 1 or 5 there)."""
     attention_target: Literal["old", "reference"] = "old"
@@ -221,6 +249,11 @@ class RunConfig:
                     f"rollout.num_minibatches = {self.rollout.num_minibatches}")
         if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
             return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
+        dual_clip = self.loss.dual_clip
+        if 0 < dual_clip <= 1:
+            return "loss.dual_clip", f"= {dual_clip} must be 0 (off) or more than 1"
+        if dual_clip and self.loss.policy_loss == "cispo":
+            return "loss.dual_clip", f"= {dual_clip} does not act with loss.policy_loss = cispo; set it to 0"
         return None
 
     def layout_problem(self, world_size: int, training: bool = True) -> Optional[tuple[str, str]]:

@@ -16,7 +16,7 @@ class TokenOutputs:
     logprobs: Tensor
     """[B, G, R] float32; carries gradient in training."""
     entropy: Tensor
-    """[B, G, R] float32, nats; no gradient."""
+    """[B, G, R] float32, nats; carries gradient in training."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AttentionRows:
 
 
 class Objective(Protocol):
-    """A loss as a value. Both methods return a *sum over rows divided by the batch's global denominator*, so that
+    """A loss as a value. Both methods return a *sum over rows, over denominators of the whole optimizer step*, so that
     adding up micro-batches, ranks and stages gives the loss of the whole optimizer step; metrics likewise are sums."""
 
     recorded_layers: frozenset[int]

@@ -4,28 +4,50 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards_BG: Tensor, eps: float = 1e-6) -> Tensor:
-    """Standardise rewards inside each group.
+def group_advantages(rewards_BG: Tensor, eps: float = 1e-6, scale: str = "std") -> Tensor:
+    """Rewards relative to their group.
 
-        A[b, g] = (r[b, g] - mean_g r[b]) / (std_g r[b] + eps)          std with Bessel's correction (ddof = 1)
+        std     A[b, g] = (r[b, g] - mean_g r[b]) / (std_g r[b] + eps)      std with Bessel's correction (ddof = 1)
+        none    A[b, g] =  r[b, g] - mean_g r[b]
 
     Args:
         rewards_BG: rewards, float, [B, G], G >= 2.
         eps: added to the standard deviation. verl uses 1e-6, TRL 1e-4; both use ddof = 1.
+        scale: "std" (GRPO) or "none" (Dr. GRPO: dividing by it favours questions that are too easy or too hard).
 
     Returns:
         [B, G] float32; a group whose rewards are all equal gets exactly 0 (no signal). No gradient.
 
     Raises:
+        ValueError: G < 2, where no baseline exists; unknown scale.
+
+    Source: RAL paper eq. (8); GRPO (arXiv 2402.03300); "none": Dr. GRPO (arXiv 2503.20783) section 3.2.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"advantage scale '{scale}' is none of std, none")
+    signal = has_signal(rewards_BG)[:, None]
+    rewards = rewards_BG.detach().double()
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
+    # Equal rewards must give exactly zero although a mean in floating point may be off by one ulp.
+    return torch.where(signal, advantages, torch.zeros_like(advantages)).float()
+
+
+def has_signal(rewards_BG: Tensor) -> Tensor:
+    """Groups whose rewards are not all equal: the others have no advantage, whichever the estimator.
+
+    Args:
+        rewards_BG: rewards, float, [B, G], G >= 2.
+
+    Returns:
+        [B] bool.
+
+    Raises:
         ValueError: G < 2, where no baseline exists.
 
-    Source: RAL paper eq. (8); GRPO (arXiv 2402.03300).
+    Source: the condition of DAPO's dynamic sampling (arXiv 2503.14476) section 3.2, eq. (11).
     """
     if rewards_BG.dim() != 2 or rewards_BG.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G >= 2, got {tuple(rewards_BG.shape)}")
-    rewards = rewards_BG.detach().double()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    # Equal rewards must give exactly zero although a mean in floating point may be off by one ulp.
-    signal = rewards.max(dim=1, keepdim=True).values > rewards.min(dim=1, keepdim=True).values
-    advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    return torch.where(signal, advantages, torch.zeros_like(advantages)).float()
+    return rewards_BG.max(dim=1).values > rewards_BG.min(dim=1).values

@@ -59,3 +59,18 @@ def logprob_gradient(logits_v: Tensor, targets: Tensor, maximum: Tensor, sum_exp
     inside = (local >= 0) & (local < logits_v.shape[-1])
     index = local.clamp(0, logits_v.shape[-1] - 1)[..., None]
     return result.scatter_add(-1, index, torch.where(inside, grad, torch.zeros_like(grad))[..., None])
+
+
+def entropy_gradient(logits_v: Tensor, maximum: Tensor, total: VocabPartials, grad: Tensor) -> Tensor:
+    """Gradient of sum(grad * entropy) for one shard: -grad * p * (log p + H), p = softmax.
+
+    Args:
+        logits_v: [..., v] float32 logits of this shard.
+        maximum: [...] maximum logit over *all* shards.
+        total: partials summed over all shards.
+        grad: [...] gradient of each row's entropy.
+    """
+    shifted = logits_v - maximum[..., None]
+    probabilities = shifted.exp() / total.sum_exp[..., None]
+    # log p + H = shifted - its mean under p: the log of the normaliser cancels.
+    return -grad[..., None] * probabilities * (shifted - (total.weighted_logit / total.sum_exp)[..., None])

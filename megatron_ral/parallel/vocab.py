@@ -3,11 +3,14 @@
 Local partial -> collective -> combine: the pure halves are `functional/logprobs.py`. Full logits are never gathered.
 """
 
+from typing import Optional
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ral.functional.logprobs import VocabPartials, combine_logprobs, logprob_gradient, vocab_partials
+from megatron_ral.functional.logprobs import (
+    VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
 from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_
 
 
@@ -20,16 +23,20 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         local = vocab_partials(logits, targets, maximum, start)
         sums = all_reduce_sum_(torch.stack([local.sum_exp, local.target_logit, local.weighted_logit]), group)
         logprobs, entropy = combine_logprobs(VocabPartials(*sums))
-        ctx.save_for_backward(logits_v, targets, maximum, sums[0])
+        ctx.save_for_backward(logits_v, targets, maximum, sums)
         ctx.start = start
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an entropy that is only logged costs nothing in the backward pass
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
-        logits_v, targets, maximum, sum_exp = ctx.saved_tensors
-        grad = logprob_gradient(logits_v.float(), targets, maximum, sum_exp, grad_logprobs, ctx.start)
-        return grad.to(logits_v.dtype), None, None
+    def backward(ctx, grad_logprobs: Optional[Tensor], grad_entropy: Optional[Tensor]):
+        logits_v, targets, maximum, sums = ctx.saved_tensors
+        total, logits, parts = VocabPartials(*sums), logits_v.float(), []
+        if grad_logprobs is not None:
+            parts.append(logprob_gradient(logits, targets, maximum, total.sum_exp, grad_logprobs, ctx.start))
+        if grad_entropy is not None:
+            parts.append(entropy_gradient(logits, maximum, total, grad_entropy))
+        return sum(parts[1:], parts[0]).to(logits_v.dtype), None, None
 
 
 def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -41,6 +48,6 @@ def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.Proce
         group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
 
     Returns:
-        (logprobs [...], entropy [...] in nats, without gradient), equal on all ranks of the group.
+        (logprobs [...], entropy [...] in nats), equal on all ranks of the group; both carry gradient to the logits.
     """
     return _VocabParallelLogprobs.apply(logits_v, targets, group)

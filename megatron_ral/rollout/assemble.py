@@ -3,23 +3,38 @@
 from typing import Optional, Sequence
 
 import torch
+from torch import Tensor
 
+from megatron_ral.config import RunConfig
 from megatron_ral.engine.protocol import ForwardOutput
+from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import all_reduce_sum_
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.rollout.collect import ScoredGroups
-from megatron_ral.types import GroupBatch, TrainBatch
+from megatron_ral.types import StepTotals, TrainBatch
 
 
-def global_response_tokens(batches: Sequence[GroupBatch], groups: ParallelGroups) -> float:
-    """Response tokens of one optimizer step over all data-parallel ranks: the denominator of every loss."""
-    total = torch.tensor(float(sum(int(batch.response_lengths.sum()) for batch in batches)), dtype=torch.float64,
-                         device=groups.device)
-    return float(all_reduce_sum_(total, groups.data))
+def global_totals(response_lengths: Sequence[Tensor], max_response_length: int, groups: ParallelGroups) -> StepTotals:
+    """Denominators of one optimizer step, summed over all data-parallel ranks.
+
+    Args:
+        response_lengths: [X, G] int64 of each of this rank's micro-batches, X groups that take part (0 or more).
+        max_response_length: limit of the generation.
+    """
+    counts = torch.tensor([sum(int(lengths.sum()) for lengths in response_lengths),
+                           sum(lengths.numel() for lengths in response_lengths)], device=groups.device)
+    num_tokens, num_sequences = all_reduce_sum_(counts, groups.data).tolist()
+    return StepTotals(max(num_tokens, 1), max(num_sequences, 1), max_response_length)
+
+
+def groups_taking_part(scored: ScoredGroups, config: RunConfig) -> Tensor:
+    """[B] bool: all groups, or with `loss.filter_equal_rewards` those that have a signal."""
+    signal = has_signal(scored.score.rewards)
+    return signal if config.loss.filter_equal_rewards else torch.ones_like(signal)
 
 
 def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardOutput],
-                         reference: Optional[Sequence[ForwardOutput]], target: str, num_minibatches: int,
+                         reference: Optional[Sequence[ForwardOutput]], config: RunConfig,
                          groups: ParallelGroups) -> list[list[TrainBatch]]:
     """Micro-batches of each optimizer step.
 
@@ -27,23 +42,26 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardO
         rollout: this rank's micro-batches, in order.
         old: pass of the policy before the first update, one per micro-batch.
         reference: pass of the frozen reference, or None where it is not needed.
-        target: "old" or "reference", whose attention the divergence is taken to.
-        num_minibatches: optimizer steps the rollout is cut into; divides the number of micro-batches.
+        config: `rollout.num_minibatches` optimizer steps are made of the rollout and divide the micro-batches;
+            `loss.attention_target` says whose attention the divergence is taken to, `loss.filter_equal_rewards` which
+            groups take part.
     """
-    per_step = len(rollout) // num_minibatches
-    assert per_step * num_minibatches == len(rollout)
+    per_step = len(rollout) // config.rollout.num_minibatches
+    assert per_step * config.rollout.num_minibatches == len(rollout)
     minibatches = []
     for start in range(0, len(rollout), per_step):
         indices = range(start, start + per_step)
-        denominator = global_response_tokens([rollout[index].groups for index in indices], groups)
+        parts = {index: groups_taking_part(rollout[index], config) for index in indices}
+        totals = global_totals([rollout[index].groups.response_lengths[part] for index, part in parts.items()],
+                               config.rollout.max_response_length, groups)
         step = []
         for index in indices:
             frozen = reference[index] if reference is not None else None
-            source = old[index] if target == "old" else frozen
+            source = old[index] if config.loss.attention_target == "old" else frozen
             step.append(TrainBatch(
-                groups=rollout[index].groups, denominator=denominator, advantages=rollout[index].advantages,
+                groups=rollout[index].groups, totals=totals, advantages=rollout[index].advantages,
                 old_logprobs=old[index].tokens.logprobs if old[index].tokens else None,
                 ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention=dict(source.attention)))
+                target_attention=dict(source.attention), takes_part=parts[index]))
         minibatches.append(step)
     return minibatches

@@ -90,6 +90,6 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
         groups = GroupBatch(pad_prompts(chosen, processor.pad_token_id, width), torch.stack(ids), torch.stack(lengths),
                             None if embeds[0] is None else tuple(embeds))
         score = Score(torch.stack(rewards), {n: torch.stack([part[n] for part in parts]) for n in parts[0]}, texts)
-        batches.append(ScoredGroups(groups, score, group_advantages(score.rewards), torch.stack(logprobs),
-                                    torch.stack(finished)))
+        advantages = group_advantages(score.rewards, scale=config.loss.advantage_scale)
+        batches.append(ScoredGroups(groups, score, advantages, torch.stack(logprobs), torch.stack(finished)))
     return batches

@@ -1,6 +1,6 @@
-"""Losses as values that an engine calls back: supervised cross-entropy, and GRPO with the attention term of RAL."""
+"""Losses as values that an engine calls back: supervised cross-entropy, and the GRPO family with the term of RAL."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, Mapping, Optional
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from megatron_ral.config.sections import LossConfig
 from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
+from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.attention_loss import attention_rl_loss
 from megatron_ral.functional.attention_mass import row_mass
-from megatron_ral.functional.kl import kl_k3
-from megatron_ral.functional.policy_loss import clipped_surrogate
+from megatron_ral.functional.kl import kl_estimate
+from megatron_ral.functional.policy_loss import PolicyLoss, cispo_loss, grpo_loss, gspo_loss
 from megatron_ral.types import TrainBatch
 
 Metrics = Mapping[str, Tensor]
@@ -25,9 +26,9 @@ class SftObjective:
     temperature: float = 1.0
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
-        mask = batch.groups.response_mask
-        loss = -(outputs.logprobs * mask).sum() / batch.denominator
-        return loss, {"loss": loss.detach(), "entropy": (outputs.entropy * mask).sum() / batch.denominator}
+        mask, num_tokens = batch.loss_mask, batch.totals.num_tokens
+        loss = -(outputs.logprobs * mask).sum() / num_tokens
+        return loss, {"loss": loss.detach(), "entropy": (outputs.entropy.detach() * mask).sum() / num_tokens}
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Optional[Tensor], Metrics]:
         return None, {}
@@ -35,9 +36,12 @@ class SftObjective:
 
 @dataclass(frozen=True)
 class RalObjective:
-    """L = sum_t [ clipped surrogate + kl_coef * k3 ] / T  +  attention_coef * sum_t A JSD(p_theta || p_target) / T
+    """L =  sum_t w_t [ policy_t + kl_coef * KL_t - entropy_coef * H_t ]
+          + attention_coef * sum_t A JSD(p_theta || p_target) / T
 
-    with T the response tokens of the whole optimizer step; several layers are averaged. attention_coef = 0 is GRPO.
+    with w_t of `token_weights` (1 / T by default) and T the response tokens of the whole optimizer step; several layers
+    are averaged. attention_coef = 0 is GRPO, or what the settings say of its family. With filter_equal_rewards t runs
+    over groups that have a signal, and T counts those alone.
     """
 
     settings: LossConfig
@@ -52,32 +56,43 @@ class RalObjective:
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
         if self.parts == "attention":
             return 0.0 * outputs.logprobs.sum(), {}
-        settings, mask = self.settings, batch.groups.response_mask
-        policy = clipped_surrogate(outputs.logprobs, batch.old_logprobs, batch.advantages[..., None],
-                                   clip_low=settings.clip_low, clip_high=settings.clip_high)
+        settings, mask = self.settings, batch.loss_mask
+        weights = token_weights(mask, settings.aggregation, **asdict(batch.totals)).to(outputs.logprobs.dtype)
+        policy = self._policy_loss(outputs.logprobs, batch, mask)
 
         def mean(values: Tensor) -> Tensor:
-            return (values * mask).sum() / batch.denominator
+            """Over tokens whatever the aggregation, for the log."""
+            return (values.detach() * mask).sum() / batch.totals.num_tokens
 
-        surrogate = mean(policy.loss)
-        loss, metrics = surrogate, {
-            "loss/policy": surrogate.detach(), "entropy": mean(outputs.entropy),
+        loss = (policy.loss * weights).sum()
+        metrics = {
+            "loss/policy": loss.detach(), "entropy": mean(outputs.entropy),
             "clip_ratio/low": mean(policy.clipped_low), "clip_ratio/high": mean(policy.clipped_high),
             "ratio": mean(policy.ratio),
         }
         if batch.ref_logprobs is not None:
-            kl = mean(kl_k3(outputs.logprobs, batch.ref_logprobs))
-            loss = loss + settings.kl_coef * kl
-            metrics["kl"] = kl.detach()
+            kl = kl_estimate(outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp)
+            loss = loss + settings.kl_coef * (kl * weights).sum()
+            metrics["kl"] = mean(kl)
+        if settings.entropy_coef > 0:
+            loss = loss - settings.entropy_coef * (outputs.entropy * weights).sum()
         metrics["loss/token"] = loss.detach()
         return loss, metrics
+
+    def _policy_loss(self, logprobs: Tensor, batch: TrainBatch, mask: Tensor) -> PolicyLoss:
+        settings, arguments = self.settings, (logprobs, batch.old_logprobs, batch.advantages, mask)
+        bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+        if settings.policy_loss == "cispo":
+            return cispo_loss(*arguments, **bounds)
+        clipped = {"grpo": grpo_loss, "gspo": gspo_loss}[settings.policy_loss]
+        return clipped(*arguments, **bounds, dual_clip=settings.dual_clip)
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Optional[Tensor], Metrics]:
         active = self.settings.attention_coef > 0
         with torch.set_grad_enabled(active and torch.is_grad_enabled()):
             per_row, divergence = attention_rl_loss(rows.policy, batch.target_attention[layer], batch.advantages)
-        mask = batch.groups.response_mask
-        share = 1.0 / (batch.denominator * len(self.recorded_layers))
+        mask = batch.loss_mask
+        share = 1.0 / (batch.totals.num_tokens * len(self.recorded_layers))
         loss = self.settings.attention_coef * (per_row * mask).sum() * share if active else None
         if self.parts == "attention":
             return loss, {}
@@ -98,7 +113,7 @@ def attention_metrics(rows: AttentionRows, batch: TrainBatch, share: float) -> d
     `attention/target_mass` is the mass on the annotated cells divided by the mass on all visual tokens, over the rows
     of prompts that have an annotation; it is handed on as sum and count.
     """
-    mask = batch.groups.response_mask
+    mask = batch.loss_mask
     mass = row_mass(rows.policy, batch.groups.prompts.visual_mask, batch.groups.prompts.target_mask, mask)
     own = rows.attention.masked_fill(~rows.layout.self_RS, 0.0).sum(-1)
     return {

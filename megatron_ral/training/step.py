@@ -15,8 +15,9 @@ from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
-from megatron_ral.rollout.assemble import assemble_minibatches, global_response_tokens
+from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
 from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Prompt, TrainBatch, pad_prompts
@@ -43,8 +44,9 @@ def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptP
     report = StepReport()
     with report.timed("update"):
         batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
-        denominator = global_response_tokens(batches, policy.groups)
-        sums = policy.forward_backward([TrainBatch(batch, denominator) for batch in batches], SftObjective())
+        totals = global_totals([batch.response_lengths for batch in batches], config.rollout.max_response_length,
+                               policy.groups)
+        sums = policy.forward_backward([TrainBatch(batch, totals) for batch in batches], SftObjective())
         result = policy.step()
     report.metrics.update(finish_metrics(sums))
     report.metrics.update({"grad_norm": result.grad_norm, "lr": result.learning_rate,
@@ -97,8 +99,7 @@ def ral_step(policy: PolicyEngine, reference: Optional[FrozenEngine], prompts: S
         with report.timed("reference"):
             frozen = reference.forward(batches, layers if target == "reference" else (),
                                        temperature=objective.temperature)
-    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config.rollout.num_minibatches,
-                                       policy.groups)
+    minibatches = assemble_minibatches(report.rollout, old, frozen, config, policy.groups)
     report.metrics.update(rollout_metrics(report.rollout, old, policy))
 
     updates: list[dict[str, float]] = []
@@ -147,7 +148,7 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: Poli
             add("groups", len(rewards))
             add("reward", rewards.sum())
             add("reward_std", rewards.std(dim=1).sum())
-            add("frac_reward_zero_std", (scored.advantages == 0).all(dim=1).sum())
+            add("frac_reward_zero_std", (~has_signal(rewards)).sum())
             add("completions/mean_length", lengths.sum())
             add("completions/clipped_ratio", (~scored.finished).sum())
             for name, values in scored.score.components.items():

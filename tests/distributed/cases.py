@@ -102,19 +102,21 @@ def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
 
 
 def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
-             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False) -> dict:
+             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False, equal_rewards: tuple = (),
+             **loss) -> dict:
     """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
-    its gradient is far from zero. Returns metrics, norms, and all weights."""
+    its gradient is far from zero; groups `equal_rewards` have no signal. Returns metrics, norms, and all weights."""
     config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_layers=layers,
-                                                           sequence_parallel=sequence_parallel)
+                                                           sequence_parallel=sequence_parallel, **loss)
     frozen = FrozenEngine(shape, groups, "float32", other, sequence_parallel)
-    everything = fixed_groups(path, data)
+    everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
+                  for index, row in enumerate(fixed_groups(path, data))]
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
     width = max(len(prompt.input_ids) for prompt, *_ in everything)
     rollout = micro_batches(mine, min(micro_batch_size, share), policy, width)
     reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, reference, reference, "reference", 1, groups)
+    [minibatch] = assemble_minibatches(rollout, reference, reference, config, groups)
     history = []
     before = full_weights(policy)
     for _ in range(num_steps):

@@ -7,7 +7,7 @@ import torch
 from megatron_ral.engine.generate import SamplingSettings, generate
 from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
 from megatron_ral.parallel.groups import stop_groups
-from megatron_ral.types import GroupBatch, TrainBatch, pad_prompts
+from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 
@@ -45,7 +45,7 @@ def group_against_sequences(path, data):
                            policy.encode_visual(prompts))
         output = policy.forward([batch], [1, 3])[0]
         mask = batch.response_mask
-        policy.forward_backward([TrainBatch(batch, 1.0, weight)], WeightedSum())
+        policy.forward_backward([TrainBatch(batch, StepTotals(1, 1, 1), weight)], WeightedSum())
         gradients = [shard.clone() for shard in policy.gradient_shards()]
         names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
         result[name] = {
@@ -140,7 +140,7 @@ def zero_gradients(path, data):
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     layers = sorted(objective.recorded_layers)
     old = policy.forward([scored.groups for scored in rollout], layers)
-    [minibatch] = assemble_minibatches(rollout, old, None, "old", 1, groups)
+    [minibatch] = assemble_minibatches(rollout, old, None, config, groups)
     policy.forward_backward(minibatch, objective.only_attention())
     on_policy = dict(zip(names, policy.gradient_shards()))
     first = finish_metrics(policy.forward_backward(minibatch, objective))
@@ -182,7 +182,7 @@ def lm_head_gradient(path, data):
     old = policy.forward(batches, [3])
     # a target away from the policy: every row's neighbour
     moved = [type(output)(output.tokens, {3: output.attention[3].roll(1, 0)}) for output in old]
-    [minibatch] = assemble_minibatches(rollout, old, moved, "reference", 1, groups)
+    [minibatch] = assemble_minibatches(rollout, old, moved, config, groups)
     policy.forward_backward(minibatch, objective.only_attention())
     gradients = dict(zip(names, policy.gradient_shards()))
     stop_groups()

@@ -10,7 +10,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.groups import start_groups, stop_groups
-from megatron_ral.rollout.assemble import global_response_tokens
+from megatron_ral.rollout.assemble import global_totals
 from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.training.objective import SftObjective
 from megatron_ral.training.step import supervised_batches
@@ -40,10 +40,10 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     share = len(prompts) // groups.layout.data_size
     mine = prompts[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
     batches = supervised_batches(mine, processor.pad_token_id, min(micro_batch_size, share))
-    denominator = global_response_tokens(batches, groups)
+    totals = global_totals([batch.response_lengths for batch in batches], 7, groups)
     losses, norms = [], []
     for _ in range(2):
-        losses.append(policy.forward_backward([TrainBatch(batch, denominator) for batch in batches],
+        losses.append(policy.forward_backward([TrainBatch(batch, totals) for batch in batches],
                                               SftObjective())["loss"])
         norms.append(policy.step().grad_norm)
     weights = full_weights(policy)

@@ -20,7 +20,7 @@ from megatron_ral.models.weights import describe_stage, export_stage
 from megatron_ral.parallel.collectives import gather_objects, gather_shards
 from megatron_ral.parallel.groups import start_groups, stop_groups
 from megatron_ral.training.objective import SftObjective
-from megatron_ral.types import FramePictures, GroupBatch, Sample, TrainBatch, pad_prompts
+from megatron_ral.types import FramePictures, GroupBatch, Sample, StepTotals, TrainBatch, pad_prompts
 from tests.conftest import perturbed_copy, run_tool
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
@@ -95,7 +95,7 @@ def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_paralle
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
-    metrics = policy.forward_backward([TrainBatch(batch, float(lengths.sum()))], SftObjective())
+    metrics = policy.forward_backward([TrainBatch(batch, StepTotals(int(lengths.sum()), lengths.numel(), LENGTH))], SftObjective())
     gradients = full_gradients(policy)
     if export:
         with policy.resident():

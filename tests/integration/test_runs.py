@@ -90,6 +90,22 @@ def finished(material, taught, tmp_path_factory):
     return folder / "run"
 
 
+def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
+    """GSPO, Dr. GRPO's advantages, entropy bonus, groups filtered: steps are made and every number is finite."""
+    path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")
+    settings = {"policy_loss": "gspo", "aggregation": "sequence_mean", "advantage_scale": "none", "kl_estimator": "k2",
+                "clip_low": 3e-4, "clip_high": 4e-4, "entropy_coef": 0.01, "filter_equal_rewards": "true"}
+    run_ranks(2, run_training, path, overrides + [f"loss.{key}={value}" for key, value in settings.items()]
+              + [f"train.output_dir={tmp_path}/run"])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in ("loss/policy", "loss/token", "loss/attention", "kl", "ratio", "entropy", "grad_norm"):
+        values = [event.value for event in events.Scalars(tag)]
+        assert len(values) == 4 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
+    assert 0 < max(event.value for event in events.Scalars("frac_reward_zero_std")), "some group must be left out"
+    assert exported_difference(exported(tmp_path / "run"), taught) > 1e-3
+
+
 def test_tensorboard_holds_what_a_user_looks_at(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     events.Reload()
@@ -137,7 +153,7 @@ def export_and_read(path, data, output, tensor, pipeline):
     config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
     old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, old, None, "old", 1, groups)
+    [minibatch] = assemble_minibatches(rollout, old, None, config, groups)
     policy.forward_backward(minibatch, objective)
     policy.step()
     seen = {}

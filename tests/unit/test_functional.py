@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from megatron_ral.functional.advantages import group_advantages
+from megatron_ral.functional.advantages import group_advantages, has_signal
 from megatron_ral.functional.attention_loss import attention_rl_loss
 from megatron_ral.functional.attention_policy import attention_policy, head_sum_attention
 from megatron_ral.functional.divergence import jensen_shannon
-from megatron_ral.functional.kl import kl_k3
-from megatron_ral.functional.logprobs import VocabPartials, combine_logprobs, logprob_gradient, vocab_partials
-from megatron_ral.functional.policy_loss import clipped_surrogate
+from megatron_ral.functional.logprobs import (
+    VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
 from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.group_layout import GroupLayout
 
@@ -39,9 +38,24 @@ def test_advantages_by_hand():
     assert advantages[1].tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
+def test_advantages_without_scale_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [4.0, 0.0, 2.0, 2.0]])
+    advantages = group_advantages(rewards, scale="none")
+    assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25], [0.0] * 4, [2.0, -2.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match="batch"):
+        group_advantages(rewards, scale="batch")
+
+
+def test_signal_is_any_difference_of_rewards():
+    rewards = torch.tensor([[0.3, 0.3, 0.3], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.1 + 1e-7]])
+    assert has_signal(rewards).tolist() == [False, True, False, True]
+    assert (group_advantages(rewards) != 0).any(1).tolist() == has_signal(rewards).tolist()
+
+
 def test_advantages_refuse_groups_of_one():
-    with pytest.raises(ValueError, match="G >= 2"):
-        group_advantages(torch.zeros(3, 1))
+    for function in (group_advantages, has_signal):
+        with pytest.raises(ValueError, match="G >= 2"):
+            function(torch.zeros(3, 1))
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------
@@ -201,30 +215,14 @@ def test_gradient_step_moves_with_the_sign_of_the_advantage():
         assert (float(after) < float(before)) == nearer
 
 
-# --- token losses -----------------------------------------------------------------------------------------------------
-
-def test_k3_by_hand():
-    value = kl_k3(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0]))
-    assert value.tolist() == pytest.approx([0.0, math.exp(-1) + 1 - 1], rel=1e-6)
-
-
-def test_clipped_surrogate_by_hand():
-    old = torch.zeros(4)
-    new = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5])).requires_grad_()
-    result = clipped_surrogate(new, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip_low=0.2, clip_high=0.3)
-    assert result.loss.tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8], rel=1e-6)
-    result.loss.sum().backward()
-    assert new.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0], rel=1e-6)
-    assert result.clipped_high.tolist() == [True, False, False, False]
-    assert result.clipped_low.tolist() == [False, False, False, True]
-
+# --- log-probabilities (the losses made of them: test_policy_losses.py) -----------------------------------------------
 
 def test_vocabulary_shards_give_log_softmax_entropy_and_gradient():
     logits = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets, grad = torch.tensor([0, 5, 11]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     logprobs = torch.log_softmax(logits, -1)
     picked = logprobs.gather(-1, targets[:, None])[:, 0]
-    picked.backward(grad)
+    picked.backward(grad, retain_graph=True)
     maximum = logits.detach().max(-1).values
     shards = logits.detach().chunk(3, -1)
     partials = [vocab_partials(shard, targets, maximum, 4 * index) for index, shard in enumerate(shards)]
@@ -236,6 +234,9 @@ def test_vocabulary_shards_give_log_softmax_entropy_and_gradient():
     gradient = torch.cat([logprob_gradient(shard, targets, maximum, total.sum_exp, grad, 4 * index)
                           for index, shard in enumerate(shards)], -1)
     assert torch.allclose(gradient, logits.grad, atol=1e-14)
+    wanted, = torch.autograd.grad(-(logprobs.exp() * logprobs).sum(-1), logits, grad)
+    gradient = torch.cat([entropy_gradient(shard, maximum, total, grad) for shard in shards], -1)
+    assert torch.allclose(gradient, wanted, atol=1e-14) and wanted.abs().max() > 0.1
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
