@@ -226,8 +226,11 @@ class TrainBatch:
     """[B, G, R] float32, from the training engine before the first update."""
     ref_logprobs: Optional[Tensor] = None
     """[B, G, R] float32, from the frozen reference."""
-    target_attention: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer -> [B, G, R, S] float32 attention policy the divergence is taken to."""
+    target_attention: Mapping[int, Any] = field(default_factory=dict)
+    """Layer -> what the divergence is taken to, as `AttentionTerm.keep` kept it: policies [B, G, R, S] float32, queries
+    and keys of another pass, or one row [B, P] for a whole group."""
+    attention_advantages: Optional[Tensor] = None
+    """[B, G] float32: `advantages`, or in a control the same in another order."""
     takes_part: Optional[Tensor] = None
     """[B] bool: groups that count in losses and totals; None: all of them."""
 

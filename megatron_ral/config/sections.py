@@ -135,11 +135,40 @@ class LossConfig:
     sampling). They are dropped and *not* refilled: an optimizer step then has fewer groups, and one without any group
     left has no gradient. Without it such groups have no advantage but count in the means, the KL and the entropy."""
     attention_coef: NonNegativeFloat = 1.0
-    """lambda_attn of the paper (0.5, 1 or 5 there)."""
-    attention_target: Literal["old", "reference"] = "old"
+    """lambda_attn of the paper (0.5, 1 or 5 there). 0: GRPO, the term is only measured."""
+    attention_coef_warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the coefficient rises from 0."""
+    attention_coef_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls to 0 over the rest of the run."""
+    attention_grad_ratio: NonNegativeFloat = 0.0
+    """More than 0: in place of attention_coef, choose the coefficient of every optimizer step so that |gradient of the
+    attention term| / |gradient of the token terms| is this. Costs one more backward pass per optimizer step."""
+    attention_target: Literal["old", "reference", "ema", "group", "hindsight", "oracle"] = "old"
     """The distribution the divergence is taken to; see "Settings" in README.md."""
+    attention_ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
+    """Target `ema`: share of the average that is kept at each rollout."""
     attention_layers: tuple[int, ...] = (-1,)
-    """Recorded layers, 0-based; negative counts from the last. Any layer on any pipeline stage."""
+    """Recorded layers, 0-based; negative counts from the last. Any layer on any pipeline stage; the term is their
+    mean."""
+    attention_row: Literal["token", "predictor"] = "token"
+    """Row of the response token itself (the paper) or of the place before it, which predicts it."""
+    attention_exclude_self: bool = True
+    """Leave the row's own token out of its policy (the paper: keys before the token)."""
+    attention_keys: Literal["all", "visual", "prompt"] = "all"
+    """Keys the policy is renormalised over: all before the token (the paper), the visual tokens, or the prompt."""
+    attention_divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    """jsd: the paper. forward_kl: KL(target || policy). reverse_kl: KL(policy || target)."""
+    attention_normalizer: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """Sum over rows divided by the response tokens, or by the responses, of the whole optimizer step."""
+    attention_row_cap: NonNegativeFloat = 0.0
+    """Divergence of a row beyond which it gives no gradient; 0: none."""
+    attention_negative_weight: NonNegativeFloat = 1.0
+    """Factor of rows with a negative advantage, which are pushed away from their target in no particular direction."""
+    attention_advantages: Literal["own", "shuffled"] = "own"
+    """shuffled: a control, in which the attention term gets the advantages of each group in a random order."""
+    attention_store: Literal["rows", "qk"] = "rows"
+    """What is kept of the target's pass until the update: its rows in float32 (4 bytes x rows x keys), or its queries and
+    keys, from which the same code forms them again (less memory for long sequences)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -233,6 +262,11 @@ class RunConfig:
         return self.train.algorithm == "ral" and (
             self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
 
+    @property
+    def attention_acts(self) -> bool:
+        """Whether the attention term has a gradient, rather than being only measured."""
+        return self.loss.attention_coef > 0 or self.loss.attention_grad_ratio > 0
+
     def problem(self) -> Optional[tuple[str, str]]:
         """First contradiction between sections as (key, sentence), or None."""
         sources = self.data.train
@@ -249,6 +283,16 @@ class RunConfig:
                     f"rollout.num_minibatches = {self.rollout.num_minibatches}")
         if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
             return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
+        target, keys = self.loss.attention_target, self.loss.attention_keys
+        if target in ("group", "hindsight") and keys == "all":
+            return ("loss.attention_keys", f"= all is not possible with loss.attention_target = {target}, which compares "
+                    "different responses over the keys they share; set prompt or visual")
+        if target == "oracle" and keys != "visual":
+            return ("loss.attention_keys", f"= {keys} is not possible with loss.attention_target = oracle, whose target is "
+                    "the annotated box; set visual")
+        if self.loss.attention_store == "qk" and target not in ("old", "reference", "ema"):
+            return ("loss.attention_store", f"= qk has no meaning with loss.attention_target = {target}, which keeps no "
+                    "rows; set rows")
         dual_clip = self.loss.dual_clip
         if 0 < dual_clip <= 1:
             return "loss.dual_clip", f"= {dual_clip} must be 0 (off) or more than 1"

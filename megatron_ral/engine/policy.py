@@ -41,17 +41,21 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.full_like(loss, ctx.scale), None
 
 
+def schedule_factor(step: int, total: int, warmup: int, decay: str, low: float = 0.0) -> float:
+    """Factor of a scheduled setting at 0-based optimizer step `step` of `total`: linear warm-up, then constant, linear or
+    cosine decay to `low`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    remaining = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[decay]
+    return remaining if decay == "constant" else low + (1.0 - low) * remaining
+
+
 def learning_rate_at(step: int, config: RunConfig) -> float:
-    """Learning rate of 0-based optimizer step `step`: linear warm-up, then constant, linear or cosine decay."""
+    """Learning rate of 0-based optimizer step `step`."""
     settings = config.optimizer
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(config.num_optimizer_steps - settings.warmup_steps, 1)
-    progress = min((step - settings.warmup_steps) / span, 1.0)
-    remaining = {"constant": 1.0, "linear": 1.0 - progress,
-                 "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[settings.decay]
-    low = settings.min_learning_rate_ratio
-    return settings.learning_rate * (low + (1.0 - low) * remaining if settings.decay != "constant" else 1.0)
+    return settings.learning_rate * schedule_factor(step, config.num_optimizer_steps, settings.warmup_steps,
+                                                    settings.decay, settings.min_learning_rate_ratio)
 
 
 def _adamw(config: RunConfig, device: torch.device) -> Callable[[list], torch.optim.Optimizer]:
@@ -108,7 +112,8 @@ class PolicyEngine(StageEngine):
             for layer in sorted(recorded):
                 record = pass_.records[layer]
                 assert record.query_BGRnD.requires_grad, f"layer {layer} was recorded without gradient (recomputed?)"
-                loss, values = objective.attention_loss(layer, self.attention_rows(record, pass_), batch)
+                loss, values = objective.attention_loss(
+                    layer, self.attention_rows(record, pass_, objective.row_kind), batch)
                 add(values)
                 if loss is not None:
                     output = _AttachLoss.apply(output, loss, scale)
@@ -155,6 +160,16 @@ class PolicyEngine(StageEngine):
         all_reduce_sum_(total, self.groups.data)
         all_reduce_sum_(total, self.groups.model)
         return float(total.sqrt())
+
+    def set_gradient_shards(self, shards: Sequence[Tensor]) -> None:
+        """Replace the reduced gradient by shards in the order of `gradient_shards`."""
+        for parameter, shard in zip(self._trainable.values(), shards):
+            self.deepspeed.optimizer.set_local_grad_for_param(shard, parameter)
+
+    def master_shards(self) -> dict[str, Tensor]:
+        """This rank's shards of the trainable parameters' float32 weights, by name."""
+        zero = self.deepspeed.optimizer
+        return {name: zero.get_local_fp32_param(parameter, None) for name, parameter in self._trainable.items()}
 
     def state(self) -> dict[str, Tensor]:
         """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`."""

@@ -16,14 +16,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
-from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, TokenOutputs
-from megatron_ral.functional.attention_policy import attention_policy, head_sum_attention
+from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.checkpoints import CheckpointError
 from megatron_ral.models.weights import load_stage
-from megatron_ral.parallel.collectives import raise_together, sum_over_ranks
+from megatron_ral.parallel.collectives import raise_together
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
 from megatron_ral.types import GroupBatch, PromptBatch, to_device
@@ -129,7 +128,8 @@ class StageEngine:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = (), *, temperature: float = 1.0,
-                keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy
+                row_kind: str = "token",
+                keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy()
                 ) -> list[ForwardOutput]:
         """Pass without gradient through megatron's schedule.
 
@@ -137,6 +137,7 @@ class StageEngine:
             batches: micro-batches of one shape (P, G, R, B).
             layers: 0-based layers whose attention rows are wanted.
             temperature: logits are divided by it before the log-probabilities.
+            row_kind: which rows, one of `ROW_KINDS`.
             keep: what is kept of each layer's rows (a map of [B, G, R, S] floats); the attention policy by default.
 
         Returns:
@@ -150,7 +151,7 @@ class StageEngine:
             batch = to_device(next(iterator), self.groups.device)
             pass_ = AttentionPass(group_layout(batch), recorded)
             output = stage(batch, pass_)
-            attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_), batch)
+            attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_, row_kind), batch)
                               for layer in sorted(recorded)})
 
             def collect(logits, non_loss_data=True):
@@ -181,14 +182,10 @@ class StageEngine:
             logits = logits.float() / temperature
         return TokenOutputs(*vocab_parallel_logprobs(logits, batch.response_ids, self.groups.tensor))
 
-    def attention_rows(self, record: AttentionRecord, pass_: AttentionPass) -> AttentionRows:
-        """Local head sum -> sum over tensor ranks -> head average -> policy."""
-        layout = pass_.layout
-        scale = self.shape.kv_channels ** -0.5
-        local = head_sum_attention(record.query_BGRnD, record.prompt_key_BPkD, record.response_key_BGRkD,
-                                   layout.visible_BGRS, scale)
-        attention = sum_over_ranks(local, self.groups.tensor) / self.shape.num_attention_heads
-        return AttentionRows(attention, attention_policy(attention, layout.self_RS), layout)
+    def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
+        """Rows of a kind of `ROW_KINDS` of one layer."""
+        heads = Heads(self.shape.kv_channels ** -0.5, self.shape.num_attention_heads, self.groups.tensor)
+        return AttentionRows.form(record, pass_.layout, kind, heads)
 
     def shard_bytes(self) -> dict[str, int]:
         """Bytes this rank holds between steps: parameter shards, and with an optimizer its float32 state."""

@@ -1,35 +1,47 @@
-"""Where response rows look: masses of the attention policy on visual tokens and on annotated cells."""
+"""Where rows look: masses of the attention policy, and how spread out it is."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_ral.functional.attention_rows import RowKeys, attention_policy, pieces
+
 
 @dataclass(frozen=True)
 class RowMass:
-    """Per response row, all [B, G, R], without gradient."""
+    """Per row, all [B, G, R], without gradient."""
 
     visual: Tensor
     """Mass on all visual tokens of the prompt."""
+    prompt: Tensor
+    """Mass on the prompt, visual tokens included."""
+    sink: Tensor
+    """Mass on the first token."""
     target_share: Tensor
     """Mass on the annotated cells divided by the mass on all visual tokens; 0 where there is none."""
-    annotated: Tensor
-    """bool: a real response row of a prompt with an annotation, over which `target_share` may be averaged."""
+    entropy: Tensor
+    """Entropy of the policy in nats."""
 
 
 @torch.no_grad()
-def row_mass(policy_BGRS: Tensor, visual_mask_BP: Tensor, target_mask_BP: Tensor, response_mask_BGR: Tensor) -> RowMass:
-    """Masses of every row.
+def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> RowMass:
+    """Masses of every row's policy.
 
     Args:
-        policy_BGRS: attention policy, rows summing to 1; the first P columns are the prompt.
+        attention_BGRS: head-averaged attention; the first P columns are the prompt.
+        keys: keys the policy is made of.
         visual_mask_BP: bool, visual tokens.
         target_mask_BP: bool, visual tokens of annotated cells.
-        response_mask_BGR: bool, real response tokens.
     """
-    prompt = policy_BGRS[..., : visual_mask_BP.shape[1]]
-    visual = (prompt * visual_mask_BP[:, None, None]).sum(-1)
-    target = (prompt * target_mask_BP[:, None, None]).sum(-1)
-    share = torch.where(visual > 0, target / torch.where(visual > 0, visual, 1.0), 0.0)
-    return RowMass(visual, share, response_mask_BGR & target_mask_BP.any(-1)[:, None, None])
+    P = visual_mask_BP.shape[1]
+    visual, prompt, sink, target, entropy = (attention_BGRS.new_empty(attention_BGRS.shape[:3]) for _ in range(5))
+    for piece in pieces(attention_BGRS.shape[:3], attention_BGRS.shape[3]):
+        policy, _ = attention_policy(attention_BGRS[piece], keys, piece)
+        over_prompt, b = policy[..., :P], piece[0]
+        visual[piece] = (over_prompt * visual_mask_BP[b, None, None]).sum(-1)
+        target[piece] = (over_prompt * target_mask_BP[b, None, None]).sum(-1)
+        prompt[piece], sink[piece] = over_prompt.sum(-1), policy[..., 0]
+        entropy[piece] = -torch.xlogy(policy, policy).sum(-1)
+    return RowMass(visual, prompt, sink, torch.where(visual > 0, target / torch.where(visual > 0, visual, 1.0), 0.0),
+                   entropy)

@@ -1,9 +1,25 @@
-"""Divergences between attention policies, in a form that stays right at the size of the signal (1e-9)."""
+"""Divergences between attention policies, in forms that stay right at the size of the signal (1e-9).
+
+Each is a value and the slope dD/dp, both over the last dimension. All values are sums of terms that are never negative,
+so that nothing cancels where p is close to q; a constant added to a slope does not matter, because a distribution can
+only change in directions that sum to 0.
+"""
+
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 _SERIES_BELOW = 0.15
+
+
+class Divergence(NamedTuple):
+    """One divergence D(p, q) of a policy p from a target q, in nats."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    """(p, q) -> D summed over the last dimension; exactly 0 where p equals q bit for bit."""
+    slope: Callable[[Tensor, Tensor], Tensor]
+    """(p, q) -> dD/dp up to a constant per row, elementwise; 0 where p = 0, whose softmax passes no gradient on."""
 
 
 def _phi(x: Tensor) -> Tensor:
@@ -18,40 +34,53 @@ def _phi(x: Tensor) -> Tensor:
     return torch.where(x.abs() < _SERIES_BELOW, series, direct)
 
 
-class _JensenShannon(torch.autograd.Function):
-    """Value by `_phi`, gradient by the closed form dJ/dp_i = 1/2 ln(p_i / m_i) = 1/2 log1p(x_i)."""
-
-    @staticmethod
-    def forward(ctx, p: Tensor, q: Tensor) -> Tensor:
-        total = p + q
-        positive = total > 0
-        x = torch.where(positive, (p - q) / torch.where(positive, total, 1.0), 0.0)
-        ctx.save_for_backward(p, x)
-        return 0.5 * (total * _phi(x)).sum(dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        p, x = ctx.saved_tensors
-        # Where p = 0 the softmax that made it passes no gradient on; -inf there would only turn into NaN.
-        slope = torch.where(p > 0, 0.5 * torch.log1p(x.clamp(min=-1 + torch.finfo(x.dtype).eps)), 0.0)
-        return grad[..., None] * slope, None
+def _contrast(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """s = p + q and x = (p - q) / s, 0 where s = 0."""
+    total = p + q
+    return total, torch.where(total > 0, (p - q) / torch.where(total > 0, total, 1.0), 0.0)
 
 
-def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence over the last dimension, in nats, with gradient for p only.
+def _jsd_value(p: Tensor, q: Tensor) -> Tensor:
+    total, x = _contrast(p, q)
+    return 0.5 * (total * _phi(x)).sum(dim=-1)
 
-        J(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m),   m = (p + q) / 2
-                = 1/2 sum_i s_i phi(x_i),            s = p + q,  x = (p - q) / s
 
-    Exactly 0 with exactly zero gradient where p equals q bit for bit; entries with p = q = 0 contribute nothing.
+def _jsd_slope(p: Tensor, q: Tensor) -> Tensor:
+    _, x = _contrast(p, q)
+    return torch.where(p > 0, 0.5 * torch.log1p(x.clamp(min=-1 + torch.finfo(x.dtype).eps)), 0.0)
 
-    Args:
-        p: distribution over the last dimension, float32 or float64; carries gradient.
-        q: same shape; treated as a constant.
 
-    Returns:
-        p's shape without the last dimension, in [0, ln 2].
+def _excess(u: Tensor) -> Tensor:
+    """u - ln(1 + u) for u >= -1, never negative; by its series for small u, where the direct form cancels."""
+    series = torch.zeros_like(u)
+    for power in range(9, 1, -1):
+        series = series * -u + 1 / power
+    return torch.where(u.abs() < 0.03, u * u * series, u - torch.log1p(u))
 
-    Source: RAL paper eq. (3); stable form and gradient derived in this project (closed form checked by gradcheck).
-    """
-    return _JensenShannon.apply(p, q.detach())
+
+def _kl_value(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) = sum_i p_i [u_i - ln(1 + u_i)] with u = q / p - 1, because both sum to 1. Entries with p = 0 count
+    q, their limit; where q = 0 < p the ratio is held at the smallest normal number, so that the value stays finite."""
+    tiny = torch.finfo(p.dtype).tiny
+    u = ((q - p) / torch.where(p > 0, p, 1.0)).clamp(min=-1 + torch.finfo(p.dtype).eps)
+    common = p * _excess(u)
+    alone = p * (torch.log(p.clamp(min=tiny)) - torch.log(q.clamp(min=tiny)) - 1) + q
+    return torch.where(p > 0, torch.where(q > 0.5 * torch.finfo(p.dtype).eps * p, common, alone), q).sum(dim=-1)
+
+
+def _reverse_slope(p: Tensor, q: Tensor) -> Tensor:
+    tiny = torch.finfo(p.dtype).tiny
+    return torch.where(p > 0, torch.log(p.clamp(min=tiny)) - torch.log(q.clamp(min=tiny)), 0.0)
+
+
+def _forward_slope(p: Tensor, q: Tensor) -> Tensor:
+    return torch.where(p > 0, (p - q) / torch.where(p > 0, p, 1.0), 0.0)  # -q / p + 1: exactly 0 where p = q
+
+
+DIVERGENCES = {
+    "jsd": Divergence(_jsd_value, _jsd_slope),
+    "forward_kl": Divergence(lambda p, q: _kl_value(q, p), _forward_slope),
+    "reverse_kl": Divergence(_kl_value, _reverse_slope),
+}
+"""`jsd`: 1/2 KL(p || m) + 1/2 KL(q || m) with m = (p + q) / 2, in [0, ln 2] (RAL paper eq. 3). `forward_kl`: KL(q || p),
+the target's mass must be covered. `reverse_kl`: KL(p || q), mass where the target has none is punished."""

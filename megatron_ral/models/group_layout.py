@@ -8,12 +8,18 @@ prompt never sees a response, so the layout is exact, not an approximation, and 
 made anew for each pass, so that several micro-batches can be in flight in a pipeline.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Optional
 
 import torch
 from torch import Tensor
+
+from megatron_ral.functional.attention_rows import RowQK
+
+ROW_KINDS = ("token", "predictor", "last_prompt")
+"""Rows an attention policy is taken from: `token`: of response token r itself (the paper); `predictor`: of the place that
+predicts it, one earlier; `last_prompt`: of the prompt's last token alone, once per group."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +56,44 @@ class GroupLayout:
         own = causal[None, None].expand(self.B, self.G, self.R, self.R)
         return torch.cat([prompt, own], dim=-1)
 
-    @cached_property
-    def self_RS(self) -> Tensor:
-        """[R, P + R] bool: the column of each row's own token."""
-        own = torch.eye(self.R, dtype=torch.bool, device=self.prompt_lengths.device)
-        return torch.cat([own.new_zeros(self.R, self.P), own], dim=-1)
+    def own_columns(self, rows: str) -> Tensor:
+        """[B, R] int64 ([B, 1] for `last_prompt`): the column of each row's own token. `rows`: see `ROW_KINDS`."""
+        last_prompt = (self.prompt_lengths - 1)[:, None]
+        steps = self.P + torch.arange(self.R, device=last_prompt.device).expand(self.B, self.R)
+        return {"token": steps, "predictor": torch.cat([last_prompt, steps[:, :-1]], dim=1),
+                "last_prompt": last_prompt}[rows]
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Queries and keys of the response rows of one layer, after rotary embedding, this rank's heads."""
+    """Queries and keys of one layer, after rotary embedding, this rank's heads."""
 
     query_BGRnD: Tensor
+    """Of the response tokens."""
+    last_prompt_query_BnD: Tensor
+    """Of each prompt's last token, whose row predicts the first response token."""
     prompt_key_BPkD: Tensor
     response_key_BGRkD: Tensor
+
+    def rows(self, kind: str, layout: GroupLayout, scale: float, num_heads: int) -> RowQK:
+        """The rows of a kind of `ROW_KINDS` as `functional.attention_rows` takes them.
+
+        Args:
+            scale: softmax scale.
+            num_heads: heads of all tensor ranks.
+        """
+        rest = layout.prompt_lengths, int(kind == "predictor"), scale, num_heads
+        if kind == "token":
+            return RowQK(self.query_BGRnD, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
+        first = self.last_prompt_query_BnD[:, None, None]
+        if kind == "last_prompt":
+            return RowQK(first, self.prompt_key_BPkD, self.response_key_BGRkD[:, :1, :0], *rest)
+        query = torch.cat([first.expand(-1, layout.G, 1, -1, -1), self.query_BGRnD[:, :, :-1]], dim=2)
+        return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
+
+    def detached(self) -> "AttentionRecord":
+        """The same without gradient."""
+        return AttentionRecord(*(getattr(self, item.name).detach() for item in fields(self)))
 
 
 class GroupKVCache:

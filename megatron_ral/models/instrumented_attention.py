@@ -7,7 +7,7 @@ Takes the place of megatron-core's `DotProductAttention` through the layer spec.
 - grouped-query attention without repeating keys in memory where SDPA can do so.
 
 Softmax weights are not produced here: fused kernels do not return them. What is recorded are q and k of the response
-rows, from which `functional/attention_policy.py` forms the rows in float32.
+rows, from which `functional/attention_rows.py` forms the rows in float32.
 """
 
 import math
@@ -61,7 +61,8 @@ class InstrumentedAttention(torch.nn.Module):
         group_query, group_key, group_value = (tensor[:, P:layout.sequence_length].unflatten(1, (G, R))
                                                for tensor in (query, key, value))
         if self.layer in pass_.recorded_layers:
-            pass_.records[self.layer] = AttentionRecord(group_query, prompt_key, group_key)
+            last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
+            pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
         keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), group_key], dim=2)
         values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), group_value], dim=2)
         response_output = self._sdpa(group_query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1),

@@ -9,25 +9,6 @@ from torch import Tensor
 from megatron_ral.parallel.groups import ParallelGroups
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Forward: all-reduce (sum). Backward: identity, right when every rank computes the same loss from the sum."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Differentiable sum over a group whose ranks go on to compute the same thing (see `_SumOverRanks`)."""
-    return tensor if group.size() == 1 else _SumOverRanks.apply(tensor, group)
-
-
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """In-place sum without gradient."""
     if group.size() > 1:

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.protocol import ForwardOutput
 from megatron_ral.functional.advantages import has_signal
+from megatron_ral.functional.attention_targets import success_target
 from megatron_ral.parallel.collectives import all_reduce_sum_
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.rollout.collect import ScoredGroups
@@ -34,17 +35,17 @@ def groups_taking_part(scored: ScoredGroups, config: RunConfig) -> Tensor:
 
 
 def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardOutput],
-                         reference: Optional[Sequence[ForwardOutput]], config: RunConfig,
-                         groups: ParallelGroups) -> list[list[TrainBatch]]:
+                         reference: Optional[Sequence[ForwardOutput]], target: Optional[Sequence[ForwardOutput]],
+                         config: RunConfig, groups: ParallelGroups) -> list[list[TrainBatch]]:
     """Micro-batches of each optimizer step.
 
     Args:
         rollout: this rank's micro-batches, in order.
         old: pass of the policy before the first update, one per micro-batch.
         reference: pass of the frozen reference, or None where it is not needed.
+        target: pass whose attention the divergence is taken to, or None where it is made of no pass.
         config: `rollout.num_minibatches` optimizer steps are made of the rollout and divide the micro-batches;
-            `loss.attention_target` says whose attention the divergence is taken to, `loss.filter_equal_rewards` which
-            groups take part.
+            `loss.filter_equal_rewards` says which groups take part.
     """
     per_step = len(rollout) // config.rollout.num_minibatches
     assert per_step * config.rollout.num_minibatches == len(rollout)
@@ -56,12 +57,16 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardO
                                config.rollout.max_response_length, groups)
         step = []
         for index in indices:
-            frozen = reference[index] if reference is not None else None
-            source = old[index] if config.loss.attention_target == "old" else frozen
+            scored, frozen = rollout[index], reference[index] if reference is not None else None
+            kept = target[index].attention if target is not None else {}
+            if config.loss.attention_target in ("group", "hindsight"):
+                kept = {layer: success_target(rows, scored.attention_advantages.to(rows.device))
+                        for layer, rows in kept.items()}
             step.append(TrainBatch(
-                groups=rollout[index].groups, totals=totals, advantages=rollout[index].advantages,
+                groups=scored.groups, totals=totals, advantages=scored.advantages,
                 old_logprobs=old[index].tokens.logprobs if old[index].tokens else None,
                 ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention=dict(source.attention), takes_part=parts[index]))
+                target_attention=dict(kept), takes_part=parts[index],
+                attention_advantages=scored.attention_advantages))
         minibatches.append(step)
     return minibatches

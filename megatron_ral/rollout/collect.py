@@ -11,6 +11,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.generate import SamplingSettings, generate
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.functional.advantages import group_advantages
+from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.rewards.score import reward_components, score_group
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score, pad_prompts
 
@@ -23,6 +24,8 @@ class ScoredGroups:
     score: Score
     advantages: Tensor
     """[B, G]"""
+    attention_advantages: Tensor
+    """[B, G]: what the attention term gets, see loss.attention_advantages."""
     rollout_logprobs: Tensor
     """[B, G, R]"""
     finished: Tensor
@@ -91,5 +94,13 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
                             None if embeds[0] is None else tuple(embeds))
         score = Score(torch.stack(rewards), {n: torch.stack([part[n] for part in parts]) for n in parts[0]}, texts)
         advantages = group_advantages(score.rewards, scale=config.loss.advantage_scale)
-        batches.append(ScoredGroups(groups, score, advantages, torch.stack(logprobs), torch.stack(finished)))
+        shuffled = config.loss.attention_advantages == "shuffled"
+        order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None
+        batches.append(ScoredGroups(groups, score, advantages, advantages.gather(1, order) if shuffled else advantages,
+                                    torch.stack(logprobs), torch.stack(finished)))
     return batches
+
+
+def shuffled_order(identities: Sequence[str], group_size: int, *identity: object) -> Tensor:
+    """[B, G] int64: a random order of each group's responses that belongs to the prompt, not to the rank."""
+    return torch.stack([uniform_stream(group_size, "shuffle", *identity, key).argsort() for key in identities])

@@ -127,15 +127,17 @@ def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: P
 
 
 def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
-    mass = row_mass(rows.policy, groups.prompts.visual_mask, groups.prompts.target_mask, groups.response_mask)
-    return {"rows": groups.response_mask.sum(), "visual": (mass.visual * groups.response_mask).sum(),
-            "annotated": mass.annotated.sum(), "target": (mass.target_share * mass.annotated).sum()}
+    prompts, mask = groups.prompts, groups.response_mask
+    mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
+    annotated = mask & prompts.target_mask.any(dim=-1)[:, None, None]
+    return {"rows": mask.sum(), "visual": (mass.visual * mask).sum(), "annotated": annotated.sum(),
+            "target": (mass.target_share * annotated).sum()}
 
 
 def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:
     """[B, P]: attention policy over the prompt, averaged over response rows."""
     mask = groups.response_mask[..., None]
-    return (rows.policy[..., : rows.layout.P] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
+    return (rows.policy()[..., : rows.layout.P] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
 
 
 def _add(sums: dict[str, float], values: dict) -> None:

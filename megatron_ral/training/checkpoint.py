@@ -4,7 +4,7 @@
                                                 manifest.json (written last, then the folder gets its name)
     <output_dir>/checkpoints/latest             link to the newest
 
-Every rank writes its own ZeRO-3 shards (master weights and AdamW moments by parameter name) as safetensors, and its
+Every rank writes its own ZeRO-3 shards (master weights, AdamW moments and the average of target `ema` by parameter name) as safetensors, and its
 position in the data as JSON. Random streams need no saving: they are functions of (seed, step, prompt).
 """
 
@@ -17,12 +17,12 @@ from typing import Any, Optional
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.config import RunConfig, dump_config, load_config
 from megatron_ral.data.loader import PromptLoader
-from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.models.checkpoints import CheckpointError
 from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.training.step import Engines
 
 
 # Settings that may differ between a checkpoint and the run that goes on from it.
@@ -53,7 +53,8 @@ def find_checkpoint(config: RunConfig, resume: bool) -> Optional[Path]:
     if not resume:
         raise CheckpointError(f"train.output_dir = '{config.train.output_dir}' holds '{found.name}' of an earlier run; "
                               "give --resume to go on from it, or another train.output_dir")
-    saved, now = (_flat(yaml.safe_load(text)) for text in ((found / "config.yaml").read_text(), dump_config(config)))
+    # Through the loader, so that a setting which the checkpoint's version did not have counts with its default.
+    saved, now = (_flat(yaml.safe_load(dump_config(made))) for made in (load_config(found / "config.yaml"), config))
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
             raise CheckpointError(f"{key} = {now.get(key)} but checkpoint '{found}' was made with {saved.get(key)}; "
@@ -67,8 +68,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
 
 
-def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoader, step: int) -> Path:
+def save_checkpoint(config: RunConfig, engines: Engines, loader: PromptLoader, step: int) -> Path:
     """Write the state after `step` steps; every rank calls it. Older ones beyond train.keep_checkpoints go."""
+    policy, average = engines.policy, engines.average
     layout, root = policy.layout, checkpoint_root(config.train.output_dir)
     final = root / f"step_{step:08d}"
     partial = root / f"step_{step:08d}.partial"
@@ -76,7 +78,8 @@ def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoade
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    save_file(policy.state(), partial / f"rank_{layout.rank:05d}.safetensors")
+    state = {**policy.state(), **(average.state() if average is not None else {})}
+    save_file(state, partial / f"rank_{layout.rank:05d}.safetensors")
     position = {"loader": loader.state(), "num_steps_taken": policy.num_steps_taken}
     (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(position))
     barrier()
@@ -98,13 +101,13 @@ def save_checkpoint(config: RunConfig, policy: PolicyEngine, loader: PromptLoade
     return final
 
 
-def restore_checkpoint(path: Path, policy: PolicyEngine, loader: PromptLoader) -> int:
+def restore_checkpoint(path: Path, engines: Engines, loader: PromptLoader) -> int:
     """Continue from a checkpoint of the same layout; returns the number of steps done.
 
     Raises:
         CheckpointError: another layout, or a file missing or cut short.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    policy, manifest = engines.policy, json.loads((path / "manifest.json").read_text())
     if manifest["layout"] != _layout_dict(policy.layout):
         raise CheckpointError(f"checkpoint '{path}' was saved with the layout {manifest['layout']}, this run has "
                               f"{_layout_dict(policy.layout)}; resume with the same")
@@ -114,7 +117,10 @@ def restore_checkpoint(path: Path, policy: PolicyEngine, loader: PromptLoader) -
                                   "checkpoint to resume from the one before")
     rank = policy.layout.rank
     position = json.loads((path / f"rank_{rank:05d}.json").read_text())
-    policy.load_state(load_file(path / f"rank_{rank:05d}.safetensors"), position["num_steps_taken"])
+    state = load_file(path / f"rank_{rank:05d}.safetensors")
+    policy.load_state(state, position["num_steps_taken"])
+    if engines.average is not None:
+        engines.average.load_state(state)
     loader.restore(position["loader"])
     return manifest["step"]
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from megatron_ral.config.sections import LossConfig
 from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
 from megatron_ral.functional.aggregation import token_weights
-from megatron_ral.functional.attention_loss import attention_rl_loss
-from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.functional.kl import kl_estimate
 from megatron_ral.functional.policy_loss import PolicyLoss, cispo_loss, grpo_loss, gspo_loss
+from megatron_ral.training.attention_term import AttentionTerm, attention_metrics
 from megatron_ral.types import TrainBatch
 
 Metrics = Mapping[str, Tensor]
@@ -23,6 +22,7 @@ class SftObjective:
     """Mean cross-entropy of the response tokens over the global batch."""
 
     recorded_layers: frozenset[int] = frozenset()
+    row_kind: str = "token"
     temperature: float = 1.0
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
@@ -36,22 +36,34 @@ class SftObjective:
 
 @dataclass(frozen=True)
 class RalObjective:
-    """L =  sum_t w_t [ policy_t + kl_coef * KL_t - entropy_coef * H_t ]
-          + attention_coef * sum_t A JSD(p_theta || p_target) / T
+    """L =  sum_t w_t [ policy_t + kl_coef * KL_t - entropy_coef * H_t ]  +  attention_coef * attention term
 
-    with w_t of `token_weights` (1 / T by default) and T the response tokens of the whole optimizer step; several layers
-    are averaged. attention_coef = 0 is GRPO, or what the settings say of its family. With filter_equal_rewards t runs
-    over groups that have a signal, and T counts those alone.
+    with w_t of `token_weights` (1 / T by default), T the response tokens of the whole optimizer step, and the attention
+    term of `AttentionTerm`. attention_coef = 0 is GRPO, or what the settings say of its family. With
+    filter_equal_rewards t runs over groups that have a signal, and T counts those alone.
     """
 
     settings: LossConfig
     recorded_layers: frozenset[int]
+    attention_coef: float
+    """Of this optimizer step; settings.attention_coef with its schedule."""
     temperature: float = 1.0
-    parts: Literal["all", "attention"] = "all"
-    """`attention`: the attention term alone (to measure its gradient)."""
+    parts: Literal["all", "tokens", "attention"] = "all"
+    """Terms that give a gradient and are logged."""
 
-    def only_attention(self) -> "RalObjective":
-        return replace(self, parts="attention")
+    @property
+    def term(self) -> AttentionTerm:
+        return AttentionTerm(self.settings, len(self.recorded_layers))
+
+    @property
+    def row_kind(self) -> str:
+        return self.term.row_kind
+
+    def only(self, parts: Literal["tokens", "attention"], attention_coef: Optional[float] = None) -> "RalObjective":
+        """One of the terms, the attention term with another coefficient if one is given."""
+        coef = self.attention_coef if attention_coef is None else attention_coef
+        layers = self.recorded_layers if parts == "attention" else frozenset()
+        return replace(self, parts=parts, attention_coef=coef, recorded_layers=layers)
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
         if self.parts == "attention":
@@ -88,41 +100,11 @@ class RalObjective:
         return clipped(*arguments, **bounds, dual_clip=settings.dual_clip)
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Optional[Tensor], Metrics]:
-        active = self.settings.attention_coef > 0
-        with torch.set_grad_enabled(active and torch.is_grad_enabled()):
-            per_row, divergence = attention_rl_loss(rows.policy, batch.target_attention[layer], batch.advantages)
-        mask = batch.loss_mask
-        share = 1.0 / (batch.totals.num_tokens * len(self.recorded_layers))
-        loss = self.settings.attention_coef * (per_row * mask).sum() * share if active else None
-        if self.parts == "attention":
-            return loss, {}
-        metrics = attention_metrics(rows, batch, share)
-        metrics["attention/divergence"] = (divergence * mask).sum() * share
-        for name, rows_of_sign in (("positive", batch.advantages > 0), ("negative", batch.advantages < 0)):
-            chosen = mask & rows_of_sign[..., None]
-            metrics[f"attention/divergence_{name}:sum"] = (divergence * chosen).sum()
-            metrics[f"attention/divergence_{name}:count"] = chosen.sum()
-        metrics["loss/attention"] = loss.detach() if loss is not None else torch.zeros(())
-        return loss, metrics
-
-
-@torch.no_grad()
-def attention_metrics(rows: AttentionRows, batch: TrainBatch, share: float) -> dict[str, Tensor]:
-    """Where response rows look; `share` turns a sum over rows into this layer's part of the mean.
-
-    `attention/target_mass` is the mass on the annotated cells divided by the mass on all visual tokens, over the rows
-    of prompts that have an annotation; it is handed on as sum and count.
-    """
-    mask = batch.loss_mask
-    mass = row_mass(rows.policy, batch.groups.prompts.visual_mask, batch.groups.prompts.target_mask, mask)
-    own = rows.attention.masked_fill(~rows.layout.self_RS, 0.0).sum(-1)
-    return {
-        "attention/visual_mass": (mass.visual * mask).sum() * share,
-        "attention/sink_mass": (rows.policy[..., 0] * mask).sum() * share,
-        "attention/self_mass": (own * mask).sum() * share,
-        "attention/target_mass:sum": (mass.target_share * mass.annotated).sum(),
-        "attention/target_mass:count": mass.annotated.sum(),
-    }
+        with torch.set_grad_enabled(self.attention_coef > 0 and torch.is_grad_enabled()):
+            loss, metrics = self.term.loss(layer, rows, batch)
+        loss = self.attention_coef * loss
+        return (loss if loss.requires_grad else None), {
+            **attention_metrics(rows, batch), **metrics, "loss/attention": loss.detach()}
 
 
 def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:

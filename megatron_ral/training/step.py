@@ -6,19 +6,22 @@ plain sequences of calls: what a call does is one file away.
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional, Sequence
 
 import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
-from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.policy import PolicyEngine, schedule_factor
+from megatron_ral.engine.protocol import ForwardOutput
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
+from megatron_ral.training.attention_term import ROLLOUT_POLICY
 from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Prompt, TrainBatch, pad_prompts
 
@@ -69,62 +72,112 @@ def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch
     return batches
 
 
-def ral_step(policy: PolicyEngine, reference: Optional[FrozenEngine], prompts: Sequence[Prompt],
-             processor: PromptProcessor, objective: RalObjective, config: RunConfig, step: int,
-             measure_gradient_ratio: bool) -> StepReport:
+@dataclass(frozen=True)
+class Engines:
+    """The models of a run."""
+
+    policy: PolicyEngine
+    """Samples and is updated."""
+    reference: Optional[FrozenEngine] = None
+    """Where the KL or target `reference` needs it."""
+    average: Optional[AverageEngine] = None
+    """For target `ema`."""
+
+
+def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProcessor, objective: RalObjective,
+             config: RunConfig, step: int, measure_gradient_ratio: bool) -> StepReport:
     """One rollout and its optimizer steps.
 
     Args:
-        policy: engine that samples and is updated.
-        reference: frozen engine, or None where neither KL nor target `reference` needs it.
+        engines: the models.
         prompts: this data-parallel rank's prompts.
         processor: for decoding.
-        objective: the loss.
+        objective: the loss; its coefficient is set here for every optimizer step.
         config: settings.
         step: 0-based rollout number, part of the random streams.
         measure_gradient_ratio: also measure |grad attention| / |grad tokens| on the last optimizer step.
     """
-    report = StepReport()
-    layers, target = sorted(objective.recorded_layers), config.loss.attention_target
+    report, policy = StepReport(), engines.policy
     per_update = len(prompts) // config.rollout.num_minibatches
     micro_batch_size = min(config.train.micro_batch_size, per_update)
 
     with report.timed("rollout"):
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size)
-    batches = [scored.groups for scored in report.rollout]
-    with report.timed("old"):
-        old = policy.forward(batches, layers if target == "old" else (), temperature=objective.temperature)
-    frozen = None
-    if reference is not None:
-        with report.timed("reference"):
-            frozen = reference.forward(batches, layers if target == "reference" else (),
-                                       temperature=objective.temperature)
-    minibatches = assemble_minibatches(report.rollout, old, frozen, config, policy.groups)
+    old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, report)
+    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
     report.metrics.update(rollout_metrics(report.rollout, old, policy))
 
     updates: list[dict[str, float]] = []
     for epoch in range(config.rollout.num_epochs):
         for index, minibatch in enumerate(minibatches):
             last = epoch == config.rollout.num_epochs - 1 and index == len(minibatches) - 1
-            attention_shards = None
-            if last and measure_gradient_ratio:
-                with report.timed("gradient_ratio"):
-                    policy.forward_backward(minibatch, objective.only_attention())
-                    attention_shards = policy.gradient_shards()
             with report.timed("update"):
-                sums = policy.forward_backward(minibatch, objective)
-                if attention_shards is not None:
-                    report.metrics["attention/grad_ratio"] = gradient_ratio(policy, attention_shards)
+                metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
                 result = policy.step()
-            updates.append({**finish_metrics(sums), "grad_norm": result.grad_norm, "lr": result.learning_rate,
+            updates.append({**metrics, "grad_norm": result.grad_norm, "lr": result.learning_rate,
                             "skipped_steps": float(not result.applied)})
+    if engines.average is not None:
+        engines.average.follow(policy)
     for name in sorted(set().union(*updates)):
         values = [update[name] for update in updates if name in update]
         report.metrics[name] = sum(values) / len(values)
     # The first update is on policy (its divergence to `old` is zero by construction): the last one shows the term.
-    report.metrics["attention/divergence_last_update"] = updates[-1]["attention/divergence"]
-    report.metrics["attention/divergence_first_update"] = updates[0]["attention/divergence"]
+    for name, update in (("last", updates[-1]), ("first", updates[0])):
+        if "attention/divergence" in update:
+            report.metrics[f"attention/divergence_{name}_update"] = update["attention/divergence"]
     return report
+
+
+def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, report: StepReport
+            ) -> tuple[Sequence[ForwardOutput], Optional[Sequence[ForwardOutput]], Optional[Sequence[ForwardOutput]]]:
+    """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
+    average) the attention is compared with."""
+    target, layers = objective.settings.attention_target, sorted(objective.recorded_layers)
+
+    def run(engine: FrozenEngine | PolicyEngine, recorded: bool) -> list[ForwardOutput]:
+        return engine.forward(batches, layers if recorded else (), temperature=objective.temperature,
+                              row_kind=objective.settings.attention_row, keep=objective.term.keep)
+
+    with report.timed("old"):
+        old = run(engines.policy, target in ROLLOUT_POLICY)
+    reference = average = None
+    if engines.reference is not None:
+        with report.timed("reference"):
+            reference = run(engines.reference, target == "reference")
+    if engines.average is not None:
+        with report.timed("average"):
+            average = run(engines.average, True)
+    source = {"reference": reference, "ema": average, "oracle": None}.get(target, old)
+    return old, reference, source
+
+
+def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], objective: RalObjective,
+                         config: RunConfig, measure_ratio: bool) -> dict[str, float]:
+    """Gradient of one optimizer step, ready for `policy.step`, with the coefficient of the attention term that the
+    schedule or the wanted ratio of gradients asks for. Returns metrics."""
+    settings = config.loss
+    if settings.attention_grad_ratio > 0:
+        attention_sums = policy.forward_backward(minibatch, objective.only("attention", 1.0))
+        attention_shards = policy.gradient_shards()
+        sums = policy.forward_backward(minibatch, objective.only("tokens"))
+        token_shards = policy.gradient_shards()
+        attention_norm, token_norm = policy.gradient_norm(attention_shards), policy.gradient_norm(token_shards)
+        coef = settings.attention_grad_ratio * token_norm / attention_norm if attention_norm > 0 else 0.0
+        policy.set_gradient_shards([token.add_(attention, alpha=coef)
+                                    for token, attention in zip(token_shards, attention_shards)])
+        attention_sums["loss/attention"] *= coef
+        ratio = settings.attention_grad_ratio if coef > 0 else 0.0
+        return {**finish_metrics({**attention_sums, **sums}), "attention/coef": coef, "attention/grad_ratio": ratio}
+    coef = settings.attention_coef * schedule_factor(policy.num_steps_taken, config.num_optimizer_steps,
+                                                     settings.attention_coef_warmup_steps, settings.attention_coef_decay)
+    objective, attention_shards = replace(objective, attention_coef=coef), None
+    if measure_ratio and coef > 0:
+        policy.forward_backward(minibatch, objective.only("attention"))
+        attention_shards = policy.gradient_shards()
+    metrics = {**finish_metrics(policy.forward_backward(minibatch, objective)), "attention/coef": coef}
+    if attention_shards is not None:
+        metrics["attention/grad_ratio"] = gradient_ratio(policy, attention_shards)
+    return metrics
 
 
 def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor]) -> float:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megatron_ral.config import RunConfig
 from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.models.checkpoints import config_folder
@@ -23,7 +24,7 @@ from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.objective import RalObjective
-from megatron_ral.training.step import StepReport, ral_step, sft_step
+from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,21 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
                 *silent_setting_warnings(alone)]
     if config.train.algorithm != "ral":
         return []
-    if config.loss.attention_coef == 0:
-        return ["loss.attention_coef = 0: the attention term is off and this run is GRPO"]
-    if config.loss.attention_target == "old" and config.updates_per_rollout == 1:
-        return ["one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient are "
-                "exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
-                "rollout.num_epochs, or set loss.attention_target = reference"]
-    return []
+    warnings = []
+    if not config.attention_acts:
+        warnings.append("loss.attention_coef = 0: the attention term is off and this run is GRPO")
+    elif config.loss.attention_target == "old" and config.updates_per_rollout == 1:
+        warnings.append("one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient "
+                        "are exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
+                        "rollout.num_epochs, or set loss.attention_target = reference")
+    if config.loss.attention_advantages == "shuffled" and config.loss.attention_target == "oracle":
+        warnings.append("loss.attention_advantages = shuffled has no effect with loss.attention_target = oracle, whose "
+                        "rows all weigh 1")
+    if config.loss.policy_loss == "gspo" and (config.loss.clip_high > 0.01 or
+                                              config.loss.aggregation != "sequence_mean"):
+        warnings.append("loss.policy_loss = gspo: ratios of whole responses move little, its paper has clip_low = 3.0e-4, "
+                        "clip_high = 4.0e-4 and aggregation = sequence_mean")
+    return warnings
 
 
 class TooManySkippedSteps(RuntimeError):
@@ -95,20 +104,23 @@ class Trainer:
             inputs.sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
             shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
         self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
-                                      config.rollout.temperature)
+                                      config.loss.attention_coef, config.rollout.temperature)
         self.policy = PolicyEngine(shape, groups, config)
-        self.reference = None
+        reference = average = None
         if config.needs_reference:
-            self.reference = FrozenEngine(shape, groups, config.model.dtype,
-                                          config.model.reference_path or config.model.path,
-                                          config.parallel.sequence_parallel)
+            reference = FrozenEngine(shape, groups, config.model.dtype,
+                                     config.model.reference_path or config.model.path,
+                                     config.parallel.sequence_parallel)
+        if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
+            average = AverageEngine(self.policy, config.loss.attention_ema_decay)
+        self.engines = Engines(self.policy, reference, average)
 
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
         if self.inputs.checkpoint is not None:
-            first = restore_checkpoint(self.inputs.checkpoint, self.policy, self.loader)
+            first = restore_checkpoint(self.inputs.checkpoint, self.engines, self.loader)
             self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_setting_warnings(config):
@@ -128,7 +140,7 @@ class Trainer:
             self._look(log, probes, step + 1)
             interval = config.train.checkpoint_interval
             if step + 1 == end or (interval and (step + 1) % interval == 0):
-                save_checkpoint(config, self.policy, self.loader, step + 1)
+                save_checkpoint(config, self.engines, self.loader, step + 1)
         bar.close()
         if config.train.export and end == config.train.num_steps:
             with self.policy.resident():
@@ -143,8 +155,8 @@ class Trainer:
             return sft_step(self.policy, prompts, self.processor, config)
         prompts = self.loader.take(config.rollout.num_prompts // ranks)
         interval = config.logging.gradient_ratio_interval
-        measure = bool(interval) and config.loss.attention_coef > 0 and (step + 1) % interval == 0
-        return ral_step(self.policy, self.reference, prompts, self.processor, self.objective, config, step, measure)
+        measure = bool(interval) and config.attention_acts and (step + 1) % interval == 0
+        return ral_step(self.engines, prompts, self.processor, self.objective, config, step, measure)
 
     def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
         seconds = sum(report.seconds.values())

@@ -69,7 +69,8 @@ def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, p
         rewards = torch.stack(rewards)
         score = Score(rewards, {}, ())
         result.append(ScoredGroups(GroupBatch(batch, torch.stack(ids), torch.stack(lengths), embeds), score,
-                                   group_advantages(rewards), torch.zeros(rewards.shape + (LENGTH,)),
+                                   group_advantages(rewards), group_advantages(rewards),
+                                   torch.zeros(rewards.shape + (LENGTH,)),
                                    torch.ones_like(rewards, dtype=torch.bool)))
     return result
 
@@ -78,7 +79,8 @@ def open_policy(path: str, tensor: int, pipeline: int, **loss):
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
     groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     shape = read_shape(path)
-    objective = RalObjective(config.loss, frozenset(shape.layer_index(i) for i in config.loss.attention_layers))
+    objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
+                             config.loss.attention_coef)
     return config, groups, shape, PolicyEngine(shape, groups, config), objective
 
 
@@ -115,12 +117,13 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
     width = max(len(prompt.input_ids) for prompt, *_ in everything)
     rollout = micro_batches(mine, min(micro_batch_size, share), policy, width)
-    reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, reference, reference, config, groups)
+    reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
+                               row_kind=config.loss.attention_row, keep=objective.term.keep)
+    [minibatch] = assemble_minibatches(rollout, reference, reference, reference, config, groups)
     history = []
     before = full_weights(policy)
     for _ in range(num_steps):
-        policy.forward_backward(minibatch, objective.only_attention())
+        policy.forward_backward(minibatch, objective.only("attention"))
         attention_shards = policy.gradient_shards()
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.gradient_norm(policy.gradient_shards())

@@ -17,14 +17,17 @@ class WeightedSum:
     as advantages)."""
 
     recorded_layers = frozenset({1, 3})
+    row_kind = "token"
     temperature = 1.0
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch):
         return (outputs.logprobs * batch.groups.response_mask * batch.advantages[..., None]).sum(), {}
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch):
-        mask = batch.groups.response_mask[..., None]
-        return (rows.policy.square() * mask * batch.advantages[..., None, None]).sum() * (layer + 1), {}
+        inside = torch.arange(rows.layout.P) < batch.groups.prompts.prompt_lengths[:, None]
+        target = torch.nn.functional.pad(inside / inside.sum(1, keepdim=True), (0, rows.layout.R))[:, None, None]
+        weight = batch.groups.response_mask * batch.advantages[..., None]
+        return (rows.divergence(target) * weight).sum() * (layer + 1), {}
 
 
 def separate(groups):
@@ -140,12 +143,12 @@ def zero_gradients(path, data):
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     layers = sorted(objective.recorded_layers)
     old = policy.forward([scored.groups for scored in rollout], layers)
-    [minibatch] = assemble_minibatches(rollout, old, None, config, groups)
-    policy.forward_backward(minibatch, objective.only_attention())
+    [minibatch] = assemble_minibatches(rollout, old, None, old, config, groups)
+    policy.forward_backward(minibatch, objective.only("attention"))
     on_policy = dict(zip(names, policy.gradient_shards()))
     first = finish_metrics(policy.forward_backward(minibatch, objective))
     policy.step()
-    policy.forward_backward(minibatch, objective.only_attention())
+    policy.forward_backward(minibatch, objective.only("attention"))
     after = dict(zip(names, policy.gradient_shards()))
     second = finish_metrics(policy.forward_backward(minibatch, objective))
     stop_groups()
@@ -182,8 +185,8 @@ def lm_head_gradient(path, data):
     old = policy.forward(batches, [3])
     # a target away from the policy: every row's neighbour
     moved = [type(output)(output.tokens, {3: output.attention[3].roll(1, 0)}) for output in old]
-    [minibatch] = assemble_minibatches(rollout, old, moved, config, groups)
-    policy.forward_backward(minibatch, objective.only_attention())
+    [minibatch] = assemble_minibatches(rollout, old, moved, moved, config, groups)
+    policy.forward_backward(minibatch, objective.only("attention"))
     gradients = dict(zip(names, policy.gradient_shards()))
     stop_groups()
     return {name: float(gradient.norm()) for name, gradient in gradients.items()}

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.functional.attention_policy import attention_policy
+from megatron_ral.functional.attention_rows import RowKeys, attention_policy
 from megatron_ral.training.checkpoint import newest_checkpoint
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
@@ -153,7 +153,7 @@ def export_and_read(path, data, output, tensor, pipeline):
     config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
     old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, old, None, config, groups)
+    [minibatch] = assemble_minibatches(rollout, old, None, old, config, groups)
     policy.forward_backward(minibatch, objective)
     policy.step()
     seen = {}
@@ -166,7 +166,7 @@ def export_and_read(path, data, output, tensor, pipeline):
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
-    [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.policy))
+    [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.policy()))
     with policy.resident():
         export_stage(policy.stage, groups, path, output)
     stop_groups()
@@ -201,9 +201,8 @@ def check_against_transformers(results, source, output, data):
             assert torch.allclose(logits[b, g, :n, :vocab], out.logits[0, length - 1:-1], atol=1e-4)
             for layer in (1, 3):
                 eager = out.attentions[layer][0].mean(0)[length:]  # head average, response rows
-                own = torch.zeros_like(eager, dtype=torch.bool)
-                own[torch.arange(n), length + torch.arange(n)] = True
-                for mine, wanted in zip(rows[layer], (eager, attention_policy(eager, own))):
+                keys = RowKeys(torch.ones(1, length + n, dtype=torch.bool), length + torch.arange(n)[None])
+                for mine, wanted in zip(rows[layer], (eager, attention_policy(eager[None, None], keys)[0][0, 0])):
                     mine = mine[b, g, :n]
                     assert torch.allclose(torch.cat([mine[:, :length], mine[:, P:P + n]], -1), wanted, atol=1e-5)
     before, after = load_hub(source), load_hub(output)

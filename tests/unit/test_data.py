@@ -5,7 +5,6 @@ import json
 import tarfile
 
 import pytest
-import torch
 from PIL import Image
 
 from megatron_ral.data.loader import PromptLoader, open_sources

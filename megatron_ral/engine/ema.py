@@ -1,0 +1,58 @@
+"""The exponential average of past policies, as a frozen engine that follows the policy shard by shard."""
+
+from typing import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.checkpoints import CheckpointError
+
+
+class AverageEngine(FrozenEngine):
+    """Frozen engine with average = decay * average + (1 - decay) * policy after each `follow`.
+
+    Both engines cut a parameter alike over data-parallel ranks, so that every rank averages its own shards and nothing is
+    sent. The average is kept in float32 beside shards of the model's precision, where small steps would be lost.
+
+    Args:
+        policy: engine to follow; the average starts at its weights' checkpoint.
+        decay: share that is kept.
+    """
+
+    def __init__(self, policy: PolicyEngine, decay: float):
+        config = policy.config
+        super().__init__(policy.shape, policy.groups, config.model.dtype, config.model.path,
+                         config.parallel.sequence_parallel)
+        self.decay = decay
+        names = {name for name, parameter in policy.stage.named_parameters() if parameter.requires_grad}
+        self._followed = {name: parameter for name, parameter in self.stage.named_parameters() if name in names}
+        self._average = {name: parameter.ds_tensor.detach().float().clone() for name, parameter in
+                         self._followed.items()}
+
+    @torch.no_grad()
+    def follow(self, policy: PolicyEngine) -> None:
+        """Move towards the policy's master weights."""
+        for name, master in policy.master_shards().items():
+            self._average[name].lerp_(master.view_as(self._average[name]), 1.0 - self.decay)
+            self._followed[name].ds_tensor.data.copy_(self._average[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's shards of the average."""
+        return {f"ema/{name}": average.clone() for name, average in self._average.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state` in the same layout.
+
+        Raises:
+            CheckpointError: a shard is missing or of another size.
+        """
+        for name, average in self._average.items():
+            key = f"ema/{name}"
+            if key not in state or state[key].shape != average.shape:
+                raise CheckpointError(f"the checkpoint has no fitting shard '{key}'; resume with the layout it was "
+                                      "saved in")
+            average.copy_(state[key])
+            self._followed[name].ds_tensor.data.copy_(average)
