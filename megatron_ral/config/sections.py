@@ -68,6 +68,8 @@ class DataConfig:
     shuffle_buffer: PositiveInt = 1000
     max_prompt_length: PositiveInt = 4096
     """Tokens, visual tokens included. A longer prompt is quarantined under its key, never cut."""
+    include_process: bool = True
+    """Supervised training on the reasoning before the answer; false: on the answer alone (RAL-zero)."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -52,12 +52,13 @@ class PromptProcessor:
     Args:
         path: Hugging Face folder with config, tokenizer and image processor.
         max_prompt_length: tokens, visual tokens included; a longer prompt raises SampleError.
+        include_process: whether the reference response has the reasoning before the answer.
 
     Raises:
         ConfigError: no usable tokenizer or image processor in the folder.
     """
 
-    def __init__(self, path: str, max_prompt_length: int):
+    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True):
         try:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -65,7 +66,7 @@ class PromptProcessor:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"'{path}' holds no usable tokenizer and image processor "
                               f"({' '.join(str(error).split())[:200]})") from None
-        self.max_prompt_length = max_prompt_length
+        self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         self.image_token, self.video_token, self.vision_start, self.vision_end = \
@@ -100,7 +101,8 @@ class PromptProcessor:
         position_ids, next_position = multimodal_positions(
             visual_mask, torch.cat(runs) if runs else torch.zeros(0, 3, dtype=torch.int64), self.merge_size, intervals)
         grids = [visual.grid for visual in visuals]
-        response = self.tokenizer(sample.process + sample.solution, add_special_tokens=False)["input_ids"]
+        reference = (sample.process if self.include_process else "") + sample.solution
+        response = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
         return Prompt(
             sample=sample, input_ids=input_ids, position_ids=position_ids, next_position=next_position,
             pixel_values=torch.cat([torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),

@@ -79,7 +79,8 @@ class Inputs:
         eval_shards: Sequence[str] = ()
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length)
+        processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
+                                    config.data.include_process)
         checkpoint = find_checkpoint(config, resume)
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# RAL, its targets and its controls against GRPO on digit search, from the same SFT weights, over seeds and grid sizes.
+#
+#   bash launch_scripts/study_tiny.sh [--seeds 0 1 2] [--grids 2 3] [--arms ARM ...] [--num-rollouts N]
+#
+# About an hour on two cores for the default 96 runs. Stop it at will: runs that are done are not run again.
+set -euo pipefail
+
+# ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
+OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/study_tiny in the project
+JOBS="${JOBS:-2}"                    # runs at the same time, one core each
+# ---------------------------------------------------------------------------------------------------------------------
+
+# shellcheck source=launch_scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/study_tiny}")"
+cd "$PROJECT"
+setup_environment
+"$PYTHON" tools/study.py --output-dir "$OUTPUT_DIR" --jobs "$JOBS" "$@"

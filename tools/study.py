@@ -1,0 +1,260 @@
+"""Compare RAL, its targets and its controls with GRPO on digit search, from the same supervised weights, over seeds.
+
+    python tools/study.py --output-dir DIR [--seeds 0 1 2] [--grids 2 3] [--arms grpo old_1 ...] [--jobs 2]
+
+Every arm of one seed and grid starts from the same SFT checkpoint, sees the same prompts in the same order and draws from
+the same random streams. Runs that are done are not run again, so that the study can be stopped and gone on with. Leaves
+DIR/study.md (table: mean, standard error over seeds, paired difference from GRPO), DIR/study.json and PNG plots of
+accuracy and target mass over rollouts.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+RATIO = 0.1  # |gradient of the attention term| / |gradient of the token terms|, where an arm does not give a coefficient
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train from the supervised weights."""
+
+    title: str
+    settings: tuple[str, ...]
+    zero: bool = False
+    """Without thinking: supervised data and format without the think block."""
+
+
+def _arms() -> dict[str, Arm]:
+    def target(name: str, *more: str) -> tuple[str, ...]:
+        return (f"loss.attention_target={name}", *more)
+
+    ratio = f"loss.attention_grad_ratio={RATIO}"
+    acting = {
+        "old_0.5": ("RAL, old, coefficient 0.5", target("old", "loss.attention_coef=0.5")),
+        "old_1": ("RAL, old, coefficient 1", target("old", "loss.attention_coef=1.0")),
+        "old_5": ("RAL, old, coefficient 5", target("old", "loss.attention_coef=5.0")),
+        "old_ratio": (f"RAL, old, gradient ratio {RATIO}", target("old", ratio)),
+        "reference": (f"RAL, reference, gradient ratio {RATIO}", target("reference", ratio)),
+        "hindsight": (f"RAL, hindsight, gradient ratio {RATIO}",
+                      target("hindsight", "loss.attention_keys=visual", ratio)),
+    }
+    arms = {"grpo": Arm("GRPO", ("loss.attention_coef=0.0",))}
+    for name, (title, settings) in acting.items():
+        arms[name] = Arm(title, settings)
+        arms[f"{name}_shuffled"] = Arm(f"{title}, shuffled", (*settings, "loss.attention_advantages=shuffled"))
+    arms["oracle"] = Arm(f"RAL, annotated box, gradient ratio {RATIO}",
+                         target("oracle", "loss.attention_keys=visual", ratio))
+    no_think = "reward.require_think=false"
+    arms["grpo_zero"] = Arm("GRPO-zero", ("loss.attention_coef=0.0", no_think), zero=True)
+    arms["ral_zero"] = Arm("RAL-zero, old, coefficient 1", (*target("old", "loss.attention_coef=1.0"), no_think), zero=True)
+    return arms
+
+
+ARMS = _arms()
+# Cells along a side -> options of the data, and samples of each stage of the cold start: single cells, search, biased
+# gaze. Without thinking the search takes longer to learn (with the stages of "sft" it stays at chance).
+GRIDS = {
+    2: {"data": ("--grid", 2), "sft": (4800, 6400, 4800), "sft_zero": (9600, 19200, 3200)},
+    3: {"data": ("--grid", 3, "--num-colours", 9, "--bias", 0.75, "--num-search", 9600),
+        "sft": (4800, 9600, 4800), "sft_zero": (9600, 25600, 3200)},
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where everything of one study is."""
+
+    root: Path
+    num_rollouts: int
+    eval_interval: int
+
+    def data(self, grid: int) -> Path:
+        return self.root / f"grid_{grid}" / "data"
+
+    def run(self, grid: int, seed: int, name: str) -> Path:
+        return self.root / f"grid_{grid}" / f"seed_{seed}" / name
+
+    def make_data(self, grid: int) -> None:
+        if not (self.data(grid) / "dataset_info.json").is_file():
+            call(self.data(grid).parent / "data.log", "tools/make_digit_search.py", "--output", self.data(grid), "--force",
+                 "--num-heldout", 1024, *GRIDS[grid]["data"])
+
+    def cold_start(self, grid: int, seed: int, zero: bool) -> None:
+        """Model of this seed, then SFT."""
+        model, target = self.run(grid, seed, "model"), self.run(grid, seed, "sft_zero" if zero else "sft")
+        if not (model / "config.json").is_file():
+            call(model.with_suffix(".log"), "tools/make_tiny_model.py", "--output", model, "--force", "--seed", seed)
+        single, search, biased = GRIDS[grid]["sft_zero" if zero else "sft"]
+        data = ", ".join(f"{{shards: '{self.data(grid)}/{name}-*.tar', num_samples: {count}}}"
+                         for name, count in (("single", single), ("search", search), ("biased", biased)))
+        self.train("sft_tiny", model, target, grid, seed, [
+            f"data.train=[{data}]", f"train.num_steps={(single + search + biased) // 32}", "logging.eval_interval=0",
+            f"data.include_process={str(not zero).lower()}"])
+
+    def arm(self, grid: int, seed: int, name: str) -> None:
+        start = self.run(grid, seed, "sft_zero" if ARMS[name].zero else "sft") / "hf"
+        self.train("ral_tiny", start, self.run(grid, seed, name), grid, seed, [
+            f"data.train=[{{shards: '{self.data(grid)}/rl-*.tar'}}]", f"train.num_steps={self.num_rollouts}",
+            f"logging.eval_interval={self.eval_interval}", "logging.num_eval_prompts=1024", *ARMS[name].settings])
+
+    def train(self, config: str, model: Path, target: Path, grid: int, seed: int, settings: list[str]) -> None:
+        if (target / "hf").is_dir():
+            return
+        shutil.rmtree(target, ignore_errors=True)  # what a run that was cut off left: a minute's work
+        call(target.with_suffix(".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
+             "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml",
+             f"model.path='{model}'", f"train.output_dir='{target}'", f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
+             f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0", *settings)
+        shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+    def curve(self, grid: int, seed: int, name: str, tag: str) -> list[tuple[int, float]]:
+        """(rollout, value) of a scalar of one run."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.run(grid, seed, name) / "tensorboard"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def call(log: Path, *arguments: object) -> None:
+    """Run a command of the project with one thread; its output goes to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
+    with open(log, "a") as stream:
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, stdout=stream,
+                              stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"a run failed (exit {done.returncode}); its output is in {log}")
+
+
+def run_all(study: Study, grids: list[int], seeds: list[int], arms: list[str], jobs: int) -> None:
+    from tqdm import tqdm
+
+    for grid in grids:
+        study.make_data(grid)
+    starts = [(grid, seed, zero) for grid in grids for seed in seeds
+              for zero in sorted({ARMS[name].zero for name in arms})]
+    runs = [(grid, seed, name) for seed in seeds for grid in grids for name in arms]
+    for work, tasks, what in ((study.cold_start, starts, "cold starts"), (study.arm, runs, "arms")):
+        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
+            for future in [pool.submit(work, *task) for task in tasks]:
+                future.result()
+                bar.update()
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return statistics.fmean(values), error
+
+
+def results(study: Study, grids: list[int], seeds: list[int], arms: list[str]) -> dict:
+    """Curves of all runs and the table's numbers."""
+    table, curves = {}, {}
+    for grid in grids:
+        curves[grid] = {name: {tag: [study.curve(grid, seed, name, f"eval/{tag}") for seed in seeds]
+                               for tag in ("accuracy", "target_attention")} for name in arms}
+        rows = {}
+        for name in arms:
+            accuracy = [curve[-1][1] for curve in curves[grid][name]["accuracy"]]
+            control = "grpo_zero" if ARMS[name].zero else "grpo"
+            baseline = [curve[-1][1] for curve in curves[grid].get(control, {}).get("accuracy", [])]
+            ratios = [value for seed in seeds for _, value in study.curve(grid, seed, name, "attention/grad_ratio")]
+            rows[name] = {
+                "title": ARMS[name].title, "start": [curve[0][1] for curve in curves[grid][name]["accuracy"]],
+                "accuracy": accuracy, "difference": [a - b for a, b in zip(accuracy, baseline)],
+                "area": [statistics.fmean(value for _, value in curve[1:]) for curve in curves[grid][name]["accuracy"]],
+                "target_mass": [curve[-1][1] for curve in curves[grid][name]["target_attention"]],
+                "grad_ratio": statistics.median(ratios) if ratios else 0.0}
+        for row, name in ((row, name) for name, row in rows.items()):
+            control = rows.get("grpo_zero" if ARMS[name].zero else "grpo")
+            row["area_difference"] = [a - b for a, b in zip(row["area"], control["area"])] if control else []
+        table[grid] = rows
+    return {"seeds": seeds, "rollouts": study.num_rollouts, "table": table, "curves": curves}
+
+
+def write_table(found: dict, path: Path) -> None:
+    """The Markdown table, points of accuracy on held-out prompts."""
+    def points(values: list[float]) -> str:
+        return "{:+.1f} +- {:.1f}".format(*(100 * value for value in mean_and_error(values))) if values else ""
+
+    lines = []
+    for grid, rows in found["table"].items():
+        lines += [f"### {grid} x {grid} cells", "",
+                  "| arm | accuracy | difference from GRPO | mean over the run, difference | target mass | gradient ratio |",
+                  "|---|---|---|---|---|---|"]
+        for zero, title in ((False, "SFT"), (True, "SFT without thinking")):
+            starts = next((row["start"] for name, row in rows.items() if ARMS[name].zero == zero), None)
+            if starts:
+                mean, error = mean_and_error(starts)
+                lines.append(f"| {title} | {100 * mean:.1f} +- {100 * error:.1f} | | | | |")
+        for row in rows.values():
+            mean, error = mean_and_error(row["accuracy"])
+            mass, _ = mean_and_error(row["target_mass"])
+            lines.append(f"| {row['title']} | {100 * mean:.1f} +- {100 * error:.1f} | {points(row['difference'])} | "
+                         f"{points(row['area_difference'])} | {mass:.3f} | {row['grad_ratio']:.2g} |")
+        lines.append("")
+    path.write_text("\n".join(lines))
+
+
+def plot(found: dict, folder: Path) -> None:
+    """Accuracy and target mass over rollouts, mean over seeds with its standard error; controls dotted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for tag, label in (("accuracy", "held-out accuracy"), ("target_attention", "target mass / visual mass, last layer")):
+        figure, axes = plt.subplots(1, len(found["curves"]), figsize=(8 * len(found["curves"]), 6), squeeze=False)
+        for axis, (grid, arms) in zip(axes[0], found["curves"].items()):
+            colours = {}
+            for name, curves in arms.items():
+                base = name.removesuffix("_shuffled")
+                colour = colours.setdefault(base, plt.get_cmap("tab20")(len(colours) * 2 % 20))
+                steps = [step for step, _ in curves[tag][0]]
+                columns = list(zip(*([value for _, value in curve] for curve in curves[tag])))
+                means, errors = zip(*(mean_and_error(list(column)) for column in columns))
+                axis.plot(steps, means, color=colour, linestyle=":" if name != base else "-", label=ARMS[name].title)
+                low, high = ([m + sign * e for m, e in zip(means, errors)] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, color=colour, alpha=0.08)
+            axis.set(title=f"{grid} x {grid} cells", xlabel="rollouts", ylabel=label)
+            axis.grid(alpha=0.3)
+        axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.tight_layout()
+        figure.savefig(folder / f"study_{tag}.png", dpi=90)
+        plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--grids", type=int, nargs="+", default=[2, 3], choices=sorted(GRIDS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM",
+                        help=f"of: {', '.join(ARMS)}")
+    parser.add_argument("--num-rollouts", type=int, default=24)
+    parser.add_argument("--eval-interval", type=int, default=6, help="rollouts between evaluations")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one core")
+    arguments = parser.parse_args()
+    study = Study(arguments.output_dir.absolute(), arguments.num_rollouts, arguments.eval_interval)
+    run_all(study, arguments.grids, arguments.seeds, arguments.arms, arguments.jobs)
+    found = results(study, arguments.grids, arguments.seeds, arguments.arms)
+    (study.root / "study.json").write_text(json.dumps(found, indent=1))
+    write_table(found, study.root / "study.md")
+    plot(found, study.root)
+    print((study.root / "study.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
