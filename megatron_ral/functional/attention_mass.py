@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ral.functional.attention_rows import RowKeys, attention_policy, pieces
+from megatron_ral.functional.attention_rows import RowKeys, key_mass, pieces, policy_part
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, targ
         visual_mask_BP: bool, visual tokens.
         target_mask_BP: bool, visual tokens of annotated cells.
     """
-    P = visual_mask_BP.shape[1]
+    P, mass = visual_mask_BP.shape[1], key_mass(attention_BGRS, keys)
     visual, prompt, sink, target, entropy = (attention_BGRS.new_empty(attention_BGRS.shape[:3]) for _ in range(5))
     for piece in pieces(attention_BGRS.shape[:3], attention_BGRS.shape[3]):
-        policy, _ = attention_policy(attention_BGRS[piece], keys, piece)
+        policy = policy_part(attention_BGRS, mass, keys, piece)
         over_prompt, b = policy[..., :P], piece[0]
         visual[piece] = (over_prompt * visual_mask_BP[b, None, None]).sum(-1)
         target[piece] = (over_prompt * target_mask_BP[b, None, None]).sum(-1)

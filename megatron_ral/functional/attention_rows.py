@@ -60,11 +60,12 @@ class RowKeys(NamedTuple):
 _ALL = (slice(None),) * 3
 
 
-def pieces(shape: Sequence[int], row_elements: int, elements: int = _LARGE_PIECE
+def pieces(shape: Sequence[int], row_elements: int, elements: Optional[int] = None
            ) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut [B, G, R] rows of `row_elements` each into boxes of about so many elements: whole batches where they are
-    small, else responses, else rows."""
+    """Cut [B, G, R] rows of `row_elements` each into boxes of about so many elements (None: `_LARGE_PIECE`): whole
+    batches where they are small, else responses, else rows."""
     B, G, R = shape
+    elements = elements or _LARGE_PIECE
     rows = min(R, max(1, elements // row_elements))
     groups = min(G, max(1, elements // (row_elements * R))) if rows == R else 1
     batches = min(B, max(1, elements // (row_elements * R * G))) if groups == G else 1
@@ -155,7 +156,19 @@ def chosen_keys(keys: RowKeys, piece: tuple = _ALL) -> Tensor:
     return chosen & (torch.arange(chosen.shape[-1], device=own.device) != own)
 
 
-def attention_policy(attention_BGRS: Tensor, keys: RowKeys, piece: tuple = _ALL) -> tuple[Tensor, Tensor]:
+def key_mass(attention_BGRS: Tensor, keys: RowKeys) -> Tensor:
+    """Z [B, G, R] of `attention_policy`; no gradient.
+
+    Always summed in the same boxes: the rounding of a sum can depend on the shape of what is summed, and rows that are
+    equal bit for bit must have policies that are, in whichever pieces these are formed.
+    """
+    mass = torch.empty_like(attention_BGRS[..., 0])
+    for piece in pieces(mass.shape, attention_BGRS.shape[3]):
+        mass[piece] = (attention_BGRS[piece].detach() * chosen_keys(keys, piece)).sum(dim=-1)
+    return mass
+
+
+def attention_policy(attention_BGRS: Tensor, keys: RowKeys) -> tuple[Tensor, Tensor]:
     """Attention policy of eq. (2): head-averaged attention over the chosen keys, renormalised.
 
         p[i] = a[i] / Z,   Z = sum of a over the chosen keys
@@ -163,9 +176,8 @@ def attention_policy(attention_BGRS: Tensor, keys: RowKeys, piece: tuple = _ALL)
     Heads are averaged first and the average is renormalised; the other order is another distribution.
 
     Args:
-        attention_BGRS: head-averaged attention, or the part of it that `piece` names.
-        keys: of the whole batch.
-        piece: slices (b, g, r) of what `attention_BGRS` is a part.
+        attention_BGRS: head-averaged attention.
+        keys: what the policy is made of.
 
     Returns:
         (p of the same shape, Z without the last dimension); a row without mass on its keys gives p = 0, Z = 0. No
@@ -173,9 +185,19 @@ def attention_policy(attention_BGRS: Tensor, keys: RowKeys, piece: tuple = _ALL)
 
     Source: RAL paper (arXiv 2602.04884) eq. (2).
     """
-    policy = attention_BGRS.detach() * chosen_keys(keys, piece)
-    mass = policy.sum(dim=-1)
-    return policy.div_(torch.where(mass > 0, mass, 1.0)[..., None]), mass
+    mass = key_mass(attention_BGRS, keys)
+    return policy_part(attention_BGRS, mass, keys), mass
+
+
+def policy_part(attention_BGRS: Tensor, mass_BGR: Tensor, keys: RowKeys, piece: tuple = _ALL) -> Tensor:
+    """p of the rows that the slices `piece` (b, g, r) name; the other arguments are of the whole batch."""
+    policy, mass = attention_BGRS[piece].detach() * chosen_keys(keys, piece), mass_BGR[piece]
+    return policy.div_(torch.where(mass > 0, mass, torch.inf)[..., None])
+
+
+def _compared(mass: Tensor, target: Tensor) -> Tensor:
+    """bool: rows that have a policy and a target."""
+    return (mass > 0) & (target.sum(dim=-1) > 0)
 
 
 class _RowDivergence(torch.autograd.Function):
@@ -191,18 +213,19 @@ class _RowDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, prompt_key: Tensor, response_key: Tensor, attention: Tensor, target: Tensor,
                 keys: RowKeys, kind: str, qk: RowQK) -> Tensor:
-        ctx.save_for_backward(query, prompt_key, response_key, attention, target)
+        mass = key_mass(attention, keys)
+        ctx.save_for_backward(query, prompt_key, response_key, attention, target, mass)
         ctx.keys, ctx.kind, ctx.rest = keys, kind, tuple(qk)[3:]
         result = torch.empty(attention.shape[:3], dtype=attention.dtype, device=attention.device)
         for piece in pieces(attention.shape[:3], attention.shape[3]):
-            policy, _ = attention_policy(attention[piece], keys, piece)
-            result[piece] = DIVERGENCES[kind].value(policy, target[piece])
+            value = DIVERGENCES[kind].value(policy_part(attention, mass, keys, piece), target[piece])
+            result[piece] = torch.where(_compared(mass[piece], target[piece]), value, 0.0)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        query, prompt_key, response_key, attention, target = ctx.saved_tensors
+        query, prompt_key, response_key, attention, target, mass = ctx.saved_tensors
         qk = RowQK(query, prompt_key, response_key, *ctx.rest)
         dtype = torch.promote_types(query.dtype, torch.float32)
         grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in qk[:3])
@@ -210,7 +233,7 @@ class _RowDivergence(torch.autograd.Function):
         P = prompt_key.shape[1]
         for piece in _weight_pieces(qk):
             b, g, r = piece
-            slope = _RowDivergence._slope(attention[piece], target[piece], ctx.keys, ctx.kind, piece)
+            slope = _RowDivergence._slope(attention, mass, target[piece], ctx.keys, ctx.kind, piece)
             slope = (slope * (grad[piece][..., None] / qk.num_heads))[:, None, :, None]  # [b, 1, g, 1, r, S]
             for heads in _heads(qk, piece):
                 weights = _weights(qk, piece, heads)
@@ -229,13 +252,15 @@ class _RowDivergence(torch.autograd.Function):
         return *(part.to(tensor.dtype) for part, tensor in zip(grads, qk[:3])), None, None, None, None, None
 
     @staticmethod
-    def _slope(attention: Tensor, target: Tensor, keys: RowKeys, kind: str, piece: tuple) -> Tensor:
-        """dD/da of a piece, [b, g, r, S]."""
-        policy, mass = attention_policy(attention, keys, piece)
+    def _slope(attention: Tensor, mass: Tensor, target: Tensor, keys: RowKeys, kind: str, piece: tuple) -> Tensor:
+        """dD/da of a piece, [b, g, r, S]; `target` is that of the piece."""
+        policy, mass = policy_part(attention, mass, keys, piece), mass[piece]
         slope = DIVERGENCES[kind].slope(policy, target)
         slope = slope - (policy * slope).sum(dim=-1, keepdim=True)
-        slope /= torch.where(mass > 0, mass, torch.inf)[..., None]
-        return slope.mul_(chosen_keys(keys, piece))
+        # Rows and keys of next to no mass (1e-30) would overflow; held there, their gradient only gets smaller.
+        least, bound = torch.finfo(slope.dtype).tiny * 2 ** 26, torch.finfo(slope.dtype).max / 2 ** 10
+        slope /= torch.where(_compared(mass, target), mass.clamp(min=least), torch.inf)[..., None]
+        return slope.clamp_(-bound, bound).mul_(chosen_keys(keys, piece))
 
 
 def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str = "jsd") -> Tensor:
@@ -250,7 +275,8 @@ def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys:
         kind: a name of `divergence.DIVERGENCES`.
 
     Returns:
-        [B, G, R] in nats, >= 0; 0 with zero gradient for rows without mass on their keys.
+        [B, G, R] in nats, >= 0; 0 with zero gradient for rows without mass on their keys and for rows without a target
+        (all zeros).
 
     Source: RAL paper eq. (3); closed form derived in this project and checked against autograd.
     """

@@ -59,13 +59,14 @@ def _excess(u: Tensor) -> Tensor:
 
 
 def _kl_value(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) = sum_i p_i [u_i - ln(1 + u_i)] with u = q / p - 1, because both sum to 1. Entries with p = 0 count
-    q, their limit; where q = 0 < p the ratio is held at the smallest normal number, so that the value stays finite."""
-    tiny = torch.finfo(p.dtype).tiny
-    u = ((q - p) / torch.where(p > 0, p, 1.0)).clamp(min=-1 + torch.finfo(p.dtype).eps)
-    common = p * _excess(u)
-    alone = p * (torch.log(p.clamp(min=tiny)) - torch.log(q.clamp(min=tiny)) - 1) + q
-    return torch.where(p > 0, torch.where(q > 0.5 * torch.finfo(p.dtype).eps * p, common, alone), q).sum(dim=-1)
+    """KL(p || q) = sum_i p_i [u_i - ln(1 + u_i)] with u = q / p - 1, because both sum to 1; the same written with the
+    logarithms apart where q is far from p, so that nothing overflows or cancels. Entries with p = 0 count q, their limit;
+    where q = 0 < p the logarithm is that of the smallest normal number, so that the value stays finite."""
+    tiny, difference = torch.finfo(p.dtype).tiny, q - p
+    near = difference.abs() < 0.5 * p
+    common = p * _excess(torch.where(near, difference / torch.where(p > 0, p, 1.0), 0.0))
+    apart = p * (torch.log(p.clamp(min=tiny)) - torch.log(q.clamp(min=tiny)) - 1) + q
+    return torch.where(near, common, apart.clamp(min=0.0)).sum(dim=-1)
 
 
 def _reverse_slope(p: Tensor, q: Tensor) -> Tensor:
@@ -74,7 +75,8 @@ def _reverse_slope(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _forward_slope(p: Tensor, q: Tensor) -> Tensor:
-    return torch.where(p > 0, (p - q) / torch.where(p > 0, p, 1.0), 0.0)  # -q / p + 1: exactly 0 where p = q
+    # -q / p + 1: exactly 0 where p = q
+    return torch.where(p > 0, (p - q) / p.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
 
 
 DIVERGENCES = {

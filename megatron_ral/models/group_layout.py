@@ -92,8 +92,8 @@ class AttentionRecord:
         return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
 
     def detached(self) -> "AttentionRecord":
-        """The same without gradient."""
-        return AttentionRecord(*(getattr(self, item.name).detach() for item in fields(self)))
+        """A copy without gradient that keeps nothing else of the pass alive (queries here are views of all tokens')."""
+        return AttentionRecord(*(getattr(self, item.name).detach().clone() for item in fields(self)))
 
 
 class GroupKVCache:

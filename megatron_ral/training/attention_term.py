@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ral.config.sections import LossConfig
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.functional.attention_mass import row_mass
-from megatron_ral.functional.attention_rows import RowKeys
+from megatron_ral.functional.attention_rows import RowKeys, attention_policy
 from megatron_ral.functional.attention_targets import mean_prompt_row
 from megatron_ral.models.group_layout import AttentionRecord
 from megatron_ral.types import GroupBatch, PromptBatch, TrainBatch
@@ -78,7 +78,7 @@ class AttentionTerm:
         return loss, self._divergence_metrics(divergence.detach(), batch, mask)
 
     def _target(self, layer: int, rows: AttentionRows, keys: RowKeys, batch: TrainBatch) -> Tensor:
-        """Distributions that broadcast to the rows' map."""
+        """Distributions over the same keys, which broadcast to the rows' map."""
         if self.settings.attention_target == "oracle":
             box = batch.groups.prompts.target_mask.to(rows.attention.dtype)
             row = box / box.sum(dim=-1, keepdim=True).clamp(min=1.0)
@@ -88,7 +88,11 @@ class AttentionTerm:
                 return rows.of_record(row).policy(keys)
             if self.settings.attention_target not in ("group", "hindsight"):
                 return row
-        return F.pad(row, (0, rows.attention.shape[-1] - row.shape[-1]))[:, None, None]
+        row = F.pad(row, (0, rows.attention.shape[-1] - row.shape[-1]))[:, None, None]
+        # The own token of a response's row is none of the prompt's; that of the other kinds may be, and is left out.
+        if self.row_kind == "token":
+            return row
+        return attention_policy(row.expand(-1, -1, rows.attention.shape[2], -1), keys)[0]
 
     def _weights(self, batch: TrainBatch) -> Tensor:
         """Weight of every row, broadcasting to [B, G, R]; positive pulls towards the target."""

@@ -11,6 +11,7 @@ from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.stage import StageEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_shards
@@ -19,7 +20,7 @@ from megatron_ral.rollout.assemble import assemble_minibatches
 from megatron_ral.rollout.collect import ScoredGroups
 from megatron_ral.rollout.evaluation import read_prompts
 from megatron_ral.training.objective import RalObjective, finish_metrics
-from megatron_ral.types import GroupBatch, Score, pad_prompts
+from megatron_ral.types import GroupBatch, Score, TrainBatch, pad_prompts
 
 NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
@@ -75,16 +76,17 @@ def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, p
     return result
 
 
-def open_policy(path: str, tensor: int, pipeline: int, **loss):
+def open_policy(path: str, tensor: int, pipeline: int, groups=None, **loss):
+    """`groups`: process groups that are open already."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    groups = groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     shape = read_shape(path)
     objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
                              config.loss.attention_coef)
     return config, groups, shape, PolicyEngine(shape, groups, config), objective
 
 
-def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
+def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
     """Every parameter of every stage by Hugging Face name, on every rank."""
     from megatron_ral.models.weights import describe_stage
     from megatron_ral.parallel.collectives import gather_objects
@@ -103,23 +105,35 @@ def full_weights(policy: PolicyEngine) -> dict[str, torch.Tensor]:
     return {name: value for part in gather_objects(mine, policy.groups.pipeline) for name, value in part.items()}
 
 
-def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
-             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False, equal_rewards: tuple = (),
-             **loss) -> dict:
-    """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
-    its gradient is far from zero; groups `equal_rewards` have no signal. Returns metrics, norms, and all weights."""
-    config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_layers=layers,
-                                                           sequence_parallel=sequence_parallel, **loss)
+def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int, sequence_parallel: bool = False,
+                    equal_rewards: tuple = ()) -> list[TrainBatch]:
+    """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
+    attention is compared with, are those of another model; groups `equal_rewards` have no signal."""
+    config, groups, shape, policy, objective = opened
     frozen = FrozenEngine(shape, groups, "float32", other, sequence_parallel)
     everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
-                  for index, row in enumerate(fixed_groups(path, data))]
+                  for index, row in enumerate(fixed_groups(config.model.path, data))]
+    assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
     width = max(len(prompt.input_ids) for prompt, *_ in everything)
     rollout = micro_batches(mine, min(micro_batch_size, share), policy, width)
     reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
                                row_kind=config.loss.attention_row, keep=objective.term.keep)
-    [minibatch] = assemble_minibatches(rollout, reference, reference, reference, config, groups)
+    target = None if config.loss.attention_target == "oracle" else reference
+    [minibatch] = assemble_minibatches(rollout, reference, reference, target, config, groups)
+    return minibatch
+
+
+def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
+             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False, equal_rewards: tuple = (),
+             groups=None, **loss) -> dict:
+    """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
+    its gradient is far from zero. Returns metrics, norms, and all weights. `groups`: process groups that stay open."""
+    opened = open_policy(path, tensor, pipeline, groups, attention_layers=layers, sequence_parallel=sequence_parallel,
+                         **loss)
+    _, _, _, policy, objective = opened
+    minibatch = fixed_minibatch(opened, other, data, micro_batch_size, sequence_parallel, equal_rewards)
     history = []
     before = full_weights(policy)
     for _ in range(num_steps):
@@ -131,8 +145,8 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
         history.append({**metrics, "own_norm": norm, "grad_norm": result.grad_norm,
                         "attention_norm": policy.gradient_norm(attention_shards)})
     weights = full_weights(policy)
-    assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     held = policy.shard_bytes()
-    stop_groups()
+    if groups is None:
+        stop_groups()
     return {"history": history, "weights": weights, "bytes": held,
             "changes": {name: weights[name] - before[name] for name in weights}}

@@ -23,7 +23,8 @@ def exported(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("text, world, layout", [
     (RL, 2, []), (SFT, 2, []), (RL, 2, ["parallel.pipeline_model_parallel_size=2"]),
-    (RL, 2, ["parallel.tensor_model_parallel_size=2"])], ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2"])
+    (RL, 2, ["parallel.tensor_model_parallel_size=2"]), (RL, 2, ["loss.attention_target=ema"])],
+    ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-ema-dp2"])
 def test_resumed_run_equals_straight_run_bit_for_bit(material, taught, tmp_path, text, world, layout):
     path, overrides = write_config(tmp_path, text, taught, material["data"], "rl" if text is RL else "search")
     overrides = overrides + layout

@@ -59,7 +59,27 @@ def test_dump_reads_back_equal(file, tmp_path):
     ("data.train.0.num_samples=0", ["data.train.0.num_samples", "0"]),
     ("data.train=[]", ["data.train"]),
     ("model.path=''", ["model.path"]),
-    ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "1"]),
+    ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "[1, 1]"]),
+    ("loss.attention_layers=[]", ["loss.attention_layers", "[]"]),
+    ("loss.attention_target=group", ["loss.attention_keys", "= all", "loss.attention_target = group", "prompt"]),
+    ("loss.attention_target=hindsight", ["loss.attention_keys", "= all", "loss.attention_target = hindsight"]),
+    ("loss.attention_target=oracle", ["loss.attention_keys", "= all", "loss.attention_target = oracle", "visual"]),
+    ("loss={attention_target: oracle, attention_keys: prompt}", ["loss.attention_keys", "= prompt", "oracle"]),
+    ("loss={attention_target: group, attention_keys: prompt, attention_store: qk}",
+     ["loss.attention_store", "= qk", "loss.attention_target = group", "rows"]),
+    ("loss={attention_target: hindsight, attention_keys: visual, attention_store: qk}",
+     ["loss.attention_store", "= qk", "loss.attention_target = hindsight"]),
+    ("loss={attention_target: oracle, attention_keys: visual, attention_store: qk}",
+     ["loss.attention_store", "= qk", "loss.attention_target = oracle"]),
+    ("loss.attention_ema_decay=1.0", ["loss.attention_ema_decay", "1.0"]),
+    ("loss.attention_ema_decay=0", ["loss.attention_ema_decay", "0"]),
+    ("loss.attention_row=next", ["loss.attention_row", "next", "'predictor'"]),
+    ("loss.attention_divergence=kl", ["loss.attention_divergence", "kl", "'forward_kl'"]),
+    ("loss.attention_negative_weight=-1", ["loss.attention_negative_weight", "-1"]),
+    ("loss.attention_row_cap=-0.1", ["loss.attention_row_cap", "-0.1"]),
+    ("loss.attention_coef_decay=step", ["loss.attention_coef_decay", "step", "'linear'"]),
+    ("loss.attention_coef_warmup_steps=-1", ["loss.attention_coef_warmup_steps", "-1"]),
+    ("loss.attention_grad_ratio=-0.1", ["loss.attention_grad_ratio", "-0.1"]),
     ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
     ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0"]),
     ("data={[1]: 2}", ["data"]),
@@ -72,6 +92,23 @@ def test_wrong_setting_is_named(file, override, named):
     assert "\n" not in sentence
     for part in named:
         assert part in sentence, sentence
+
+
+@pytest.mark.parametrize("settings", [
+    "attention_target: group, attention_keys: prompt", "attention_target: hindsight, attention_keys: visual",
+    "attention_target: oracle, attention_keys: visual", "attention_target: ema, attention_store: qk",
+    "attention_target: reference, attention_store: qk, attention_keys: visual", "attention_store: qk"])
+def test_possible_attention_settings_load(file, settings):
+    loss = load_config(file, [f"loss={{{settings}}}"]).loss
+    for pair in settings.split(", "):
+        name, value = pair.split(": ")
+        assert getattr(loss, name) == value
+
+
+def test_attention_acts_by_coefficient_or_by_ratio(file):
+    for overrides, acts in (([], True), (["loss.attention_coef=0"], False),
+                            (["loss.attention_coef=0", "loss.attention_grad_ratio=0.1"], True)):
+        assert load_config(file, overrides).attention_acts == acts
 
 
 def test_file_is_named(file, tmp_path):

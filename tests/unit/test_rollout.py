@@ -1,6 +1,8 @@
-"""From scored groups to training batches without a model: advantages, which groups take part, denominators."""
+"""From scored groups to training batches without a model: advantages and their shuffled control, which groups take part,
+denominators, and targets made of successful responses."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import LossConfig, RolloutConfig
 from megatron_ral.engine.protocol import ForwardOutput, TokenOutputs
+from megatron_ral.functional.advantages import group_advantages
+from megatron_ral.functional.attention_targets import mean_prompt_row, success_target
 from megatron_ral.rollout import collect
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
-from megatron_ral.rollout.collect import ScoredGroups
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score, StepTotals, pad_prompts
+from megatron_ral.rollout.collect import ScoredGroups, shuffled_order
+from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
 G, R = 2, 4
 REWARDS = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.1, 1.0]]
@@ -20,10 +24,13 @@ LENGTHS = [[4, 1], [3, 3], [2, 4], [1, 2]]
 ALONE = SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
 
 
-def prompt():
-    none = torch.zeros(3, dtype=torch.bool)
-    return Prompt(None, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64), 3, torch.zeros(0, 4),
-                  torch.zeros(0, 3), none, none, torch.zeros(0, dtype=torch.int64))
+def prompt(key="a"):
+    none, tokens = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    return Prompt(
+        sample=Sample(key, "shard", "", "", "", "", (), ()), input_ids=tokens, position_ids=tokens.expand(3, 3),
+        next_position=3, pixel_values=torch.zeros(0, 4), grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        is_video=torch.zeros(0, dtype=torch.bool), seconds_per_grid=torch.zeros(0), visual_mask=none, target_mask=none,
+        response_ids=tokens[:0])
 
 
 def config(num_minibatches=1, **loss):
@@ -34,7 +41,7 @@ def config(num_minibatches=1, **loss):
 def responses(indices):
     lengths = torch.tensor([LENGTHS[index] for index in indices])
     shape = (len(indices), G, R)
-    return ResponseBatch(pad_prompts([prompt() for _ in indices], 0), torch.zeros(shape, dtype=torch.int64), lengths,
+    return ResponseBatch(pad_prompts([prompt(f"prompt {index}") for index in indices], 0), torch.zeros(shape, dtype=torch.int64), lengths,
                          torch.zeros(shape), torch.ones(shape[:2], dtype=torch.bool))
 
 
@@ -45,29 +52,30 @@ def rollout():
         batch = responses(indices)
         rewards = torch.tensor([REWARDS[index] for index in indices])
         result.append(ScoredGroups(GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
-                                   Score(rewards, {}, ()), rewards, batch.rollout_logprobs, batch.finished))
+                                   Score(rewards, {}, ()), rewards, rewards.flip(1), batch.rollout_logprobs,
+                                   batch.finished))
     return result
 
 
-def passes():
-    return [ForwardOutput(TokenOutputs(torch.zeros(2, G, R), torch.zeros(2, G, R)), {}) for _ in range(2)]
+def passes(attention=({}, {})):
+    return [ForwardOutput(TokenOutputs(torch.zeros(2, G, R), torch.zeros(2, G, R)), rows) for rows in attention]
 
 
 def test_all_groups_take_part_by_default():
-    [batches] = assemble_minibatches(rollout(), passes(), None, config(), ALONE)
+    [batches] = assemble_minibatches(rollout(), passes(), None, passes(), config(), ALONE)
     assert {batch.totals for batch in batches} == {StepTotals(20, 8, 9)}
     assert all(torch.equal(batch.loss_mask, batch.groups.response_mask) for batch in batches)
 
 
 def test_groups_with_equal_rewards_leave_masks_and_totals():
-    [batches] = assemble_minibatches(rollout(), passes(), None, config(filter_equal_rewards=True), ALONE)
+    [batches] = assemble_minibatches(rollout(), passes(), None, passes(), config(filter_equal_rewards=True), ALONE)
     assert {batch.totals for batch in batches} == {StepTotals(4 + 1 + 1 + 2, 4, 9)}
     counted = [batch.loss_mask.sum((1, 2)).tolist() for batch in batches]
     assert counted == [[5, 0], [0, 3]]
 
 
 def test_each_optimizer_step_has_its_own_totals():
-    minibatches = assemble_minibatches(rollout(), passes(), None, config(2, filter_equal_rewards=True), ALONE)
+    minibatches = assemble_minibatches(rollout(), passes(), None, passes(), config(2, filter_equal_rewards=True), ALONE)
     assert [step[0].totals for step in minibatches] == [StepTotals(5, 2, 9), StepTotals(3, 2, 9)]
 
 
@@ -77,12 +85,103 @@ def test_a_step_without_any_signal_divides_by_one():
     assert global_totals([lengths[torch.tensor([False, False])]], 9, ALONE) == StepTotals(1, 1, 9)
 
 
-@pytest.mark.parametrize("scale, wanted", [("none", [[0.5, -0.5], [0, 0]]), ("std", [[0.7071, -0.7071], [0, 0]])])
-def test_scale_of_advantages_reaches_the_rollout(monkeypatch, scale, wanted):
-    batch = responses([0, 1])
-    score = Score(torch.tensor(REWARDS[:2]), {"accuracy": torch.zeros(2, G)}, (("a", "b"), ("c", "d")))
+def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed=0, rewards=None, **loss):
+    """What `collect_rollout` makes of responses and rewards that are given."""
+    width = (len(indices), group_size)
+    batch = ResponseBatch(pad_prompts([prompt(f"prompt {index}") for index in indices], 0),
+                          torch.zeros(*width, R, dtype=torch.int64), torch.full(width, R), torch.zeros(*width, R),
+                          torch.ones(width, dtype=torch.bool))
+    rewards = torch.tensor([REWARDS[index] for index in indices]) if rewards is None else rewards
+    score = Score(rewards, {"accuracy": torch.zeros(width)}, (("",) * group_size,) * len(indices))
     monkeypatch.setattr(collect, "sample_responses", lambda *arguments: iter([(batch, None)]))
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
-    [scored] = collect.collect_rollout(engine, batch.prompts.prompts, processor, config(advantage_scale=scale), 0, 2)
+    return collect.collect_rollout(engine, batch.prompts.prompts, processor, replace(config(**loss), seed=seed), step,
+                                   micro_batch_size)
+
+
+@pytest.mark.parametrize("scale, wanted", [("none", [[0.5, -0.5], [0, 0]]), ("std", [[0.7071, -0.7071], [0, 0]])])
+def test_scale_of_advantages_reaches_the_rollout(monkeypatch, scale, wanted):
+    [scored] = collected(monkeypatch, [0, 1], 2, advantage_scale=scale)
     assert torch.allclose(scored.advantages, torch.tensor(wanted).float(), atol=1e-4)
+    assert torch.equal(scored.attention_advantages, scored.advantages)
+
+
+# --- targets of the attention term ------------------------------------------------------------------------------------
+
+def test_mean_prompt_row_by_hand():
+    """Two responses over two prompt columns and one of their own: of three rows two are real, of the other none."""
+    policy = torch.tensor([[[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0], [0.0, 1.0, 0.0]],
+                            [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]]]).requires_grad_()
+    mask = torch.tensor([[[True, True, False], [False, False, False]]])
+    row = mean_prompt_row(policy, mask, 2)
+    assert row.tolist() == [[[0.5, 0.5], [0.0, 0.0]]] and not row.requires_grad
+    assert mean_prompt_row(policy, ~mask, 2).flatten().tolist() == pytest.approx([0.0, 1.0, 2 / 3, 1 / 3])
+
+
+def test_success_target_by_hand():
+    """Of the responses with A > 0, by A; a group without any gets no target."""
+    rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]]).requires_grad_()
+    target = success_target(rows, torch.tensor([[0.5, 1.5, -2.0], [0.0, 0.0, -1.0]]))
+    assert target.tolist() == [[0.25, 0.75], [0.0, 0.0]] and not target.requires_grad
+    assert success_target(rows, torch.tensor([[-1.0, 0.0, 3.0], [1.0, -1.0, 1.0]])).tolist() == [[0.5, 0.5],
+                                                                                               [0.75, 0.25]]
+
+
+def test_kept_rows_become_targets():
+    """Rows as they are; for `group` and `hindsight` one row per group, by the attention term's own advantages."""
+    rows = [{3: torch.rand(2, G, 3, generator=torch.Generator().manual_seed(index))} for index in range(2)]
+    for target in ("old", "reference", "ema"):
+        [batches] = assemble_minibatches(rollout(), passes(), None, passes(rows), config(attention_target=target), ALONE)
+        assert [batch.target_attention[3] is kept[3] for batch, kept in zip(batches, rows)] == [True, True]
+    for target in ("group", "hindsight"):
+        settings = config(attention_target=target, attention_keys="prompt")
+        [batches] = assemble_minibatches(rollout(), passes(), None, passes(rows), settings, ALONE)
+        for index, batch in enumerate(batches):
+            kept, weights = rows[index][3], torch.tensor(REWARDS[2 * index:2 * index + 2]).flip(1)
+            wanted = torch.stack([sum(weights[b, g] * kept[b, g] for g in range(G)) / max(float(weights[b].sum()), 1e-9)
+                                  for b in range(2)])
+            assert torch.allclose(batch.target_attention[3], wanted, atol=1e-6)
+            assert torch.equal(batch.attention_advantages, weights)
+    [batches] = assemble_minibatches(rollout(), passes(), None, None, config(attention_target="oracle",
+                                                                             attention_keys="visual"), ALONE)
+    assert all(batch.target_attention == {} for batch in batches)
+
+
+# --- the control with shuffled advantages -----------------------------------------------------------------------------
+
+KEYS = list(range(6))
+
+
+def shuffled(monkeypatch, indices=KEYS, micro_batch_size=6, **settings) -> list[ScoredGroups]:
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0 + index] for index in indices])
+    return collected(monkeypatch, indices, micro_batch_size, group_size=7, rewards=rewards,
+                     attention_advantages="shuffled", **settings)
+
+
+def test_shuffled_advantages_are_a_permutation_inside_each_group(monkeypatch):
+    [scored] = shuffled(monkeypatch)
+    own, other = scored.advantages, scored.attention_advantages
+    assert torch.equal(own, group_advantages(scored.score.rewards)), "the token loss keeps its own"
+    assert torch.equal(own.sort(dim=1).values, other.sort(dim=1).values)
+    assert (own != other).any(dim=1).all() and len({tuple(row.tolist()) for row in other.argsort(dim=1)}) == 6
+
+
+def test_the_order_belongs_to_seed_step_and_prompt_alone(monkeypatch):
+    [first] = shuffled(monkeypatch)
+    apart = shuffled(monkeypatch, micro_batch_size=2)
+    assert torch.equal(torch.cat([scored.attention_advantages for scored in apart]), first.attention_advantages)
+    [turned] = shuffled(monkeypatch, KEYS[::-1])
+    assert torch.equal(turned.attention_advantages.flip(0), first.attention_advantages)
+    [later], [seeded] = shuffled(monkeypatch, step=1), shuffled(monkeypatch, seed=1)
+    for other in (later, seeded):
+        assert torch.equal(other.advantages, first.advantages)
+        assert (other.attention_advantages != first.attention_advantages).any(dim=1).all()
+
+
+def test_every_place_is_as_likely():
+    """Each of four responses stands in each place in a quarter of 4000 orders, to four standard errors."""
+    order = shuffled_order([str(index) for index in range(4000)], 4, 0, 0)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(4).expand(4000, -1))
+    shares = torch.nn.functional.one_hot(order, 4).double().mean(dim=0)
+    assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
