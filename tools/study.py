@@ -2,8 +2,8 @@
 
     python tools/study.py --output-dir DIR [--seeds 0 1 2] [--grids 2 3] [--arms grpo old_1 ...] [--jobs 2]
 
-Every arm of one seed and grid starts from the same SFT checkpoint, sees the same prompts in the same order and draws from
-the same random streams. Runs that are done are not run again, so that the study can be stopped and gone on with. Leaves
+Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own), sees
+the same prompts in the same order and draws from the same random streams. Runs that are done are not run again, so that the study can be stopped and gone on with. Leaves
 DIR/study.md (table: mean, standard error over seeds, paired difference from GRPO), DIR/study.json and PNG plots of
 accuracy and target mass over rollouts.
 """
@@ -16,7 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +89,14 @@ class Study:
             call(self.data(grid).parent / "data.log", "tools/make_digit_search.py", "--output", self.data(grid), "--force",
                  "--num-heldout", 1024, *GRIDS[grid]["data"])
 
-    def cold_start(self, grid: int, seed: int, zero: bool) -> None:
-        """Model of this seed, then SFT."""
-        model, target = self.run(grid, seed, "model"), self.run(grid, seed, "sft_zero" if zero else "sft")
+    def model(self, grid: int, seed: int) -> None:
+        model = self.run(grid, seed, "model")
         if not (model / "config.json").is_file():
-            call(model.with_suffix(".log"), "tools/make_tiny_model.py", "--output", model, "--force", "--seed", seed)
+            call(model.with_suffix(".log"), "tools/make_tiny_model.py", "--output", model, "--seed", seed)
+
+    def cold_start(self, grid: int, seed: int, zero: bool) -> None:
+        """SFT of this seed's model."""
+        model, target = self.run(grid, seed, "model"), self.run(grid, seed, "sft_zero" if zero else "sft")
         single, search, biased = GRIDS[grid]["sft_zero" if zero else "sft"]
         data = ", ".join(f"{{shards: '{self.data(grid)}/{name}-*.tar', num_samples: {count}}}"
                          for name, count in (("single", single), ("search", search), ("biased", biased)))
@@ -108,9 +111,14 @@ class Study:
             f"logging.eval_interval={self.eval_interval}", "logging.num_eval_prompts=1024", *ARMS[name].settings])
 
     def train(self, config: str, model: Path, target: Path, grid: int, seed: int, settings: list[str]) -> None:
+        made_with = target.with_suffix(".settings")
         if (target / "hf").is_dir():
+            if made_with.read_text().split("\n") != settings:
+                raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
             return
         shutil.rmtree(target, ignore_errors=True)  # what a run that was cut off left: a minute's work
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made_with.write_text("\n".join(settings))
         call(target.with_suffix(".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
              "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml",
              f"model.path='{model}'", f"train.output_dir='{target}'", f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
@@ -145,11 +153,17 @@ def run_all(study: Study, grids: list[int], seeds: list[int], arms: list[str], j
     starts = [(grid, seed, zero) for grid in grids for seed in seeds
               for zero in sorted({ARMS[name].zero for name in arms})]
     runs = [(grid, seed, name) for seed in seeds for grid in grids for name in arms]
-    for work, tasks, what in ((study.cold_start, starts, "cold starts"), (study.arm, runs, "arms")):
+    models = [(grid, seed) for grid in grids for seed in seeds]
+    for work, tasks, what in ((study.model, models, "models"), (study.cold_start, starts, "cold starts"),
+                              (study.arm, runs, "arms")):
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
-            for future in [pool.submit(work, *task) for task in tasks]:
-                future.result()
-                bar.update()
+            try:
+                for future in as_completed([pool.submit(work, *task) for task in tasks]):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

@@ -285,6 +285,9 @@ class RunConfig:
                     f"rollout.num_minibatches = {self.rollout.num_minibatches}")
         if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
             return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
+        if self.train.algorithm == "ral" and self.model.train_vision:
+            return ("model.train_vision", "= true has no effect with train.algorithm = ral, whose visual features are made "
+                    "once per rollout; set it to false")
         target, keys = self.loss.attention_target, self.loss.attention_keys
         if target in ("group", "hindsight") and keys == "all":
             return ("loss.attention_keys", f"= all is not possible with loss.attention_target = {target}, which compares "

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_ral.config import ConfigError
 from megatron_ral.data.video import (
-    VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
+    PICTURE_FORMATS, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.types import FramePictures, Prompt, Sample
 
@@ -85,8 +85,9 @@ class PromptProcessor:
     def __call__(self, sample: Sample) -> Prompt:
         """Raises SampleError naming the key when an image or video cannot be decoded, does not match its tokens, the
         prompt is too long, or a box lies outside the image."""
+        self._refuse_control_tokens(sample)
         images = [self._decode(sample, data) for data in sample.images]
-        visuals = [*self._image_visuals(images), *(self._video_visual(sample, video) for video in sample.videos)]
+        visuals = [*self._image_visuals(sample, images), *(self._video_visual(sample, video) for video in sample.videos)]
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
@@ -139,14 +140,25 @@ class PromptProcessor:
 
     def _decode(self, sample: Sample, data: bytes) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS).convert("RGB")
         except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
             raise SampleError(f"sample '{sample.key}': image cannot be decoded ({error})") from None
 
-    def _image_visuals(self, images: list[Image.Image]) -> list[_Visual]:
+    def _refuse_control_tokens(self, sample: Sample) -> None:
+        """Text that holds a special token of the checkpoint would end a turn or ask for visual features."""
+        for field in ("problem", "process", "solution"):
+            for token in self.tokenizer.all_special_tokens:
+                if token in getattr(sample, field):
+                    raise SampleError(f"sample '{sample.key}': its {field} contains the special token {token}, which is "
+                                      "not text to this model; remove it")
+
+    def _image_visuals(self, sample: Sample, images: list[Image.Image]) -> list[_Visual]:
         if not images:
             return []
-        features = self.image_processor(images=images, return_tensors="pt")
+        try:
+            features = self.image_processor(images=images, return_tensors="pt")
+        except ValueError as error:  # an aspect ratio that the processor refuses
+            raise SampleError(f"sample '{sample.key}': image cannot be used ({error})") from None
         grids = features["image_grid_thw"]
         return [_Visual(pixels, grid) for pixels, grid in
                 zip(features["pixel_values"].split(grids.prod(dim=1).tolist()), grids)]
@@ -167,10 +179,6 @@ class PromptProcessor:
         return float(self.tokens_per_second * torch.tensor(visual.seconds)) if one_run_of_frames else 1.0
 
     def _tokenize(self, sample: Sample, visuals: Sequence[_Visual]) -> list[int]:
-        for token in (self.image_token, self.video_token):
-            if token in sample.problem:
-                raise SampleError(f"sample '{sample.key}': the problem text itself contains {token}; its visual tokens "
-                                  "would not match the visual features")
         content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
@@ -188,7 +196,11 @@ class PromptProcessor:
         return self.tokenizer(expanded + text, add_special_tokens=False)["input_ids"]
 
     def _visual_text(self, visual: _Visual) -> str:
-        """Tokens that stand for one image or video."""
+        """Tokens that stand for one image or video.
+
+        With time stamps they replace the template's whole <|vision_start|><|video_pad|><|vision_end|>, as Qwen3-VL's
+        processor did in transformers 4.57; version 5 replaces the middle alone and keeps an outer pair of tokens.
+        """
         counts = (visual.runs().prod(dim=1) // self.merge_size**2).tolist()
         if visual.stamps is None:
             return (self.video_token if visual.is_video else self.image_token) * counts[0]
@@ -198,8 +210,10 @@ class PromptProcessor:
     def _target_mask(self, sample: Sample, images: list, grids: Sequence[Tensor], visual_mask: Tensor) -> Tensor:
         """Visual tokens of the first image whose centre lies in a target box."""
         mask = torch.zeros_like(visual_mask)
-        if not sample.target_boxes or not images:
+        if not sample.target_boxes:
             return mask
+        if not images:
+            raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in")
         width, height = images[0].size
         rows, columns = int(grids[0][1]) // self.merge_size, int(grids[0][2]) // self.merge_size
         centre_y = (torch.arange(rows) + 0.5) * height / rows

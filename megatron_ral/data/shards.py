@@ -107,8 +107,9 @@ def parse_sample(entry: dict) -> Sample:
     for kind, pattern, suffixes in (("image", _IMAGE_MEMBER, IMAGE_SUFFIXES), ("video", _VIDEO_MEMBER, VIDEO_SUFFIXES)):
         numbered = sorted((int(match[1] or 0), name) for name in entry if (match := pattern.fullmatch(name)))
         media[kind] = tuple(entry[name] for _, name in numbered)
-        if record.get("data_type", "image") == kind and not media[kind]:
-            raise ValueError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}")
+        if record.get("data_type") == kind and not media[kind]:
+            raise ValueError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
+                             "leave data_type out for text alone")
     boxes = record.get("target_boxes") or []
     try:
         boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)

@@ -1,4 +1,4 @@
-"""What differs between the model families this project knows, in one table; everything else is shared code.
+"""What differs between the language models of the families this project knows, in one table.
 
 Qwen2.5-VL (arXiv 2502.13923): biased q, k, v; rotary axes in blocks of frequencies; a video is one run of visual tokens
 whose temporal positions are seconds.
@@ -22,8 +22,6 @@ class Family:
     qk_norm: bool
     interleaved_rotary: bool
     """Rotary axes t, h, w alternate over frequencies instead of holding one block each."""
-    timed_frames: bool
-    """Each temporal patch of a video is a run of visual tokens of its own, behind its time stamp in text."""
     hub_prefixes: tuple[tuple[str, str], ...]
     """(our prefix, prefix on the hub) of weight names."""
 
@@ -36,8 +34,8 @@ class Family:
 
 
 FAMILIES = {family.model_type: family for family in (
-    Family("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False, timed_frames=False, hub_prefixes=()),
-    Family("qwen3_vl", qkv_bias=False, qk_norm=True, interleaved_rotary=True, timed_frames=True,
+    Family("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False, hub_prefixes=()),
+    Family("qwen3_vl", qkv_bias=False, qk_norm=True, interleaved_rotary=True,
            hub_prefixes=(("model.", "model.language_model."), ("visual.", "model.visual."))),
 )}
 

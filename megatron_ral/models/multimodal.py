@@ -13,7 +13,7 @@ from typing import Iterator
 
 import torch
 from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region)
+    copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region)
 from torch import Tensor
 
 from megatron_ral.functional.positions import rotary_angles
@@ -144,8 +144,11 @@ class MultimodalStage(torch.nn.Module):
         hidden = hidden.masked_scatter(where[..., None].to(hidden.device), features[:, 0])
         if features.shape[1] > 1:
             batch, sequence = where.to(hidden.device).nonzero(as_tuple=True)
-            for layer in range(features.shape[1] - 1):
-                deeper = VisualFeatures(sequence, batch, features[:, 1 + layer])
+            added = features[:, 1:]
+            if self.config.sequence_parallel:  # each rank adds other tokens', so that gradients are parts of a sum
+                added = copy_to_tensor_model_parallel_region(added)
+            for layer in range(added.shape[1]):
+                deeper = VisualFeatures(sequence, batch, added[:, layer])
                 if self.config.sequence_parallel:
                     part = self.padded_length(hidden.shape[1]) // self.layout.tensor_size
                     deeper = deeper.part(self.layout.tensor_rank * part, (self.layout.tensor_rank + 1) * part)

@@ -83,6 +83,10 @@ def export_stage(stage: MultimodalStage, groups: ParallelGroups, source: str, ou
         index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
         copy_config(source, partial)
-        shutil.rmtree(target, ignore_errors=True)
+        earlier = target.with_name(target.name + ".earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if target.exists():
+            target.rename(earlier)
         partial.rename(target)
+        shutil.rmtree(earlier, ignore_errors=True)
     barrier()

@@ -15,9 +15,9 @@ from megatron_ral.functional.attention_targets import mean_prompt_row
 from megatron_ral.models.group_layout import AttentionRecord
 from megatron_ral.types import GroupBatch, PromptBatch, TrainBatch
 
-PRECISION_FLOOR = 1e-12
-"""Divergence in nats below which a row differs from its target by rounding alone (float32 rows; see "Precision" in
-docs/measurements.md)."""
+PRECISION_FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12, torch.bfloat16: 1e-4}
+"""Divergence in nats below which a row may differ from its target by rounding alone, by the precision of queries and keys
+(see "Precision" in docs/measurements.md)."""
 
 ROLLOUT_POLICY = ("old", "group", "hindsight")
 """Targets made of rows of the policy that made the rollout."""
@@ -70,12 +70,14 @@ class AttentionTerm:
         """Loss of one layer at coefficient 1 and what is logged of it."""
         settings, totals = self.settings, batch.totals
         keys = self.keys(rows, batch.groups.prompts)
-        divergence = rows.divergence(self._target(layer, rows, keys, batch), keys, settings.attention_divergence)
+        target = self._target(layer, rows, keys, batch)
+        divergence = rows.divergence(target, keys, settings.attention_divergence)
         capped = divergence.clamp(max=settings.attention_row_cap) if settings.attention_row_cap else divergence
-        mask = self._mask(batch)
+        mask = self._mask(batch) & (target.sum(dim=-1) > 0)
         rows_in_step = totals.num_tokens if settings.attention_normalizer == "token_mean" else totals.num_sequences
         loss = (capped * self._weights(batch) * mask).sum() / (rows_in_step * self.num_layers)
-        return loss, self._divergence_metrics(divergence.detach(), batch, mask)
+        floor = PRECISION_FLOOR[rows.record.query_BGRnD.dtype]
+        return loss, self._divergence_metrics(divergence.detach(), batch, mask, floor)
 
     def _target(self, layer: int, rows: AttentionRows, keys: RowKeys, batch: TrainBatch) -> Tensor:
         """Distributions over the same keys, which broadcast to the rows' map."""
@@ -110,7 +112,8 @@ class AttentionTerm:
             return batch.loss_mask
         return batch.loss_mask.any(dim=-1).any(dim=-1)[:, None, None]
 
-    def _divergence_metrics(self, divergence: Tensor, batch: TrainBatch, mask: Tensor) -> dict[str, Tensor]:
+    def _divergence_metrics(self, divergence: Tensor, batch: TrainBatch, mask: Tensor,
+                            floor: float) -> dict[str, Tensor]:
         chosen = {"divergence": mask}
         if self.row_kind != "last_prompt":
             advantages = batch.attention_advantages[..., None]
@@ -119,7 +122,7 @@ class AttentionTerm:
         for name, rows in chosen.items():
             metrics[f"attention/{name}:sum"] = (divergence * rows).sum()
             metrics[f"attention/{name}:count"] = rows.sum()
-        metrics["attention/above_floor:sum"] = ((divergence > PRECISION_FLOOR) & mask).sum()
+        metrics["attention/above_floor:sum"] = ((divergence > floor) & mask).sum()
         metrics["attention/above_floor:count"] = mask.sum()
         return metrics
 

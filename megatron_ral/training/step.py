@@ -103,7 +103,7 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
 
     with report.timed("rollout"):
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size)
-    old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, report)
+    old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
     minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
     report.metrics.update(rollout_metrics(report.rollout, old, policy))
 
@@ -128,13 +128,15 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
     return report
 
 
-def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, report: StepReport
+def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, config: RunConfig,
+            report: StepReport
             ) -> tuple[Sequence[ForwardOutput], Optional[Sequence[ForwardOutput]], Optional[Sequence[ForwardOutput]]]:
     """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
     average) the attention is compared with."""
     target, layers = objective.settings.attention_target, sorted(objective.recorded_layers)
 
-    def run(engine: FrozenEngine | PolicyEngine, recorded: bool) -> list[ForwardOutput]:
+    def run(engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
+            ) -> list[ForwardOutput]:
         return engine.forward(batches, layers if recorded else (), temperature=objective.temperature,
                               row_kind=objective.settings.attention_row, keep=objective.term.keep)
 
@@ -143,7 +145,10 @@ def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjec
     reference = average = None
     if engines.reference is not None:
         with report.timed("reference"):
-            reference = run(engines.reference, target == "reference")
+            own = batches
+            if config.model.reference_path:  # another checkpoint may have another vision tower
+                own = [replace(batch, visual_embeds=None) for batch in batches]
+            reference = run(engines.reference, target == "reference", own)
     if engines.average is not None:
         with report.timed("average"):
             average = run(engines.average, True)
@@ -166,8 +171,8 @@ def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], 
         policy.set_gradient_shards([token.add_(attention, alpha=coef)
                                     for token, attention in zip(token_shards, attention_shards)])
         attention_sums["loss/attention"] *= coef
-        ratio = settings.attention_grad_ratio if coef > 0 else 0.0
-        return {**finish_metrics({**attention_sums, **sums}), "attention/coef": coef, "attention/grad_ratio": ratio}
+        metrics = {**finish_metrics({**attention_sums, **sums}), "attention/coef": coef}
+        return {**metrics, "attention/grad_ratio": settings.attention_grad_ratio} if coef > 0 else metrics
     coef = settings.attention_coef * schedule_factor(policy.num_steps_taken, config.num_optimizer_steps,
                                                      settings.attention_coef_warmup_steps, settings.attention_coef_decay)
     objective, attention_shards = replace(objective, attention_coef=coef), None

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -24,34 +24,10 @@ from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.objective import RalObjective
+from megatron_ral.training.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
 
 logger = logging.getLogger(__name__)
-
-
-def silent_setting_warnings(config: RunConfig) -> list[str]:
-    """Settings without effect, each with its remedy; above all those under which the attention term cannot act."""
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-        return ["parallel.sequence_parallel has no effect with parallel.tensor_model_parallel_size = 1",
-                *silent_setting_warnings(alone)]
-    if config.train.algorithm != "ral":
-        return []
-    warnings = []
-    if not config.attention_acts:
-        warnings.append("loss.attention_coef = 0: the attention term is off and this run is GRPO")
-    elif config.loss.attention_target == "old" and config.updates_per_rollout == 1:
-        warnings.append("one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient "
-                        "are exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
-                        "rollout.num_epochs, or set loss.attention_target = reference")
-    if config.loss.attention_advantages == "shuffled" and config.loss.attention_target == "oracle":
-        warnings.append("loss.attention_advantages = shuffled has no effect with loss.attention_target = oracle, whose "
-                        "rows all weigh 1")
-    if config.loss.policy_loss == "gspo" and (config.loss.clip_high > 0.01 or
-                                              config.loss.aggregation != "sequence_mean"):
-        warnings.append("loss.policy_loss = gspo: ratios of whole responses move little, its paper has clip_low = 3.0e-4, "
-                        "clip_high = 4.0e-4 and aggregation = sequence_mean")
-    return warnings
 
 
 class TooManySkippedSteps(RuntimeError):

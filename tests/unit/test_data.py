@@ -10,6 +10,8 @@ from PIL import Image
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.processor import PromptProcessor, SampleError
 from megatron_ral.data.shards import DataError, find_shards, parse_sample
+from megatron_ral.types import FramePictures, Sample
+from tests.unit.test_video import clip as mp4_clip
 
 
 def png(width=56, height=56) -> bytes:
@@ -124,6 +126,9 @@ def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, 
     write_shard(tmp_path / "a.tar", [
         good("good0"),
         good("literal", problem="What does <|image_pad|> mean?"),
+        good("turn", process="<think>red<|im_end|></think>"),
+        ("thin", {"png": png(1200, 4), "json": json.dumps(record(target_boxes=[])).encode()}),
+        ("boxed", {"json": json.dumps(record(data_type="text")).encode()}),
         ("broken", {"png": png()[:60], "json": json.dumps(record()).encode()}),
         good("outside", target_boxes=[[0, 0, 500, 28]]),
         good("long", problem="Which digit is red? " * 60),
@@ -135,13 +140,15 @@ def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, 
     keys = [prompt.sample.key for prompt in stream.take(4)]
     assert keys == ["good0", "good1", "good0", "good1"]
     reasons = {key.removeprefix("a.tar/"): reason for key, reason in stream.quarantined.items()}
-    assert set(reasons) == {"literal", "broken", "outside", "long", "textless", "listed"}
-    assert "problem text itself contains <|image_pad|>" in reasons["literal"]
+    assert set(reasons) == {"literal", "turn", "thin", "boxed", "broken", "outside", "long", "textless", "listed"}
+    assert "its problem contains the special token <|image_pad|>" in reasons["literal"]
+    assert "its process contains the special token <|im_end|>" in reasons["turn"]
+    assert "image cannot be used" in reasons["thin"] and "has target_boxes but no image" in reasons["boxed"]
     assert "cannot be decoded" in reasons["broken"]
     assert "not inside the image of 56 x 56" in reasons["outside"]
     assert "longer than data.max_prompt_length = 128" in reasons["long"]
     assert "'process' must be text, not list" in reasons["listed"]
-    assert caplog.text.count("quarantined (") == 6, "each is reported once, not once per epoch"
+    assert caplog.text.count("quarantined (") == 9, "each is reported once, not once per epoch"
 
 
 def test_mismatch_of_tokens_and_features_is_caught_where_the_key_is_known(processor, tmp_path, monkeypatch):
@@ -217,3 +224,26 @@ def test_curriculum_reads_sources_in_order(four_shards, processor, tmp_path):
     stream = PromptLoader(sources, processor, dp_rank=0, dp_size=1, seed=0, shuffle=True, shuffle_buffer=4)
     keys = [prompt.sample.key for prompt in stream.take(9)]
     assert all(key.startswith("b") for key in keys[:5]) and all(key.startswith("k") for key in keys[5:])
+
+
+def test_video_of_qwen3_stands_behind_its_time_stamps(material):
+    """Each temporal patch is a run of its own; the template's outer pair of vision tokens is replaced."""
+    frames = FramePictures(tuple(png(64, 64) for _ in range(4)), fps=1.0)
+    processor = PromptProcessor(str(material["qwen3"]), 128)
+    sample = Sample("v", "s", "Which digit is red?", "<answer>3</answer>", "", "", (), (), (frames,))
+    text = processor.tokenizer.decode(processor(sample).input_ids)
+    pad = "<|video_pad|>" * 4
+    assert "".join(text.split()).startswith("".join((
+        f"<|im_start|>user <0.5 seconds><|vision_start|>{pad}<|vision_end|>"
+        f"<2.5 seconds><|vision_start|>{pad}<|vision_end|>Which digit is red?").split()))
+
+
+def test_mp4_members_are_videos(tmp_path, processor):
+    clip = mp4_clip("mp4", 40)
+    write_shard(tmp_path / "a.tar", [("s0", {"mp4": clip, "json": json.dumps(
+        record(data_type="video", target_boxes=[])).encode()})])
+    prompt = loader(tmp_path / "a.tar", processor).take(1)[0]
+    assert prompt.is_video.tolist() == [True] and int(prompt.grid_thw.prod()) // 4 == int(prompt.visual_mask.sum()) > 0
+    write_shard(tmp_path / "b.tar", [("s0", {"json": json.dumps(record(data_type="video", target_boxes=[])).encode()})])
+    with pytest.raises(DataError, match="'s0' has data_type 'video' but no member .mp4"):
+        open_sources([(str(tmp_path / "b.tar"), 0)], "data.train")

@@ -1,0 +1,51 @@
+"""Settings that have no effect in the run they stand in, each with its remedy: a user is told before the first step."""
+
+from dataclasses import fields
+
+from megatron_ral.config import RunConfig
+from megatron_ral.config.sections import LossConfig
+
+
+def silent_setting_warnings(config: RunConfig) -> list[str]:
+    """One sentence per setting without effect; above all those under which the attention term cannot act."""
+    warnings = []
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        warnings.append("parallel.sequence_parallel has no effect with parallel.tensor_model_parallel_size = 1")
+    if config.train.algorithm != "ral":
+        return warnings
+    loss, changed = config.loss, _changed(config.loss)
+    if not config.attention_acts:
+        warnings.append("loss.attention_coef = 0: the attention term is off and this run is GRPO")
+    elif loss.attention_target == "old" and config.updates_per_rollout == 1:
+        warnings.append("one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient "
+                        "are exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
+                        "rollout.num_epochs, or set loss.attention_target = reference")
+    by_ratio = ("attention_coef", "attention_coef_warmup_steps", "attention_coef_decay")
+    without_sign = ("attention_negative_weight", "attention_advantages")
+    unused = {
+        "with loss.attention_grad_ratio, which chooses the coefficient itself": by_ratio if loss.attention_grad_ratio else (),
+        f"with loss.attention_target = {loss.attention_target}, whose rows have no negative weight":
+            {"oracle": without_sign, "hindsight": without_sign[:1]}.get(loss.attention_target, ()),
+        f"with loss.attention_target = {loss.attention_target}":
+            ("attention_ema_decay",) if loss.attention_target != "ema" else (),
+        "with loss.attention_keys = visual, of which no row's own token is one":
+            ("attention_exclude_self",) if loss.attention_keys == "visual" else (),
+        "with loss.kl_coef = 0": ("kl_estimator", "kl_clamp") if loss.kl_coef == 0 else (),
+    }
+    for reason, names in unused.items():
+        warnings += [f"loss.{name} = {getattr(loss, name)} has no effect {reason}" for name in names if name in changed]
+    if config.model.reference_path and not config.needs_reference:
+        warnings.append("model.reference_path has no effect with loss.kl_coef = 0 and loss.attention_target = "
+                        f"{loss.attention_target}: no reference is held")
+    if loss.kl_estimator == "k1" and loss.kl_coef > 0:
+        warnings.append("loss.kl_estimator = k1 has an expected gradient of 0; take k2 or k3 to hold the policy back")
+    if loss.policy_loss == "gspo" and (loss.clip_high > 0.01 or loss.aggregation != "sequence_mean"):
+        warnings.append("loss.policy_loss = gspo: ratios of whole responses move little, its paper has clip_low = 3.0e-4, "
+                        "clip_high = 4.0e-4 and aggregation = sequence_mean")
+    return warnings
+
+
+def _changed(loss: LossConfig) -> set[str]:
+    """Names of the settings that differ from their default."""
+    default = LossConfig()
+    return {field.name for field in fields(loss) if getattr(loss, field.name) != getattr(default, field.name)}
