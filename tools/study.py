@@ -92,7 +92,7 @@ class Study:
     def model(self, grid: int, seed: int) -> None:
         model = self.run(grid, seed, "model")
         if not (model / "config.json").is_file():
-            call(model.with_suffix(".log"), "tools/make_tiny_model.py", "--output", model, "--seed", seed)
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--seed", seed)
 
     def cold_start(self, grid: int, seed: int, zero: bool) -> None:
         """SFT of this seed's model."""
@@ -111,7 +111,7 @@ class Study:
             f"logging.eval_interval={self.eval_interval}", "logging.num_eval_prompts=1024", *ARMS[name].settings])
 
     def train(self, config: str, model: Path, target: Path, grid: int, seed: int, settings: list[str]) -> None:
-        made_with = target.with_suffix(".settings")
+        made_with = beside(target, ".settings")
         if (target / "hf").is_dir():
             if made_with.read_text().split("\n") != settings:
                 raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
@@ -119,7 +119,7 @@ class Study:
         shutil.rmtree(target, ignore_errors=True)  # what a run that was cut off left: a minute's work
         target.parent.mkdir(parents=True, exist_ok=True)
         made_with.write_text("\n".join(settings))
-        call(target.with_suffix(".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
+        call(beside(target, ".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
              "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml",
              f"model.path='{model}'", f"train.output_dir='{target}'", f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
              f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0", *settings)
@@ -132,6 +132,11 @@ class Study:
         events = EventAccumulator(str(self.run(grid, seed, name) / "tensorboard"))
         events.Reload()
         return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file beside a run's folder (whose name may hold a point, which `with_suffix` would cut)."""
+    return folder.with_name(folder.name + ending)
 
 
 def call(log: Path, *arguments: object) -> None:
