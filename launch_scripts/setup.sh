@@ -63,6 +63,7 @@ launch_run() {
         if [ "$argument" = --dry-run ]; then dry_run=1; else settings+=("$argument"); fi
     done
     [ -z "$MODEL_DIR" ] || MODEL_DIR="$(realpath -m "$MODEL_DIR")"
+    [ -z "${TEACHER_DIR:-}" ] || settings=("teacher.path='$(realpath -m "$TEACHER_DIR")'" ${settings[@]+"${settings[@]}"})
     OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/$name}")"
     cd "$PROJECT" || return 1
     setup_environment || return 1

@@ -49,14 +49,20 @@ def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConf
     return config
 
 
-def dry_run(config: RunConfig, shape) -> str:
-    """Resolved configuration, layout of all ranks, and the parameters each holds, as text."""
+def dry_run(config: RunConfig, shape, teacher=None) -> str:
+    """Resolved configuration, layout of all ranks, and the parameters each holds, of the policy and of a teacher, as
+    text."""
     from megatron_ral.parallel.layout import ParallelLayout
     from megatron_ral.planning.parameters import describe_parameters
 
-    layout = ParallelLayout(0, int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor_model_parallel_size,
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    layout = ParallelLayout(0, world_size, config.parallel.tensor_model_parallel_size,
                             config.parallel.pipeline_model_parallel_size)
-    return f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
+    text = f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
+    if teacher is not None:
+        layout = ParallelLayout(0, world_size, *config.teacher_layout)
+        text += f"\n\nteacher, on the same ranks:\n{layout.describe()}\n\n{describe_parameters(teacher, layout)}"
+    return text
 
 
 __all__ = ["ConfigError", "dry_run", "fail", "parse_arguments", "quiet_third_parties", "read_config"]

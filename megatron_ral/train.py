@@ -15,7 +15,8 @@ def _extra(parser) -> None:
 
 
 def _check_models(config: RunConfig):
-    """Shape of the model, after everything that its folder and the reference's can contradict."""
+    """Shapes of the model and of the teacher (or None), after everything that their folders and the reference's can
+    contradict."""
     from megatron_ral.models.shape import read_shape
 
     shape = read_shape(config.model.path)
@@ -24,7 +25,13 @@ def _check_models(config: RunConfig):
     if config.model.reference_path:
         shape.check_same_architecture(read_shape(config.model.reference_path, "model.reference_path"),
                                       "model.reference_path")
-    return shape
+    if not config.distills:
+        return shape, None
+    shape.layer_indices(config.distill.attention_layers, "distill.attention_layers")
+    teacher = read_shape(config.teacher.path, "teacher.path")
+    teacher.check_layout(*config.teacher_layout, section="teacher")
+    shape.check_teacher(teacher)
+    return shape, teacher
 
 
 def main() -> None:
@@ -32,12 +39,12 @@ def main() -> None:
     arguments = parse_arguments(__doc__, _extra)
     try:
         config = read_config(arguments)
-        shape = _check_models(config)
+        shape, teacher = _check_models(config)
     except ConfigError as error:
         fail(error)
     if arguments.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(dry_run(config, shape))
+            print(dry_run(config, shape, teacher))
         return
 
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
@@ -47,9 +54,12 @@ def main() -> None:
     from megatron_ral.models.checkpoints import CheckpointError
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.planning.memory import check_fits
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
     try:  # everything on disk is looked at before any memory is taken
+        if teacher is not None:
+            check_fits(config, shape, teacher)
         inputs = Inputs.open(config, arguments.resume)
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         fail(error)
@@ -57,7 +67,7 @@ def main() -> None:
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)
     try:
-        Trainer(config, shape, groups, inputs).run()
+        Trainer(config, shape, groups, inputs, teacher).run()
     except AgreedError as error:
         fail(error)
     except (CheckpointError, ConfigError, DataError, TooManySkippedSteps) as error:

@@ -234,6 +234,11 @@ class TrainBatch:
     takes_part: Optional[Tensor] = None
     """[B] bool: groups that count in losses and totals; None: all of them."""
 
+    teacher_hidden: Optional[Tensor] = None
+    """[B, G, R, H of the teacher] what the teacher's LM head reads at the rows that predict the response."""
+    teacher_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer of the student -> attention policies [B, G, R, S] float32 of the teacher's layer at its depth."""
+
     @property
     def loss_mask(self) -> Tensor:
         """[B, G, R] bool, True at the response tokens that count."""

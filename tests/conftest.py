@@ -37,7 +37,7 @@ def perturbed_copy(source: Path, target: Path, scale: float = 0.02, seed: int = 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> dict[str, Path]:
     """tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; qwen3: the second family;
-    data: shards."""
+    teacher: a larger model of the first; data: shards."""
     root = tmp_path_factory.mktemp("material")
     run_tool("make_tiny_model.py", "--output", root / "tiny", "--seed", 0)
     run_tool("make_digit_search.py", "--output", root / "data", "--num-single", 64, "--num-search", 128,
@@ -50,5 +50,9 @@ def material(tmp_path_factory) -> dict[str, Path]:
     perturbed_copy(root / "untied", root / "untied_other", seed=3)
     run_tool("make_tiny_model.py", "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3)
     perturbed_copy(root / "made_qwen3", root / "qwen3", seed=4)
-    return {"tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
+    # wider, deeper, more heads, another padding of the vocabulary
+    run_tool("make_tiny_model.py", "--output", root / "made_teacher", "--untied", "--seed", 6, "--hidden-size", 192,
+             "--num-layers", 6, "--num-heads", 6, "--vocab-size", 500)
+    perturbed_copy(root / "made_teacher", root / "teacher", seed=6)
+    return {"teacher": root / "teacher", "tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
             "untied_other": root / "untied_other", "qwen3": root / "qwen3", "data": root / "data", "root": root}

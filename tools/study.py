@@ -10,17 +10,15 @@ accuracy and target mass over rollouts.
 
 import argparse
 import json
-import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once  # noqa: E402
+
 RATIO = 0.1  # |gradient of the attention term| / |gradient of the token terms|, where an arm does not give a coefficient
 
 
@@ -100,95 +98,43 @@ class Study:
         single, search, biased = GRIDS[grid]["sft_zero" if zero else "sft"]
         data = ", ".join(f"{{shards: '{self.data(grid)}/{name}-*.tar', num_samples: {count}}}"
                          for name, count in (("single", single), ("search", search), ("biased", biased)))
-        self.train("sft_tiny", model, target, grid, seed, [
+        train_once("sft_tiny", model, target, seed, [
+            f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
             f"data.train=[{data}]", f"train.num_steps={(single + search + biased) // 32}", "logging.eval_interval=0",
             f"data.include_process={str(not zero).lower()}"])
 
     def arm(self, grid: int, seed: int, name: str) -> None:
         start = self.run(grid, seed, "sft_zero" if ARMS[name].zero else "sft") / "hf"
-        self.train("ral_tiny", start, self.run(grid, seed, name), grid, seed, [
+        train_once("ral_tiny", start, self.run(grid, seed, name), seed, [
+            f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
             f"data.train=[{{shards: '{self.data(grid)}/rl-*.tar'}}]", f"train.num_steps={self.num_rollouts}",
             f"logging.eval_interval={self.eval_interval}", "logging.num_eval_prompts=1024", *ARMS[name].settings])
 
-    def train(self, config: str, model: Path, target: Path, grid: int, seed: int, settings: list[str]) -> None:
-        made_with = beside(target, ".settings")
-        if (target / "hf").is_dir():
-            if made_with.read_text().split("\n") != settings:
-                raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
-            return
-        shutil.rmtree(target, ignore_errors=True)  # what a run that was cut off left: a minute's work
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made_with.write_text("\n".join(settings))
-        call(beside(target, ".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
-             "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml",
-             f"model.path='{model}'", f"train.output_dir='{target}'", f"data.eval_shards='{self.data(grid)}/heldout-*.tar'",
-             f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0", *settings)
-        shutil.rmtree(target / "checkpoints", ignore_errors=True)
-
-    def curve(self, grid: int, seed: int, name: str, tag: str) -> list[tuple[int, float]]:
-        """(rollout, value) of a scalar of one run."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.run(grid, seed, name) / "tensorboard"))
-        events.Reload()
-        return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
-
-
-def beside(folder: Path, ending: str) -> Path:
-    """A file beside a run's folder (whose name may hold a point, which `with_suffix` would cut)."""
-    return folder.with_name(folder.name + ending)
-
-
-def call(log: Path, *arguments: object) -> None:
-    """Run a command of the project with one thread; its output goes to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
-    with open(log, "a") as stream:
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, stdout=stream,
-                              stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise SystemExit(f"a run failed (exit {done.returncode}); its output is in {log}")
-
 
 def run_all(study: Study, grids: list[int], seeds: list[int], arms: list[str], jobs: int) -> None:
-    from tqdm import tqdm
-
     for grid in grids:
         study.make_data(grid)
     starts = [(grid, seed, zero) for grid in grids for seed in seeds
               for zero in sorted({ARMS[name].zero for name in arms})]
     runs = [(grid, seed, name) for seed in seeds for grid in grids for name in arms]
     models = [(grid, seed) for grid in grids for seed in seeds]
-    for work, tasks, what in ((study.model, models, "models"), (study.cold_start, starts, "cold starts"),
-                              (study.arm, runs, "arms")):
-        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
-            try:
-                for future in as_completed([pool.submit(work, *task) for task in tasks]):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return statistics.fmean(values), error
+    side_by_side("models", study.model, models, jobs)
+    side_by_side("cold starts", study.cold_start, starts, jobs)
+    side_by_side("arms", study.arm, runs, jobs)
 
 
 def results(study: Study, grids: list[int], seeds: list[int], arms: list[str]) -> dict:
     """Curves of all runs and the table's numbers."""
     table, curves = {}, {}
     for grid in grids:
-        curves[grid] = {name: {tag: [study.curve(grid, seed, name, f"eval/{tag}") for seed in seeds]
+        curves[grid] = {name: {tag: [curve(study.run(grid, seed, name), f"eval/{tag}") for seed in seeds]
                                for tag in ("accuracy", "target_attention")} for name in arms}
         rows = {}
         for name in arms:
             accuracy = [curve[-1][1] for curve in curves[grid][name]["accuracy"]]
             control = "grpo_zero" if ARMS[name].zero else "grpo"
             baseline = [curve[-1][1] for curve in curves[grid].get(control, {}).get("accuracy", [])]
-            ratios = [value for seed in seeds for _, value in study.curve(grid, seed, name, "attention/grad_ratio")]
+            ratios = [value for seed in seeds for _, value in curve(study.run(grid, seed, name), "attention/grad_ratio")]
             rows[name] = {
                 "title": ARMS[name].title, "start": [curve[0][1] for curve in curves[grid][name]["accuracy"]],
                 "accuracy": accuracy, "difference": [a - b for a, b in zip(accuracy, baseline)],
@@ -240,12 +186,7 @@ def plot(found: dict, folder: Path) -> None:
             for name, curves in arms.items():
                 base = name.removesuffix("_shuffled")
                 colour = colours.setdefault(base, plt.get_cmap("tab20")(len(colours) * 2 % 20))
-                steps = [step for step, _ in curves[tag][0]]
-                columns = list(zip(*([value for _, value in curve] for curve in curves[tag])))
-                means, errors = zip(*(mean_and_error(list(column)) for column in columns))
-                axis.plot(steps, means, color=colour, linestyle=":" if name != base else "-", label=ARMS[name].title)
-                low, high = ([m + sign * e for m, e in zip(means, errors)] for sign in (-1, 1))
-                axis.fill_between(steps, low, high, color=colour, alpha=0.08)
+                draw_curves(axis, curves[tag], color=colour, linestyle=":" if name != base else "-", label=ARMS[name].title)
             axis.set(title=f"{grid} x {grid} cells", xlabel="rollouts", ylabel=label)
             axis.grid(alpha=0.3)
         axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,4 +1,4 @@
-"""The sections of a run's configuration; every default of the project lives here and nowhere else.
+"""The sections of a run's configuration; every default of the project lives here (those of a teacher in `distill.py`).
 
 Each section is a frozen dataclass that checks its own types (strictly: no string becomes a number) and its own
 impossible values. What concerns two sections at once is checked in `RunConfig`. Nothing here imports torch, so
@@ -8,16 +8,10 @@ that a configuration is checked in milliseconds on a login node.
 from typing import Annotated, Literal, Optional
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
+from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, STRICT
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,13 +97,16 @@ class RewardConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    """Policy loss + kl_coef * KL - entropy_coef * entropy on tokens, + attention_coef * attention term.
+    """policy_coef * policy loss + kl_coef * KL - entropy_coef * entropy on tokens, + attention_coef * attention term
+    (+ what section `distill` adds where there is a teacher).
 
     Of the GRPO family: DAPO (without refill and length penalty) is clip_high = 0.28, kl_coef = 0, filter_equal_rewards;
     Dr. GRPO is aggregation = sequence_sum_norm, advantage_scale = none, kl_coef = 0; GSPO is policy_loss = gspo,
     aggregation = sequence_mean, clip_low = 3e-4, clip_high = 4e-4, kl_coef = 0.
     """
 
+    policy_coef: NonNegativeFloat = 1.0
+    """Weight of the policy loss. 0: rewards are only measured (distillation alone)."""
     policy_loss: Literal["grpo", "gspo", "cispo"] = "grpo"
     """grpo: the ratio of each token, clipped. gspo: the ratio of the whole response, clipped. cispo: the clipped ratio
     of each token as a constant weight of its log-likelihood, so that no token loses its gradient."""
@@ -243,6 +240,8 @@ class RunConfig:
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distill: DistillConfig = DistillConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -263,6 +262,17 @@ class RunConfig:
         # The divergence is logged at attention_coef = 0 too, so its target decides, not the coefficient.
         return self.train.algorithm == "ral" and (
             self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher has to be held."""
+        return self.train.algorithm == "ral" and bool(self.teacher.path)
+
+    @property
+    def teacher_layout(self) -> tuple[int, int]:
+        """Tensor and pipeline ranks of the teacher."""
+        return (self.teacher.tensor_model_parallel_size or self.parallel.tensor_model_parallel_size,
+                self.teacher.pipeline_model_parallel_size or self.parallel.pipeline_model_parallel_size)
 
     @property
     def attention_acts(self) -> bool:
@@ -298,6 +308,15 @@ class RunConfig:
         if self.loss.attention_store == "qk" and target not in ("old", "reference", "ema"):
             return ("loss.attention_store", f"= qk has no meaning with loss.attention_target = {target}, which keeps no "
                     "rows; set rows")
+        distill_layers = self.distill.attention_layers
+        if len(set(distill_layers)) != len(distill_layers):
+            return "distill.attention_layers", f"= {list(distill_layers)} must name each layer once"
+        if self.distill.teacher_rollouts and self.distills and self.loss.policy_coef:
+            return ("distill.teacher_rollouts", f"= {self.distill.teacher_rollouts} is not possible with loss.policy_coef = "
+                    f"{self.loss.policy_coef}: responses of the teacher are not samples of the policy; set one of them to 0")
+        if self.distills and self.distill.token_divergence == "cross_entropy" and self.distill.teacher_rollouts < 1:
+            return ("distill.token_divergence", "= cross_entropy is likelihood of the teacher's responses and needs "
+                    f"distill.teacher_rollouts = 1, not {self.distill.teacher_rollouts}")
         dual_clip = self.loss.dual_clip
         if 0 < dual_clip <= 1:
             return "loss.dual_clip", f"= {dual_clip} must be 0 (off) or more than 1"
@@ -311,6 +330,10 @@ class RunConfig:
         if world_size % (tensor * pipeline):
             return ("parallel", f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
                     f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes")
+        teacher_tensor, teacher_pipeline = self.teacher_layout
+        if self.distills and world_size % (teacher_tensor * teacher_pipeline):
+            return ("teacher", f"tensor_model_parallel_size * pipeline_model_parallel_size = {teacher_tensor} * "
+                    f"{teacher_pipeline} does not divide the world size {world_size}; it runs on the ranks of the policy")
         if not training:
             return None
         data = world_size // (tensor * pipeline)

@@ -6,6 +6,7 @@ found where the sample's key is known.
 """
 
 import io
+import json
 from typing import Any, Sequence
 
 import torch
@@ -113,6 +114,37 @@ class PromptProcessor:
             visual_mask=visual_mask, target_mask=self._target_mask(sample, images, grids, visual_mask),
             response_ids=torch.tensor(response + [self.end_token_id]),
         )
+
+    def check_same(self, other: "PromptProcessor", key: str, other_key: str) -> None:
+        """Raise ConfigError naming the first difference where `other` would read a sample otherwise.
+
+        Compared: the tokens and their ids, how text is cut into them, and how a picture becomes patches. Not compared: the
+        chat template and the limits of a picture's size, because prompts are made by this processor alone.
+        """
+        ours, theirs = (self._token_rules(), other._token_rules())
+        vocabularies = [processor.tokenizer.get_vocab() for processor in (self, other)]
+        for token in sorted(set(vocabularies[0]) | set(vocabularies[1])):
+            ids = [vocabulary.get(token) for vocabulary in vocabularies]
+            if ids[0] != ids[1]:
+                names = ["no id" if number is None else f"id {number}" for number in ids]
+                raise ConfigError(f"{other_key} has another tokenizer than {key}: token {token!r} has {names[1]} in "
+                                  f"{other_key} and {names[0]} in {key}; distil from a model with the same tokenizer")
+        for name, mine in ours.items():
+            if mine != theirs[name]:
+                raise ConfigError(f"{other_key} has another tokenizer than {key}: {name} is {str(theirs[name])[:120]} in "
+                                  f"{other_key} and {str(mine)[:120]} in {key}")
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor"):
+            values = [getattr(processor.image_processor, name, None) for processor in (other, self)]
+            if values[0] != values[1]:
+                raise ConfigError(f"{other_key} makes other patches of a picture than {key}: {name} is {values[0]} in "
+                                  f"{other_key} and {values[1]} in {key}; distil from a model with the same visual grid")
+
+    def _token_rules(self) -> dict[str, Any]:
+        """How the tokenizer cuts text, beside its vocabulary."""
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        model = rules["model"]
+        return {"merges": model.get("merges"), "type": model.get("type"), "normalizer": rules.get("normalizer"),
+                "pre_tokenizer": rules.get("pre_tokenizer")}
 
     def stock_inputs(self, prompt: Prompt, input_ids: Tensor) -> dict[str, Any]:
         """What stock transformers takes for one sequence that begins with `prompt`, for comparisons with it.

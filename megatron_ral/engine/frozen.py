@@ -9,9 +9,9 @@ class FrozenEngine(StageEngine):
     """Frozen stage of one rank; `forward` is all it does.
 
     Args:
-        shape, groups, dtype, path, sequence_parallel: as for StageEngine.
+        shape, groups, dtype, path, sequence_parallel, cpu_offload: as for StageEngine.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str,
-                 sequence_parallel: bool = False):
-        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel)
+                 sequence_parallel: bool = False, cpu_offload: bool = False):
+        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload)

@@ -1,7 +1,7 @@
 """Generation of G responses per prompt on the pipeline stages, prompt computed once per group, with a KV cache."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.group_layout import AttentionPass, GroupKVCache, GroupLayout
 from megatron_ral.parallel.collectives import (
     broadcast_from_stage_, gather_shards, receive_from_previous_stage, send_to_next_stage)
-from megatron_ral.types import PromptBatch, ResponseBatch, to_device
+from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts, to_device
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,38 @@ class SamplingSettings:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class PromptResponses:
+    """G responses to one prompt: its part of a ResponseBatch."""
+
+    response_ids: Tensor
+    """[G, R]"""
+    response_lengths: Tensor
+    """[G]"""
+    rollout_logprobs: Tensor
+    """[G, R]"""
+    finished: Tensor
+    """[G]"""
+
+    @classmethod
+    def split(cls, batch: ResponseBatch) -> list["PromptResponses"]:
+        parts = (batch.response_ids, batch.response_lengths, batch.rollout_logprobs, batch.finished)
+        return [cls(*(part[b].clone() for part in parts)) for b in range(len(batch.prompts))]
+
+    @staticmethod
+    def join(prompts: PromptBatch, rows: Sequence["PromptResponses"], pad_token_id: int) -> ResponseBatch:
+        """Inverse of `split`, for rows of different R."""
+        longest = max(row.response_ids.shape[1] for row in rows)
+
+        def pad(tensor: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)
+
+        return ResponseBatch(
+            prompts, torch.stack([pad(row.response_ids, pad_token_id) for row in rows]),
+            torch.stack([row.response_lengths for row in rows]),
+            torch.stack([pad(row.rollout_logprobs, 0.0) for row in rows]), torch.stack([row.finished for row in rows]))
 
 
 @torch.no_grad()
@@ -61,6 +93,16 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     longest = int(lengths.max())
     return ResponseBatch(prompts, tokens[:, :, :longest].contiguous(), lengths, logprobs[:, :, :longest].contiguous(),
                          finished)
+
+
+def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int,
+                     *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
+    """Generate for all prompts, `batch_size` at a time; the caller keeps the engine resident. Yields responses with their
+    visual embeddings (first stage only)."""
+    for start in range(0, len(prompts), batch_size):
+        batch = pad_prompts(prompts[start:start + batch_size], settings.pad_token_id)
+        embeds = engine.encode_visual(batch)
+        yield generate(engine, batch, embeds, settings, *identity), embeds
 
 
 class _Decoder:

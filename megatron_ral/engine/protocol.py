@@ -20,6 +20,8 @@ class TokenOutputs:
     """[B, G, R] float32; carries gradient in training."""
     entropy: Tensor
     """[B, G, R] float32, nats; carries gradient in training."""
+    logits: Optional[Tensor] = None
+    """[B, G, R, v] this rank's columns as the model gives them, in training alone; carries gradient."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class ForwardOutput:
     tokens: Optional[TokenOutputs] = None
     attention: Mapping[int, Any] = field(default_factory=dict)
     """Layer -> what `keep` kept of its rows, by default the attention policy [B, G, R, S]."""
+    hidden: Optional[Tensor] = None
+    """[B, G, R, H] what the LM head reads, where it was asked for."""
 
 
 @dataclass(frozen=True)

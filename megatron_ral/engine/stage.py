@@ -7,6 +7,7 @@ the data-parallel group however many micro-batches it has.
 
 import logging
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import deepspeed
@@ -30,7 +31,7 @@ from megatron_ral.types import GroupBatch, PromptBatch, to_device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0) -> dict[str, Any]:
+def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_offload: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration, derived: nothing in it is set by a user directly.
 
     `gradient_accumulation_steps` is 1 because losses are sums over a global denominator already, and the persistence
@@ -49,6 +50,7 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0) -> dict
             "stage": 3, "overlap_comm": False, "contiguous_gradients": True,
             "reduce_bucket_size": max(largest, min(numel, 200_000_000)), "stage3_prefetch_bucket_size": 0,
             "stage3_param_persistence_threshold": 0,
+            **({"offload_param": {"device": "cpu", "pin_memory": True}} if cpu_offload else {}),
         },
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -72,32 +74,36 @@ class StageEngine:
         train_vision: whether the vision tower is trainable.
         clip_grad_norm: 0: no clipping.
         sequence_parallel: cut the sequence over tensor ranks outside attention.
+        cpu_offload: keep the shards of a frozen model in the host's memory between uses.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
-                 train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False):
+                 train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False,
+                 cpu_offload: bool = False):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel)
-        problem = None
-        try:
-            load_stage(self.stage, path)
-        except CheckpointError as error:
-            problem = error
-        raise_together(problem)
-        for name, parameter in self.stage.named_parameters():
-            parameter.requires_grad_(optimizer is not None and (train_vision or not name.startswith("visual.")))
-        trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
-        self.stage.train(optimizer is not None)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
-            config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm), mpu=MegatronTopology(groups),
-            dist_init_required=False)
         self._resident = False
+        with groups.active():
+            self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel)
+            problem = None
+            try:
+                load_stage(self.stage, path)
+            except CheckpointError as error:
+                problem = error
+            raise_together(problem)
+            for name, parameter in self.stage.named_parameters():
+                parameter.requires_grad_(optimizer is not None and (train_vision or not name.startswith("visual.")))
+            trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+            self.stage.train(optimizer is not None)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
+                config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload),
+                mpu=MegatronTopology(groups), dist_init_required=False)
 
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """Hold the whole stage while inside: one all-gather in, nothing out. May be nested."""
+        """Hold the whole stage while inside: one all-gather in, nothing out. megatron-core works in this engine's layout
+        meanwhile. May be nested."""
         if self._resident:
             yield
             return
@@ -105,7 +111,7 @@ class StageEngine:
         parameters[0].all_gather_coalesced(parameters).wait()
         self._resident = True
         try:
-            with suspended_module_hooks(self.stage):
+            with suspended_module_hooks(self.stage), self.groups.active():
                 yield
         finally:
             self._resident = False
@@ -128,7 +134,7 @@ class StageEngine:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = (), *, temperature: float = 1.0,
-                row_kind: str = "token",
+                row_kind: str = "token", hidden_states: bool = False,
                 keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy()
                 ) -> list[ForwardOutput]:
         """Pass without gradient through megatron's schedule.
@@ -138,31 +144,35 @@ class StageEngine:
             layers: 0-based layers whose attention rows are wanted.
             temperature: logits are divided by it before the log-probabilities.
             row_kind: which rows, one of `ROW_KINDS`.
+            hidden_states: return what the LM head would read in place of log-probabilities; no logits are formed.
             keep: what is kept of each layer's rows (a map of [B, G, R, S] floats); the attention policy by default.
 
         Returns:
-            One ForwardOutput per micro-batch: tokens on the last stage, rows on each layer's owner.
+            One ForwardOutput per micro-batch: tokens or hidden states on the last stage, rows on each layer's owner.
         """
         recorded = frozenset(self.local_layers(layers))
         attention: list[Mapping[int, Any]] = []
-        tokens: list[TokenOutputs] = []
+        last_stage: list[Any] = []
 
         def forward_step(iterator, stage):
             batch = to_device(next(iterator), self.groups.device)
-            pass_ = AttentionPass(group_layout(batch), recorded)
+            pass_ = AttentionPass(group_layout(batch), recorded, hidden_states=hidden_states)
             output = stage(batch, pass_)
             attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_, row_kind), batch)
                               for layer in sorted(recorded)})
 
-            def collect(logits, non_loss_data=True):
-                tokens.append(self.token_outputs(logits, batch, temperature))
+            def collect(output, non_loss_data=True):
+                last_stage.append(output if hidden_states else
+                                  replace(self.token_outputs(output, batch, temperature), logits=None))
                 return None
 
             return output, collect
 
         with self.resident():
             self.run_schedule(forward_step, batches, forward_only=True)
-        return [ForwardOutput(tokens[index] if tokens else None, rows) for index, rows in enumerate(attention)]
+        name = "hidden" if hidden_states else "tokens"
+        return [ForwardOutput(attention=rows, **({name: last_stage[index]} if last_stage else {}))
+                for index, rows in enumerate(attention)]
 
     def run_schedule(self, forward_step, batches: Sequence[Any], *, forward_only: bool) -> None:
         """megatron-core's pipeline schedule over micro-batches of one shape."""
@@ -178,9 +188,8 @@ class StageEngine:
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
         """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""
-        if temperature != 1.0:
-            logits = logits.float() / temperature
-        return TokenOutputs(*vocab_parallel_logprobs(logits, batch.response_ids, self.groups.tensor))
+        scaled = logits if temperature == 1.0 else logits.float() / temperature
+        return TokenOutputs(*vocab_parallel_logprobs(scaled, batch.response_ids, self.groups.tensor), logits)
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
         """Rows of a kind of `ROW_KINDS` of one layer."""

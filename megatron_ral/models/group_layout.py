@@ -151,6 +151,8 @@ class AttentionPass:
     cache: Optional[GroupKVCache] = None
     decode_step: Optional[int] = None
     """None: the sequence is the whole group layout. A number: one token per response at that step, keys from cache."""
+    hidden_states: bool = False
+    """The last stage returns what its LM head would read in place of logits."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)
     """Filled by the layers of this stage."""
     deepstack: dict[int, VisualFeatures] = field(default_factory=dict)

@@ -74,7 +74,7 @@ class MultimodalStage(torch.nn.Module):
 
         Returns:
             [S, B, H] hidden states (under sequence parallelism this rank's part of the padded S), or on the last stage
-            logits [B, G, R, v] (this rank's share of the vocabulary).
+            logits [B, G, R, v] (this rank's share of the vocabulary), or with `attention.hidden_states` [B, G, R, H].
         """
         hidden, position_ids = None, groups.position_ids
         length = position_ids.shape[-1]
@@ -90,7 +90,8 @@ class MultimodalStage(torch.nn.Module):
         if self.config.sequence_parallel:
             # The output layer sums the gradient over tensor ranks, so that here it is only cut.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)[:length]
-        return self._logits(self._predicting_rows(hidden, attention))
+        rows = self._predicting_rows(hidden, attention)
+        return rows if attention.hidden_states else self._logits(rows)
 
     def prefill(self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None,
                 attention: AttentionPass) -> Tensor:

@@ -41,7 +41,7 @@ class ModelShape:
         """First language layers after which features of the vision tower are added."""
         return len(getattr(self.vision, "deepstack_visual_indexes", ()))
 
-    def layer_index(self, layer: int) -> int:
+    def layer_index(self, layer: int, key: str = "loss.attention_layers") -> int:
         """0-based layer of a possibly negative index.
 
         Raises:
@@ -49,19 +49,19 @@ class ModelShape:
         """
         index = layer + self.num_layers if layer < 0 else layer
         if not 0 <= index < self.num_layers:
-            raise ConfigError(f"loss.attention_layers names layer {layer} but '{self.path}' has {self.num_layers} "
+            raise ConfigError(f"{key} names layer {layer} but '{self.path}' has {self.num_layers} "
                               "layers")
         return index
 
-    def layer_indices(self, layers: Sequence[int]) -> list[int]:
-        """0-based layers of loss.attention_layers, each once.
+    def layer_indices(self, layers: Sequence[int], key: str = "loss.attention_layers") -> list[int]:
+        """0-based layers of a setting, each once.
 
         Raises:
             ConfigError: no such layer, or the same one under two names.
         """
-        indices = [self.layer_index(layer) for layer in layers]
+        indices = [self.layer_index(layer, key) for layer in layers]
         if len(set(indices)) != len(indices):
-            raise ConfigError(f"loss.attention_layers = {list(layers)} names a layer of '{self.path}' twice "
+            raise ConfigError(f"{key} = {list(layers)} names a layer of '{self.path}' twice "
                               f"({self.num_layers} layers)")
         return indices
 
@@ -75,9 +75,28 @@ class ModelShape:
                 raise ConfigError(f"{key} = '{other.path}' has {item.name} = {theirs}, but '{self.path}' has {ours}; "
                                   "it must be a checkpoint of the same architecture")
 
-    def check_layout(self, tensor_size: int, pipeline_size: int) -> None:
+    def check_teacher(self, teacher: "ModelShape") -> None:
+        """Raise ConfigError naming both values where a teacher does not see a picture as this model does."""
+        names = {"patch_size": "patches of", "temporal_patch_size": "frames of one patch",
+                 "spatial_merge_size": "patches along a side of one visual token"}
+        if teacher.family != self.family:
+            raise ConfigError(f"teacher.path = '{teacher.path}' is a '{teacher.family.model_type}' model, but model.path = "
+                              f"'{self.path}' is a '{self.family.model_type}': their visual tokens differ")
+        for name, what in names.items():
+            ours, theirs = getattr(self.vision, name, None), getattr(teacher.vision, name, None)
+            if ours != theirs:
+                raise ConfigError(f"teacher.path = '{teacher.path}' has vision_config.{name} = {theirs} ({what}), but "
+                                  f"model.path = '{self.path}' has {ours}: their visual tokens are not the same pieces of a "
+                                  "picture; distil from a teacher with the same visual grid")
+        for name in ("image_token_id", "video_token_id"):
+            ours, theirs = getattr(self, name), getattr(teacher, name)
+            if ours != theirs:
+                raise ConfigError(f"teacher.path = '{teacher.path}' has {name} = {theirs}, but model.path = '{self.path}' "
+                                  f"has {ours}; distil from a teacher with the same tokenizer")
+
+    def check_layout(self, tensor_size: int, pipeline_size: int, section: str = "parallel") -> None:
         """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""
-        key = "parallel.tensor_model_parallel_size"
+        key = f"{section}.tensor_model_parallel_size"
         for value, what in ((self.num_attention_heads, "attention heads"),
                             (self.ffn_hidden_size, "feed-forward units")):
             if value % tensor_size:
@@ -85,7 +104,7 @@ class ModelShape:
         if self.num_query_groups % tensor_size and tensor_size % self.num_query_groups:
             raise ConfigError(f"{key} = {tensor_size} neither divides nor is a multiple of the "
                               f"{self.num_query_groups} key/value heads of '{self.path}'")
-        key = "parallel.pipeline_model_parallel_size"
+        key = f"{section}.pipeline_model_parallel_size"
         if self.num_layers < pipeline_size:
             raise ConfigError(f"{key} = {pipeline_size} is more than the {self.num_layers} layers of '{self.path}'")
         first = stage_sizes(self.num_layers, pipeline_size)[0]

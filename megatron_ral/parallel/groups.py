@@ -1,14 +1,16 @@
-"""Process groups: started once per process, held in one object that is passed down."""
+"""Process groups: started once per process, held in one object per layout that is passed down."""
 
 import os
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ral.compat.model_layouts import layout_globals, no_layout, use_layout
 from megatron_ral.parallel.layout import ParallelLayout
 
 
@@ -25,6 +27,12 @@ class ParallelGroups:
     """Tensor x pipeline: the ranks that together hold one copy of the model."""
     embedding: Optional[dist.ProcessGroup]
     """First and last stage, where tied embeddings live twice; None on stages between and without pipeline."""
+    globals: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What third parties keep of this layout in their modules."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Third parties work in this layout while inside (a job may hold several)."""
+        return use_layout(self.globals)
 
 
 def default_device() -> torch.device:
@@ -54,6 +62,21 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
             os.environ["MASTER_PORT"] = str(_free_port())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(minutes=timeout_minutes))
+    torch.manual_seed(seed)
+    return _build(tensor_size, pipeline_size, device, timeout_minutes)
+
+
+def another_layout(groups: ParallelGroups, *, tensor_size: int, pipeline_size: int,
+                   timeout_minutes: int = 30) -> ParallelGroups:
+    """Groups of a second layout over the same ranks; `groups` itself where it is the same. The first stays in use."""
+    layout = groups.layout
+    if (tensor_size, pipeline_size) == (layout.tensor_size, layout.pipeline_size):
+        return groups
+    with no_layout():
+        return _build(tensor_size, pipeline_size, groups.device, timeout_minutes)
+
+
+def _build(tensor_size: int, pipeline_size: int, device: torch.device, timeout_minutes: int) -> ParallelGroups:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size,
@@ -62,14 +85,13 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
     assert layout.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
     assert layout.data_rank == parallel_state.get_data_parallel_rank()
     assert layout.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
     embedding = None
     if pipeline_size > 1 and (layout.is_first_stage or layout.is_last_stage):
         embedding = parallel_state.get_embedding_group()
     return ParallelGroups(
         layout=layout, device=device, tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(), data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(), embedding=embedding)
+        model=parallel_state.get_model_parallel_group(), embedding=embedding, globals=layout_globals())
 
 
 def stop_groups() -> None:

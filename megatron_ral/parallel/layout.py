@@ -70,6 +70,10 @@ class ParallelLayout:
         sizes = stage_sizes(num_layers, self.pipeline_size)
         return next(stage for stage in range(len(sizes)) if layer < sum(sizes[: stage + 1]))
 
+    def rank_of(self, tensor_rank: int, data_rank: int, pipeline_rank: int) -> int:
+        """Rank at a place."""
+        return tensor_rank + self.tensor_size * (data_rank + self.data_size * pipeline_rank)
+
     def with_rank(self, rank: int) -> "ParallelLayout":
         return ParallelLayout(rank, self.world_size, self.tensor_size, self.pipeline_size)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy from logits whose vocabulary is split over tensor-parallel ranks.
+"""Log-probabilities, entropy and most likely tokens from logits whose vocabulary is split over tensor-parallel ranks.
 
 Local partial -> collective -> combine: the pure halves are `functional/logprobs.py`. Full logits are never gathered.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ral.functional.logprobs import (
     VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
-from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_
+from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_, gather_shards
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -51,3 +51,19 @@ def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.Proce
         (logprobs [...], entropy [...] in nats), equal on all ranks of the group; both carry gradient to the logits.
     """
     return _VocabParallelLogprobs.apply(logits_v, targets, group)
+
+
+@torch.no_grad()
+def vocab_parallel_argmax(logits_v: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Id in the whole vocabulary of each row's largest logit; of equal ones the lowest id.
+
+    Args:
+        logits_v, group: as `vocab_parallel_logprobs`.
+
+    Returns:
+        [...] int64, equal on all ranks of the group.
+    """
+    value, index = logits_v.max(dim=-1)
+    values = torch.stack(gather_shards(value.contiguous(), group))
+    indices = torch.stack(gather_shards(index + logits_v.shape[-1] * dist.get_rank(group), group))
+    return indices.gather(0, values.argmax(dim=0, keepdim=True))[0]

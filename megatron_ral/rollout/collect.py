@@ -1,15 +1,16 @@
 """From prompts to scored groups: encode images once, generate, decode, score, advantages."""
 
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.generate import SamplingSettings, generate
+from megatron_ral.engine.generate import PromptResponses, SamplingSettings, sample_responses
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.rewards.score import reward_components, score_group
@@ -30,6 +31,8 @@ class ScoredGroups:
     """[B, G, R]"""
     finished: Tensor
     """[B, G] bool"""
+    from_teacher: Tensor
+    """[B] bool: the teacher's responses, not the policy's."""
 
 
 def score_responses(responses: ResponseBatch, processor: PromptProcessor, config: RunConfig) -> Score:
@@ -48,57 +51,70 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
     return Score(torch.tensor(rewards), parts, tuple(texts))
 
 
-def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor,
-                     settings: SamplingSettings, batch_size: int,
-                     *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
-    """Generate for all prompts, `batch_size` at a time; the caller keeps the engine resident. Yields responses with their
-    visual embeddings (first stage only)."""
-    for start in range(0, len(prompts), batch_size):
-        batch = pad_prompts(prompts[start:start + batch_size], processor.pad_token_id)
-        embeds = engine.encode_visual(batch)
-        yield generate(engine, batch, embeds, settings, *identity), embeds
-
-
 def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                    step: int, micro_batch_size: int) -> list[ScoredGroups]:
+                    step: int, micro_batch_size: int, teacher: Optional[TeacherEngine] = None) -> list[ScoredGroups]:
     """Rollout of this rank's prompts, cut into micro-batches of one shape.
 
     Args:
         prompts: this data-parallel rank's prompts of the rollout.
         step: rollout number; part of every random stream.
         micro_batch_size: prompt groups per micro-batch; divides len(prompts).
+        teacher: answers the share distill.teacher_rollouts of the prompts.
     """
+    share = config.distill.teacher_rollouts if teacher is not None else 0.0
+    asked = [share > 0 and float(uniform_stream(1, "teacher", config.seed, step, prompt.sample.identity)) < share
+             for prompt in prompts]
+    rows, embeds = _answers(engine, prompts, asked, processor, config, step, teacher)
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    everything = PromptResponses.join(pad_prompts(prompts, processor.pad_token_id, width), rows, processor.pad_token_id)
+    score = score_responses(everything, processor, config)
+    batches = []
+    for start in range(0, len(prompts), micro_batch_size):
+        part = slice(start, start + micro_batch_size)
+        own = embeds[part]
+        groups = GroupBatch(pad_prompts(prompts[part], processor.pad_token_id, width), everything.response_ids[part],
+                            everything.response_lengths[part], None if own[0] is None else tuple(own))
+        scored = Score(score.rewards[part], {name: values[part] for name, values in score.components.items()},
+                       score.texts[part])
+        advantages = group_advantages(scored.rewards, scale=config.loss.advantage_scale)
+        shuffled = config.loss.attention_advantages == "shuffled"
+        order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None
+        batches.append(ScoredGroups(groups, scored, advantages, advantages.gather(1, order) if shuffled else advantages,
+                                    everything.rollout_logprobs[part], everything.finished[part],
+                                    torch.tensor(asked[part])))
+    return batches
+
+
+def _answers(engine: StageEngine, prompts: Sequence[Prompt], asked: Sequence[bool], processor: PromptProcessor,
+             config: RunConfig, step: int, teacher: Optional[TeacherEngine]
+             ) -> tuple[list[PromptResponses], list[Optional[Tensor]]]:
+    """Responses to each prompt, by the teacher where `asked`, and the policy's visual embeddings of each (first stage)."""
     settings = SamplingSettings(
         config.rollout.group_size, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
         config.rollout.temperature, config.rollout.top_p)
+    size, identity = config.rollout.generation_batch_size, (config.seed, step)
+    rows: dict[int, PromptResponses] = {}
+    embeds: dict[int, Optional[Tensor]] = {}
+    numbers = {by_teacher: [index for index, flag in enumerate(asked) if flag == by_teacher]
+               for by_teacher in (False, True)}
+
+    def see(start: list[int], features: Optional[tuple[Tensor, ...]]) -> None:
+        embeds.update(zip(start, features if features is not None else [None] * len(start)))
+
     with engine.resident():
-        sampled = list(sample_responses(engine, prompts, processor, settings, config.rollout.generation_batch_size,
-                                        config.seed, step))
-    longest = max(responses.response_ids.shape[2] for responses, _ in sampled)
-    width = max(len(prompt.input_ids) for prompt in prompts)
-    rows = []
-    for responses, embeds in sampled:
-        score = score_responses(responses, processor, config)
-        missing = longest - responses.response_ids.shape[2]
-        ids = torch.nn.functional.pad(responses.response_ids, (0, missing), value=processor.pad_token_id)
-        logprobs = torch.nn.functional.pad(responses.rollout_logprobs, (0, missing))
-        for b in range(len(responses.prompts)):
-            rows.append((responses.prompts.prompts[b], ids[b], responses.response_lengths[b], logprobs[b],
-                         responses.finished[b], score.rewards[b], {n: v[b] for n, v in score.components.items()},
-                         score.texts[b], None if embeds is None else embeds[b]))
-    batches = []
-    for start in range(0, len(rows), micro_batch_size):
-        chosen, ids, lengths, logprobs, finished, rewards, parts, texts, embeds = zip(
-            *rows[start:start + micro_batch_size])
-        groups = GroupBatch(pad_prompts(chosen, processor.pad_token_id, width), torch.stack(ids), torch.stack(lengths),
-                            None if embeds[0] is None else tuple(embeds))
-        score = Score(torch.stack(rewards), {n: torch.stack([part[n] for part in parts]) for n in parts[0]}, texts)
-        advantages = group_advantages(score.rewards, scale=config.loss.advantage_scale)
-        shuffled = config.loss.attention_advantages == "shuffled"
-        order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None
-        batches.append(ScoredGroups(groups, score, advantages, advantages.gather(1, order) if shuffled else advantages,
-                                    torch.stack(logprobs), torch.stack(finished)))
-    return batches
+        own, done = numbers[False], 0
+        for responses, features in sample_responses(engine, [prompts[index] for index in own], settings, size, *identity):
+            chosen = own[done:done + len(responses.prompts)]
+            rows.update(zip(chosen, PromptResponses.split(responses)))
+            see(chosen, features)
+            done += len(chosen)
+        for start in range(0, len(numbers[True]), size):
+            chosen = numbers[True][start:start + size]
+            see(chosen, engine.encode_visual(pad_prompts([prompts[index] for index in chosen], settings.pad_token_id)))
+    if teacher is not None and config.distill.teacher_rollouts > 0:
+        answers = teacher.answer([prompts[index] for index in numbers[True]], settings, size, *identity)
+        rows.update(zip(numbers[True], answers))
+    return [rows[index] for index in range(len(prompts))], [embeds[index] for index in range(len(prompts))]
 
 
 def shuffled_order(identities: Sequence[str], group_size: int, *identity: object) -> Tensor:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor, SampleError
 from megatron_ral.data.shards import epoch_entries, parse_sample
-from megatron_ral.engine.generate import SamplingSettings
+from megatron_ral.engine.generate import SamplingSettings, sample_responses
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
-from megatron_ral.rollout.collect import sample_responses, score_responses
+from megatron_ral.rollout.collect import score_responses
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class ProbeView:
     text: str
     visual_attention: Tensor
     """[visual tokens] float32: policy mass averaged over response rows."""
+    teacher_attention: Optional[Tensor] = None
+    """The same of the teacher's layer at that depth, reading the same response."""
 
 
 def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0,
@@ -75,7 +78,7 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
     sums: dict[str, float] = {}
     layers = range(engine.shape.num_layers)
     with engine.resident():
-        for responses, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
+        for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
             score = score_responses(responses, processor, config)
             if engine.layout.is_last_stage:
                 _add(sums, {"prompts": len(score.rewards), "accuracy": score.components["accuracy"].sum(),
@@ -96,34 +99,42 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
 
 
 def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                layer: int) -> list[ProbeView]:
-    """Greedy responses of fixed prompts and the attention of their rows over the image, on every rank."""
+                layer: int, teacher: Optional[TeacherEngine] = None) -> list[ProbeView]:
+    """Greedy responses of fixed prompts and the attention of their rows over the image, on every rank; with a teacher also
+    where that looks while it reads them."""
     views = []
     owner = engine.layout.stage_of_layer(layer, engine.shape.num_layers)
+
+    def everywhere(rows: Optional[Tensor], groups: GroupBatch) -> Tensor:
+        """[B, P] on every stage, from what the layer's owner kept."""
+        if rows is None:
+            rows = torch.zeros(len(groups), groups.prompts.input_ids.shape[1], device=engine.groups.device)
+        return broadcast_from_stage_(rows.contiguous(), owner, engine.groups).cpu()
+
     with engine.resident():
-        for responses, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
-            batch = responses.prompts
-            mass = attention.get(layer)
-            if mass is None:
-                mass = torch.zeros(len(batch), batch.input_ids.shape[1], device=engine.groups.device)
-            mass = broadcast_from_stage_(mass.contiguous(), owner, engine.groups).cpu()
+        for responses, groups, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
+            batch, masses = responses.prompts, [everywhere(attention.get(layer), groups)]
+            if teacher is not None:
+                [read] = teacher.read([groups], [layer], keep=lambda rows, _: rows.policy(), hidden_states=False)
+                rows = read.attention.get(layer)
+                masses.append(everywhere(None if rows is None else _mean_policy(rows, groups), groups))
             score = score_responses(responses, processor, config)
             for b, prompt in enumerate(batch.prompts):
-                views.append(ProbeView(prompt, score.texts[b][0], mass[b][batch.visual_mask[b]]))
+                views.append(ProbeView(prompt, score.texts[b][0], *(mass[b][batch.visual_mask[b]] for mass in masses)))
     return views
 
 
 def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
                     layers: Sequence[int], keep: Callable[[AttentionRows, GroupBatch], Any]
-                    ) -> Iterator[tuple[ResponseBatch, Mapping[int, Any]]]:
-    """Greedy responses batch by batch, and what `keep` makes of the attention rows of those of `layers` that live on
+                    ) -> Iterator[tuple[ResponseBatch, GroupBatch, Mapping[int, Any]]]:
+    """Greedy responses batch by batch, the same as groups of one, and what `keep` makes of the attention rows of those of `layers` that live on
     this stage."""
     settings = SamplingSettings(1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
                                 temperature=0.0)
-    sampled = sample_responses(engine, prompts, processor, settings, config.rollout.generation_batch_size)
+    sampled = sample_responses(engine, prompts, settings, config.rollout.generation_batch_size)
     for responses, embeds in sampled:
         groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
-        yield responses, engine.forward([groups], layers, keep=keep)[0].attention
+        yield responses, groups, engine.forward([groups], layers, keep=keep)[0].attention
 
 
 def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
@@ -135,9 +146,13 @@ def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor
 
 
 def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:
+    return _mean_policy(rows.policy(), groups)
+
+
+def _mean_policy(policy_BGRS: Tensor, groups: GroupBatch) -> Tensor:
     """[B, P]: attention policy over the prompt, averaged over response rows."""
-    mask = groups.response_mask[..., None]
-    return (rows.policy()[..., : rows.layout.P] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
+    mask = groups.response_mask.to(policy_BGRS.device)[..., None]
+    return (policy_BGRS[..., : groups.prompts.input_ids.shape[1]] * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
 
 
 def _add(sums: dict[str, float], values: dict) -> None:

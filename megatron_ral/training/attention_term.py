@@ -23,6 +23,16 @@ ROLLOUT_POLICY = ("old", "group", "hindsight")
 """Targets made of rows of the policy that made the rollout."""
 
 
+def row_keys(rows: AttentionRows, prompts: PromptBatch, kind: str, exclude_self: bool) -> RowKeys:
+    """Keys a policy is made of: `all`, `visual` or `prompt`, with or without the row's own token."""
+    columns = None
+    if kind != "all":
+        inside = torch.arange(rows.layout.P, device=rows.attention.device) < prompts.prompt_lengths[:, None]
+        columns = F.pad(prompts.visual_mask if kind == "visual" else inside,
+                        (0, rows.attention.shape[-1] - rows.layout.P))
+    return rows.keys(columns, exclude_self)
+
+
 @dataclass(frozen=True)
 class AttentionTerm:
     """loss = sum over rows of weight * D(policy of the row, target) / rows of the optimizer step, mean over layers.
@@ -50,12 +60,7 @@ class AttentionTerm:
 
     def keys(self, rows: AttentionRows, prompts: PromptBatch) -> RowKeys:
         """Keys the policies are made of."""
-        columns = None
-        if self.settings.attention_keys != "all":
-            inside = torch.arange(rows.layout.P, device=rows.attention.device) < prompts.prompt_lengths[:, None]
-            columns = prompts.visual_mask if self.settings.attention_keys == "visual" else inside
-            columns = F.pad(columns, (0, rows.attention.shape[-1] - rows.layout.P))
-        return rows.keys(columns, self.settings.attention_exclude_self)
+        return row_keys(rows, prompts, self.settings.attention_keys, self.settings.attention_exclude_self)
 
     def keep(self, rows: AttentionRows, groups: GroupBatch) -> Any:
         """What is kept of the rows of a target's pass until the update."""

@@ -1,4 +1,5 @@
-"""Losses as values that an engine calls back: supervised cross-entropy, and the GRPO family with the term of RAL."""
+"""Losses as values that an engine calls back: supervised cross-entropy, and the GRPO family with the term of RAL and what a
+teacher adds."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Mapping, Optional
@@ -12,6 +13,7 @@ from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.kl import kl_estimate
 from megatron_ral.functional.policy_loss import PolicyLoss, cispo_loss, grpo_loss, gspo_loss
 from megatron_ral.training.attention_term import AttentionTerm, attention_metrics
+from megatron_ral.training.distillation import DistillTerm
 from megatron_ral.types import TrainBatch
 
 Metrics = Mapping[str, Tensor]
@@ -36,7 +38,8 @@ class SftObjective:
 
 @dataclass(frozen=True)
 class RalObjective:
-    """L =  sum_t w_t [ policy_t + kl_coef * KL_t - entropy_coef * H_t ]  +  attention_coef * attention term
+    """L =  sum_t w_t [ policy_coef * policy_t + kl_coef * KL_t - entropy_coef * H_t ]
+         +  attention_coef * attention term  +  `DistillTerm`
 
     with w_t of `token_weights` (1 / T by default), T the response tokens of the whole optimizer step, and the attention
     term of `AttentionTerm`. attention_coef = 0 is GRPO, or what the settings say of its family. With
@@ -44,29 +47,37 @@ class RalObjective:
     """
 
     settings: LossConfig
-    recorded_layers: frozenset[int]
+    term_layers: frozenset[int]
+    """0-based layers of the attention term."""
     attention_coef: float
     """Of this optimizer step; settings.attention_coef with its schedule."""
     temperature: float = 1.0
-    parts: Literal["all", "tokens", "attention"] = "all"
-    """Terms that give a gradient and are logged."""
+    parts: Literal["all", "tokens", "attention", "distill_attention"] = "all"
+    """Terms that give a gradient and are logged: all; all but the attention term; that alone; the teacher's attention
+    alone."""
+    distill: Optional[DistillTerm] = None
+    """What the teacher adds."""
+
+    @property
+    def recorded_layers(self) -> frozenset[int]:
+        distilled = self.distill.layers if self.distill is not None and self.parts != "attention" else frozenset()
+        return distilled | (self.term_layers if self.parts in ("all", "attention") else frozenset())
 
     @property
     def term(self) -> AttentionTerm:
-        return AttentionTerm(self.settings, len(self.recorded_layers))
+        return AttentionTerm(self.settings, len(self.term_layers))
 
     @property
     def row_kind(self) -> str:
         return self.term.row_kind
 
-    def only(self, parts: Literal["tokens", "attention"], attention_coef: Optional[float] = None) -> "RalObjective":
-        """One of the terms, the attention term with another coefficient if one is given."""
+    def only(self, parts: Literal["tokens", "attention", "distill_attention"], attention_coef: Optional[float] = None) -> "RalObjective":
+        """Some of the terms; the attention term with another coefficient if one is given."""
         coef = self.attention_coef if attention_coef is None else attention_coef
-        layers = self.recorded_layers if parts == "attention" else frozenset()
-        return replace(self, parts=parts, attention_coef=coef, recorded_layers=layers)
+        return replace(self, parts=parts, attention_coef=coef)
 
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Metrics]:
-        if self.parts == "attention":
+        if self.parts in ("attention", "distill_attention"):
             return 0.0 * outputs.logprobs.sum(), {}
         settings, mask = self.settings, batch.loss_mask
         weights = token_weights(mask, settings.aggregation, **asdict(batch.totals)).to(outputs.logprobs.dtype)
@@ -82,12 +93,16 @@ class RalObjective:
             "clip_ratio/low": mean(policy.clipped_low), "clip_ratio/high": mean(policy.clipped_high),
             "ratio": mean(policy.ratio),
         }
+        loss = settings.policy_coef * loss
         if batch.ref_logprobs is not None:
             kl = kl_estimate(outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp)
             loss = loss + settings.kl_coef * (kl * weights).sum()
             metrics["kl"] = mean(kl)
         if settings.entropy_coef > 0:
             loss = loss - settings.entropy_coef * (outputs.entropy * weights).sum()
+        if self.distill is not None:
+            distilled, measured = self.distill.token_loss(outputs, batch)
+            loss, metrics = loss + distilled, {**metrics, **measured}
         metrics["loss/token"] = loss.detach()
         return loss, metrics
 
@@ -100,11 +115,19 @@ class RalObjective:
         return clipped(*arguments, **bounds, dual_clip=settings.dual_clip)
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Optional[Tensor], Metrics]:
-        with torch.set_grad_enabled(self.attention_coef > 0 and torch.is_grad_enabled()):
-            loss, metrics = self.term.loss(layer, rows, batch)
-        loss = self.attention_coef * loss
-        return (loss if loss.requires_grad else None), {
-            **attention_metrics(rows, batch), **metrics, "loss/attention": loss.detach()}
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if layer in self.term_layers and self.parts in ("all", "attention"):
+            with torch.set_grad_enabled(self.attention_coef > 0 and torch.is_grad_enabled()):
+                loss, measured = self.term.loss(layer, rows, batch)
+            losses.append(self.attention_coef * loss)
+            metrics |= {**attention_metrics(rows, batch), **measured, "loss/attention": losses[0].detach()}
+        if self.distill is not None and layer in self.distill.layers and self.parts != "attention":
+            loss, measured = self.distill.attention_loss(layer, rows, batch)
+            losses.append(loss)
+            metrics |= measured
+        losses = [loss for loss in losses if loss is not None and loss.requires_grad]
+        return (sum(losses[1:], losses[0]) if losses else None), metrics
 
 
 def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:

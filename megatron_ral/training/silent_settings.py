@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from megatron_ral.config import RunConfig
+from megatron_ral.config.distill import DistillConfig
 from megatron_ral.config.sections import LossConfig
 
 
@@ -14,12 +15,13 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
     if config.train.algorithm != "ral":
         return warnings
     loss, changed = config.loss, _changed(config.loss)
-    if not config.attention_acts:
+    if not config.attention_acts and not config.distills:
         warnings.append("loss.attention_coef = 0: the attention term is off and this run is GRPO")
-    elif loss.attention_target == "old" and config.updates_per_rollout == 1:
+    elif config.attention_acts and loss.attention_target == "old" and config.updates_per_rollout == 1:
         warnings.append("one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient "
                         "are exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
                         "rollout.num_epochs, or set loss.attention_target = reference")
+    warnings += _distillation_warnings(config)
     by_ratio = ("attention_coef", "attention_coef_warmup_steps", "attention_coef_decay")
     without_sign = ("attention_negative_weight", "attention_advantages")
     unused = {
@@ -45,7 +47,28 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
     return warnings
 
 
-def _changed(loss: LossConfig) -> set[str]:
+def _distillation_warnings(config: RunConfig) -> list[str]:
+    settings, warnings = config.distill, []
+    changed = _changed(settings)
+    if not config.distills:
+        warnings += [f"distill.{name} has no effect without teacher.path" for name in sorted(changed)]
+        if config.loss.policy_coef == 0:
+            warnings.append("loss.policy_coef = 0 without teacher.path: rewards give no gradient; set it to 1, or name a "
+                            "teacher")
+        return warnings
+    if settings.token_coef == 0 and settings.attention_coef == 0:
+        warnings.append("distill.token_coef = 0 and distill.attention_coef = 0: the teacher is only measured against")
+    unused = {f"distill.token_divergence = {settings.token_divergence}":
+              {"cross_entropy": ("beta", "temperature", "top_tokens"), "jsd": ()}.get(settings.token_divergence, ("beta",)),
+              "distill.attention_keys = visual, of which no row's own token is one":
+              ("attention_exclude_self",) if settings.attention_keys == "visual" else ()}
+    for reason, names in unused.items():
+        warnings += [f"distill.{name} = {getattr(settings, name)} has no effect with {reason}" for name in names
+                     if name in changed]
+    return warnings
+
+
+def _changed(section: LossConfig | DistillConfig) -> set[str]:
     """Names of the settings that differ from their default."""
-    default = LossConfig()
-    return {field.name for field in fields(loss) if getattr(loss, field.name) != getattr(default, field.name)}
+    default = type(section)()
+    return {field.name for field in fields(section) if getattr(section, field.name) != getattr(default, field.name)}

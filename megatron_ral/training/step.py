@@ -17,11 +17,13 @@ from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine, schedule_factor
 from megatron_ral.engine.protocol import ForwardOutput
+from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
 from megatron_ral.training.attention_term import ROLLOUT_POLICY
+from megatron_ral.training.distillation import DistillTerm, shuffled_visual_columns
 from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Prompt, TrainBatch, pad_prompts
 
@@ -82,6 +84,8 @@ class Engines:
     """Where the KL or target `reference` needs it."""
     average: Optional[AverageEngine] = None
     """For target `ema`."""
+    teacher: Optional[TeacherEngine] = None
+    """To distil from."""
 
 
 def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProcessor, objective: RalObjective,
@@ -102,7 +106,7 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
     micro_batch_size = min(config.train.micro_batch_size, per_update)
 
     with report.timed("rollout"):
-        report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size)
+        report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size, engines.teacher)
     old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
     minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
     report.metrics.update(rollout_metrics(report.rollout, old, policy))
@@ -111,6 +115,9 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
     for epoch in range(config.rollout.num_epochs):
         for index, minibatch in enumerate(minibatches):
             last = epoch == config.rollout.num_epochs - 1 and index == len(minibatches) - 1
+            if engines.teacher is not None:  # per update, so that its rows of a whole rollout need not be held
+                with report.timed("teacher"):
+                    minibatch = taught(engines.teacher, minibatch, objective.distill, config, step)
             with report.timed("update"):
                 metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
                 result = policy.step()
@@ -133,7 +140,7 @@ def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjec
             ) -> tuple[Sequence[ForwardOutput], Optional[Sequence[ForwardOutput]], Optional[Sequence[ForwardOutput]]]:
     """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
     average) the attention is compared with."""
-    target, layers = objective.settings.attention_target, sorted(objective.recorded_layers)
+    target, layers = objective.settings.attention_target, sorted(objective.term_layers)
 
     def run(engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
             ) -> list[ForwardOutput]:
@@ -156,6 +163,21 @@ def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjec
     return old, reference, source
 
 
+def taught(teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig,
+           step: int) -> list[TrainBatch]:
+    """The micro-batches of one optimizer step with the teacher's view of them."""
+    tokens = config.distill.token_divergence != "cross_entropy"
+    outputs = teacher.read([batch.groups for batch in minibatch], sorted(term.layers), row_kind=term.row_kind,
+                           keep=term.keep, hidden_states=tokens)
+    result = []
+    for batch, output in zip(minibatch, outputs):
+        rows = output.attention
+        if config.distill.attention_rows == "shuffled":
+            rows = {layer: shuffled_visual_columns(row, batch.groups, config.seed, step) for layer, row in rows.items()}
+        result.append(replace(batch, teacher_hidden=output.hidden, teacher_attention=rows))
+    return result
+
+
 def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], objective: RalObjective,
                          config: RunConfig, measure_ratio: bool) -> dict[str, float]:
     """Gradient of one optimizer step, ready for `policy.step`, with the coefficient of the attention term that the
@@ -175,18 +197,22 @@ def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], 
         return {**metrics, "attention/grad_ratio": settings.attention_grad_ratio} if coef > 0 else metrics
     coef = settings.attention_coef * schedule_factor(policy.num_steps_taken, config.num_optimizer_steps,
                                                      settings.attention_coef_warmup_steps, settings.attention_coef_decay)
-    objective, attention_shards = replace(objective, attention_coef=coef), None
-    if measure_ratio and coef > 0:
-        policy.forward_backward(minibatch, objective.only("attention"))
-        attention_shards = policy.gradient_shards()
+    objective = replace(objective, attention_coef=coef)
+    acting = {"attention": coef > 0, "distill_attention": objective.distill is not None and
+              config.distill.attention_coef > 0}
+    shards = {}
+    for parts in (name for name, acts in acting.items() if acts and measure_ratio):
+        policy.forward_backward(minibatch, objective.only(parts))
+        shards[parts] = policy.gradient_shards()
     metrics = {**finish_metrics(policy.forward_backward(minibatch, objective)), "attention/coef": coef}
-    if attention_shards is not None:
-        metrics["attention/grad_ratio"] = gradient_ratio(policy, attention_shards)
+    for parts, part in shards.items():
+        name = {"attention": "attention/grad_ratio", "distill_attention": "distill/attention_grad_ratio"}[parts]
+        metrics[name] = gradient_ratio(policy, part)
     return metrics
 
 
 def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor]) -> float:
-    """|grad attention| / |grad tokens| from the attention term's gradient and the whole gradient now held."""
+    """|grad of a part| / |grad of the rest| from the part's gradient and the whole gradient now held."""
     token_shards = [whole - attention for whole, attention in zip(policy.gradient_shards(), attention_shards)]
     token_norm = policy.gradient_norm(token_shards)
     return policy.gradient_norm(attention_shards) / token_norm if token_norm > 0 else 0.0
@@ -212,10 +238,13 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: Poli
             for name, values in scored.score.components.items():
                 add(f"rewards/{name}/mean", values.sum())
             mask = scored.groups.response_mask
-            difference = (output.tokens.logprobs.cpu() - scored.rollout_logprobs).abs() * mask
+            own = mask & ~scored.from_teacher[:, None, None]
+            difference = (output.tokens.logprobs.cpu() - scored.rollout_logprobs).abs() * own
             add("sampling/logprob_difference", difference.sum())
+            add("own_tokens", own.sum())
             add("tokens", mask.sum())
     total = sum_metrics(sums, policy.groups)
     responses, groups, tokens = total.pop("responses"), total.pop("groups"), total.pop("tokens")
-    per = {"reward_std": groups, "frac_reward_zero_std": groups, "sampling/logprob_difference": tokens}
+    per = {"reward_std": groups, "frac_reward_zero_std": groups,
+           "sampling/logprob_difference": max(total.pop("own_tokens"), 1.0)}
     return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}

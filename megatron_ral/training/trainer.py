@@ -15,13 +15,15 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.checkpoints import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_objects
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.groups import ParallelGroups, another_layout
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
+from megatron_ral.training.distillation import DistillTerm
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.objective import RalObjective
 from megatron_ral.training.silent_settings import silent_setting_warnings
@@ -57,6 +59,9 @@ class Inputs:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
         processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
                                     config.data.include_process)
+        if config.distills:
+            processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
+                                 "model.path", "teacher.path")
         checkpoint = find_checkpoint(config, resume)
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)
@@ -70,9 +75,11 @@ class Trainer:
         shape: of model.path, checked against the layout.
         groups: process groups.
         inputs: what is on disk.
+        teacher_shape: of teacher.path, checked against the layout and the student; None: no teacher.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups, inputs: Inputs):
+    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups, inputs: Inputs,
+                 teacher_shape: Optional[ModelShape] = None):
         self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
         self.is_main = groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
@@ -80,8 +87,10 @@ class Trainer:
         self.loader = PromptLoader(
             inputs.sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
             shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
+        teacher = self._teacher(teacher_shape) if teacher_shape is not None else None
         self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
-                                      config.loss.attention_coef, config.rollout.temperature)
+                                      config.loss.attention_coef, config.rollout.temperature,
+                                      distill=self._distill_term(teacher) if teacher is not None else None)
         self.policy = PolicyEngine(shape, groups, config)
         reference = average = None
         if config.needs_reference:
@@ -90,7 +99,24 @@ class Trainer:
                                      config.parallel.sequence_parallel)
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
-        self.engines = Engines(self.policy, reference, average)
+        self.engines = Engines(self.policy, reference, average, teacher)
+
+    def _teacher(self, shape: ModelShape) -> TeacherEngine:
+        config, settings = self.config, self.config.teacher
+        offload = settings.cpu_offload and self.groups.device.type != "cpu"
+        if settings.cpu_offload and not offload and self.is_main:
+            logger.warning("teacher.cpu_offload has no effect without an accelerator: the host's memory is all there is")
+        tensor_size, pipeline_size = config.teacher_layout
+        groups = another_layout(self.groups, tensor_size=tensor_size, pipeline_size=pipeline_size,
+                                timeout_minutes=config.parallel.timeout_minutes)
+        return TeacherEngine(shape, groups, settings.dtype, settings.path, student=self.groups, student_shape=self.shape,
+                             processor=self.processor, sequence_parallel=settings.sequence_parallel,
+                             cpu_offload=offload)
+
+    def _distill_term(self, teacher: TeacherEngine) -> DistillTerm:
+        settings = self.config.distill
+        layers = self.shape.layer_indices(settings.attention_layers, "distill.attention_layers")
+        return DistillTerm(settings, frozenset(layers or range(self.shape.num_layers)), self.groups.tensor, teacher.head)
 
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
@@ -132,7 +158,8 @@ class Trainer:
             return sft_step(self.policy, prompts, self.processor, config)
         prompts = self.loader.take(config.rollout.num_prompts // ranks)
         interval = config.logging.gradient_ratio_interval
-        measure = bool(interval) and config.attention_acts and (step + 1) % interval == 0
+        acts = config.attention_acts or (config.distills and config.distill.attention_coef > 0)
+        measure = bool(interval) and acts and (step + 1) % interval == 0
         return ral_step(self.engines, prompts, self.processor, self.objective, config, step, measure)
 
     def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
@@ -169,10 +196,10 @@ class Trainer:
 
     def _look(self, log: RunLog, probes: list, step: int) -> None:
         """Evaluation and attention pictures where they are due after `step` steps."""
-        settings, layer = self.config.logging, max(self.objective.recorded_layers)
+        settings, layer = self.config.logging, max(self.objective.term_layers)
         last = step == self.config.train.num_steps
         if probes and (step % settings.probe_interval == 0 or last):
-            log.probes(view_probes(self.policy, probes, self.processor, self.config, layer),
+            log.probes(view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher),
                        self.processor.merge_size, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
             prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,

@@ -72,7 +72,8 @@ def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, p
         result.append(ScoredGroups(GroupBatch(batch, torch.stack(ids), torch.stack(lengths), embeds), score,
                                    group_advantages(rewards), group_advantages(rewards),
                                    torch.zeros(rewards.shape + (LENGTH,)),
-                                   torch.ones_like(rewards, dtype=torch.bool)))
+                                   torch.ones_like(rewards, dtype=torch.bool),
+                                   torch.zeros(len(prompts), dtype=torch.bool)))
     return result
 
 

@@ -98,6 +98,68 @@ def test_train_refuses_a_folder_without_a_tokenizer(good, material, tmp_path):
     one_sentence(command("megatron_ral.train", *arguments, f"model.path={tmp_path}/bare"), "bare", "tokenizer")
 
 
+def changed_copy(source, target, file, change):
+    """A model folder with one of its JSON files changed."""
+    import json
+    import shutil
+
+    shutil.copytree(source, target)
+    content = json.loads((target / file).read_text())
+    change(content)
+    (target / file).write_text(json.dumps(content))
+    return target
+
+
+def test_train_refuses_a_teacher_with_another_visual_grid(good, material, tmp_path):
+    arguments, _ = good
+    other = changed_copy(material["teacher"], tmp_path / "coarse", "config.json",
+                         lambda config: config["vision_config"].update(patch_size=28))
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"),
+                 "teacher.path", "vision_config.patch_size = 28", "has 14", "model.path")
+    other = changed_copy(material["teacher"], tmp_path / "grey", "preprocessor_config.json",
+                         lambda config: config.update(image_mean=[0.5, 0.5, 0.25]))
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"), "teacher.path", "image_mean", "0.25")
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={material['qwen3']}"),
+                 "'qwen3_vl'", "'qwen2_5_vl'", "teacher.path")
+
+
+def test_train_refuses_a_teacher_with_another_tokenizer(good, material, tmp_path):
+    def swap(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    arguments, _ = good
+    other = changed_copy(material["teacher"], tmp_path / "swapped", "tokenizer.json", swap)
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"),
+                 "teacher.path has another tokenizer than model.path", "token 'a' has id", "distil from")
+    other = changed_copy(material["teacher"], tmp_path / "merges", "tokenizer.json",
+                         lambda content: content["model"]["merges"].pop())
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"), "another tokenizer", "merges")
+
+
+def test_train_refuses_a_teacher_that_does_not_fit(good):
+    """72 billion parameters, from their published configuration alone: no weights are looked for first."""
+    arguments, folder = good
+    result = command("megatron_ral.train", *arguments, "teacher.path=pretrained_configs/models/qwen2.5-vl-72b",
+                     f"train.output_dir={folder}/never")
+    one_sentence(result, "teacher.path", "does not fit", "136.7 GiB", "GiB are free", "more ranks")
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("world, settings, named", [
+    (1, ["teacher.tensor_model_parallel_size=2"], ["teacher", "2 * 1", "world size 1"]),
+    (4, ["teacher.tensor_model_parallel_size=4"], ["teacher.tensor_model_parallel_size = 4", "6 attention heads"]),
+    (1, ["distill.attention_layers=[7]"], ["distill.attention_layers", "7", "4 layers"]),
+    (1, ["distill.teacher_rollouts=0.5"], ["distill.teacher_rollouts", "loss.policy_coef = 1.0"]),
+    (1, ["distill.token_divergence=cross_entropy"], ["distill.token_divergence", "teacher_rollouts = 1"]),
+    (1, ["distill.beta=1.0"], ["distill.beta", "1.0"]),
+])
+def test_train_refuses_settings_of_distillation(good, material, world, settings, named):
+    arguments, _ = good
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={material['teacher']}", *settings, world=world),
+                 *named)
+
+
 def test_evaluate_refuses(good):
     arguments, _ = good
     one_sentence(command("megatron_ral.evaluate", *arguments, "--output", "x.json", "--model", "nowhere"), "--model",

@@ -44,6 +44,30 @@ def test_deepspeed_still_compares_module_order_over_all_ranks():
     assert "assert_ints_same_as_other_ranks" in source
 
 
+def test_megatron_still_keeps_one_layout_in_globals():
+    from megatron.core import parallel_state
+
+    assert "global _TENSOR_MODEL_PARALLEL_GROUP" in inspect.getsource(parallel_state.initialize_model_parallel)
+    assert "return _TENSOR_MODEL_PARALLEL_GROUP" in inspect.getsource(parallel_state.get_tensor_model_parallel_group)
+
+
+def test_a_layout_that_was_put_aside_comes_back():
+    from megatron.core import parallel_state
+
+    from megatron_ral.compat.model_layouts import layout_globals, no_layout, use_layout
+
+    name = "_MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE"
+    with use_layout({name: 5}), no_layout():
+        assert layout_globals()[name] is None
+        with use_layout({name: 3}):
+            assert getattr(parallel_state, name) == 3
+        assert getattr(parallel_state, name) is None
+    assert getattr(parallel_state, name) is None
+    with pytest.raises(RuntimeError), use_layout({name: 5}):
+        raise RuntimeError
+    assert getattr(parallel_state, name) is None
+
+
 def test_cpu_shims_refuse_a_machine_with_an_accelerator(monkeypatch):
     from megatron_ral.compat import cpu_backend
 

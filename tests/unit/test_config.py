@@ -1,5 +1,7 @@
 """Every wrong configuration ends with one sentence that names file, key and value."""
 
+import math
+
 import pytest
 
 from megatron_ral.config import ConfigError, check_layout, dump_config, load_config
@@ -145,6 +147,8 @@ def test_shipped_configurations_load():
     assert files
     for path in files:
         config = load_config(path, ["model.path=somewhere"])
-        model = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        teacher_tensor, teacher_pipeline = config.teacher_layout
+        model = math.lcm(config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size,
+                         teacher_tensor * teacher_pipeline)
         for data in (1, 2, 4):
             check_layout(config, model * data)

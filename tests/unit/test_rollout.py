@@ -53,7 +53,7 @@ def rollout():
         rewards = torch.tensor([REWARDS[index] for index in indices])
         result.append(ScoredGroups(GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
                                    Score(rewards, {}, ()), rewards, rewards.flip(1), batch.rollout_logprobs,
-                                   batch.finished))
+                                   batch.finished, torch.zeros(2, dtype=torch.bool)))
     return result
 
 

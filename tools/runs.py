@@ -1,0 +1,93 @@
+"""Many training runs for one question: started side by side, each once, and read back from their event files.
+
+What the studies (`study.py`, `distill_study.py`) share.
+"""
+
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Callable, Sequence
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file beside a run's folder (whose name may hold a point, which `with_suffix` would cut)."""
+    return folder.with_name(folder.name + ending)
+
+
+def call(log: Path, *arguments: object) -> None:
+    """Run a command of the project with one thread; its output goes to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
+    with open(log, "a") as stream:
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, stdout=stream,
+                              stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"a run failed (exit {done.returncode}); its output is in {log}")
+
+
+def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str]) -> None:
+    """One run in one process, unless it is done already.
+
+    Args:
+        config: name of a file in pretrained_configs/runs.
+        target: output folder; what a run that was cut off left there is made anew, a finished one that was made with other
+            settings is refused.
+    """
+    made_with = beside(target, ".settings")
+    if (target / "hf").is_dir():
+        if made_with.read_text().split("\n") != list(settings):
+            raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made_with.write_text("\n".join(settings))
+    call(beside(target, ".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
+         "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml", f"model.path='{model}'",
+         f"train.output_dir='{target}'", f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0",
+         *settings)
+    shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+
+def side_by_side(what: str, work: Callable[..., None], tasks: Sequence[tuple], jobs: int) -> None:
+    """work(*task) for all tasks, `jobs` at a time, with a progress bar; the first failure ends it."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
+        try:
+            for future in as_completed([pool.submit(work, *task) for task in tasks]):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def curve(run: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a scalar of one run; empty where it was not logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return statistics.fmean(values), error
+
+
+def draw_curves(axis, curves: Sequence[Sequence[tuple[int, float]]], **style: object) -> None:
+    """Mean over runs of curves with the same steps, and its standard error as a band."""
+    steps = [step for step, _ in curves[0]]
+    means, errors = zip(*(mean_and_error(column) for column in zip(*([value for _, value in curve] for curve in curves))))
+    [line] = axis.plot(steps, means, **style)
+    low, high = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
+    axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.08)
