@@ -116,14 +116,16 @@ def test_layouts_equal_one_process(paths, alone, layout):
 # --- one model as teacher and student ---------------------------------------------------------------------------------
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that is made inside."""
+    """Elements of the largest tensor that is made inside, views of `known` left out."""
 
-    numel = 0
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.numel = known.untyped_storage().data_ptr(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if torch.is_tensor(tensor):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() != self.known:
                 self.numel = max(self.numel, tensor.numel())
         return result
 
@@ -143,7 +145,7 @@ def learn_from_itself(path, data, layout, top_tokens) -> dict:
             return getattr(objective, name)
 
         def token_loss(self, outputs, batch):
-            with LargestTensor() as largest:
+            with LargestTensor(teacher.head.weight) as largest:
                 result = objective.token_loss(outputs, batch)
             rows = batch.groups.response_ids.numel()
             seen["share"] = largest.numel / (rows * policy.shape.padded_vocab_size(layout[0]) / layout[0])
