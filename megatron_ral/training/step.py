@@ -109,7 +109,7 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size, engines.teacher)
     old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
     minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
-    report.metrics.update(rollout_metrics(report.rollout, old, policy))
+    report.metrics.update(rollout_metrics(report.rollout, old, policy, config.distills))
 
     updates: list[dict[str, float]] = []
     for epoch in range(config.rollout.num_epochs):
@@ -218,7 +218,8 @@ def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor
     return policy.gradient_norm(attention_shards) / token_norm if token_norm > 0 else 0.0
 
 
-def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: PolicyEngine) -> dict[str, float]:
+def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: PolicyEngine,
+                    distills: bool = False) -> dict[str, float]:
     """Rewards, lengths, share of groups without signal, and how far the sampler is from the training engine."""
     sums: dict[str, float] = {}
 
@@ -242,9 +243,12 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: Poli
             difference = (output.tokens.logprobs.cpu() - scored.rollout_logprobs).abs() * own
             add("sampling/logprob_difference", difference.sum())
             add("own_tokens", own.sum())
+            add("distill/teacher_rollouts", scored.from_teacher.sum())
             add("tokens", mask.sum())
     total = sum_metrics(sums, policy.groups)
     responses, groups, tokens = total.pop("responses"), total.pop("groups"), total.pop("tokens")
-    per = {"reward_std": groups, "frac_reward_zero_std": groups,
+    per = {"reward_std": groups, "distill/teacher_rollouts": groups, "frac_reward_zero_std": groups,
            "sampling/logprob_difference": max(total.pop("own_tokens"), 1.0)}
+    if not distills:
+        del total["distill/teacher_rollouts"]
     return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}

@@ -208,10 +208,12 @@ class Trainer:
 
     def _print_shards(self) -> None:
         """Bytes each rank holds, so that it can be seen that ZeRO-3 shards."""
-        held = gather_objects(self.policy.shard_bytes(), self.groups.data)
-        if self.is_main:
-            self._say(f"layout: tensor {self.layout.tensor_size} x pipeline {self.layout.pipeline_size} x data "
-                      f"{self.layout.data_size}; bytes held between steps by the data-parallel ranks of stage 0:")
+        for name, engine in (("layout", self.policy), ("teacher", self.engines.teacher)):
+            if engine is None:
+                continue
+            held, layout = gather_objects(engine.shard_bytes(), engine.groups.data), engine.layout
+            self._say(f"{name}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}; "
+                      "bytes held between steps by the data-parallel ranks of stage 0:")
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")

@@ -39,5 +39,6 @@ def run_training(path: str, overrides: list[str], resume: bool = False) -> None:
     config = load_config(path, overrides)
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
-    Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, resume)).run()
+    teacher = read_shape(config.teacher.path) if config.distills else None
+    Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, resume), teacher).run()
     stop_groups()

@@ -107,6 +107,32 @@ def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
     assert exported_difference(exported(tmp_path / "run"), taught) > 1e-3
 
 
+@pytest.mark.parametrize("layout, settings", [
+    ((1, 2), ["loss.policy_coef=1.0", "distill.token_divergence=jsd"]),
+    ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4"])], ids=["with RL", "mixture"])
+def test_run_with_a_teacher_in_another_layout(material, taught, tmp_path, layout, settings):
+    """A larger teacher, cut over tensor ranks where the student is not: what a user looks at is there."""
+    path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")
+    run_ranks(2, run_training, path, overrides + settings + [
+        f"train.output_dir={tmp_path}/run", "train.num_steps=2", "loss.attention_coef=0.0", f"teacher.path={material['teacher']}",
+        "teacher.dtype=float32", "teacher.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=1",
+        f"parallel.pipeline_model_parallel_size={layout[1]}"])
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    for tag in ("distill/token_divergence", "distill/attention_divergence", "distill/agreement", "distill/teacher_target_mass",
+                "distill/student_target_mass", "distill/attention_grad_ratio", "timing/teacher", "reward", "grad_norm"):
+        values = [event.value for event in events.Scalars(tag)]
+        assert len(values) == 2 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
+    assert min(event.value for event in events.Scalars("distill/attention_divergence")) > 1e-4
+    picture = events.Images("attention/probe_0")[-1]  # image, student, teacher
+    assert (picture.width, picture.height) == (3 * 224 + 16, 224)
+    own = [event.value for event in events.Scalars("distill/teacher_rollouts")]
+    assert own == [0.0, 0.0] if layout[1] == 2 else 0 < sum(own) < 2
+    # the sampler of the student's own responses is its training engine, whoever answered the others
+    assert max(event.value for event in events.Scalars("sampling/logprob_difference")) < 1e-4
+    assert exported_difference(exported(tmp_path / "run"), taught) > 1e-3
+
+
 def test_tensorboard_holds_what_a_user_looks_at(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     events.Reload()
