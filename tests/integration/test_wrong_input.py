@@ -137,11 +137,16 @@ def test_train_refuses_a_teacher_with_another_tokenizer(good, material, tmp_path
     one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"), "another tokenizer", "merges")
 
 
-def test_train_refuses_a_teacher_that_does_not_fit(good):
+def test_train_refuses_a_teacher_that_does_not_fit(good, material, tmp_path):
     """72 billion parameters, from their published configuration alone: no weights are looked for first."""
+    import json
+
     arguments, folder = good
-    result = command("megatron_ral.train", *arguments, "teacher.path=pretrained_configs/models/qwen2.5-vl-72b",
-                     f"train.output_dir={folder}/never")
+    tokens = {name: value for name, value in json.loads((material["tiny"] / "config.json").read_text()).items()
+              if name.endswith("_token_id")}
+    huge = changed_copy(PROJECT / "pretrained_configs" / "models" / "qwen2.5-vl-72b", tmp_path / "huge", "config.json",
+                        lambda config: config.update(tokens))
+    result = command("megatron_ral.train", *arguments, f"teacher.path={huge}", f"train.output_dir={folder}/never")
     one_sentence(result, "teacher.path", "does not fit", "136.7 GiB", "GiB are free", "more ranks")
     assert not (folder / "never").exists()
 
