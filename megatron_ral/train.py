@@ -31,6 +31,9 @@ def _check_models(config: RunConfig):
     teacher = read_shape(config.teacher.path, "teacher.path")
     teacher.check_layout(*config.teacher_layout, section="teacher")
     shape.check_teacher(teacher)
+    if config.distill.top_tokens > min(shape.vocab_size, teacher.vocab_size):
+        raise ConfigError(f"distill.top_tokens = {config.distill.top_tokens} is more than the "
+                          f"{min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them")
     return shape, teacher
 
 

@@ -31,10 +31,16 @@ class Arm:
     title: str
     settings: tuple[str, ...]
     teaches: bool = True
+    rl: bool = False
+
+    @property
+    def baseline(self) -> str:
+        """Name of the arm that differences are taken to."""
+        return "tokens_rl" if self.rl else "tokens"
 
     def with_rl(self) -> "Arm":
         return Arm(f"{self.title}, RL" if self.teaches else "RL alone (GRPO)",
-                   (*self.settings, "loss.policy_coef=1.0"), self.teaches)
+                   (*self.settings, "loss.policy_coef=1.0"), self.teaches, rl=True)
 
 
 def _arms() -> dict[str, Arm]:
@@ -54,7 +60,6 @@ def _arms() -> dict[str, Arm]:
 
 
 ARMS = _arms()
-BASELINE = {name: "tokens_rl" if name.endswith("_rl") or name == "grpo" else "tokens" for name in ARMS}
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,12 @@ def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
     rows = {}
     for name in arms:
         accuracy, mass = curves[name]["accuracy"], curves[name]["target_attention"]
-        row = {"title": ARMS[name].title, "with_rl": ARMS[name] in [ARMS[n] for n in ARMS if BASELINE[n] == "tokens_rl"],
+        row = {"title": ARMS[name].title, "with_rl": ARMS[name].rl,
                "steps": [step for step, _ in accuracy[0]],
                "accuracy": [[value for _, value in points] for points in accuracy],
                "target_mass": [[value for _, value in points] for points in mass],
                "steps_to_goal": [steps_to(GOAL, points) for points in accuracy]}
-        baseline = curves.get(BASELINE[name], {}).get("accuracy")
+        baseline = curves.get(ARMS[name].baseline, {}).get("accuracy")
         if baseline:
             row["difference"] = [[value - other for (_, value), (_, other) in zip(mine, theirs)]
                                  for mine, theirs in zip(accuracy, baseline)]
@@ -169,14 +174,14 @@ def write_table(found: dict, path: Path) -> None:
         for row in chosen.values():
             reached = [value for value in row["steps_to_goal"] if value != float("inf")]
             goal = "{:.1f} +- {:.1f}".format(*mean_and_error(reached)) if reached else "never"
-            if reached and len(reached) < len(found["seeds"]):
-                goal += f" ({len(reached)} of {len(found['seeds'])} seeds)"
+            if reached and len(reached) < len(found["seeds"]):  # a mean of those alone would flatter
+                goal = f"reached by {len(reached)} of {len(found['seeds'])} seeds"
             lines.append(f"| {row['title']} | {' | '.join(cell(row['accuracy'], index) for index in shown)} | {goal} | "
                          f"{cell(row['target_mass'], -1)} |")
         lines += ["", "Paired difference from token distillation, points:", "",
                   f"| arm | {' | '.join(f'after {steps[index]}' for index in shown)} |", "|---" * (len(shown) + 1) + "|"]
         lines += [f"| {row['title']} | {' | '.join(cell(row['difference'], index, '+') for index in shown)} |"
-                  for name, row in chosen.items() if "difference" in row and name != BASELINE[name]]
+                  for name, row in chosen.items() if "difference" in row and name != ARMS[name].baseline]
         lines.append("")
     path.write_text("\n".join(lines))
 

@@ -3,6 +3,7 @@
 What the studies (`study.py`, `distill_study.py`) share.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -40,16 +41,17 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
         target: output folder; what a run that was cut off left there is made anew, a finished one that was made with other
             settings is refused.
     """
-    made_with = beside(target, ".settings")
+    made_with, file = beside(target, ".settings"), PROJECT / "pretrained_configs" / "runs" / f"{config}.yaml"
+    inputs = [f"{config}.yaml {hashlib.sha256(file.read_bytes()).hexdigest()}", str(model), str(seed), *settings]
     if (target / "hf").is_dir():
-        if made_with.read_text().split("\n") != list(settings):
+        if made_with.read_text().split("\n") != inputs:
             raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
         return
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    made_with.write_text("\n".join(settings))
+    made_with.write_text("\n".join(inputs))
     call(beside(target, ".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
-         "megatron_ral.train", "--config", f"pretrained_configs/runs/{config}.yaml", f"model.path='{model}'",
+         "megatron_ral.train", "--config", file, f"model.path='{model}'",
          f"train.output_dir='{target}'", f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0",
          *settings)
     shutil.rmtree(target / "checkpoints", ignore_errors=True)

@@ -1,8 +1,8 @@
 """Several tensor x pipeline layouts in one job: megatron-core 0.16.1 keeps one, in module globals of `parallel_state`.
 
 A teacher may be cut otherwise than its student. The globals of a layout are kept aside and put back while a model of that
-layout is built or run; modules look their groups up at every call, so that this is all it takes. (DeepSpeed 0.19.8 keeps
-the `mpu` of the engine built last in a global too, but reads it only while an engine is built.)
+layout is built or run: some modules keep their group from when they were built, others look it up at every call.
+(DeepSpeed 0.19.8 keeps the `mpu` of the engine built last in a global too, but reads it only while an engine is built.)
 `tests/unit/test_compat.py` fails once megatron-core no longer keeps its groups in globals.
 """
 

@@ -21,7 +21,7 @@ class TeacherConfig:
     """0: as section `parallel`."""
     sequence_parallel: bool = False
     cpu_offload: bool = False
-    """Keep its shards in the host's memory between uses."""
+    """Keep its shards in the host's memory between uses (without an accelerator they always are)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,10 +43,12 @@ class DistillConfig:
     top_tokens: NonNegativeInt = 0
     """Compare the teacher's so many most likely tokens, all others as one; 0: the whole vocabulary."""
     attention_coef: NonNegativeFloat = 1.0
-    """gamma_attn of the paper (0.05, 0.5 or 1 there). 0: only measured."""
+    """gamma_attn of the paper (0.05, 0.5 or 1 there). 0: only measured, and where attention_layers is empty in the last
+    layer alone."""
     attention_layers: tuple[int, ...] = ()
     """Layers of the student, 0-based, negative ones from the last; each is compared with the teacher's at the same
-    relative depth, and the term is their mean. Empty: all. The paper: [-1]."""
+    relative depth, and the term is their mean. Empty: all. The paper: [-1]. The teacher's rows of one optimizer step wait
+    in the host's memory: 4 bytes x layers x response tokens x keys."""
     attention_row: Literal["token", "predictor"] = "token"
     """As loss.attention_row, and so for the others."""
     attention_exclude_self: bool = True

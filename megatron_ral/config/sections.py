@@ -311,9 +311,13 @@ class RunConfig:
         distill_layers = self.distill.attention_layers
         if len(set(distill_layers)) != len(distill_layers):
             return "distill.attention_layers", f"= {list(distill_layers)} must name each layer once"
-        if self.distill.teacher_rollouts and self.distills and self.loss.policy_coef:
+        if self.distill.teacher_rollouts and self.distills and (self.loss.policy_coef or self.attention_acts):
             return ("distill.teacher_rollouts", f"= {self.distill.teacher_rollouts} is not possible with loss.policy_coef = "
-                    f"{self.loss.policy_coef}: responses of the teacher are not samples of the policy; set one of them to 0")
+                    f"{self.loss.policy_coef} and loss.attention_coef = {self.loss.attention_coef}: responses of the teacher "
+                    "are not samples of the policy and have no advantages; set these to 0, or distill.teacher_rollouts")
+        if self.distills and self.loss.filter_equal_rewards:
+            return ("loss.filter_equal_rewards", "= true is not possible with a teacher: it would leave the groups that all "
+                    "failed, which have most to learn from one, out of distillation too")
         if self.distills and self.distill.token_divergence == "cross_entropy" and self.distill.teacher_rollouts < 1:
             return ("distill.token_divergence", "= cross_entropy is likelihood of the teacher's responses and needs "
                     f"distill.teacher_rollouts = 1, not {self.distill.teacher_rollouts}")

@@ -131,8 +131,14 @@ class PromptProcessor:
                                   f"{other_key} and {names[0]} in {key}; distil from a model with the same tokenizer")
         for name, mine in ours.items():
             if mine != theirs[name]:
-                raise ConfigError(f"{other_key} has another tokenizer than {key}: {name} is {str(theirs[name])[:120]} in "
-                                  f"{other_key} and {str(mine)[:120]} in {key}")
+                values = [mine, theirs[name]]
+                if all(isinstance(value, list) for value in values):  # merges: the first that differs
+                    at = next((index for index, pair in enumerate(zip(*values)) if pair[0] != pair[1]),
+                              min(map(len, values)))
+                    name, values = f"{name}[{at}]", [value[at] if at < len(value) else "missing" for value in values]
+                raise ConfigError(f"{other_key} has another tokenizer than {key}: {name} is {str(values[1])[:120]} in "
+                                  f"{other_key} and {str(values[0])[:120]} in {key}; distil from a model with the same "
+                                  "tokenizer")
         for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "rescale_factor"):
             values = [getattr(processor.image_processor, name, None) for processor in (other, self)]
             if values[0] != values[1]:

@@ -6,7 +6,7 @@ from megatron_ral.parallel.groups import ParallelGroups
 
 
 class FrozenEngine(StageEngine):
-    """Frozen stage of one rank; `forward` is all it does.
+    """Frozen stage of one rank; it reads and generates, and never changes.
 
     Args:
         shape, groups, dtype, path, sequence_parallel, cpu_offload: as for StageEngine.

@@ -25,6 +25,8 @@ class SamplingSettings:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+    num_tokens: int = 0
+    """Only the first so many ids are drawn; 0: all. (Models of one tokenizer may pad their vocabulary differently.)"""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class _Decoder:
         message = torch.zeros(2, self.B, self.G, dtype=torch.float64)
         if logits is not None:
             logits = torch.cat(gather_shards(logits.float(), self.engine.groups.tensor), dim=-1).cpu()
+            if self.settings.num_tokens:
+                logits = logits[..., : self.settings.num_tokens]
             token = sample_tokens(logits.flatten(0, 1), uniform_BG.flatten(), self.settings.temperature,
                                   self.settings.top_p).view(self.B, self.G)
             message[0] = token

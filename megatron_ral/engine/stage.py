@@ -105,7 +105,8 @@ class StageEngine:
         """Hold the whole stage while inside: one all-gather in, nothing out. megatron-core works in this engine's layout
         meanwhile. May be nested."""
         if self._resident:
-            yield
+            with self.groups.active():
+                yield
             return
         parameters = list(self.stage.parameters())
         parameters[0].all_gather_coalesced(parameters).wait()

@@ -6,7 +6,8 @@ What crosses between the layouts, for each micro-batch of the student:
   reads, [B, G, R, H], to the student's last stage. There a copy of that head, cut like the student's vocabulary, makes
   the teacher's logits of one micro-batch at a time. H numbers per row travel instead of the whole vocabulary's, and the
   divergence stays exact whatever the two layouts are.
-In one common layout nothing is sent.
+What is where it is needed already is not sent; in one common layout that is everything, but for layers that a teacher of
+another depth has on another stage, and for prompts that ranks ask unequal numbers of.
 """
 
 from dataclasses import dataclass, replace
@@ -48,14 +49,11 @@ class TeacherHead:
         student_shape: decides the cut.
         student: the student's groups; this rank's place.
         dtype: "float32" or "bfloat16".
-        cpu_offload: keep it in the host's memory between uses.
     """
 
-    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ParallelGroups, dtype: str,
-                 cpu_offload: bool = False):
+    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ParallelGroups, dtype: str):
         layout = student.layout
         columns = student_shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
-        self.device = student.device
         self.start = columns * layout.tensor_rank
         self.num_common = min(shape.vocab_size, student_shape.vocab_size)
         """Tokens that both models have; a vocabulary may be padded further in one of them."""
@@ -64,13 +62,12 @@ class TeacherHead:
         weight = torch.zeros(columns, shape.hidden_size, dtype=DTYPES[dtype])
         if stop > self.start:
             weight[: stop - self.start] = open_weights(path).part(name, 0, self.start, stop).to(weight.dtype)
-        self.weight = weight if cpu_offload else weight.to(self.device)
+        self.weight = weight.to(student.device)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, G, R, H] -> [B, G, R, v] of this rank's columns."""
-        weight = self.weight.to(self.device, non_blocking=True)
-        return self.mask(F.linear(hidden.flatten(0, -2)[:, None], weight).view(*hidden.shape[:-1], -1))
+        return self.mask(F.linear(hidden.flatten(0, -2)[:, None], self.weight).view(*hidden.shape[:-1], -1))
 
     def mask(self, logits: Tensor) -> Tensor:
         """Columns that only one of the models has, set to -1e9."""
@@ -96,7 +93,7 @@ class TeacherEngine(FrozenEngine):
                  cpu_offload: bool = False):
         super().__init__(shape, groups, dtype, path, sequence_parallel, cpu_offload)
         self.student, self.student_shape, self.processor = student, student_shape, processor
-        self.head = (TeacherHead(shape, path, student_shape, student, dtype, cpu_offload)
+        self.head = (TeacherHead(shape, path, student_shape, student, dtype)
                      if student.layout.is_last_stage else None)
 
     def matching_layer(self, student_layer: int) -> int:
@@ -117,7 +114,8 @@ class TeacherEngine(FrozenEngine):
 
         Returns:
             One ForwardOutput per batch: `attention` by the *student's* layers on the stage of the student that owns them,
-            `hidden` on the student's last stage. No gradient.
+            in the host's memory (all layers of a long rollout are more than a device holds); `hidden` on the student's
+            last stage. No gradient.
         """
         match = {layer: self.matching_layer(layer) for layer in layers}
         work = self._assignment(len(batches))
@@ -126,7 +124,8 @@ class TeacherEngine(FrozenEngine):
         with self.resident():
             for chosen in _by_home(work.taken()):  # micro-batches of one home have one shape
                 results = self.forward([received[item] for item in chosen], sorted(set(match.values())),
-                                       row_kind=row_kind, hidden_states=True, keep=keep)
+                                       row_kind=row_kind, hidden_states=True,  # never its logits
+                                       keep=lambda rows, groups: keep(rows, groups).cpu())
                 outputs.update(zip(chosen, results))
         return self._hand_back(work, batches, match, outputs, hidden_states)
 
@@ -153,8 +152,8 @@ class TeacherEngine(FrozenEngine):
         """The micro-batches this rank's replica takes, without the student's visual embeddings."""
         home = self.student.layout.data_rank
         mine = {(home, index): batch for index, batch in enumerate(batches)}
-        packed = {item: SentGroups(tuple(prompt.sample for prompt in batch.prompts.prompts), batch.response_ids.cpu(),
-                                   batch.response_lengths.cpu(), batch.prompts.input_ids.shape[1])
+        packed = {item: SentGroups(tuple(prompt.sample for prompt in batch.prompts.prompts), batch.response_ids.clone(),
+                                   batch.response_lengths.clone(), batch.prompts.input_ids.shape[1])
                   for item, batch in mine.items()}
         sent = carry_objects(work.inputs(), self.layout.rank, packed, self.groups.device)
         return {item: replace(mine[item], visual_embeds=None) if item in mine else self._unpack(sent[item])
@@ -168,18 +167,10 @@ class TeacherEngine(FrozenEngine):
     def _hand_back(self, work: Assignment, batches: Sequence[GroupBatch], match: Mapping[int, int],
                    outputs: Mapping[Item, ForwardOutput], hidden_states: bool) -> list[ForwardOutput]:
         home, device = self.student.layout, self.groups.device
-        transfers = [transfer for layer, teacher_layer in match.items() for transfer in work.stage_results(
-            layer, self.layout.stage_of_layer(teacher_layer, self.shape.num_layers),
-            home.stage_of_layer(layer, self.student_shape.num_layers))]
+        names = [(layer, self.layout.stage_of_layer(match[layer], self.shape.num_layers),
+                  home.stage_of_layer(layer, self.student_shape.num_layers)) for layer in match]
         if hidden_states:
-            transfers += work.stage_results("hidden", self.layout.pipeline_size - 1, home.pipeline_size - 1)
-        have: dict[Any, Tensor] = {}
-        for item, output in outputs.items():
-            for layer, teacher_layer in match.items():
-                if teacher_layer in output.attention:
-                    have[item, layer] = output.attention[teacher_layer]
-            if output.hidden is not None:
-                have[item, "hidden"] = output.hidden
+            names.append(("hidden", self.layout.pipeline_size - 1, home.pipeline_size - 1))
 
         def empty(what: Any) -> Tensor:
             (_, index), name = what
@@ -188,10 +179,20 @@ class TeacherEngine(FrozenEngine):
                 return torch.empty(B, G, R, self.shape.hidden_size, dtype=self.stage.dtype, device=device)
             return torch.empty(B, G, R, batches[index].prompts.input_ids.shape[1] + R, device=device)
 
-        arrived = carry_tensors(transfers, self.layout.rank, have, empty)
-        mine = [(home.data_rank, index) for index in range(len(batches))]
-        return [ForwardOutput(attention={layer: arrived[item, layer] for layer in match if (item, layer) in arrived},
-                              hidden=arrived.get((item, "hidden"))) for item in mine]
+        results = [ForwardOutput(attention={}) for _ in batches]
+        for index, name, away_stage, home_stage in ((index, *name) for index in range(max(work.counts)) for name in names):
+            # one map of every home at a time, so that a device holds no more of them
+            transfers = [transfer for transfer in work.stage_results(name, away_stage, home_stage)
+                         if transfer.what[0][1] == index]
+            have = {(item, name): output.hidden if name == "hidden" else output.attention[match[name]].to(device)
+                    for item, output in outputs.items()
+                    if item[1] == index and self.layout.pipeline_rank == away_stage}
+            for _, arrived in carry_tensors(transfers, self.layout.rank, have, empty).items():
+                if name == "hidden":
+                    results[index] = replace(results[index], hidden=arrived)
+                else:
+                    results[index].attention[name] = arrived.cpu()
+        return results
 
 
 def _by_home(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -77,8 +77,9 @@ class ModelShape:
 
     def check_teacher(self, teacher: "ModelShape") -> None:
         """Raise ConfigError naming both values where a teacher does not see a picture as this model does."""
-        names = {"patch_size": "patches of", "temporal_patch_size": "frames of one patch",
-                 "spatial_merge_size": "patches along a side of one visual token"}
+        names = {"patch_size": "pixels along a side of a patch", "temporal_patch_size": "frames of one patch",
+                 "spatial_merge_size": "patches along a side of one visual token",
+                 "tokens_per_second": "temporal positions of a second of video"}
         if teacher.family != self.family:
             raise ConfigError(f"teacher.path = '{teacher.path}' is a '{teacher.family.model_type}' model, but model.path = "
                               f"'{self.path}' is a '{self.family.model_type}': their visual tokens differ")

@@ -1,7 +1,8 @@
-"""Whether models that are held beside each other fit, before any of them is read.
+"""Whether a teacher fits beside the policy, before anything of them is read.
 
-Counted is what is there for certain: parameters, gradients and optimizer state of the policy, shards of frozen models, and
-the largest stage that is ever gathered. Activations, KV cache and logits come on top.
+Counted is what is there for certain on the rank that holds most: shards of every model between uses, float32 gradients,
+master weights and moments of what is trained, and the largest stage that is ever gathered. Activations, KV cache, logits
+and attention rows come on top.
 """
 
 import os
@@ -11,6 +12,7 @@ import psutil
 import torch
 
 from megatron_ral.config import ConfigError, RunConfig
+from megatron_ral.models.conversion import visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.layout import ParallelLayout
 from megatron_ral.planning.parameters import stage_parameters
@@ -20,56 +22,79 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class FrozenBytes:
-    """One frozen model on the rank that holds most of it."""
+class HeldBytes:
+    """Bytes of one model on the rank that holds most of it."""
 
     shard: int
     """Between uses."""
     gathered: int
-    """A whole stage, while it is used."""
-
-    @property
-    def total(self) -> int:
-        return self.shard + self.gathered
+    """What comes to it while a whole stage is used; 0 where the shard is the stage already."""
 
 
 def frozen_bytes(shape: ModelShape, tensor_size: int, pipeline_size: int, world_size: int, dtype: str,
-                 cpu_offload: bool = False) -> FrozenBytes:
-    """Bytes on the device of a frozen model in a layout; with `cpu_offload` its shards are in the host's memory."""
-    stages = stage_parameters(shape, ParallelLayout(0, world_size, tensor_size, pipeline_size))
-    return FrozenBytes(0 if cpu_offload else max(stage.per_rank for stage in stages) * BYTES[dtype],
-                       max(stage.per_tensor_rank for stage in stages) * BYTES[dtype])
+                 moved: bool = False) -> HeldBytes:
+    """A frozen model in a layout.
+
+    Args:
+        moved: its shards wait in another memory than the one it is used in (offload).
+    """
+    layout = ParallelLayout(0, world_size, tensor_size, pipeline_size)
+    stages = stage_parameters(shape, layout)
+    stage = max(stage.per_tensor_rank for stage in stages) * BYTES[dtype]
+    return HeldBytes(max(stage.per_rank for stage in stages) * BYTES[dtype],
+                     stage if layout.data_size > 1 or moved else 0)
 
 
-def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> int:
-    """Bytes of the policy's shards between steps: parameters, float32 gradient, master weights and two moments."""
-    stages = stage_parameters(shape, ParallelLayout(0, world_size, config.parallel.tensor_model_parallel_size,
-                                                    config.parallel.pipeline_model_parallel_size))
-    return max(stage.per_rank for stage in stages) * (BYTES[config.model.dtype] + 16)
+def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldBytes:
+    """The policy: parameters, and float32 gradient, master weights and two moments of those that are trained."""
+    layout = ParallelLayout(0, world_size, config.parallel.tensor_model_parallel_size,
+                            config.parallel.pipeline_model_parallel_size)
+    held = frozen_bytes(shape, layout.tensor_size, layout.pipeline_size, world_size, config.model.dtype)
+    visual = 0 if config.model.train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())
+    trained = max(stage.per_rank - (visual // layout.data_size if stage.stage == 0 else 0)
+                  for stage in stage_parameters(shape, layout))
+    return HeldBytes(held.shard + 16 * trained, held.gathered)
 
 
 def device_memory() -> int:
     """Free bytes for one process: of its GPU, or its share of the host's memory where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    return host_memory()
+
+
+def host_memory() -> int:
+    """This process's share of the host's free memory."""
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_fits(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> None:
-    """Refuse a teacher that cannot be held beside the policy.
+    """Refuse a teacher that cannot be held beside the policy and a reference.
 
     Raises:
         ConfigError: naming what is needed, what there is, and what would make it fit.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     tensor, pipeline = config.teacher_layout
-    held = frozen_bytes(teacher, tensor, pipeline, world_size, config.teacher.dtype, config.teacher.cpu_offload)
-    policy, there = policy_bytes(config, shape, world_size), device_memory()
-    if held.total + policy <= there:
-        return
-    offload = "" if config.teacher.cpu_offload else "teacher.cpu_offload = true, "
-    raise ConfigError(
-        f"teacher.path = '{teacher.path}' does not fit: with tensor {tensor} x pipeline {pipeline} on {world_size} ranks it "
-        f"takes {held.shard / GIB:.1f} GiB of each between uses and {held.gathered / GIB:.1f} GiB more while it reads, beside "
-        f"{policy / GIB:.1f} GiB of the policy, and {there / GIB:.1f} GiB are free; take {offload}more ranks, or larger "
-        "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size")
+    offload = config.teacher.cpu_offload and torch.cuda.is_available()
+    held = frozen_bytes(teacher, tensor, pipeline, world_size, config.teacher.dtype, offload)
+    policy = policy_bytes(config, shape, world_size)
+    others = [policy]
+    if config.needs_reference:
+        others.append(frozen_bytes(shape, config.parallel.tensor_model_parallel_size,
+                                   config.parallel.pipeline_model_parallel_size, world_size, config.model.dtype))
+    head = shape.padded_vocab_size(config.parallel.tensor_model_parallel_size) \
+        // config.parallel.tensor_model_parallel_size * teacher.hidden_size * BYTES[config.teacher.dtype]
+    needed = {"this device": (sum(other.shard for other in others) + head + (0 if offload else held.shard)
+                              + max(model.gathered for model in (held, *others)), device_memory())}
+    if offload:
+        needed["this process's share of the host's memory"] = (held.shard, host_memory())
+    for where, (total, free) in needed.items():
+        if total > free:
+            raise ConfigError(
+                f"teacher.path = '{teacher.path}' does not fit: with tensor {tensor} x pipeline {pipeline} on {world_size} "
+                f"ranks it takes {held.shard / GIB:.1f} GiB of each between uses and {held.gathered / GIB:.1f} GiB more while "
+                f"it reads; beside {sum(other.shard for other in others) / GIB:.1f} GiB of policy and reference that is "
+                f"{total / GIB:.1f} GiB of {where}, of which {free / GIB:.1f} GiB are free; take "
+                f"{'' if config.teacher.cpu_offload else 'teacher.cpu_offload = true (with GPUs), '}more ranks, or larger "
+                "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size")

@@ -91,7 +91,8 @@ def _answers(engine: StageEngine, prompts: Sequence[Prompt], asked: Sequence[boo
     """Responses to each prompt, by the teacher where `asked`, and the policy's visual embeddings of each (first stage)."""
     settings = SamplingSettings(
         config.rollout.group_size, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
-        config.rollout.temperature, config.rollout.top_p)
+        config.rollout.temperature, config.rollout.top_p,
+        min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0)
     size, identity = config.rollout.generation_batch_size, (config.seed, step)
     rows: dict[int, PromptResponses] = {}
     embeds: dict[int, Optional[Tensor]] = {}

@@ -18,7 +18,7 @@ from megatron_ral.functional.distillation_loss import TokenDivergence
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.parallel.distillation import (
     vocab_parallel_divergence, vocab_parallel_top_divergence, vocab_parallel_top_tokens)
-from megatron_ral.parallel.vocab import vocab_parallel_argmax
+from megatron_ral.parallel.vocab import vocab_parallel_argmax, vocab_parallel_logprobs
 from megatron_ral.training.attention_term import row_keys
 from megatron_ral.types import GroupBatch, TrainBatch
 
@@ -61,7 +61,8 @@ class DistillTerm:
         """Loss on the student's last stage; the teacher's logits live while it is formed and until its backward pass."""
         settings, mask, num_tokens = self.settings, batch.loss_mask, batch.totals.num_tokens
         if settings.token_divergence == "cross_entropy":
-            loss = -(outputs.logprobs * mask).sum() / num_tokens
+            logprobs, _ = vocab_parallel_logprobs(outputs.logits, batch.groups.response_ids, self.tensor_group)
+            loss = -(logprobs * mask).sum() / num_tokens
             return settings.token_coef * loss, {"distill/cross_entropy": loss.detach()}
         student, teacher = self.head.mask(outputs.logits), self.head.logits(batch.teacher_hidden)
         measure = TokenDivergence(settings.token_divergence, settings.beta, settings.temperature)

@@ -93,7 +93,8 @@ class RalObjective:
             "clip_ratio/low": mean(policy.clipped_low), "clip_ratio/high": mean(policy.clipped_high),
             "ratio": mean(policy.ratio),
         }
-        loss = settings.policy_coef * loss
+        # At coefficient 0 nothing of it may enter the graph: its backward pass would form gradients of all logits.
+        loss = settings.policy_coef * loss if settings.policy_coef > 0 else torch.zeros_like(loss.detach())
         if batch.ref_logprobs is not None:
             kl = kl_estimate(outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp)
             loss = loss + settings.kl_coef * (kl * weights).sum()
@@ -104,7 +105,7 @@ class RalObjective:
             distilled, measured = self.distill.token_loss(outputs, batch)
             loss, metrics = loss + distilled, {**metrics, **measured}
         metrics["loss/token"] = loss.detach()
-        return loss, metrics
+        return (loss if loss.requires_grad else loss + 0.0 * outputs.logprobs.sum()), metrics
 
     def _policy_loss(self, logprobs: Tensor, batch: TrainBatch, mask: Tensor) -> PolicyLoss:
         settings, arguments = self.settings, (logprobs, batch.old_logprobs, batch.advantages, mask)

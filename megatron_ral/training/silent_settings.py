@@ -1,10 +1,9 @@
 """Settings that have no effect in the run they stand in, each with its remedy: a user is told before the first step."""
 
 from dataclasses import fields
+from typing import Any
 
 from megatron_ral.config import RunConfig
-from megatron_ral.config.distill import DistillConfig
-from megatron_ral.config.sections import LossConfig
 
 
 def silent_setting_warnings(config: RunConfig) -> list[str]:
@@ -12,6 +11,7 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
     warnings = []
     if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
         warnings.append("parallel.sequence_parallel has no effect with parallel.tensor_model_parallel_size = 1")
+    warnings += _distillation_warnings(config)
     if config.train.algorithm != "ral":
         return warnings
     loss, changed = config.loss, _changed(config.loss)
@@ -21,7 +21,6 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
         warnings.append("one optimizer step per rollout with loss.attention_target = old: the divergence and its gradient "
                         "are exactly zero and this run is GRPO for any attention_coef; raise rollout.num_minibatches or "
                         "rollout.num_epochs, or set loss.attention_target = reference")
-    warnings += _distillation_warnings(config)
     by_ratio = ("attention_coef", "attention_coef_warmup_steps", "attention_coef_decay")
     without_sign = ("attention_negative_weight", "attention_advantages")
     unused = {
@@ -41,21 +40,25 @@ def silent_setting_warnings(config: RunConfig) -> list[str]:
                         f"{loss.attention_target}: no reference is held")
     if loss.kl_estimator == "k1" and loss.kl_coef > 0:
         warnings.append("loss.kl_estimator = k1 has an expected gradient of 0; take k2 or k3 to hold the policy back")
-    if loss.policy_loss == "gspo" and (loss.clip_high > 0.01 or loss.aggregation != "sequence_mean"):
+    if loss.policy_loss == "gspo" and loss.policy_coef > 0 and (loss.clip_high > 0.01 or loss.aggregation != "sequence_mean"):
         warnings.append("loss.policy_loss = gspo: ratios of whole responses move little, its paper has clip_low = 3.0e-4, "
                         "clip_high = 4.0e-4 and aggregation = sequence_mean")
     return warnings
 
 
 def _distillation_warnings(config: RunConfig) -> list[str]:
-    settings, warnings = config.distill, []
+    settings, loss, warnings = config.distill, config.loss, []
     changed = _changed(settings)
     if not config.distills:
-        warnings += [f"distill.{name} has no effect without teacher.path" for name in sorted(changed)]
-        if config.loss.policy_coef == 0:
+        why = "with train.algorithm = sft" if config.train.algorithm != "ral" else "without teacher.path"
+        warnings += [f"distill.{name} has no effect {why}" for name in sorted(changed)]
+        warnings += [f"teacher.{name} has no effect {why}" for name in sorted(_changed(config.teacher))]
+        if config.train.algorithm == "ral" and loss.policy_coef == 0 and not config.attention_acts:
             warnings.append("loss.policy_coef = 0 without teacher.path: rewards give no gradient; set it to 1, or name a "
                             "teacher")
         return warnings
+    if config.teacher.sequence_parallel and config.teacher_layout[0] == 1:
+        warnings.append("teacher.sequence_parallel has no effect with one tensor rank of the teacher")
     if settings.token_coef == 0 and settings.attention_coef == 0:
         warnings.append("distill.token_coef = 0 and distill.attention_coef = 0: the teacher is only measured against")
     unused = {f"distill.token_divergence = {settings.token_divergence}":
@@ -65,10 +68,13 @@ def _distillation_warnings(config: RunConfig) -> list[str]:
     for reason, names in unused.items():
         warnings += [f"distill.{name} = {getattr(settings, name)} has no effect with {reason}" for name in names
                      if name in changed]
+    if loss.policy_coef == 0:
+        names = {"policy_loss", "clip_low", "clip_high", "dual_clip"} & _changed(loss)
+        warnings += [f"loss.{name} has no effect with loss.policy_coef = 0" for name in sorted(names)]
     return warnings
 
 
-def _changed(section: LossConfig | DistillConfig) -> set[str]:
-    """Names of the settings that differ from their default."""
+def _changed(section: Any) -> set[str]:
+    """Names of a section's settings that differ from their default."""
     default = type(section)()
     return {field.name for field in fields(section) if getattr(section, field.name) != getattr(default, field.name)}

@@ -116,7 +116,8 @@ class Trainer:
     def _distill_term(self, teacher: TeacherEngine) -> DistillTerm:
         settings = self.config.distill
         layers = self.shape.layer_indices(settings.attention_layers, "distill.attention_layers")
-        return DistillTerm(settings, frozenset(layers or range(self.shape.num_layers)), self.groups.tensor, teacher.head)
+        unnamed = range(self.shape.num_layers) if settings.attention_coef > 0 else [self.shape.num_layers - 1]
+        return DistillTerm(settings, frozenset(layers or unnamed), self.groups.tensor, teacher.head)
 
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""

@@ -109,7 +109,7 @@ def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
 
 @pytest.mark.parametrize("layout, settings", [
     ((1, 2), ["loss.policy_coef=1.0", "distill.token_divergence=jsd"]),
-    ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4"])], ids=["with RL", "mixture"])
+    ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4", "distill.attention_layers=[0, -1]"])], ids=["with RL", "mixture"])
 def test_run_with_a_teacher_in_another_layout(material, taught, tmp_path, layout, settings):
     """A larger teacher, cut over tensor ranks where the student is not: what a user looks at is there."""
     path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")

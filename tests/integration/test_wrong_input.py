@@ -134,7 +134,7 @@ def test_train_refuses_a_teacher_with_another_tokenizer(good, material, tmp_path
                  "teacher.path has another tokenizer than model.path", "token 'a' has id", "distil from")
     other = changed_copy(material["teacher"], tmp_path / "merges", "tokenizer.json",
                          lambda content: content["model"]["merges"].pop())
-    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"), "another tokenizer", "merges")
+    one_sentence(command("megatron_ral.train", *arguments, f"teacher.path={other}"), "another tokenizer", "merges[", "missing")
 
 
 def test_train_refuses_a_teacher_that_does_not_fit(good, material, tmp_path):
@@ -147,7 +147,7 @@ def test_train_refuses_a_teacher_that_does_not_fit(good, material, tmp_path):
     huge = changed_copy(PROJECT / "pretrained_configs" / "models" / "qwen2.5-vl-72b", tmp_path / "huge", "config.json",
                         lambda config: config.update(tokens))
     result = command("megatron_ral.train", *arguments, f"teacher.path={huge}", f"train.output_dir={folder}/never")
-    one_sentence(result, "teacher.path", "does not fit", "136.7 GiB", "GiB are free", "more ranks")
+    one_sentence(result, "teacher.path", "does not fit", "136.7 GiB of each", "GiB are free", "more ranks")
     assert not (folder / "never").exists()
 
 
@@ -157,6 +157,9 @@ def test_train_refuses_a_teacher_that_does_not_fit(good, material, tmp_path):
     (1, ["distill.attention_layers=[7]"], ["distill.attention_layers", "7", "4 layers"]),
     (1, ["distill.teacher_rollouts=0.5"], ["distill.teacher_rollouts", "loss.policy_coef = 1.0"]),
     (1, ["distill.token_divergence=cross_entropy"], ["distill.token_divergence", "teacher_rollouts = 1"]),
+    (1, ["distill.teacher_rollouts=1.0", "loss.policy_coef=0.0"], ["distill.teacher_rollouts", "attention_coef = 1.0"]),
+    (1, ["loss.filter_equal_rewards=true"], ["loss.filter_equal_rewards", "teacher"]),
+    (1, ["distill.top_tokens=501"], ["distill.top_tokens = 501", "500 tokens"]),
     (1, ["distill.beta=1.0"], ["distill.beta", "1.0"]),
 ])
 def test_train_refuses_settings_of_distillation(good, material, world, settings, named):

@@ -2,6 +2,7 @@
 memory of a teacher, and the study's arithmetic."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
-from megatron_ral.config.sections import LossConfig, ModelConfig, RunConfig
+from megatron_ral.config.sections import LossConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.planning.memory import GIB, frozen_bytes, policy_bytes
@@ -67,6 +68,10 @@ def test_settings_without_effect_are_named():
     assert "distill.top_tokens has no effect without teacher.path" in warnings(path="", top_tokens=5)
     assert "rewards give no gradient" in warnings(path="")
     assert "rewards" not in warnings(path="", loss=LossConfig(attention_coef=0.0))
+    assert "rewards" not in warnings(path="", loss=LossConfig(policy_coef=0.0))
+    assert "loss.clip_low has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
+    sft = RunConfig(train=TrainConfig(algorithm="sft"), teacher=TeacherConfig(path="t"))
+    assert silent_setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
 
 
 def test_memory_of_a_teacher_at_real_size():
@@ -74,12 +79,17 @@ def test_memory_of_a_teacher_at_real_size():
     teacher, student = read_shape(str(MODELS / "qwen2.5-vl-32b")), read_shape(str(MODELS / "qwen2.5-vl-7b"))
     [stage] = stage_parameters(teacher, ParallelLayout(0, 8, 8, 1))
     held = frozen_bytes(teacher, 8, 1, 8, "bfloat16")
-    assert held.shard == held.gathered == 2 * stage.per_tensor_rank and 8 < held.shard / GIB < 10
+    assert held.shard == 2 * stage.per_tensor_rank and 8 < held.shard / GIB < 10
+    assert held.gathered == 0, "one data-parallel rank holds its stage whole"
+    assert frozen_bytes(teacher, 8, 1, 8, "bfloat16", moved=True).gathered == held.shard
     sharded = frozen_bytes(teacher, 8, 1, 64, "bfloat16")
-    assert sharded.gathered == held.gathered and 7.9 < held.shard / sharded.shard <= 8
-    assert frozen_bytes(teacher, 8, 1, 64, "bfloat16", cpu_offload=True).total == held.gathered
-    config = RunConfig(model=ModelConfig(path="m"))
-    assert policy_bytes(config, student, 8) == pytest.approx(8_292_166_656 / 8 * 18, rel=0.001)
+    assert sharded.gathered == held.shard and 7.9 < held.shard / sharded.shard <= 8
+    config, visual = RunConfig(model=ModelConfig(path="m")), 676_550_144
+    policy = policy_bytes(config, student, 8)
+    assert policy.shard == pytest.approx((2 * 8_292_166_656 + 16 * (8_292_166_656 - visual)) / 8, rel=0.001)
+    assert policy.gathered == pytest.approx(2 * 8_292_166_656, rel=0.001)
+    trained = replace(config, model=ModelConfig(path="m", train_vision=True))
+    assert policy_bytes(trained, student, 8).shard == pytest.approx(18 * 8_292_166_656 / 8, rel=0.001)
 
 
 def test_steps_to_a_goal():
