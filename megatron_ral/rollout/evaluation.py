@@ -108,8 +108,8 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     def everywhere(rows: Optional[Tensor], groups: GroupBatch) -> Tensor:
         """[B, P] on every stage, from what the layer's owner kept."""
         if rows is None:
-            rows = torch.zeros(len(groups), groups.prompts.input_ids.shape[1], device=engine.groups.device)
-        return broadcast_from_stage_(rows.contiguous(), owner, engine.groups).cpu()
+            rows = torch.zeros(len(groups), groups.prompts.input_ids.shape[1])
+        return broadcast_from_stage_(rows.to(engine.groups.device).contiguous(), owner, engine.groups).cpu()
 
     with engine.resident():
         for responses, groups, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
