@@ -1,0 +1,109 @@
+"""What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import distill_study  # noqa: E402
+import runs  # noqa: E402
+import study  # noqa: E402
+
+
+def finished(run: Path, **curves) -> None:
+    """Event files as a run leaves them."""
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        for tag, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(f"eval/{tag}", value, step)
+
+
+def test_mean_and_error():
+    assert runs.mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
+    mean, error = runs.mean_and_error([5.0])
+    assert mean == 5.0 and error != error
+
+
+def test_table_of_the_study(tmp_path):
+    """Two seeds; the arm is 10 and 30 points above GRPO at the end, and 5 and 15 over the run."""
+    found = study.Study(tmp_path, 2, 1)
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        for name, extra in (("grpo", 0.0), ("oracle", gain)):
+            finished(found.run(2, seed, name), accuracy=[(0, 0.2), (1, 0.4), (2, 0.5 + extra)],
+                     target_attention=[(0, 0.25), (1, 0.25), (2, 0.25 + extra)])
+    result = study.results(found, [2], [0, 1], ["grpo", "oracle"])
+    row = result["table"][2]["oracle"]
+    assert row["difference"] == pytest.approx([0.1, 0.3]) and row["area_difference"] == pytest.approx([0.05, 0.15])
+    study.write_table(result, tmp_path / "study.md")
+    lines = (tmp_path / "study.md").read_text().splitlines()
+    assert "| SFT | 20.0 +- 0.0 | | | | |" in lines
+    assert any(line.startswith(f"| {study.ARMS['oracle'].title} | 70.0 +- 10.0 | +20.0 +- 10.0 | +10.0 +- 5.0 | 0.450 |")
+               for line in lines), lines
+    study.plot(result, tmp_path)
+    assert (tmp_path / "study_accuracy.png").stat().st_size > 10_000
+
+
+def test_table_of_the_distillation_study(tmp_path):
+    found = distill_study.Study(tmp_path, 10, 5)
+    finished(found.teacher, accuracy=[(0, 0.0), (10, 0.9)])
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        for name, extra in (("tokens", 0.0), ("tokens_all", gain), ("tokens_rl", 0.0), ("grpo", -gain)):
+            finished(found.run(seed, name), accuracy=[(0, 0.2), (5, 0.5 + extra), (10, 0.7 + extra)],
+                     target_attention=[(0, 0.25), (5, 0.3), (10, 0.3)])
+    names = ["tokens", "tokens_all", "tokens_rl", "grpo"]
+    result = distill_study.results(found, [0, 1], names)
+    assert result["rows"]["tokens_all"]["steps_to_goal"] == pytest.approx([10.0, 5.0])
+    assert result["rows"]["tokens"]["steps_to_goal"] == [float("inf")] * 2
+    assert [row["with_rl"] for row in result["rows"].values()] == [False, False, True, True]
+    distill_study.write_table(result, tmp_path / "distill.md")
+    text = (tmp_path / "distill.md").read_text()
+    assert "Teacher: 90.0 %" in text and "| start | 20.0 +- 0.0 |" in text
+    assert "| tokens + attention, all layers | 70.0 +- 10.0 | 90.0 +- 10.0 | 7.5 +- 2.5 | 30.0 +- 0.0 |" in text
+    assert "| tokens | 50.0 +- 0.0 | 70.0 +- 0.0 | never | 30.0 +- 0.0 |" in text
+    assert "| tokens + attention, all layers | +20.0 +- 10.0 | +20.0 +- 10.0 |" in text
+    assert "| RL alone (GRPO) | -20.0 +- 10.0 | -20.0 +- 10.0 |" in text
+    distill_study.plot(result, tmp_path)
+    assert (tmp_path / "distill_accuracy.png").stat().st_size > 10_000
+
+
+def test_a_finished_run_is_not_made_again_and_not_mixed_with_other_settings(tmp_path, monkeypatch):
+    calls = []
+
+    def call(log, *arguments):
+        calls.append(arguments)
+        (tmp_path / "run" / "hf").mkdir(parents=True)
+
+    monkeypatch.setattr(runs, "call", call)
+    arguments = ("ral_tiny", tmp_path / "model", tmp_path / "run", 0)
+    runs.train_once(*arguments, ["a=1"])
+    runs.train_once(*arguments, ["a=1"])
+    assert len(calls) == 1 and "a=1" in calls[0]
+    with pytest.raises(SystemExit, match="other settings"):
+        runs.train_once(*arguments, ["a=2"])
+    with pytest.raises(SystemExit, match="other settings"):
+        runs.train_once("sft_tiny", *arguments[1:], ["a=1"])
+
+
+def test_a_run_that_fails_names_its_log(tmp_path):
+    with pytest.raises(SystemExit, match="run.log"):
+        runs.call(tmp_path / "run.log", "-c", "print('what went wrong'); raise SystemExit(3)")
+    assert "what went wrong" in (tmp_path / "run.log").read_text()
+
+
+def test_every_arm_of_the_studies_is_a_configuration():
+    """Settings of all arms load on top of the files they change."""
+    from megatron_ral.config import load_config
+    from megatron_ral.training.silent_settings import silent_setting_warnings
+
+    folder = Path(__file__).parents[2] / "pretrained_configs" / "runs"
+    for name, arm in study.ARMS.items():
+        load_config(folder / "ral_tiny.yaml", ["model.path=m", *arm.settings])
+    for name, arm in distill_study.ARMS.items():
+        teacher = ["teacher.path=t"] if arm.teaches else []
+        config = load_config(folder / "distill_tiny.yaml", ["model.path=m", *teacher, *arm.settings])
+        assert config.distills == arm.teaches and (config.loss.policy_coef == 1.0) == arm.rl
+        if arm.teaches:
+            assert not silent_setting_warnings(config), name
