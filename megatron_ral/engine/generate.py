@@ -140,9 +140,8 @@ class _Decoder:
         message = torch.zeros(2, self.B, self.G, dtype=torch.float64)
         if logits is not None:
             logits = torch.cat(gather_shards(logits.float(), self.engine.groups.tensor), dim=-1).cpu()
-            if self.settings.num_tokens:
-                logits = logits[..., : self.settings.num_tokens]
-            token = sample_tokens(logits.flatten(0, 1), uniform_BG.flatten(), self.settings.temperature,
+            drawn = logits[..., : self.settings.num_tokens] if self.settings.num_tokens else logits
+            token = sample_tokens(drawn.flatten(0, 1), uniform_BG.flatten(), self.settings.temperature,
                                   self.settings.top_p).view(self.B, self.G)
             message[0] = token
             logits = logits / (self.settings.temperature or 1.0)
