@@ -104,7 +104,8 @@ def test_every_term_acts_in_one_process(alone):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_equal_one_process(paths, alone, layout):
     world, student, teacher, micro_batch_size = LAYOUTS[layout]
-    for rank, result in enumerate(run_ranks(world, steps, paths, student, teacher, micro_batch_size)):
+    for rank, result in enumerate(run_ranks(world, steps, paths, student, teacher, micro_batch_size,
+                                            timeout=420.0)):
         for name, wanted in alone.items():
             for key, value in wanted["metrics"].items():
                 close(f"rank {rank}, {name}, {key}", result[name]["metrics"][key], value)
