@@ -8,6 +8,8 @@ import warnings
 from typing import Callable, NoReturn
 
 from megatron_ral.config import ConfigError, RunConfig, check_layout, dump_config, load_config
+from megatron_ral.rewards.functions import RewardSettingsError
+from megatron_ral.rewards.score import reward_parts
 
 
 def parse_arguments(description: str, extra: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
@@ -43,8 +45,13 @@ def fail(error: Exception, everywhere: bool = True) -> NoReturn:
 
 
 def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConfig:
-    """Configuration checked as far as it goes without torch; `training`: batch sizes against the ranks too."""
+    """Configuration checked as far as it goes without torch; `training`: batch sizes against the ranks too. Imports the
+    reward functions of the user's own."""
     config = load_config(arguments.config, arguments.overrides)
+    try:
+        reward_parts(config.reward)
+    except RewardSettingsError as error:
+        raise ConfigError(str(error)) from None
     check_layout(config, int(os.environ.get("WORLD_SIZE", 1)), training)
     return config
 

@@ -48,10 +48,11 @@ class Sample:
     shard: str
     problem: str
     solution: str
-    """Reference answer, e.g. `<answer>7</answer>`."""
+    """Reference answer, e.g. `<answer>7</answer>`; several tags are several reference answers (VizWiz: ten)."""
     process: str
     """Reasoning for supervised training, e.g. `<think>..</think>`; may be empty."""
     problem_type: str
+    """Chooses the accuracy rule with reward.accuracy = by_type, e.g. `multiple choice`; may be empty."""
     images: tuple[bytes, ...]
     """Encoded image files, in the order of the question."""
     target_boxes: tuple[tuple[float, float, float, float], ...]
@@ -160,9 +161,11 @@ class Score:
     rewards: Tensor
     """[B, G] float32."""
     components: Mapping[str, Tensor]
-    """Name -> [B, G] float32 before weighting (accuracy, format, ...)."""
+    """Name -> [B, G] float32 before weighting (accuracy, format, ...), and `unparsed` and `error`, 0 or 1."""
     texts: tuple[tuple[str, ...], ...]
     """Decoded responses [B][G]."""
+    problems: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    """What went wrong in scoring [B][G], each as `kind: detail`."""
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,8 @@ def dump_config(config: RunConfig) -> str:
             return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
         return value
 
     return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None, width=120)

@@ -5,6 +5,7 @@ impossible values. What concerns two sections at once is checked in `RunConfig`.
 that a configuration is checked in milliseconds on a login node.
 """
 
+from dataclasses import field
 from typing import Annotated, Literal, Optional
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -86,13 +87,29 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RewardFunctionConfig:
+    """A reward function of one's own: f(completion, solution, problem_type) -> float."""
+
+    path: str
+    """`package.module:function`, importable from the working directory or PYTHONPATH. Where it raises or returns no
+    finite number, its part of the reward is 0 and the response is counted in `rewards/error/mean`."""
+    weight: float
+    """May be negative (a penalty) or 0 (only logged)."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class RewardConfig:
     """Weights of the reward's parts (the paper: 0.9 and 0.1)."""
 
+    accuracy: Literal["exact", "by_type"] = "exact"
+    """exact: the answer is the same text as the solution's (the paper, for every problem type). by_type: the rule of
+    the sample's problem_type (`rewards/rules.py`), exact where it has none."""
     accuracy_weight: NonNegativeFloat = 0.9
     format_weight: NonNegativeFloat = 0.1
     require_think: bool = True
     """Format needs `<think>..</think>` before the answer (false: RAL-zero)."""
+    functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    """Further parts of the reward by name; the name is logged as `rewards/<name>/mean`."""
 
 
 @dataclass(frozen=True, config=STRICT)

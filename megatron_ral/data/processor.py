@@ -19,6 +19,7 @@ from megatron_ral.config import ConfigError
 from megatron_ral.data.video import (
     PICTURE_FORMATS, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
 from megatron_ral.functional.positions import multimodal_positions
+from megatron_ral.rewards.answer import taught_solution
 from megatron_ral.types import FramePictures, Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
@@ -103,7 +104,7 @@ class PromptProcessor:
         position_ids, next_position = multimodal_positions(
             visual_mask, torch.cat(runs) if runs else torch.zeros(0, 3, dtype=torch.int64), self.merge_size, intervals)
         grids = [visual.grid for visual in visuals]
-        reference = (sample.process if self.include_process else "") + sample.solution
+        reference = (sample.process if self.include_process else "") + taught_solution(sample.solution)
         response = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
         return Prompt(
             sample=sample, input_ids=input_ids, position_ids=position_ids, next_position=next_position,

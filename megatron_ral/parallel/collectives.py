@@ -1,6 +1,6 @@
 """Collectives: thin, named by what they are for, the autograd rule stated."""
 
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,16 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     result: list[Any] = [None] * group.size()
     dist.all_gather_object(result, value, group=group)
     return result
+
+
+def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
+    """What `make` returns (small, picklable) on the group's first rank, which alone calls it, on every rank."""
+    if group.size() == 1:
+        return make()
+    first = dist.get_process_group_ranks(group)[0]
+    box = [make() if dist.get_rank() == first else None]
+    dist.broadcast_object_list(box, src=first, group=group)
+    return box[0]
 
 
 def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) -> Tensor:

@@ -1,29 +1,99 @@
-"""Score decoded responses: components, then their weighted sum."""
+"""Score responses: the parts of the reward, their weighted sum, and what went wrong in scoring."""
 
-from typing import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Mapping, Protocol
 
 from megatron_ral.rewards.answer import accuracy_reward, extract_answer, format_reward
+from megatron_ral.rewards.functions import RewardFunction, RewardSettingsError, load_function
 
-Components = Mapping[str, Callable[[str, str], float]]
-
-
-def reward_components(require_think: bool) -> Components:
-    """Name -> function(response, solution) -> float. `unparsed` is counted apart from wrong and carries no weight."""
-    return {
-        "accuracy": accuracy_reward,
-        "format": lambda response, solution: format_reward(response, require_think),
-        "unparsed": lambda response, solution: float(extract_answer(response) is None),
-    }
+UNPARSED, ERROR = "unparsed", "error"
+"""Components that count responses and carry no weight."""
+RESERVED = ("accuracy", "format", UNPARSED, ERROR)
+LARGEST = 1.0e30
+"""Values beyond it overflow float32 when they are summed; they count as not finite."""
 
 
-def score_response(response: str, solution: str, components: Components,
-                   weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """(weighted reward, components) of one response."""
-    values = {name: function(response, solution) for name, function in components.items()}
-    return sum(weights.get(name, 0.0) * value for name, value in values.items()), values
+class OwnFunction(Protocol):
+    """One entry of reward.functions."""
+
+    path: str
+    weight: float
 
 
-def score_group(responses: Sequence[str], solution: str, components: Components,
-                weights: Mapping[str, float]) -> list[tuple[float, dict[str, float]]]:
-    """`score_response` for the G responses of one prompt."""
-    return [score_response(response, solution, components, weights) for response in responses]
+class RewardSettings(Protocol):
+    """The `reward` section of a configuration."""
+
+    accuracy: str
+    accuracy_weight: float
+    format_weight: float
+    require_think: bool
+    functions: Mapping[str, OwnFunction]
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """One summand of the reward."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+
+
+@dataclass(frozen=True)
+class ResponseScore:
+    """What one response got."""
+
+    reward: float
+    components: Mapping[str, float]
+    """Before weighting, and `unparsed` and `error`, 0 or 1."""
+    problems: tuple[str, ...]
+    """What went wrong, each as `kind: detail`."""
+
+
+def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
+    """The parts of the reward that a configuration asks for.
+
+    Raises:
+        RewardSettingsError: a function of the user's own cannot be used.
+    """
+    accuracy = accuracy_reward
+    if settings.accuracy == "by_type":
+        # Only here, because ROUGE's package takes two seconds to import.
+        from megatron_ral.rewards.rules import accuracy_by_type as accuracy
+    parts = [RewardPart("accuracy", accuracy, settings.accuracy_weight),
+             RewardPart("format", lambda response, *_: format_reward(response, settings.require_think),
+                        settings.format_weight)]
+    for name, own in settings.functions.items():
+        if name in RESERVED or not name:
+            raise RewardSettingsError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
+        parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
+    return tuple(parts)
+
+
+def score_response(response: str, solution: str, problem_type: str, parts: tuple[RewardPart, ...]) -> ResponseScore:
+    """Reward of one response: the sum over parts of weight * value. A part that raises or returns no finite number is 0
+    and counted as an error."""
+    values, problems = {}, []
+    if extract_answer(response) is None:
+        problems.append(f"{UNPARSED}: not exactly one <answer>..</answer>")
+    values[UNPARSED], values[ERROR] = float(bool(problems)), 0.0
+    reward = 0.0
+    for part in parts:
+        values[part.name], problem = _value(part, response, solution, problem_type)
+        reward += part.weight * values[part.name]
+        if problem:
+            values[ERROR] = 1.0
+            problems.append(f"reward '{part.name}': {problem}")
+    return ResponseScore(reward, values, tuple(problems))
+
+
+def _value(part: RewardPart, response: str, solution: str, problem_type: str) -> tuple[float, str]:
+    """(value of a part, what went wrong)"""
+    try:
+        returned = part.function(response, solution, problem_type)
+        value = float(returned)
+    except Exception as error:  # whatever a reward function does, the run goes on
+        return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not abs(value) <= LARGEST:
+        return 0.0, f"returned {value}, which is not a finite number"
+    return value, ""

@@ -1,4 +1,4 @@
-"""From prompts to scored groups: encode images once, generate, decode, score, advantages."""
+"""From prompts to scored groups: encode images once, generate, score, advantages."""
 
 from dataclasses import dataclass
 from typing import Optional, Sequence
@@ -13,8 +13,8 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
-from megatron_ral.rewards.score import reward_components, score_group
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score, pad_prompts
+from megatron_ral.rollout.scoring import score_responses
+from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,6 @@ class ScoredGroups:
     """[B] bool: the teacher's responses, not the policy's."""
 
 
-def score_responses(responses: ResponseBatch, processor: PromptProcessor, config: RunConfig) -> Score:
-    """Decode and score on every rank alike (strings in, floats out; cheap beside a pass of the model)."""
-    components = reward_components(config.reward.require_think)
-    weights = {"accuracy": config.reward.accuracy_weight, "format": config.reward.format_weight}
-    texts, rewards, values = [], [], []
-    for b, prompt in enumerate(responses.prompts.prompts):
-        group = [processor.decode(responses.response_ids[b, g, : int(responses.response_lengths[b, g])])
-                 for g in range(responses.response_ids.shape[1])]
-        scored = score_group(group, prompt.sample.solution, components, weights)
-        texts.append(tuple(group))
-        rewards.append([reward for reward, _ in scored])
-        values.append([parts for _, parts in scored])
-    parts = {name: torch.tensor([[entry[name] for entry in row] for row in values]) for name in components}
-    return Score(torch.tensor(rewards), parts, tuple(texts))
-
-
 def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
                     step: int, micro_batch_size: int, teacher: Optional[TeacherEngine] = None) -> list[ScoredGroups]:
     """Rollout of this rank's prompts, cut into micro-batches of one shape.
@@ -67,7 +51,7 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
     rows, embeds = _answers(engine, prompts, asked, processor, config, step, teacher)
     width = max(len(prompt.input_ids) for prompt in prompts)
     everything = PromptResponses.join(pad_prompts(prompts, processor.pad_token_id, width), rows, processor.pad_token_id)
-    score = score_responses(everything, processor, config)
+    score = score_responses(everything, processor, config, engine)
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
@@ -75,7 +59,7 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
         groups = GroupBatch(pad_prompts(prompts[part], processor.pad_token_id, width), everything.response_ids[part],
                             everything.response_lengths[part], None if own[0] is None else tuple(own))
         scored = Score(score.rewards[part], {name: values[part] for name, values in score.components.items()},
-                       score.texts[part])
+                       score.texts[part], score.problems[part])
         advantages = group_advantages(scored.rewards, scale=config.loss.advantage_scale)
         shuffled = config.loss.attention_advantages == "shuffled"
         order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None

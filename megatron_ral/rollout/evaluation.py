@@ -17,7 +17,8 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
-from megatron_ral.rollout.collect import score_responses
+from megatron_ral.rewards.score import ERROR, UNPARSED
+from megatron_ral.rollout.scoring import ProblemLog, decode_responses, found_problems, score_responses
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class Evaluation:
 
     accuracy: float
     format_rate: float
+    unparsed_rate: float
+    """Responses without exactly one answer tag; wrong, and counted apart."""
+    error_rate: float
+    """Responses that a part of the reward failed on."""
     target_attention: float
     """Attention mass of response rows on the asked cell's visual tokens / mass on all visual tokens, mean over rows,
     in the measured layer."""
@@ -76,13 +81,15 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
         progress: called with the number of prompts done.
     """
     sums: dict[str, float] = {}
-    layers = range(engine.shape.num_layers)
+    layers, problems = range(engine.shape.num_layers), ProblemLog()
     with engine.resident():
         for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
-            score = score_responses(responses, processor, config)
+            score = score_responses(responses, processor, config, engine)
             if engine.layout.is_last_stage:
-                _add(sums, {"prompts": len(score.rewards), "accuracy": score.components["accuracy"].sum(),
-                            "format": score.components["format"].sum()})
+                _add(sums, {"prompts": len(score.rewards), **{name: score.components[name].sum() for name in
+                                                              ("accuracy", "format", UNPARSED, ERROR)}})
+                if engine.layout.tensor_rank == 0:
+                    problems.write(found_problems(score, responses.prompts.prompts, unparsed=False))
             for index, values in attention.items():
                 _add(sums, {f"{name}/{index}": value for name, value in values.items()})
             progress(len(responses.prompts))
@@ -93,7 +100,8 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
 
     by_layer = tuple(mean(f"target/{index}", f"annotated/{index}") for index in layers)
     return Evaluation(
-        accuracy=mean("accuracy", "prompts"), format_rate=mean("format", "prompts"), target_attention=by_layer[layer],
+        accuracy=mean("accuracy", "prompts"), format_rate=mean("format", "prompts"),
+        unparsed_rate=mean(UNPARSED, "prompts"), error_rate=mean(ERROR, "prompts"), target_attention=by_layer[layer],
         target_attention_by_layer=by_layer, visual_mass=mean(f"visual/{layer}", f"rows/{layer}"),
         num_prompts=int(total.get("prompts", 0)))
 
@@ -118,9 +126,9 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
                 [read] = teacher.read([groups], [layer], keep=lambda rows, _: rows.policy(), hidden_states=False)
                 rows = read.attention.get(layer)
                 masses.append(everywhere(None if rows is None else _mean_policy(rows, groups), groups))
-            score = score_responses(responses, processor, config)
+            texts = decode_responses(responses, processor)
             for b, prompt in enumerate(batch.prompts):
-                views.append(ProbeView(prompt, score.texts[b][0], *(mass[b][batch.visual_mask[b]] for mass in masses)))
+                views.append(ProbeView(prompt, texts[b][0], *(mass[b][batch.visual_mask[b]] for mass in masses)))
     return views
 
 

@@ -45,6 +45,7 @@ class RunLog:
 
     def evaluation(self, result: Evaluation, step: int) -> None:
         self.scalars({"eval/accuracy": result.accuracy, "eval/format_rate": result.format_rate,
+                      "eval/unparsed_rate": result.unparsed_rate, "eval/error_rate": result.error_rate,
                       "eval/target_attention": result.target_attention, "eval/visual_mass": result.visual_mass}, step)
 
     def probes(self, views: Sequence[ProbeView], merge_size: int, step: int) -> None:

@@ -22,6 +22,7 @@ from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.scoring import ProblemLog, found_problems
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.distillation import DistillTerm
 from megatron_ral.training.metrics import RunLog
@@ -83,7 +84,7 @@ class Trainer:
         self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
         self.is_main = groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
-        self.num_skipped = 0
+        self.num_skipped, self.problems = 0, ProblemLog()
         self.loader = PromptLoader(
             inputs.sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
             shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
@@ -169,6 +170,7 @@ class Trainer:
         log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
         quarantined = sum(gather_objects(len(self.loader.quarantined), self.groups.data))
         log.scalars({"timing/step": seconds, "data/quarantined": float(quarantined)}, step + 1)
+        self._show_problems(report, step)
         interval = self.config.logging.completions_interval
         if report.rollout and interval and (step % interval == 0):
             log.completions(report.rollout, step + 1)
@@ -177,6 +179,16 @@ class Trainer:
                  if name in report.metrics}
         bar.set_postfix(shown, refresh=False)
         bar.update()
+
+    def _show_problems(self, report: StepReport, step: int) -> None:
+        """The first unparsed responses and failures of reward functions in the log, whichever rank had them."""
+        if not report.rollout:
+            return
+        found = [problem for scored in report.rollout
+                 for problem in found_problems(scored.score, scored.groups.prompts.prompts)]
+        gathered = gather_objects(ProblemLog().select(found), self.groups.data)
+        if self.is_main:
+            self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
 
     def _watch_skipped(self, report: StepReport, step: int) -> None:
         """Warn of steps whose gradient was not finite; stop when that does not end."""

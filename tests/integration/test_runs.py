@@ -138,8 +138,9 @@ def test_tensorboard_holds_what_a_user_looks_at(finished):
     events.Reload()
     tags = events.Tags()
     wanted = {"reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/mean",
-              "rewards/unparsed/mean", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio",
-              "clip_ratio/low", "clip_ratio/high", "grad_norm", "lr", "timing/rollout", "timing/update", "timing/step",
+              "rewards/unparsed/mean", "rewards/error/mean", "kl", "entropy", "completions/mean_length",
+              "completions/clipped_ratio", "eval/unparsed_rate", "eval/error_rate", "clip_ratio/low", "clip_ratio/high",
+              "grad_norm", "lr", "timing/rollout", "timing/update", "timing/step",
               "attention/divergence", "attention/grad_ratio", "attention/visual_mass", "attention/target_mass",
               "attention/sink_mass", "sampling/logprob_difference", "eval/accuracy", "eval/target_attention",
               "data/quarantined"}

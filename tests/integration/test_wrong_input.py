@@ -45,6 +45,7 @@ def one_sentence(result: subprocess.CompletedProcess, *named: str) -> None:
     (1, "data.eval_shards=pipe:ls", ["data.eval_shards", "pipe:"]),
     (1, "model.path=nowhere", ["model.path", "nowhere", "config.json"]),
     (1, "loss.attention_layers=[9]", ["loss.attention_layers", "9", "4 layers"]),
+    (1, "reward.functions.mine={path: 'nowhere:f', weight: 1.0}", ["reward.functions.mine.path", "nowhere:f"]),
     (1, "loss.attention_layers=[-1, 3]", ["loss.attention_layers", "twice"]),
 ])
 def test_train_refuses(good, world, override, named):

@@ -1,0 +1,69 @@
+"""Reward functions of the user's own, by import path."""
+
+import importlib
+import inspect
+from typing import Callable
+
+RewardFunction = Callable[[str, str, str], float]
+"""f(completion, solution, problem_type) -> float"""
+
+CALL = "f(completion, solution, problem_type) -> float"
+
+
+class RewardSettingsError(ValueError):
+    """Reward settings that cannot be used; the message names key, value and the way out."""
+
+
+def load_function(key: str, path: str) -> RewardFunction:
+    """The function at `package.module:function`.
+
+    Args:
+        key: configuration key, for the error.
+        path: import path; the module is imported as Python would from the working directory or PYTHONPATH.
+
+    Raises:
+        RewardSettingsError: no such module or function, a module that fails, or something that cannot be called as
+            f(completion, solution, problem_type).
+    """
+    function, reason = None, ""
+    module_name, colon, name = path.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
+        reason = "is not of the form package.module:function"
+    else:
+        function, reason = _find(module_name, name)
+    reason = reason or _call_problem(function)
+    if reason:
+        raise RewardSettingsError(f"{key} = '{path}' {reason}")
+    return function
+
+
+def _find(module_name: str, name: str) -> tuple[object, str]:
+    """(object, reason why there is none)"""
+    try:
+        found = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way, and each is a wrong setting
+        return None, (f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); the module must "
+                      "be importable from the working directory or PYTHONPATH")
+    for part in name.split("."):
+        if not hasattr(found, part):
+            return None, f"names nothing: module '{module_name}' has no '{name}'"
+        found = getattr(found, part)
+    return found, ""
+
+
+def _call_problem(function: object) -> str:
+    """Why something cannot be called as a reward function; empty if it can."""
+    if not callable(function) or inspect.isclass(function):
+        return f"is a {'class' if inspect.isclass(function) else type(function).__name__}, not a function {CALL}"
+    if any(test(function) for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction,
+                                       inspect.isasyncgenfunction)):
+        return f"is a coroutine or generator, not a function {CALL}"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return f"has no signature that can be read; wrap it in a function {CALL}"
+    try:
+        signature.bind("", "", "")
+    except TypeError as error:
+        return f"has the signature {signature}, which cannot be called as {CALL} ({error})"
+    return ""

@@ -1,0 +1,117 @@
+r"""Reading answers: text out of its LaTeX or Markdown dress, numbers with commas and units, option letters."""
+
+import math
+import re
+import unicodedata
+from typing import Optional
+
+MAX_NUMBER_LENGTH = 100
+"""A longer text is no number."""
+
+_TYPOGRAPHY = str.maketrans({"−": "-", "－": "-", "–": "-", "＋": "+", "．": ".", "，": ",", "％": "%", "٪": "%",
+                             "٫": ".", "٬": ",", "’": "'"})
+_LATEX = [(re.compile(pattern), text) for pattern, text in (
+    (r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit)\{([^{}]*)\}", r"\1"),
+    (r"\{,\}", ","),
+    (r"\\!", ""),
+    (r"(?<=\d)\\[,;:](?=\d)", ""),
+    (r"\\[,;: ]|~", " "),
+    (r"\^\{?\\circ\}?|\\degree", "°"),
+    (r"\\([%$])", r"\1"),
+)]
+_DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+_NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3})")
+
+_CURRENCY = "$€£¥₹"
+# Alternatives never begin with the same character, so that no text takes more than linear time.
+_UNIT_WORD = (rf"(?![\d_])[\w%‰°℃℉'\"′″{_CURRENCY}]"
+              r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|[1-4](?!\d))*")
+_NUMBER = re.compile(rf"(-|\+)?\s*[{_CURRENCY}]?\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)"
+                     rf"(?:\s*{_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}})?")
+
+_CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*)?"
+    r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|$))[).:\]]*\s*(.*)", re.DOTALL | re.IGNORECASE)
+_SECOND_CHOICE = re.compile(r"(?:or|and)\b|[,/&;]|[(\[][a-z][)\]]", re.IGNORECASE)
+_FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
+
+
+def plain(text: str) -> str:
+    r"""Text without surrounding spaces, `\boxed{..}`, `$..$`, `\(..\)`, `**..**`, `\text{..}` and LaTeX spacing. Of
+    text around a single `\boxed{..}` nothing is kept; several boxes stay as they are."""
+    text = text.strip()
+    while True:
+        before = text
+        if text.count(r"\boxed{") == 1:
+            text = _inside_braces(text, text.index(r"\boxed{") + len(r"\boxed{")).strip()
+        for left, right in _DRESS:
+            inner = text[len(left):-len(right)]
+            if len(text) > len(left + right) and text.startswith(left) and text.endswith(right) and left not in inner:
+                text = inner.strip()
+        if text == before:
+            break
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _inside_braces(text: str, start: int) -> str:
+    """What stands from `start` to the brace that closes the one before it; the whole text if none does."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return text
+
+
+def finite(text: str) -> Optional[float]:
+    """Python's reading of a float (digits of any script); None for anything else, infinities and NaN included."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def number(text: str) -> Optional[float]:
+    """The number an answer is, its unit dropped; None where it is none.
+
+    All commas are dropped ("1,000"), a percent sign is a unit ("50%" is 50), a unit is at most three words ("12 km/h",
+    "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6", "10:30"
+    and "3 of 4" are no numbers.
+    """
+    text = _NARROW_SPACE.sub("", plain(text).translate(_TYPOGRAPHY)).replace(",", "").strip().rstrip(".;:!").rstrip()
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    value = finite(text)
+    if value is None and (match := _NUMBER.fullmatch(text)):
+        value = finite((match[1] or "") + match[2])
+    return value
+
+
+def chart_number(text: str) -> Optional[float]:
+    """The number an answer is where a unit is not dropped and "50%" is 0.5; commas are dropped."""
+    text = plain(text).translate(_TYPOGRAPHY).replace(",", "")
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    value = finite(text.rstrip("%"))
+    return value / 100 if value is not None and text.endswith("%") else value
+
+
+def choice(text: str) -> Optional[str]:
+    """The option letter, upper case, of "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B",
+    "The answer is B"; None where there is none or more than one ("A or B", "A, B", "(A)(B)").
+
+    Text may follow only after a mark: "A red ball" is no choice of A.
+    """
+    match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
+    if match is None or _SECOND_CHOICE.match(match[4]):
+        return None
+    return (match[1] or match[2] or match[3]).upper()
+
+
+def first_word(text: str) -> str:
+    """The first run of letters, lower case; empty if there is none."""
+    match = _FIRST_WORD.match(plain(text).casefold())
+    return match[1] if match else ""

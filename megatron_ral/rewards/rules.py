@@ -1,0 +1,188 @@
+"""Accuracy by problem type: each rule takes an answer and a reference answer and gives a number in [0, 1].
+
+Our own code, written to the published rules; each docstring says where it departs. Sources:
+- Video-R1: tulerfeng/Video-R1 at 59d65c3, src/r1-v/src/open_r1/grpo.py, `accuracy_reward`.
+- ChartQA: google-research/pix2struct at 5b086ef, pix2struct/metrics.py, `relaxed_correctness`.
+- MME: BradyFU/Awesome-Multimodal-Large-Language-Models at 1c1d69e, tools/eval_tool.zip, eval_tool/calculation.py,
+  `parse_pred_ans`.
+- VizWiz: the VQA measure, GT-Vision-Lab/VQA at a013f00, PythonEvaluationTools/vqaEvaluation/vqaEval.py.
+"""
+
+import re
+from functools import lru_cache
+from typing import Callable, Mapping, Sequence
+
+import jiwer
+from rouge_score.rouge_scorer import RougeScorer
+
+from megatron_ral.rewards.answer import extract_answer, reference_answers
+from megatron_ral.rewards.reading import chart_number, choice, first_word, number, plain
+
+Rule = Callable[[str, str], float]
+
+RELAXED_TOLERANCE = 0.05
+CONSENSUS = 3
+"""Matching answers that make an answer right."""
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+
+
+def exact(answer: str, reference: str) -> float:
+    """1 where both are the same text (the paper)."""
+    return float(answer == reference)
+
+
+def _same_text(answer: str, reference: str) -> float:
+    return float(plain(answer).casefold() == plain(reference).casefold())
+
+
+def multiple_choice(answer: str, reference: str) -> float:
+    """1 where both name the same option letter, or are the same text.
+
+    Source: Video-R1, where only the same stripped text is right. More is right here: case, brackets, marks and the
+    option's text beside its letter.
+    """
+    if _same_text(answer, reference):
+        return 1.0
+    letter = choice(reference)
+    return float(letter is not None and choice(answer) == letter)
+
+
+def numerical(answer: str, reference: str) -> float:
+    """1 where both numbers are equal when rounded to two decimals.
+
+    Source: Video-R1. There, one of them having a point or a comma and the other none is wrong ("3" against "3.0",
+    "1,000" against "1000") and so is anything `float` does not read; here units are dropped, and a reference that is no
+    number ("1/2") is compared as text.
+    """
+    wanted = number(reference)
+    if wanted is None:
+        return _same_text(answer, reference)
+    value = number(answer)
+    return float(value is not None and round(value, 2) == round(wanted, 2))
+
+
+def regression(answer: str, reference: str) -> float:
+    """1 - |answer - reference| / |reference|, at least 0; numbers are read as in `numerical`.
+
+    Source: Video-R1, which adds 1e-9 above and below: an exact answer gets 1e-9 / |reference| less than 1 there, and 0
+    where the reference is 0. Here an exact answer is 1.
+    """
+    wanted = number(reference)
+    if wanted is None:
+        return _same_text(answer, reference)
+    value = number(answer)
+    if value is None or wanted == 0:
+        return float(value == wanted)
+    return max(0.0, 1.0 - abs(value - wanted) / abs(wanted))
+
+
+def transcription(answer: str, reference: str) -> float:
+    """1 - word error rate, at least 0; words are what white space separates, case counts.
+
+    Source: Video-R1 (problem type OCR).
+    """
+    return max(0.0, 1.0 - jiwer.wer(" ".join(reference.split()), " ".join(answer.split())))
+
+
+@lru_cache(maxsize=1)
+def _rouge() -> RougeScorer:
+    return RougeScorer(_ROUGE, use_stemmer=True)
+
+
+def free_form(answer: str, reference: str) -> float:
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming.
+
+    Source: Video-R1. ROUGE knows only the letters a-z and digits: text in other scripts always gets 0. A single word
+    has no ROUGE-2 and gets 2 / 3 at most.
+    """
+    scores = _rouge().score(reference, answer)
+    return sum(scores[name].fmeasure for name in _ROUGE) / len(_ROUGE)
+
+
+def relaxed_accuracy(answer: str, reference: str) -> float:
+    """1 where numbers differ by at most 5 % of the reference, or other text is the same but for case.
+
+    Source: ChartQA. As there, "50%" is 0.5 and units are not dropped, so that category names stay text. Departures:
+    commas in numbers are dropped, and a reference of 0 is a number ("0.0" is right).
+    """
+    wanted, value = chart_number(reference), chart_number(answer)
+    if wanted is None or value is None:
+        return _same_text(answer, reference)
+    return float(abs(value - wanted) / abs(wanted) <= RELAXED_TOLERANCE if wanted else value == 0)
+
+
+def yes_or_no(answer: str, reference: str) -> float:
+    """1 where the first word of the answer is the reference, yes or no.
+
+    Source: MME, which looks for "yes" and "no" anywhere in the first four characters: "not sure", "none" and
+    "yesterday" say no, no and yes there, and here neither.
+    """
+    wanted = first_word(reference)
+    return float(first_word(answer) == wanted) if wanted in ("yes", "no") else _same_text(answer, reference)
+
+
+def consensus(answer: str, references: Sequence[str]) -> float:
+    """min(number of reference answers equal to the answer / 3, 1), after both are normalised: lower case, number words
+    as digits, without articles, apostrophes and marks. With fewer than three references all of them must be equal.
+
+    Source: VQA, which is the mean of this over the ten sets of nine answers (0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 matches
+    where this is 1/3, 2/3, 1, 1), repairs contractions where here apostrophes are dropped, and normalises nothing where
+    all ten answers are the same.
+    """
+    answer = _consensus_text(answer)
+    matches = sum(_consensus_text(reference) == answer for reference in references)
+    return min(1.0, matches / min(CONSENSUS, len(references)))
+
+
+def _consensus_text(text: str) -> str:
+    text = plain(text).casefold()
+    bare = re.sub(r"['’]|(?<=\d),(?=\d)|\.(?!\d)", "", text)
+    words = re.sub(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""", " ", bare).split()
+    return " ".join(_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES) or text
+
+
+RULES: Mapping[str, Rule] = {
+    "exact": exact,
+    "multiple choice": multiple_choice,
+    "numerical": numerical,
+    "ocr": transcription,
+    "free form": free_form,
+    "regression": regression,
+    "relaxed accuracy": relaxed_accuracy,
+    "chartqa": relaxed_accuracy,
+    "yes no": yes_or_no,
+    "mme": yes_or_no,
+}
+"""By problem type, in lower case and with spaces for `-`, `_` and `/`; beside them "consensus" or "vizwiz"."""
+_CONSENSUS_TYPES = ("consensus", "vizwiz")
+
+
+def _name(problem_type: str) -> str:
+    return " ".join(re.split(r"[\s_/-]+", problem_type.strip())).casefold()
+
+
+def has_rule(problem_type: str) -> bool:
+    """Whether a problem type has a rule of its own; others are matched exactly."""
+    return _name(problem_type) in RULES or _name(problem_type) in _CONSENSUS_TYPES
+
+
+def accuracy_by_type(response: str, solution: str, problem_type: str) -> float:
+    """Accuracy by the rule of the problem type, by exact match where it has none; of several reference answers the best
+    counts. Unparsed: 0.
+
+    Args:
+        response: generated text.
+        solution: `<answer>..</answer>`, once or several times, or the bare answer.
+        problem_type: of the sample; its spelling is free as to case, spaces, `-`, `_` and `/`.
+    """
+    answer, references = extract_answer(response), reference_answers(solution)
+    if answer is None:
+        return 0.0
+    if _name(problem_type) in _CONSENSUS_TYPES:
+        return consensus(answer, references)
+    rule = RULES.get(_name(problem_type), exact)
+    return max(rule(answer, reference) for reference in references)
