@@ -19,26 +19,27 @@ _LATEX = [(re.compile(pattern), text) for pattern, text in (
     (r"\^\{?\\circ\}?|\\degree", "°"),
     (r"\\([%$])", r"\1"),
 )]
-_DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+_DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
 _NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3})")
 
 _CURRENCY = "$€£¥₹"
 # Alternatives never begin with the same character, so that no text takes more than linear time.
-_UNIT_WORD = (rf"(?![\d_])[\w%‰°℃℉'\"′″{_CURRENCY}]"
+_UNIT_WORD = (rf"(?![\d_²³¹⁰-⁹₀-₉¼-¾⅐-ↈ])[\w%‰°℃℉'\"′″{_CURRENCY}]"
               r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|[1-4](?!\d))*")
 _NUMBER = re.compile(rf"(-|\+)?\s*[{_CURRENCY}]?\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)"
                      rf"(?:\s*{_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}})?")
 
 _CHOICE = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*)?"
-    r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|$))[).:\]]*\s*(.*)", re.DOTALL | re.IGNORECASE)
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
+    r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|\s*\n|$))[).:\]]*\s*(.*)",
+    re.DOTALL | re.IGNORECASE)
 _SECOND_CHOICE = re.compile(r"(?:or|and)\b|[,/&;]|[(\[][a-z][)\]]", re.IGNORECASE)
 _FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
 
 
 def plain(text: str) -> str:
-    r"""Text without surrounding spaces, `\boxed{..}`, `$..$`, `\(..\)`, `**..**`, `\text{..}` and LaTeX spacing. Of
-    text around a single `\boxed{..}` nothing is kept; several boxes stay as they are."""
+    r"""Text without surrounding spaces, `\boxed{..}`, `$..$`, `\(..\)`, `**..**`, quotation marks, `\text{..}` and
+    LaTeX spacing. Of text around a single `\boxed{..}` nothing is kept; several boxes stay as they are."""
     text = text.strip()
     while True:
         before = text
@@ -103,7 +104,7 @@ def choice(text: str) -> Optional[str]:
     """The option letter, upper case, of "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B",
     "The answer is B"; None where there is none or more than one ("A or B", "A, B", "(A)(B)").
 
-    Text may follow only after a mark: "A red ball" is no choice of A.
+    Text may follow only after a mark or on a new line: "A red ball" is no choice of A.
     """
     match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
     if match is None or _SECOND_CHOICE.match(match[4]):

@@ -73,7 +73,7 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
     *(("multiple choice", answer, "B", 1.0) for answer in (
         "B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", "B. a red ball", "(B) a red ball", "B) red", "B: red",
         "B - red", "Option B", "The answer is B.", "answer: (B)", r"\boxed{B}", r"$\boxed{\text{(B)}}$", "**B**",
-        "（B）", "B.red")),
+        "（B）", "B.red", "'B'", '"B"', "B\nred")),
     *(("multiple choice", answer, "B", 0.0) for answer in (
         "", "A", "A. B", "A or B", "A, B", "A/B", "AB", "(A)(B)", "(B) (A)", "B) or C)", "A red ball", "Be", "choices",
         "red", "B.C. 300")),
@@ -84,13 +84,14 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
         "1234.5", "1,234.5", "1,234.50", " 1234.5 ", "1234.5.", "1234.501", "1234.5 km/h", "$1,234.5", "1234.5$",
         "1234.5%", r"\boxed{1234.5}", r"$1{,}234.5\text{ cm}^2$",
         "١٢٣٤٫٥", "１，２３４．５", "+1234.5", "1.2345e3", "1\u202f234.5",
-        "1234.5 square metres", "1234.5 m^2", "1234.5 m2", "1234.5°C", r"1234.5^\circ")),
+        '"1234.5"', "1234.5 square metres", "1234.5 m^2", "1234.5 m2", "1234.5°C", r"1234.5^\circ")),
     *(("numerical", answer, "1234.5", 0.0) for answer in (
         "", "1234", "-1234.5", "1234.51", "1234.5/1", "1234.5 or 1234.6", "about 1234.5", "1234.5-1234.6", "nan",
         "12 34.5", r"\boxed{1234.5} \boxed{1}", "1234.5 times in all these pictures")),
     ("numerical", "−3", "-3", 1.0), ("numerical", "3.0", "3", 1.0), ("numerical", "50%", "50", 1.0),
     ("numerical", "50%", "0.5", 0.0), ("numerical", "1/2", "1/2", 1.0), ("numerical", "1/3", "1/2", 0.0),
-    ("numerical", "1", "1/2", 0.0), ("numerical", "inf", "1", 0.0), ("numerical", "2.675", "2.67", 1.0),
+    ("numerical", "5²", "5", 0.0), ("numerical", "5½", "5", 0.0), ("numerical", "1", "1/2", 0.0),
+    ("numerical", "inf", "1", 0.0), ("numerical", "2.675", "2.67", 1.0),
     ("OCR", "the quick fox", "the quick fox", 1.0), ("OCR", "the quick\n fox", "the quick fox", 1.0),
     ("ocr", "the slow fox", "the quick fox", 2 / 3), ("OCR", "The quick fox", "the quick fox", 2 / 3),
     ("OCR", "", "fox", 0.0), ("OCR", "a b c d e", "fox", 0.0), ("OCR", "fox", "", 0.0), ("OCR", "", "", 1.0),
@@ -146,7 +147,8 @@ def test_plain_text(text, wanted):
 # What people put in to get through: each must be read in no time, whatever is read.
 LONG = ["a-1" * 2000, "5 " + "a-1" * 30 + "!", "$" * 5000, r"\boxed{" * 2000, r"\boxed{" + "{" * 5000, "(A)" * 2000,
         "A. " * 3000, "." * 5000, "9" * 5000, "1," * 3000, "**" * 3000, "5" + " cm" * 2000, "the " * 3000, "½" * 100,
-        "the answer is " * 500, " " * 5000 + "x", "1" + " " * 5000 + "x", "\\text{" * 1000, "e" * 50 + "5" * 50]
+        "the answer is " * 500, " " * 5000 + "x", "1" + " " * 5000 + "x", "\\text{" * 1000, "e" * 50 + "5" * 50,
+        "answer" + " " * 30000 + "x", "B" + "\n" * 30000 + "x", "the answer is" + " :" * 5000]
 
 
 def test_no_text_crashes_or_stalls_a_rule():
