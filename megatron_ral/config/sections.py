@@ -91,8 +91,8 @@ class RewardFunctionConfig:
     """A reward function of one's own: f(completion, solution, problem_type) -> float."""
 
     path: str
-    """`package.module:function`, importable from the working directory or PYTHONPATH. Where it raises or returns no
-    finite number, its part of the reward is 0 and the response is counted in `rewards/error/mean`."""
+    """`package.module:function`, its folder on PYTHONPATH. Where it raises or returns no finite number, its part of the
+    reward is 0 and the response is counted in `rewards/error/mean`."""
     weight: float
     """May be negative (a penalty) or 0 (only logged)."""
 
@@ -109,7 +109,7 @@ class RewardConfig:
     require_think: bool = True
     """Format needs `<think>..</think>` before the answer (false: RAL-zero)."""
     functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
-    """Further parts of the reward by name; the name is logged as `rewards/<name>/mean`."""
+    """Further parts of the reward by name; the name, an identifier, is logged as `rewards/<name>/mean`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -42,12 +42,23 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """What `make` returns (small, picklable) on the group's first rank, which alone calls it, on every rank."""
+    """What `make` returns (small, picklable) on the group's first rank, which alone calls it, on every rank.
+
+    Raises:
+        AgreedError: on the other ranks, where `make` raised on the first; they would wait for it in vain.
+    """
     if group.size() == 1:
         return make()
     first = dist.get_process_group_ranks(group)[0]
-    box = [make() if dist.get_rank() == first else None]
+    box, failure = [None, None], None
+    if dist.get_rank() == first:
+        try:
+            box[0] = make()
+        except Exception as error:
+            failure, box[1] = error, f"rank {first}: {type(error).__name__}: {error}"
     dist.broadcast_object_list(box, src=first, group=group)
+    if box[1] is not None:
+        raise failure or AgreedError(box[1])
     return box[0]
 
 

@@ -19,7 +19,7 @@ def load_function(key: str, path: str) -> RewardFunction:
 
     Args:
         key: configuration key, for the error.
-        path: import path; the module is imported as Python would from the working directory or PYTHONPATH.
+        path: import path; imported as Python would, from PYTHONPATH or where the command is run.
 
     Raises:
         RewardSettingsError: no such module or function, a module that fails, or something that cannot be called as
@@ -42,8 +42,8 @@ def _find(module_name: str, name: str) -> tuple[object, str]:
     try:
         found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way, and each is a wrong setting
-        return None, (f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); the module must "
-                      "be importable from the working directory or PYTHONPATH")
+        return None, (f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); put the "
+                      "folder that holds it on PYTHONPATH")
     for part in name.split("."):
         if not hasattr(found, part):
             return None, f"names nothing: module '{module_name}' has no '{name}'"

@@ -15,25 +15,30 @@ _LATEX = [(re.compile(pattern), text) for pattern, text in (
     (r"\{,\}", ","),
     (r"\\!", ""),
     (r"(?<=\d)\\[,;:](?=\d)", ""),
-    (r"\\[,;: ]|~", " "),
+    (r"\\[,;: ]|(?<=\S)~", " "),
     (r"\^\{?\\circ\}?|\\degree", "°"),
     (r"\\([%$])", r"\1"),
 )]
 _DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
-_NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3})")
+_NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
 
 _CURRENCY = "$€£¥₹"
 # Alternatives never begin with the same character, so that no text takes more than linear time.
-_UNIT_WORD = (rf"(?![\d_²³¹⁰-⁹₀-₉¼-¾⅐-ↈ])[\w%‰°℃℉'\"′″{_CURRENCY}]"
-              r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|[1-4](?!\d))*")
+_UNIT_WORD = (rf"(?![\d_])[\w%‰°℃℉'\"′″{_CURRENCY}]"
+              r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|(?<=[A-WYZa-wyz-])[1-4](?!\d))*")
 _NUMBER = re.compile(rf"(-|\+)?\s*[{_CURRENCY}]?\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)"
-                     rf"(?:\s*{_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}})?")
+                     rf"(?:\s*({_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}}))?")
+_OTHER_NUMBER = re.compile(
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|half|and|or|to|plus|minus)\b")
+"""Words behind a number that make it another one, or leave open which one it is."""
 
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
-    r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|\s*\n|$))[).:\]]*\s*(.*)",
+    r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|\s*\n|$))[).:\]]*(.*)",
     re.DOTALL | re.IGNORECASE)
-_SECOND_CHOICE = re.compile(r"(?:or|and)\b|[,/&;]|[(\[][a-z][)\]]", re.IGNORECASE)
+_SECOND_CHOICE = re.compile(
+    r"\s*(?:(?:or|and)\b|[,、/&;]|[(\[][a-z][)\]]|[a-z][):\]]|[a-z]\.?(?:\s+[a-z]\.?)+\s*$)|\s*\n\s*[a-z]\.?\s*$",
+    re.IGNORECASE)
 _FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
 
 
@@ -79,16 +84,21 @@ def number(text: str) -> Optional[float]:
     """The number an answer is, its unit dropped; None where it is none.
 
     All commas are dropped ("1,000"), a percent sign is a unit ("50%" is 50), a unit is at most three words ("12 km/h",
-    "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6", "10:30"
-    and "3 of 4" are no numbers.
+    "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6", "10:30",
+    "3 of 4", "5½", "5 million" and "5 and a half" are no numbers.
     """
     text = _NARROW_SPACE.sub("", plain(text).translate(_TYPOGRAPHY)).replace(",", "").strip().rstrip(".;:!").rstrip()
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     value = finite(text)
-    if value is None and (match := _NUMBER.fullmatch(text)):
+    if value is None and (match := _NUMBER.fullmatch(text)) and not _is_part_of_number(match[3] or ""):
         value = finite((match[1] or "") + match[2])
     return value
+
+
+def _is_part_of_number(unit: str) -> bool:
+    """Whether what stands behind a number belongs to it ("million", "½", "万") and is no unit."""
+    return any(word[0].isnumeric() for word in unit.split()) or bool(_OTHER_NUMBER.search(unit.casefold()))
 
 
 def chart_number(text: str) -> Optional[float]:
@@ -102,9 +112,10 @@ def chart_number(text: str) -> Optional[float]:
 
 def choice(text: str) -> Optional[str]:
     """The option letter, upper case, of "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B",
-    "The answer is B"; None where there is none or more than one ("A or B", "A, B", "(A)(B)").
+    "The answer is B"; None where there is none or more than one ("A or B", "A, B", "(A)(B)", "A) B)", "A. B. C").
 
-    Text may follow only after a mark or on a new line: "A red ball" is no choice of A.
+    Text may follow only after a mark or on a new line: "A red ball" is no choice of A. A single letter is text after a
+    mark ("A. X"), but a second choice on a line of its own.
     """
     match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
     if match is None or _SECOND_CHOICE.match(match[4]):

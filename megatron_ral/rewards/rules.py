@@ -22,7 +22,7 @@ Rule = Callable[[str, str], float]
 
 RELAXED_TOLERANCE = 0.05
 CONSENSUS = 3
-"""Matching answers that make an answer right."""
+"""Matching answers, beside the one left out, that make an answer right."""
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(
@@ -126,16 +126,19 @@ def yes_or_no(answer: str, reference: str) -> float:
 
 
 def consensus(answer: str, references: Sequence[str]) -> float:
-    """min(number of reference answers equal to the answer / 3, 1), after both are normalised: lower case, number words
-    as digits, without articles, apostrophes and marks. With fewer than three references all of them must be equal.
+    """Mean over the reference answers of min(number of the *other* ones equal to the answer / 3, 1): of ten answers
+    0, 1, 2, 3, 4 equal ones give 0, 0.3, 0.6, 0.9, 1. Up to three references: the share that is equal. Both sides are
+    normalised: lower case, number words as digits, without articles, apostrophes and marks.
 
-    Source: VQA, which is the mean of this over the ten sets of nine answers (0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 matches
-    where this is 1/3, 2/3, 1, 1), repairs contractions where here apostrophes are dropped, and normalises nothing where
-    all ten answers are the same.
+    Source: VQA. There contractions are repaired where here apostrophes are dropped, and nothing is normalised where all
+    ten answers are the same.
     """
-    answer = _consensus_text(answer)
+    answer, count = _consensus_text(answer), len(references)
     matches = sum(_consensus_text(reference) == answer for reference in references)
-    return min(1.0, matches / min(CONSENSUS, len(references)))
+    if count <= CONSENSUS:
+        return matches / count
+    without_equal, without_other = min(1.0, max(0, matches - 1) / CONSENSUS), min(1.0, matches / CONSENSUS)
+    return (matches * without_equal + (count - matches) * without_other) / count
 
 
 def _consensus_text(text: str) -> str:

@@ -10,7 +10,7 @@ UNPARSED, ERROR = "unparsed", "error"
 """Components that count responses and carry no weight."""
 RESERVED = ("accuracy", "format", UNPARSED, ERROR)
 LARGEST = 1.0e30
-"""Values beyond it overflow float32 when they are summed; they count as not finite."""
+"""Values beyond it, before or after weighting, overflow float32 when they are summed; they count as not finite."""
 
 
 class OwnFunction(Protocol):
@@ -64,8 +64,11 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
              RewardPart("format", lambda response, *_: format_reward(response, settings.require_think),
                         settings.format_weight)]
     for name, own in settings.functions.items():
-        if name in RESERVED or not name:
+        if name in RESERVED:
             raise RewardSettingsError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
+        if not name.isidentifier():
+            raise RewardSettingsError(f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
+                                      "with no digit; it becomes the tag rewards/<name>/mean")
         parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
     return tuple(parts)
 
@@ -92,8 +95,8 @@ def _value(part: RewardPart, response: str, solution: str, problem_type: str) ->
     try:
         returned = part.function(response, solution, problem_type)
         value = float(returned)
-    except Exception as error:  # whatever a reward function does, the run goes on
+    except (Exception, SystemExit) as error:  # whatever a reward function does, the run goes on
         return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if not abs(value) <= LARGEST:
-        return 0.0, f"returned {value}, which is not a finite number"
+    if not max(abs(value), abs(value * part.weight)) <= LARGEST:
+        return 0.0, f"returned {value}, which with weight {part.weight} is not a finite number of float32"
     return value, ""

@@ -81,16 +81,18 @@ class ProblemLog:
 
     Args:
         limit: of each kind.
+        kinds: that are shown at all; data with a problem type for every sample must not fill the log.
     """
 
-    def __init__(self, limit: int = 3):
-        self.limit, self._shown = limit, Counter()
+    def __init__(self, limit: int = 3, kinds: int = 20):
+        self.limit, self.kinds, self._shown = limit, kinds, Counter()
 
     def select(self, problems: Iterable[Problem]) -> list[Problem]:
         """Those that are still to be shown; they count as shown."""
         chosen = []
         for problem in problems:
-            if self._shown[problem.kind] < self.limit:
+            known = problem.kind in self._shown or len(self._shown) < self.kinds
+            if known and self._shown[problem.kind] < self.limit:
                 self._shown[problem.kind] += 1
                 chosen.append(problem)
         return chosen

@@ -7,6 +7,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
+from megatron_ral.parallel.collectives import from_first_rank
 from megatron_ral.parallel.groups import start_groups, stop_groups
 from megatron_ral.rollout.scoring import score_responses
 from megatron_ral.types import ResponseBatch
@@ -43,3 +44,18 @@ def test_ranks_of_one_model_copy_get_the_same():
     assert layout(2, 1) == [1.0, 1.0]
     assert layout(1, 2) == [1.0, 1.0]
     assert layout(1, 1) == [1.0, 2.0], "two data-parallel ranks have each its own"
+
+
+def fails_on_the_first_rank():
+    groups = start_groups(tensor_size=2, pipeline_size=1, seed=0)
+    try:
+        from_first_rank(lambda: [][0], groups.model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        stop_groups()
+
+
+def test_no_rank_waits_for_one_that_failed():
+    first, second = run_ranks(2, fails_on_the_first_rank)
+    assert first.startswith("IndexError: list") and second.startswith("AgreedError: rank 0: IndexError: list")

@@ -13,7 +13,7 @@ from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.rewards.functions import RewardSettingsError, load_function
 from megatron_ral.rewards.score import reward_parts, score_response
-from megatron_ral.rollout.scoring import ProblemLog, found_problems, score_responses
+from megatron_ral.rollout.scoring import Problem, ProblemLog, found_problems, score_responses
 from megatron_ral.types import ResponseBatch, Sample, pad_prompts
 
 HERE = __name__
@@ -68,6 +68,10 @@ def returns(value):
     return lambda completion, solution, problem_type: value
 
 
+def exits(completion, solution, problem_type):
+    raise SystemExit("no judge")
+
+
 NAN, INFINITE, HUGE, NOTHING, TEXT = (returns(value) for value in (math.nan, -math.inf, 1e300, None, "good"))
 TENSOR = returns(torch.tensor(0.75))
 
@@ -109,6 +113,12 @@ def test_module_that_fails_is_named(code, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["accuracy", "format", "unparsed", "error"])
 def test_names_of_the_project_are_taken(name):
     with pytest.raises(RewardSettingsError, match=f"reward.functions.{name}: the name '{name}' is taken"):
+        reward_parts(settings(**{name: ("brevity", 1.0)}))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "two words", "2nd", "x-y"])
+def test_names_that_make_no_tag_are_refused(name):
+    with pytest.raises(RewardSettingsError, match=f"reward.functions: the name '{name}' must be letters"):
         reward_parts(settings(**{name: ("brevity", 1.0)}))
 
 
@@ -160,12 +170,18 @@ def test_own_functions_are_called_and_weighed():
 
 @pytest.mark.parametrize("path, said", [
     ("NAN", "returned nan"), ("INFINITE", "returned -inf"), ("HUGE", "returned 1e+300"), ("NOTHING", "TypeError"),
-    ("TEXT", "ValueError")])
+    ("TEXT", "ValueError"), ("exits", "SystemExit: no judge")])
 def test_what_is_no_finite_number_is_an_error_and_counts_nothing(path, said):
     score = score_response(GOOD, "7", "", reward_parts(settings(mine=(path, 5.0))))
     assert score.reward == pytest.approx(1.0) and score.components["mine"] == 0.0 and score.components["error"] == 1.0
     [problem] = score.problems
     assert problem.startswith("reward 'mine': ") and said in problem
+
+
+def test_a_weight_that_overflows_float32_is_an_error():
+    score = score_response(GOOD, "7", "", reward_parts(settings(mine=("judge", 1e31))))
+    assert score.reward == pytest.approx(1.0) and "with weight 1e+31" in score.problems[0]
+    assert score_response(GOOD, "7", "", reward_parts(settings(mine=("judge", -1e29)))).reward == pytest.approx(-2.5e28)
 
 
 # --- on a real tokenizer ----------------------------------------------------------------------------------------------
@@ -230,10 +246,17 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
         "problem_type 'multiple choise'", "reward 'judge'"}
 
 
+def test_log_shows_no_more_kinds_than_it_should(caplog):
+    log = ProblemLog(limit=1, kinds=3)
+    with caplog.at_level(logging.WARNING):
+        log.write(Problem(f"problem_type '{number % 7}'", str(number)) for number in range(50))
+    assert [record.getMessage() for record in caplog.records] == ["0", "1", "2"]
+
+
 def test_ten_answers_are_scored_by_consensus_and_taught_as_one(processor):
     ten = "".join(f"<answer>{answer}</answer>" for answer in ["7"] * 2 + ["8"] * 5 + ["B", "b.", "x"])
     responses = batch(processor, types=("vizwiz", "VizWiz"), solutions=(ten, ten))
     score = score_responses(responses, processor, RunConfig(reward=RewardConfig(accuracy="by_type")))
-    assert score.components["accuracy"].flatten().tolist() == pytest.approx([2 / 3, 1, 0, 0, 0, 0, 2 / 3, 2 / 3])
+    assert score.components["accuracy"].flatten().tolist() == pytest.approx([0.6, 1, 0, 0, 0, 0, 0.6, 0.6])
     for prompt in responses.prompts.prompts:
         assert processor.decode(prompt.response_ids) == "<answer>8</answer>"

@@ -76,7 +76,8 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
         "（B）", "B.red", "'B'", '"B"', "B\nred")),
     *(("multiple choice", answer, "B", 0.0) for answer in (
         "", "A", "A. B", "A or B", "A, B", "A/B", "AB", "(A)(B)", "(B) (A)", "B) or C)", "A red ball", "Be", "choices",
-        "red", "B.C. 300")),
+        "red", "B.C. 300", "B) C) D)", "B. C. D", "B\nC", "B.\nC.", "(B)、(C)", "B; C", "B. and C")),
+    ("multiple choice", "B. X", "B", 1.0), ("multiple choice", "B. J. K. Rowling", "B", 1.0),
     ("multiple choice", "B. blue", "(B) red", 1.0), ("multiple choice", "A red ball", "A", 0.0),
     ("Multiple-Choice", "Red Ball", "red ball", 1.0), ("multiple choice", "blue", "red", 0.0),
     ("multiple_choice", "A,C", "A,C", 1.0), ("multiple choice", "A", "A,C", 0.0),
@@ -90,7 +91,11 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
         "12 34.5", r"\boxed{1234.5} \boxed{1}", "1234.5 times in all these pictures")),
     ("numerical", "−3", "-3", 1.0), ("numerical", "3.0", "3", 1.0), ("numerical", "50%", "50", 1.0),
     ("numerical", "50%", "0.5", 0.0), ("numerical", "1/2", "1/2", 1.0), ("numerical", "1/3", "1/2", 0.0),
-    ("numerical", "5²", "5", 0.0), ("numerical", "5½", "5", 0.0), ("numerical", "1", "1/2", 0.0),
+    *(("numerical", answer, "5", 0.0) for answer in (
+        "5²", "5½", "5万", "5 million", "5 Thousand people", "5 and a half", "5 or more", "5 dozen", "5'4", "5x3", "~5")),
+    *(("numerical", answer, "5", 1.0) for answer in ("5 pandas", "5 toes", "5 m s-2", "5th", "5 cm²", "5~cm", "5 x")),
+    ("numerical", "5 million", "5 million", 1.0), ("numerical", "12\u00a03456", "123456", 0.0),
+    ("numerical", "1", "1/2", 0.0),
     ("numerical", "inf", "1", 0.0), ("numerical", "2.675", "2.67", 1.0),
     ("OCR", "the quick fox", "the quick fox", 1.0), ("OCR", "the quick\n fox", "the quick fox", 1.0),
     ("ocr", "the slow fox", "the quick fox", 2 / 3), ("OCR", "The quick fox", "the quick fox", 2 / 3),
@@ -109,10 +114,11 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
     ("yes/no", "Yes", "yes", 1.0), ("yes/no", "No, there is none.", "No", 1.0), ("MME", "**yes**", "Yes", 1.0),
     ("yes/no", "yes", "No", 0.0), ("yes/no", "not sure", "no", 0.0), ("yes/no", "yesterday", "yes", 0.0),
     ("yes/no", "", "no", 0.0), ("yes/no", "I say yes", "yes", 0.0), ("yes/no", "maybe", "Maybe", 1.0),
-    ("vizwiz", "coke", VIZWIZ, 1.0), ("vizwiz", "The Coke!", VIZWIZ, 1.0), ("VizWiz", "cola", VIZWIZ, 2 / 3),
-    ("consensus", "two cans", VIZWIZ, 1 / 3), ("vizwiz", "dont know", VIZWIZ, 1 / 3), ("vizwiz", "pepsi", VIZWIZ, 0.0),
+    ("vizwiz", "coke", VIZWIZ, 0.9), ("vizwiz", "The Coke!", VIZWIZ, 0.9),
+    ("vizwiz", "coke", VIZWIZ + "<answer>COKE</answer>", 1.0), ("VizWiz", "cola", VIZWIZ, 0.6),
+    ("consensus", "two cans", VIZWIZ, 0.3), ("vizwiz", "dont know", VIZWIZ, 0.3), ("vizwiz", "pepsi", VIZWIZ, 0.0),
     ("vizwiz", "", VIZWIZ, 0.0), ("vizwiz", "coke", "coke", 1.0), ("vizwiz", "a", "a", 1.0),
-    ("vizwiz", "the", "a", 0.0),
+    ("vizwiz", "the", "a", 0.0), ("vizwiz", "coke", "<answer>Coke.</answer><answer>cola</answer>", 0.5),
     ("numerical", "4", "<answer>3</answer><answer>4</answer>", 1.0),
     ("regression", "95", "<answer>50</answer><answer>100</answer>", 0.95),
 ])
@@ -147,7 +153,8 @@ def test_plain_text(text, wanted):
 # What people put in to get through: each must be read in no time, whatever is read.
 LONG = ["a-1" * 2000, "5 " + "a-1" * 30 + "!", "$" * 5000, r"\boxed{" * 2000, r"\boxed{" + "{" * 5000, "(A)" * 2000,
         "A. " * 3000, "." * 5000, "9" * 5000, "1," * 3000, "**" * 3000, "5" + " cm" * 2000, "the " * 3000, "½" * 100,
-        "the answer is " * 500, " " * 5000 + "x", "1" + " " * 5000 + "x", "\\text{" * 1000, "e" * 50 + "5" * 50,
+        "the answer is " * 500, "answer" + " " * 50000 + "xx", "A\n" + " " * 50000 + "xx", "A. " + "B " * 5000 + "!",
+        " " * 5000 + "x", "1" + " " * 5000 + "x", "\\text{" * 1000, "e" * 50 + "5" * 50,
         "answer" + " " * 30000 + "x", "B" + "\n" * 30000 + "x", "the answer is" + " :" * 5000]
 
 
