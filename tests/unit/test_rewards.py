@@ -164,9 +164,9 @@ def test_no_text_crashes_or_stalls_a_rule():
     texts = LONG + ["".join(rng.choices(alphabet, k=rng.randint(0, 25))) for _ in range(400)]
     for problem_type in [*RULES, "vizwiz"]:
         for text in texts:
-            started, solution = time.perf_counter(), rng.choice(["5", "B", "red ball", "yes", "50%"])
+            started, solution = time.process_time(), rng.choice(["5", "B", "red ball", "yes", "50%"])
             reward = accuracy_by_type(f"<answer>{text}</answer>", solution, problem_type)
-            assert 0.0 <= reward <= 1.0 and time.perf_counter() - started < 2.0, (problem_type, text[:50])
+            assert 0.0 <= reward <= 1.0 and time.process_time() - started < 2.0, (problem_type, text[:50])
     assert [number("x" * 200), choice("x" * 200)] == [None, None]
 
 
