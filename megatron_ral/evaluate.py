@@ -76,6 +76,7 @@ def main() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2))
         print(f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
+              f"unparsed {result.unparsed_rate:.3f}, failed {result.error_rate:.3f}, "
               f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}", flush=True)
     stop_groups()
 

@@ -46,6 +46,7 @@ def test_exact_match_is_of_the_text_alone(answer):
 
 def test_without_thinking():
     assert format_reward("<answer>7</answer>", require_think=False) == 1.0
+    assert format_reward("\n <answer>7</answer>\n", require_think=False) == 1.0
     assert format_reward(GOOD, require_think=False) == 0.0
     assert format_reward("<answer>7</think></answer>", require_think=False) == 0.0
     assert format_reward("7", require_think=False) == 0.0
@@ -53,7 +54,9 @@ def test_without_thinking():
 
 def test_several_tags():
     """In a response: unparsed. In a solution: so many reference answers, of which supervised training teaches one."""
-    assert extract_answer("<answer>a</answer><answer>a</answer>") is None
+    for response in ("<answer>a</answer><answer>a</answer>", "<answer><answer>a</answer>", "<answer>a</answer></answer>",
+                     "</answer>a<answer>", "<answer>a", "a</answer>", "<ANSWER>a</ANSWER>", ""):
+        assert extract_answer(response) is None, response
     assert extract_answer("<answer></answer>") == ""
     ten = "<answer>cat</answer> <answer> dog </answer><answer>dog</answer>"
     assert reference_answers(ten) == ("cat", "dog", "dog") and reference_answers(" 7 ") == ("7",)
@@ -143,7 +146,7 @@ def test_names_of_problem_types():
 
 @pytest.mark.parametrize("text, wanted", [
     (r" \boxed{ 5 } ", "5"), (r"so it is \boxed{5} then", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{5", r"\boxed{5"), ("$5$ and $6$", "$5$ and $6$"), (r"\(5\)", "5"), (r"5\,000", "5000"),
+    (r"\boxed{5", r"\boxed{5"), ("$5$ and $6$", "$5$ and $6$"), (r"\(5\)", "5"), (r"5\,000", "5000"), (r"5\!000", "5000"), (r"\$5", "$5"),
     (r"5\,\text{cm}", "5 cm"), ("**5**", "5"), (r"50\%", "50%"), ("$", "$"), ("", ""),
 ])
 def test_plain_text(text, wanted):

@@ -92,7 +92,8 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
                           torch.zeros(*width, R, dtype=torch.int64), torch.full(width, R), torch.zeros(*width, R),
                           torch.ones(width, dtype=torch.bool))
     rewards = torch.tensor([REWARDS[index] for index in indices]) if rewards is None else rewards
-    score = Score(rewards, {"accuracy": torch.zeros(width)}, (("",) * group_size,) * len(indices))
+    score = Score(rewards, {"accuracy": torch.zeros(width)}, (("",) * group_size,) * len(indices),
+                  tuple(((f"unparsed: {index}",),) * group_size for index in indices))
     monkeypatch.setattr(collect, "sample_responses", lambda *arguments: iter([(batch, None)]))
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
@@ -105,6 +106,15 @@ def test_scale_of_advantages_reaches_the_rollout(monkeypatch, scale, wanted):
     [scored] = collected(monkeypatch, [0, 1], 2, advantage_scale=scale)
     assert torch.allclose(scored.advantages, torch.tensor(wanted).float(), atol=1e-4)
     assert torch.equal(scored.attention_advantages, scored.advantages)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_what_was_wrong_stays_with_its_prompt(monkeypatch, micro_batch_size):
+    batches = collected(monkeypatch, [1, 0, 0, 1], micro_batch_size)
+    found = [(scored.groups.prompts.identities[b], group[0][0]) for scored in batches
+             for b, group in enumerate(scored.score.problems)]
+    assert [problem for _, problem in found] == [f"unparsed: {index}" for index in (1, 0, 0, 1)]
+    assert all(identity.endswith(f"prompt {problem[-1]}") for identity, problem in found), found
 
 
 # --- targets of the attention term ------------------------------------------------------------------------------------
