@@ -26,8 +26,8 @@ def load_function(key: str, path: str) -> RewardFunction:
             f(completion, solution, problem_type).
     """
     function, reason = None, ""
-    module_name, colon, name = path.partition(":")
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
         reason = "is not of the form package.module:function"
     else:
         function, reason = _find(module_name, name)

@@ -8,7 +8,7 @@ import pytest
 from megatron_ral.config.sections import RewardConfig
 from megatron_ral.rewards.answer import (
     accuracy_reward, extract_answer, format_reward, reference_answers, taught_solution)
-from megatron_ral.rewards.reading import choice, number, plain
+from megatron_ral.rewards.reading import chart_number, choice, number, plain
 from megatron_ral.rewards.rules import RULES, accuracy_by_type, has_rule
 from megatron_ral.rewards.score import reward_parts, score_response
 
@@ -82,6 +82,8 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
         "red", "B.C. 300", "B) C) D)", "B. C. D", "B\nC", "B.\nC.", "(B)、(C)", "B; C", "B. and C")),
     ("multiple choice", "B. X", "B", 1.0), ("multiple choice", "B. J. K. Rowling", "B", 1.0),
     ("multiple choice", "B. blue", "(B) red", 1.0), ("multiple choice", "A red ball", "A", 0.0),
+    ("multiple choice", r"\boxed{\text{red ball}}", "red ball", 1.0), ("chartqa", "**China**", "china", 1.0),
+    ("chartqa", "many", "100", 0.0), ("chartqa", "100", "many", 0.0), ("numerical", "-3 km", "3", 0.0),
     ("Multiple-Choice", "Red Ball", "red ball", 1.0), ("multiple choice", "blue", "red", 0.0),
     ("multiple_choice", "A,C", "A,C", 1.0), ("multiple choice", "A", "A,C", 0.0),
     *(("numerical", answer, "1234.5", 1.0) for answer in (
@@ -121,6 +123,7 @@ VIZWIZ = "".join(f"<answer>{answer}</answer>" for answer in
     ("vizwiz", "coke", VIZWIZ + "<answer>COKE</answer>", 1.0), ("VizWiz", "cola", VIZWIZ, 0.6),
     ("consensus", "two cans", VIZWIZ, 0.3), ("vizwiz", "dont know", VIZWIZ, 0.3), ("vizwiz", "pepsi", VIZWIZ, 0.0),
     ("vizwiz", "", VIZWIZ, 0.0), ("vizwiz", "coke", "coke", 1.0), ("vizwiz", "a", "a", 1.0),
+    ("vizwiz", "0", "none", 1.0), ("vizwiz", "1000", "1,000", 1.0), ("vizwiz", "red,dog", "Red dog", 1.0),
     ("vizwiz", "the", "a", 0.0), ("vizwiz", "coke", "<answer>Coke.</answer><answer>cola</answer>", 0.5),
     ("numerical", "4", "<answer>3</answer><answer>4</answer>", 1.0),
     ("regression", "95", "<answer>50</answer><answer>100</answer>", 0.95),
@@ -171,6 +174,7 @@ def test_no_text_crashes_or_stalls_a_rule():
             reward = accuracy_by_type(f"<answer>{text}</answer>", solution, problem_type)
             assert 0.0 <= reward <= 1.0 and time.process_time() - started < 2.0, (problem_type, text[:50])
     assert [number("x" * 200), choice("x" * 200)] == [None, None]
+    assert [number("0" * 150 + "5"), chart_number("0" * 150 + "5")] == [None, None], "as long as no number is"
 
 
 # --- parts and weights ------------------------------------------------------------------------------------------------
