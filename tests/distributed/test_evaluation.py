@@ -1,8 +1,11 @@
 """Evaluation: the same held-out set and the same result whatever the layout, and known values where they are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
@@ -13,8 +16,15 @@ from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
 
+def fails_on_odd_digits(completion: str, solution: str, problem_type: str) -> float:
+    if int(solution.removeprefix("<answer>")[0]) % 2:
+        raise ValueError("odd")
+    return 0.0
+
+
 def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21):
-    config = make_config(path, tensor=tensor, pipeline=pipeline)
+    own = {"even": RewardFunctionConfig(f"{__name__}:fails_on_odd_digits", 1.0)}
+    config = replace(make_config(path, tensor=tensor, pipeline=pipeline), reward=RewardConfig(functions=own))
     groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
@@ -22,7 +32,10 @@ def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21
     engine = FrozenEngine(read_shape(path), groups, "float32", path)
     result = evaluate_prompts(engine, prompts, processor, config, 1)
     views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
+    odd = sum(int(prompt.sample.solution.removeprefix("<answer>")[0]) % 2 for prompt in prompts)
     stop_groups()
+    if groups.layout.world_size == 1:
+        assert 0 < result.error_rate == odd / len(prompts) < 1
     return result, [(view.prompt.sample.key, view.text, view.visual_attention) for view in views]
 
 
@@ -30,9 +43,10 @@ def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21
 def test_evaluation_does_not_depend_on_the_layout(material, world, tensor, pipeline):
     """21 prompts: with two data-parallel ranks one of them has a prompt more."""
     alone, views = run_ranks(1, evaluation, str(material["tiny"]), str(material["data"]), 1, 1)[0]
-    assert alone.num_prompts == 21
+    assert alone.num_prompts == 21 and alone.unparsed_rate == 1.0, "an untrained model writes no answer tag"
     for result, other_views in run_ranks(world, evaluation, str(material["tiny"]), str(material["data"]), tensor, pipeline):
         assert result.num_prompts == 21 and result.accuracy == alone.accuracy
+        assert (result.unparsed_rate, result.error_rate) == (alone.unparsed_rate, alone.error_rate)
         assert result.target_attention_by_layer == pytest.approx(alone.target_attention_by_layer, rel=1e-5)
         assert result.visual_mass == pytest.approx(alone.visual_mass, rel=1e-5)
         for (key, text, mass), (other_key, other_text, other_mass) in zip(views, other_views, strict=True):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,8 +145,6 @@ def test_configuration_names_key_and_value(tmp_path):
 
 
 def test_entry_points_refuse_before_anything_is_built(tmp_path):
-    from types import SimpleNamespace
-
     from megatron_ral.cli import read_config
 
     path = tmp_path / "run.yaml"
@@ -244,6 +243,24 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     assert sum("key 1" in line and "problem_type 'multiple choise': has no rule" in line for line in lines) == 2
     assert {problem.kind for problem in found_problems(score, responses.prompts.prompts, unparsed=False)} == {
         "problem_type 'multiple choise'", "reward 'judge'"}
+
+
+def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
+    """Two data-parallel ranks that found the same; each tells the first few, and the main rank writes the first few."""
+    from megatron_ral.training import trainer
+
+    responses = batch(processor)
+    score = score_responses(responses, processor, RunConfig(reward=settings(judge=("fails_on_8", 2.0))))
+    scored = SimpleNamespace(score=score, groups=SimpleNamespace(prompts=responses.prompts))
+    told = []
+    monkeypatch.setattr(trainer, "gather_objects", lambda value, group: told.append(value) or [value, value])
+    for is_main, lines in ((False, 0), (True, 6)):
+        run = SimpleNamespace(groups=SimpleNamespace(data=None), is_main=is_main, problems=ProblemLog())
+        with caplog.at_level(logging.WARNING):
+            trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[scored]), 4)
+            trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[]), 5)
+        assert len(caplog.records) == lines and all("step 5: sample" in each.getMessage() for each in caplog.records)
+    assert [len(value) for value in told] == [6, 6]
 
 
 def test_log_shows_no_more_kinds_than_it_should(caplog):
