@@ -104,6 +104,7 @@ class PromptLoader:
         self.filtered: Counter[str] = Counter()
         self._exchange = exchange or (lambda value: [value])
         self._faults: dict[str, Fault] = {}
+        self._unusable: set[Place] = set()
         self._ahead = DecodeAhead(self._decode, settings.decode_workers, settings.decode_ahead)
         fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
                                                      for index in source.indexes) else ""
@@ -114,7 +115,8 @@ class PromptLoader:
 
     @property
     def quarantined(self) -> Mapping[str, str]:
-        """Shard name and key -> why the sample (or the rest of the shard) is not used; the same on every rank."""
+        """Shard name and key -> why the sample (or the rest of the shard) is not used; the same on every rank. A repeated
+        key has the number of its sample behind it."""
         return {identity: fault.text for identity, fault in self._faults.items()}
 
     @property
@@ -156,6 +158,7 @@ class PromptLoader:
         position = self.position
         return {"version": STATE_VERSION, "source": position.source, "epoch": position.epoch, "offset": position.offset,
                 "taken_from_source": position.taken, "orders": [self._identity(number) for number in range(len(self.sources))],
+                "unusable": sorted([place.source, place.shard, place.number] for place in self._unusable),
                 "quarantined": {name: [fault.reason, fault.text] for name, fault in self._faults.items()}}
 
     def restore(self, state: dict) -> None:
@@ -174,6 +177,7 @@ class PromptLoader:
                                 "checkpoint, so its position means nothing in them; put them back, or start again from "
                                 "its exported weights")
         self._faults = {name: Fault(*fault) for name, fault in state["quarantined"].items()}
+        self._unusable = {Place(*place) for place in state["unusable"]}
         self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
 
     def _order(self, number: int, source: Source, fingerprint: str, seed: int, batch_size: int, phase: int) -> EpochOrder:
@@ -186,7 +190,8 @@ class PromptLoader:
             if index.damage:
                 self._faults[PurePath(index.shard).name] = Fault("truncated", f"shard '{index.shard}': {index.damage}")
             for sample, fault in index.faults.items():
-                self._faults[self._name(Place(number, shard, sample))] = fault
+                repeated = f"#{sample}" if fault.reason == "duplicate_key" else ""
+                self._faults[self._name(Place(number, shard, sample)) + repeated] = fault
             admitted = [sample for sample in range(len(index)) if sample not in index.faults]
             if index.prompt_lengths is not None and index.fingerprint == fingerprint:
                 admitted = [sample for sample in admitted if self._admits(index, sample, filtered)]
@@ -250,7 +255,7 @@ class PromptLoader:
         if position.offset == order.size:
             position, ended = replace(position, epoch=position.epoch + 1, offset=0), 1
         drawn = [Place(position.source, *place) for place in order.at(position.epoch, position.offset, count)]
-        usable = [place for place in drawn if self._name(place) not in self._faults]
+        usable = [place for place in drawn if place not in self._unusable]
         return usable, replace(position, offset=position.offset + len(drawn)), ended
 
     def _look_ahead(self, count: int) -> None:
@@ -275,6 +280,7 @@ class PromptLoader:
         if fault.reason == "cannot_read":
             raise DataError(f"{self.sources[place.source].key}: {fault.text}")
         self._faults[self._name(place)] = fault
+        self._unusable.add(place)
         if self.report:
             logger.warning("quarantined (%d so far): %s", len(self._faults), fault.text)
 

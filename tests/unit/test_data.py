@@ -124,7 +124,7 @@ def test_first_of_several_samples_with_one_key_is_used(tmp_path, processor):
     stream = loader(tmp_path / "a.tar", processor, shuffle=False)
     assert [prompt.sample.problem for prompt in stream.take(3)] == ["Which digit is red?", "first", "Which digit is red?"]
     assert stream.quarantined_by_reason == {"duplicate_key": 2}
-    assert set(stream.quarantined) == {"a.tar/s1", "a.tar/s0"}
+    assert set(stream.quarantined) == {"a.tar/s1#2", "a.tar/s0#4"}
 
 
 def test_several_images_in_the_order_of_their_numbers(tmp_path, processor):
