@@ -117,7 +117,7 @@ class ShardMaker:
 
         shard, rejects, lengths = shard_path(self.output, number), [], {}
         partial = shard.with_suffix(".partial")
-        with webdataset.TarWriter(str(partial), mtime=0) as writer:
+        with open(partial, "wb") as stream, webdataset.TarWriter(stream, mtime=0, encoder=False) as writer:
             for key, record in records:
                 try:
                     members, lengths[key] = self._check(key, str(shard), record)
