@@ -2,7 +2,7 @@
 
 Every data-parallel rank has the same order of samples in mind. A batch is the next usable samples of that order; its
 place i belongs to rank i % dp_size. What a rank cannot use it tells the others (`exchange`), and the next sample of the
-order takes the place. So the samples of every batch, and the position after it, are the same for any number of ranks, and
+order takes the place (in the batch where an epoch ends it may stand before the last of that epoch). So the samples of every batch, and the position after it, are the same for any number of ranks, and
 no sample is repeated or left out when their number changes.
 
 A sample that cannot be used is quarantined: counted under its reason, reported once with its key, and not tried again.
@@ -90,7 +90,8 @@ class PromptLoader:
         dp_rank, dp_size: this rank's place; tensor and pipeline peers pass the same.
         seed: of the order.
         batch_size: what `take` is called with, for batches of similar length; 0: unknown.
-        exchange: gathers a small object from every data-parallel rank, in their order; may be left out for one rank.
+        exchange: gathers a small object from every rank; may be left out for one rank. With tensor and pipeline peers
+            in it, a sample that one of them alone cannot read is left out by all.
         report: whether this process logs what is found (every process finds the same).
     """
 
@@ -145,7 +146,7 @@ class PromptLoader:
                 failed = {slot: Fault(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
             for slot in sorted(failed):
                 self._quarantine(drawn[slot], failed[slot])
-            mine |= {slot: result for slot, result in results.items() if isinstance(result, Prompt)}
+            mine |= {slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed}
             if len(drawn) > len(failed):
                 fruitless_epochs = 0
             self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))

@@ -41,6 +41,11 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return result
 
 
+def gather_from_all(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) object of the whole job, in rank order, on every rank."""
+    return gather_objects(value, dist.group.WORLD)
+
+
 def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) -> Tensor:
     """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
     if groups.layout.pipeline_size > 1:

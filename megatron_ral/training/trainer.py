@@ -19,7 +19,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.checkpoints import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
-from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
@@ -87,7 +87,7 @@ class Trainer:
         self.loader = PromptLoader(
             inputs.sources, self.processor, config.data, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
             seed=config.seed, batch_size=self.prompts_per_step, report=self.is_main,
-            exchange=lambda value: gather_objects(value, groups.data))
+            exchange=gather_from_all)
         teacher = self._teacher(teacher_shape) if teacher_shape is not None else None
         self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
                                       config.loss.attention_coef, config.rollout.temperature,

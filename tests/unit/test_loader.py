@@ -105,7 +105,8 @@ def test_any_batch_any_number_of_ranks(with_faults, processor):
         per_batch.append(identities(straight.take(5)))
     first_epochs = [name for batch in per_batch for name in batch][:48]
     assert Counter(first_epochs).most_common()[0][1] == 2 and len(set(first_epochs)) == 24
-    assert len(set(first_epochs[:24])) == 24 and first_epochs[:24] != first_epochs[24:]
+    # the first epoch is the first four batches and all but one of the fifth, in which a replacement may stand first
+    assert len(set(first_epochs[:20])) == 20 and len(set(first_epochs[:25])) == 24
     assert straight.quarantined_by_reason == {"target_box": 4}
     for size in (2, 3):
         ranks = Ranks(with_faults, processor, size)
