@@ -2,8 +2,9 @@
 
 Every data-parallel rank has the same order of samples in mind. A batch is the next usable samples of that order; its
 place i belongs to rank i % dp_size. What a rank cannot use it tells the others (`exchange`), and the next sample of the
-order takes the place (in the batch where an epoch ends it may stand before the last of that epoch). So the samples of every batch, and the position after it, are the same for any number of ranks, and
-no sample is repeated or left out when their number changes.
+order takes the place (in the batch where an epoch ends it may stand before the last of that epoch). So the samples of
+every batch, and the position after it, are the same for any number of ranks, and no sample is repeated or left out when
+their number changes.
 
 A sample that cannot be used is quarantined: counted under its reason, reported once with its key, and not tried again.
 What is too long by its index is filtered before, without being read.

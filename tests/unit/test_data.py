@@ -52,7 +52,7 @@ class Ranks:
     """Data-parallel ranks as threads of this process, with an exchange as a process group has it."""
 
     def __init__(self, shards, processor, size, **settings):
-        self.barrier, self.slots = threading.Barrier(size, timeout=60), [None] * size
+        self.barrier, self.slots = threading.Barrier(size, timeout=600), [None] * size
         self.loaders = [loader(shards, processor, rank, size, exchange=lambda value, rank=rank: self.exchange(rank, value),
                                **settings) for rank in range(size)]
 
