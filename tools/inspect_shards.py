@@ -96,14 +96,15 @@ def draw_sample(sample: Sample) -> Image.Image:
 
 
 def _picture(sample: Sample) -> Image.Image:
+    """Up to four images, the first with its boxes, or four frames of the first video."""
     if sample.images:
-        image = Image.open(io.BytesIO(sample.images[0])).convert("RGB")
-        scale = max(1, CELL // max(image.size))  # small pictures are enlarged so that boxes can be seen
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        width = max(2, max(image.size) // 120)
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images[:4]]
+        scale = max(1, CELL // max(images[0].size))  # small pictures are enlarged so that boxes can be seen
+        images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+        width = max(2, max(images[0].size) // 120)
         for box in sample.target_boxes:
-            ImageDraw.Draw(image).rectangle([scale * value for value in box], outline="red", width=width)
-        return image
+            ImageDraw.Draw(images[0]).rectangle([scale * value for value in box], outline="red", width=width)
+        return _tiles(images)
     if sample.videos:
         from megatron_ral.data.video import VideoSettings, decode_video, frames_video
 
@@ -111,13 +112,19 @@ def _picture(sample: Sample) -> Image.Image:
         clip = (frames_video(video.pictures, video.fps, settings) if isinstance(video, FramePictures)
                 else decode_video(video, settings))
         chosen = [clip.frames[place] for place in np.linspace(0, len(clip.frames) - 1, 4).round().astype(int)]
-        frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in chosen]
-        width, height = frames[0].size
-        sheet = Image.new("RGB", (2 * width + 4, 2 * height + 4), "white")
-        for number, frame in enumerate(frames):
-            sheet.paste(frame, ((number % 2) * (width + 4), (number // 2) * (height + 4)))
-        return sheet
+        return _tiles([Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in chosen])
     return Image.new("RGB", (CELL, CELL), "lightgrey")
+
+
+def _tiles(pictures: list[Image.Image]) -> Image.Image:
+    """One picture as it is, more of them two in a row."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = (max(picture.size[axis] for picture in pictures) + 4 for axis in (0, 1))
+    sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % 2 * width, number // 2 * height))
+    return sheet
 
 
 def contact_sheet(indexes: list[ShardIndex], num_samples: int, seed: int) -> Image.Image:
