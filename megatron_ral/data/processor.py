@@ -1,7 +1,7 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target cells.
 
-The image processor is Hugging Face's Qwen2-VL one in its PIL backend (no torchvision), the tokenizer whatever the
-checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
+The image processor's settings are those of Hugging Face's Qwen2-VL one (`pictures.py` does its work), the tokenizer is
+whatever the checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
 found where the sample's key is known.
 """
 
@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_ral.config import ConfigError
 from megatron_ral.data.faults import SampleError
 from megatron_ral.data.index import SampleLengths
+from megatron_ral.data.pictures import patchify_image
 from megatron_ral.data.video import (
     MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps,
     patchify_video, seconds_per_grid, video_grid)
@@ -111,7 +112,8 @@ class PromptProcessor:
         reference = (sample.process if self.include_process else "") + sample.solution
         return Prompt(
             sample=sample, input_ids=input_ids, position_ids=position_ids, next_position=next_position,
-            pixel_values=torch.cat([torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),
+            pixel_values=visuals[0].pixels if len(visuals) == 1 else torch.cat(
+                [torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),
             grid_thw=torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds or 0.0 for visual in visuals]),
@@ -240,15 +242,10 @@ class PromptProcessor:
                                       "not text to this model; remove it", "special_token")
 
     def _image_visuals(self, sample: Sample, images: list[Image.Image]) -> list[_Visual]:
-        if not images:
-            return []
         try:
-            features = self.image_processor(images=images, return_tensors="pt")
+            return [_Visual(*patchify_image(image, self.image_processor)) for image in images]
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"sample '{sample.key}': image cannot be used ({error})", "broken_image") from None
-        grids = features["image_grid_thw"]
-        return [_Visual(pixels, grid) for pixels, grid in
-                zip(features["pixel_values"].split(grids.prod(dim=1).tolist()), grids)]
 
     def _image_size(self, sample: Sample, image: Image.Image) -> _Visual:
         """An image without its pixels."""

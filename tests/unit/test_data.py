@@ -6,12 +6,15 @@ import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
 from megatron_ral.data.faults import DataError
 from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.pictures import patchify_image
 from megatron_ral.data.processor import PromptProcessor, SampleError
 from megatron_ral.data.shards import find_shards, open_shards, parse_sample
 from megatron_ral.types import FramePictures, Sample
@@ -190,6 +193,22 @@ def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, 
     assert "longer than data.max_prompt_length = 128" in reasons["long"]
     assert "'process' must be text, not list" in reasons["listed"]
     assert caplog.text.count("quarantined (") == 9, "each is reported once, not once per epoch"
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen3"])
+def test_patches_are_those_of_the_stock_processor_bit_for_bit(material, family):
+    stock = PromptProcessor(str(material[family]), 128).image_processor
+    rng = np.random.default_rng(0)
+    for width, height in ((28, 28), (300, 41), (31, 500), (5, 7), (448, 336), (200, 1)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        wanted = stock(images=[image], return_tensors="pt")
+        pixels, grid = patchify_image(image, stock)
+        assert torch.equal(pixels, wanted["pixel_values"]) and torch.equal(grid, wanted["image_grid_thw"][0])
+    small = type(stock)(**{**stock.to_dict(), "size": {"shortest_edge": 4 * 28**2, "longest_edge": 20 * 28**2}})
+    assert torch.equal(patchify_image(image.resize((400, 333)), small)[0],
+                       small(images=[image.resize((400, 333))], return_tensors="pt")["pixel_values"])
+    odd = type(stock)(**{**stock.to_dict(), "do_normalize": False})
+    assert torch.equal(patchify_image(image, odd)[0], odd(images=[image], return_tensors="pt")["pixel_values"])
 
 
 def test_mismatch_of_tokens_and_features_is_caught_where_the_key_is_known(processor, tmp_path, monkeypatch):
