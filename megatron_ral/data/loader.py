@@ -159,7 +159,8 @@ class PromptLoader:
         """Position, for a checkpoint; the same on every rank."""
         position = self.position
         return {"version": STATE_VERSION, "source": position.source, "epoch": position.epoch, "offset": position.offset,
-                "taken_from_source": position.taken, "orders": [self._identity(number) for number in range(len(self.sources))],
+                "taken_from_source": position.taken,
+                "orders": [self._identity(number) for number in range(len(self.sources))],
                 "unusable": sorted([place.source, place.shard, place.number] for place in self._unusable),
                 "quarantined": {name: [fault.reason, fault.text] for name, fault in self._faults.items()}}
 
@@ -298,7 +299,8 @@ class PromptLoader:
     def _identity(self, number: int) -> str:
         """Of a source's order: which samples of which shards, in which order."""
         order, source = self._orders[number], self.sources[number]
-        digest = blake2b(repr((order.seed, order.shuffle, order.window, order.batch_size, order.phase)).encode(), digest_size=16)
+        settings = order.seed, order.shuffle, order.window, order.batch_size, order.phase
+        digest = blake2b(repr(settings).encode(), digest_size=16)
         for index, numbers in zip(source.indexes, order.numbers):
             digest.update(repr((PurePath(index.shard).name, len(index))).encode() + numbers.tobytes())
         return digest.hexdigest()

@@ -92,7 +92,8 @@ def with_faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(4):
         write_shard(folder / f"s-{shard}.tar", [
-            good(f"k{shard}{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == shard + 1 else {})) for index in range(7)])
+            good(f"k{shard}{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == shard + 1 else {}))
+            for index in range(7)])
     return folder / "s-*.tar"
 
 
@@ -127,7 +128,8 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
 
     def make(rank, size, exchange=None):
         sources = open_sources([(str(tmp_path / "b.tar"), 5), (str(with_faults), 0)], "data.train")
-        return PromptLoader(sources, processor, DataConfig(shuffle_buffer=4), dp_rank=rank, dp_size=size, seed=0, exchange=exchange)
+        return PromptLoader(sources, processor, DataConfig(shuffle_buffer=4), dp_rank=rank, dp_size=size, seed=0,
+                            exchange=exchange)
 
     straight = make(0, 1)
     keys = [prompt.sample.key for prompt in straight.take(12)]
@@ -316,3 +318,15 @@ def test_order_has_every_sample_once_from_any_offset():
             fresh = EpochOrder(numbers, seed=3, shuffle=True, window=6, lengths=lengths, batch_size=batch_size)
             for offset in range(26):
                 assert fresh.at(epoch, offset, 3) == whole[offset: offset + 3]
+
+
+def test_batches_stay_whole_after_an_epoch_that_ends_inside_one():
+    import numpy as np
+
+    order = EpochOrder([np.arange(10)], seed=1, shuffle=True, window=100, lengths=[np.arange(10)], batch_size=4, phase=1)
+    stream = [None] + [place for epoch in range(4) for place in order.at(epoch, 0, 10)]  # one sample of another source before
+    inside = [stream[start: start + 4] for start in range(0, 40, 4) if (start - 1) % 10 <= 6 and start]
+    assert len(inside) == 7
+    for batch in inside:
+        numbers = sorted(number for _, number in batch)
+        assert numbers == list(range(numbers[0], numbers[0] + 4)), "neighbours by length"

@@ -162,7 +162,10 @@ def test_a_killed_run_goes_on_to_the_same_result(made, media, material, tmp_path
     script = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from tools import make_shards as m\n"
               "build, done = m.ShardMaker.build, []\n"
               "def stop(self, number, records):\n"
-              "    if number == 2: import os, pathlib; pathlib.Path(self.output, 'shard-000002.partial').write_bytes(b'half'); os._exit(9)\n"
+              "    if number == 2:\n"
+              "        import os\n"
+              "        (self.output / 'shard-000002.partial').write_bytes(b'half')\n"
+              "        os._exit(9)\n"
               "    build(self, number, records)\n"
               "m.ShardMaker.build = stop\n"
               "m.main(sys.argv[1:])\n")
