@@ -60,9 +60,20 @@ class DataConfig:
     eval_shards: str = ""
     """Glob of held-out shards; empty: no evaluation."""
     shuffle: bool = True
+    """Permute the shards, and the samples inside windows of shuffle_buffer samples, anew in each epoch."""
     shuffle_buffer: PositiveInt = 1000
     max_prompt_length: PositiveInt = 4096
-    """Tokens, visual tokens included. A longer prompt is quarantined under its key, never cut."""
+    """Tokens, visual tokens included. A longer prompt is left out: by the index of its shard without being read, or
+    quarantined under its key when it is decoded; it is never cut."""
+    max_visual_tokens: NonNegativeInt = 0
+    """Visual tokens of a prompt, likewise; 0: as many as max_prompt_length allows."""
+    group_by_length: bool = False
+    """Batches of prompts of similar length, in random order (the same for any number of ranks): less padding. Needs the
+    index of every shard."""
+    decode_workers: NonNegativeInt = 2
+    """Threads of each rank that decode pictures and videos; 0: decoded when they are needed."""
+    decode_ahead: NonNegativeInt = 8
+    """Prompts of the next batch that each rank decodes ahead at most; bounds the memory."""
     include_process: bool = True
     """Supervised training on the reasoning before the answer; false: on the answer alone (RAL-zero)."""
 

@@ -1,41 +1,83 @@
-"""Endless stream of prompts with a position that can be saved and restored.
+"""Endless stream of prompts with a position that does not know how many ranks read it.
 
-A sample that cannot be used is quarantined: counted, reported once with its key and reason, and skipped. The run goes
-on; `state()` remembers the raw position, so that a resumed run skips exactly what was read.
+Every data-parallel rank has the same order of samples in mind. A batch is the next usable samples of that order; its
+place i belongs to rank i % dp_size. What a rank cannot use it tells the others (`exchange`), and the next sample of the
+order takes the place (in the batch where an epoch ends it may stand before the last of that epoch). So the samples of
+every batch, and the position after it, are the same for any number of ranks, and no sample is repeated or left out when
+their number changes.
+
+A sample that cannot be used is quarantined: counted under its reason, reported once with its key, and not tried again.
+What is too long by its index is filtered before, without being read.
 """
 
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import PurePath
-from typing import Iterator, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
-from megatron_ral.data.processor import PromptProcessor, SampleError
-from megatron_ral.data.shards import DataError, check_first_sample, epoch_entries, find_shards, parse_sample
+import numpy as np
+
+from megatron_ral.config.sections import DataConfig
+from megatron_ral.data.ahead import DecodeAhead
+from megatron_ral.data.faults import REASONS, DataError, Fault, SampleError, printable
+from megatron_ral.data.index import UNKNOWN, ShardIndex
+from megatron_ral.data.order import EpochOrder
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.data.shards import open_shards, parse_sample, read_entry
 from megatron_ral.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Source:
     """Shards that are cycled over until `num_samples` (over all ranks; 0: for ever) have been taken."""
 
-    shards: tuple[str, ...]
+    indexes: tuple[ShardIndex, ...]
     num_samples: int
+    key: str = "data.train"
+    """Configuration key, for messages."""
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(index.shard for index in self.indexes)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next sample comes from."""
+
+    source: int = 0
+    epoch: int = 0
+    offset: int = 0
+    """Places of the epoch's order that are done with."""
+    taken: int = 0
+    """Usable samples taken from the source so far, over all ranks and epochs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample of a source."""
+
+    source: int
+    shard: int
+    number: int
 
 
 def open_sources(patterns: Sequence[tuple[str, int]], key: str) -> list[Source]:
-    """Resolve globs to shards and look into each shard once.
+    """Resolve globs to shards, open their indexes and look into each shard once.
 
     Raises:
-        DataError: missing shard, no tar file, or a shard whose first sample lacks a needed field.
+        DataError: as in open_shards.
     """
     sources = []
-    for index, (pattern, num_samples) in enumerate(patterns):
-        shards = find_shards(pattern, f"{key}.{index}.shards" if len(patterns) > 1 else key)
-        for shard in shards:
-            check_first_sample(shard, key)
-        sources.append(Source(tuple(shards), num_samples))
+    for number, (pattern, num_samples) in enumerate(patterns):
+        name = f"{key}.{number}.shards" if len(patterns) > 1 else key
+        sources.append(Source(tuple(open_shards(pattern, name)), num_samples, name))
     return sources
 
 
@@ -44,84 +86,221 @@ class PromptLoader:
 
     Args:
         sources: read one after the other.
-        processor: sample -> prompt.
+        processor: sample -> prompt; its limits are the filter.
+        settings: order and decoding.
         dp_rank, dp_size: this rank's place; tensor and pipeline peers pass the same.
-        seed, shuffle, shuffle_buffer: order of the samples.
+        seed: of the order.
+        batch_size: what `take` is called with, for batches of similar length; 0: unknown.
+        exchange: gathers a small object from every rank; may be left out for one rank. With tensor and pipeline peers
+            in it, a sample that one of them alone cannot read is left out by all.
+        report: whether this process logs what is found (every process finds the same).
     """
 
-    def __init__(self, sources: Sequence[Source], processor: PromptProcessor, *, dp_rank: int, dp_size: int, seed: int,
-                 shuffle: bool, shuffle_buffer: int):
-        self.sources, self.processor = list(sources), processor
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.seed, self.shuffle, self.shuffle_buffer = seed, shuffle, shuffle_buffer
-        self.source, self.epoch, self.entries_read, self.taken_from_source = 0, 0, 0, 0
-        self.quarantined: dict[str, str] = {}
-        self._entries: Iterator[dict] | None = None
+    def __init__(self, sources: Sequence[Source], processor: PromptProcessor, settings: DataConfig, *, dp_rank: int,
+                 dp_size: int, seed: int, batch_size: int = 0, report: bool = True,
+                 exchange: Optional[Callable[[Any], list[Any]]] = None):
+        assert exchange is not None or dp_size == 1, "several data-parallel ranks need an exchange"
+        self.sources, self.processor, self.settings = list(sources), processor, settings
+        self.dp_rank, self.dp_size, self.report = dp_rank, dp_size, report
+        self.position = Position()
+        self.filtered: Counter[str] = Counter()
+        self._exchange = exchange or (lambda value: [value])
+        self._faults: dict[str, Fault] = {}
+        self._unusable: set[Place] = set()
+        self._ahead = DecodeAhead(self._decode, settings.decode_workers, settings.decode_ahead)
+        fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
+                                                     for index in source.indexes) else ""
+        self._orders, phase = [], 0
+        for number, source in enumerate(self.sources):
+            self._orders.append(self._order(number, source, fingerprint, seed + 7919 * number, batch_size, phase))
+            phase += source.num_samples
+
+    @property
+    def quarantined(self) -> Mapping[str, str]:
+        """Shard name and key -> why the sample (or the rest of the shard) is not used; the same on every rank. A repeated
+        key has the number of its sample behind it."""
+        return {identity: fault.text for identity, fault in self._faults.items()}
+
+    @property
+    def quarantined_by_reason(self) -> Counter[str]:
+        """How many were quarantined for each reason (`faults.REASONS`)."""
+        return Counter(fault.reason for fault in self._faults.values())
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` usable prompts.
+        """This rank's share of the next `count` usable prompts; every data-parallel rank calls it with the same count.
 
         Raises:
-            DataError: the sources are used up, or a whole epoch held no usable sample.
+            DataError: the sources are used up, a whole epoch held no usable sample, or a shard can no longer be read.
         """
-        return [self._next() for _ in range(count)]
+        mine: dict[int, Prompt] = {}
+        pending, fruitless_epochs = list(range(count)), 0
+        while pending:
+            places, self.position, ended = self._draw(self.position, len(pending))
+            fruitless_epochs += ended
+            if fruitless_epochs > 1:
+                raise self._fruitless()
+            drawn = dict(zip(pending, places))
+            results = self._ahead.get({slot: place for slot, place in drawn.items() if slot % self.dp_size == self.dp_rank})
+            failed: dict[int, Fault] = {}
+            if drawn:
+                bad = {slot: (result.reason, result.text) for slot, result in results.items() if isinstance(result, Fault)}
+                failed = {slot: Fault(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
+            for slot in sorted(failed):
+                self._quarantine(drawn[slot], failed[slot])
+            mine |= {slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed}
+            if len(drawn) > len(failed):
+                fruitless_epochs = 0
+            self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))
+            pending = sorted(failed) + pending[len(drawn):]
+        self._look_ahead(count)
+        return [mine[slot] for slot in sorted(mine)]
 
     def state(self) -> dict:
-        """Position, for a checkpoint."""
-        return {"dp_size": self.dp_size, "source": self.source, "epoch": self.epoch,
-                "entries_read": self.entries_read, "taken_from_source": self.taken_from_source,
-                "quarantined": dict(self.quarantined)}
+        """Position, for a checkpoint; the same on every rank."""
+        position = self.position
+        return {"version": STATE_VERSION, "source": position.source, "epoch": position.epoch, "offset": position.offset,
+                "taken_from_source": position.taken,
+                "orders": [self._identity(number) for number in range(len(self.sources))],
+                "unusable": sorted([place.source, place.shard, place.number] for place in self._unusable),
+                "quarantined": {name: [fault.reason, fault.text] for name, fault in self._faults.items()}}
 
     def restore(self, state: dict) -> None:
-        """Continue after the position of `state`.
+        """Continue after the position of `state`, saved with any number of ranks.
 
         Raises:
-            DataError: the state was saved with another data-parallel size.
+            DataError: a state of an older version, or of other shards.
         """
-        if state["dp_size"] != self.dp_size:
-            raise DataError(f"the checkpoint was saved with {state['dp_size']} data-parallel ranks, this run has "
-                            f"{self.dp_size}; resume with the same number")
-        self.source, self.epoch = state["source"], state["epoch"]
-        self.entries_read, self.taken_from_source = state["entries_read"], state["taken_from_source"]
-        self.quarantined = dict(state["quarantined"])
-        self._entries = self._open()
-        for _ in range(self.entries_read):
-            next(self._entries)
+        if state.get("version") != STATE_VERSION:
+            raise DataError("the checkpoint's position in the data is of an older version; start again from its exported "
+                            "weights")
+        for number, saved in enumerate(state["orders"]):
+            if number >= len(self.sources) or saved != self._identity(number):
+                key = self.sources[min(number, len(self.sources) - 1)].key
+                raise DataError(f"the shards of {key}, their indexes or the limits of a prompt's length are not those of the "
+                                "checkpoint, so its position means nothing in them; put them back, or start again from "
+                                "its exported weights")
+        self._faults = {name: Fault(*fault) for name, fault in state["quarantined"].items()}
+        self._unusable = {Place(*place) for place in state["unusable"]}
+        self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
 
-    def _open(self) -> Iterator[dict]:
-        return iter(epoch_entries(
-            self.sources[self.source].shards, dp_rank=self.dp_rank, dp_size=self.dp_size, epoch=self.epoch,
-            seed=self.seed + 7919 * self.source, shuffle=self.shuffle, shuffle_buffer=self.shuffle_buffer))
+    def _order(self, number: int, source: Source, fingerprint: str, seed: int, batch_size: int, phase: int) -> EpochOrder:
+        """Order of the samples of a source that its headers and lengths leave."""
+        numbers, lengths, filtered = [], [], Counter()
+        unknown = [index for index in source.indexes if index.prompt_lengths is None]
+        foreign = [index for index in source.indexes if index.prompt_lengths is not None
+                   and index.fingerprint != fingerprint]
+        for shard, index in enumerate(source.indexes):
+            if index.damage:
+                self._faults[PurePath(index.shard).name] = Fault("truncated", f"shard '{index.shard}': {index.damage}")
+            for sample, fault in index.faults.items():
+                repeated = f"#{sample}" if fault.reason == "duplicate_key" else ""
+                self._faults[self._name(Place(number, shard, sample)) + repeated] = fault
+            admitted = [sample for sample in range(len(index)) if sample not in index.faults]
+            if index.prompt_lengths is not None and index.fingerprint == fingerprint:
+                admitted = [sample for sample in admitted if self._admits(index, sample, filtered)]
+                lengths.append(index.prompt_lengths[admitted])
+            numbers.append(np.array(admitted, dtype=np.int64))
+        self.filtered += filtered
+        if self.report:
+            self._report_source(source, unknown, foreign, filtered)
+        similar = self.settings.group_by_length and batch_size > 1 and len(lengths) == len(source.indexes)
+        if not any(len(part) for part in numbers):
+            raise DataError(f"{source.key}: no sample of {len(source.indexes)} shards (first: '{source.shards[0]}') can be "
+                            f"used; {sum(self.filtered.values())} are too long, {len(self._faults)} are faulty")
+        return EpochOrder(numbers, seed=seed, shuffle=self.settings.shuffle, window=self.settings.shuffle_buffer,
+                          lengths=lengths if similar else None, batch_size=batch_size if similar else 0, phase=phase)
 
-    def _next(self) -> Prompt:
-        fruitless_epochs = 0
-        while True:
-            source = self.sources[self.source]
-            if source.num_samples and self.taken_from_source * self.dp_size >= source.num_samples:
-                if self.source + 1 == len(self.sources):
-                    raise DataError(f"the sources of data.train are used up after {source.num_samples} samples of the "
-                                    "last one; raise num_samples or set it to 0 (endless)")
-                self.source, self.epoch, self.entries_read, self.taken_from_source = self.source + 1, 0, 0, 0
-                self._entries = None
-                continue
-            if self._entries is None:
-                self._entries = self._open()
-            entry = next(self._entries, None)
-            if entry is None:
-                fruitless_epochs += 1
-                if fruitless_epochs > 1:
-                    raise DataError(f"no usable sample in a whole epoch of {len(source.shards)} shards "
-                                    f"(first: '{source.shards[0]}'); {len(self.quarantined)} were quarantined")
-                self.epoch, self.entries_read, self._entries = self.epoch + 1, 0, None
-                continue
-            self.entries_read += 1
-            try:
-                prompt = self.processor(parse_sample(entry))
-            except (SampleError, ValueError) as error:
-                identity = f"{PurePath(entry['__url__']).name}/{entry['__key__']}"
-                if identity not in self.quarantined:
-                    self.quarantined[identity] = str(error)
-                    logger.warning("quarantined (%d so far): %s", len(self.quarantined), error)
-                continue
-            self.taken_from_source += 1
-            return prompt
+    def _admits(self, index: ShardIndex, sample: int, filtered: Counter) -> bool:
+        prompt_length, visual_tokens = int(index.prompt_lengths[sample]), int(index.visual_tokens[sample])
+        if prompt_length == UNKNOWN:
+            return True
+        reason = self.processor.limit_passed(prompt_length, visual_tokens)
+        if reason is not None:
+            filtered[reason[0]] += 1
+        return reason is None
+
+    def _report_source(self, source: Source, unknown: list[ShardIndex], foreign: list[ShardIndex],
+                       filtered: Mapping[str, int]) -> None:
+        consequence = ("prompts are measured when they are decoded"
+                       + (", and data.group_by_length has no effect" if self.settings.group_by_length else "")
+                       + "; tools/index_shards.py makes indexes")
+        if unknown:
+            logger.warning("%s: the index of %d of %d shards is %s (first: '%s'); headers were read instead, %s", source.key,
+                           len(unknown), len(source.indexes), unknown[0].note, unknown[0].shard, consequence)
+        if foreign:
+            logger.warning("%s: the index of %d of %d shards was made with another tokenizer or image processor (first: "
+                           "'%s'); %s", source.key, len(foreign), len(source.indexes), foreign[0].shard, consequence)
+        for reason, count in filtered.items():
+            logger.warning("%s: %d of %d samples are left out by their index: %s", source.key, count,
+                           sum(map(len, source.indexes)), REASONS[reason])
+        for index in source.indexes:
+            if index.damage:
+                logger.warning("shard '%s': %s; the samples before are used", index.shard, index.damage)
+            for fault in index.faults.values():
+                logger.warning("quarantined: %s", fault.text)
+
+    def _draw(self, position: Position, count: int) -> tuple[list[Place], Position, int]:
+        """Up to `count` places to try, all of one source and epoch, the position behind them, and epochs that ended.
+        None are returned where only faulty ones are left in the epoch.
+
+        Raises:
+            DataError: the sources are used up.
+        """
+        source = self.sources[position.source]
+        if source.num_samples and position.taken >= source.num_samples:
+            if position.source + 1 == len(self.sources):
+                raise DataError(f"the sources of data.train are used up after {source.num_samples} samples of the "
+                                "last one; raise num_samples or set it to 0 (endless)")
+            return [], Position(source=position.source + 1), 0
+        if source.num_samples:
+            count = min(count, source.num_samples - position.taken)
+        order, ended = self._orders[position.source], 0
+        if position.offset == order.size:
+            position, ended = replace(position, epoch=position.epoch + 1, offset=0), 1
+        drawn = [Place(position.source, *place) for place in order.at(position.epoch, position.offset, count)]
+        usable = [place for place in drawn if place not in self._unusable]
+        return usable, replace(position, offset=position.offset + len(drawn)), ended
+
+    def _look_ahead(self, count: int) -> None:
+        """Begin to decode this rank's share of the batch that is likely to come."""
+        if not self._ahead.limit:
+            return
+        try:
+            places, _, _ = self._draw(self.position, count)
+        except DataError:
+            return
+        self._ahead.begin([place for slot, place in enumerate(places) if slot % self.dp_size == self.dp_rank])
+
+    def _decode(self, place: Place) -> Prompt | Fault:
+        try:
+            return self.processor(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
+        except SampleError as error:
+            return Fault(error.reason, str(error))
+        except ValueError as error:
+            return Fault("unusable", f"sample '{self._name(place)}': {error}")
+
+    def _quarantine(self, place: Place, fault: Fault) -> None:
+        if fault.reason == "cannot_read":
+            raise DataError(f"{self.sources[place.source].key}: {fault.text}")
+        self._faults[self._name(place)] = fault
+        self._unusable.add(place)
+        if self.report:
+            logger.warning("quarantined (%d so far): %s", len(self._faults), fault.text)
+
+    def _fruitless(self) -> DataError:
+        source = self.sources[self.position.source]
+        return DataError(f"no usable sample in a whole epoch of {len(source.indexes)} shards (first: "
+                         f"'{source.shards[0]}'); {len(self._faults)} were quarantined")
+
+    def _name(self, place: Place) -> str:
+        index = self.sources[place.source].indexes[place.shard]
+        return f"{PurePath(index.shard).name}/{printable(index.keys[place.number])}"
+
+    def _identity(self, number: int) -> str:
+        """Of a source's order: which samples of which shards, in which order."""
+        order, source = self._orders[number], self.sources[number]
+        settings = order.seed, order.shuffle, order.window, order.batch_size, order.phase
+        digest = blake2b(repr(settings).encode(), digest_size=16)
+        for index, numbers in zip(source.indexes, order.numbers):
+            digest.update(repr((PurePath(index.shard).name, len(index))).encode() + numbers.tobytes())
+        return digest.hexdigest()

@@ -1,13 +1,16 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target cells.
 
-The image processor is Hugging Face's Qwen2-VL one in its PIL backend (no torchvision), the tokenizer whatever the
-checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
+The image processor's settings are those of Hugging Face's Qwen2-VL one (`pictures.py` does its work), the tokenizer is
+whatever the checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
 found where the sample's key is known.
 """
 
 import io
 import json
-from typing import Any, Sequence
+import threading
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import Any, Optional, Sequence
 
 import torch
 from PIL import Image
@@ -16,30 +19,31 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.config import ConfigError
+from megatron_ral.data.faults import SampleError
+from megatron_ral.data.index import SampleLengths
+from megatron_ral.data.pictures import patchify_image
 from megatron_ral.data.video import (
-    PICTURE_FORMATS, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
+    MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps,
+    patchify_video, seconds_per_grid, video_grid)
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.rewards.answer import taught_solution
 from megatron_ral.types import FramePictures, Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
-
-
-class SampleError(ValueError):
-    """A sample that cannot be used; the loader quarantines it under its key and goes on."""
+MAX_IMAGE_PIXELS = 2**27
 
 
 class _Visual:
     """One image or video of a sample: its patches and how its tokens stand in the text.
 
     Args:
-        pixels: [patches, width] float32.
+        pixels: [patches, width] float32; None where only lengths are asked.
         grid: [3] int64.
         seconds: of one temporal patch of a video; None: an image.
         stamps: time stamps of the temporal patches where each is a run of its own; None: one run.
     """
 
-    def __init__(self, pixels: Tensor, grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None):
+    def __init__(self, pixels: Optional[Tensor], grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None):
         self.pixels, self.grid, self.seconds, self.stamps = pixels, grid, seconds, stamps
         self.is_video = seconds is not None
 
@@ -55,12 +59,15 @@ class PromptProcessor:
         path: Hugging Face folder with config, tokenizer and image processor.
         max_prompt_length: tokens, visual tokens included; a longer prompt raises SampleError.
         include_process: whether the reference response has the reasoning before the answer.
+        max_visual_tokens: visual tokens of a prompt, likewise; 0: as many as max_prompt_length allows.
+
+    Several threads may call one processor.
 
     Raises:
         ConfigError: no usable tokenizer or image processor in the folder.
     """
 
-    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True):
+    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True, max_visual_tokens: int = 0):
         try:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -69,6 +76,7 @@ class PromptProcessor:
             raise ConfigError(f"'{path}' holds no usable tokenizer and image processor "
                               f"({' '.join(str(error).split())[:200]})") from None
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
+        self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         self.image_token, self.video_token, self.vision_start, self.vision_end = \
@@ -88,33 +96,60 @@ class PromptProcessor:
         """Raises SampleError naming the key when an image or video cannot be decoded, does not match its tokens, the
         prompt is too long, or a box lies outside the image."""
         self._refuse_control_tokens(sample)
-        images = [self._decode(sample, data) for data in sample.images]
+        images = [self._open_image(sample, data, decode=True) for data in sample.images]
         visuals = [*self._image_visuals(sample, images), *(self._video_visual(sample, video) for video in sample.videos)]
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
         if int(visual_mask.sum()) != num_features:
             raise SampleError(f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
-                              f"{num_features} visual features")
-        if len(input_ids) > self.max_prompt_length:
-            raise SampleError(f"sample '{sample.key}': prompt of {len(input_ids)} tokens is longer than "
-                              f"data.max_prompt_length = {self.max_prompt_length}")
+                              f"{num_features} visual features", "token_mismatch")
+        self._check_lengths(sample, len(input_ids), num_features)
         runs = [visual.runs() for visual in visuals]
         intervals = [self._temporal_interval(visual) for visual, grids in zip(visuals, runs) for _ in grids]
         position_ids, next_position = multimodal_positions(
             visual_mask, torch.cat(runs) if runs else torch.zeros(0, 3, dtype=torch.int64), self.merge_size, intervals)
         grids = [visual.grid for visual in visuals]
         reference = (sample.process if self.include_process else "") + taught_solution(sample.solution)
-        response = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
         return Prompt(
             sample=sample, input_ids=input_ids, position_ids=position_ids, next_position=next_position,
-            pixel_values=torch.cat([torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),
+            pixel_values=visuals[0].pixels if len(visuals) == 1 else torch.cat(
+                [torch.zeros(0, self.pixel_width), *(visual.pixels for visual in visuals)]),
             grid_thw=torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds or 0.0 for visual in visuals]),
             visual_mask=visual_mask, target_mask=self._target_mask(sample, images, grids, visual_mask),
-            response_ids=torch.tensor(response + [self.end_token_id]),
+            response_ids=torch.tensor(self._token_ids(reference) + [self.end_token_id]),
         )
+
+    def lengths(self, sample: Sample) -> SampleLengths:
+        """Lengths of the prompt this processor would make, from sizes of pictures and packets of videos: no picture is
+        decoded, and one frame of a video. The limits of this processor do not count, and the reference response is
+        measured with its reasoning.
+
+        Raises:
+            SampleError: as far as headers tell.
+        """
+        self._refuse_control_tokens(sample)
+        images = [self._open_image(sample, data, decode=False) for data in sample.images]
+        visuals = [*(self._image_size(sample, image) for image in images),
+                   *(self._video_visual(sample, video, measure_only=True) for video in sample.videos)]
+        if sample.target_boxes:
+            self._check_boxes(sample, images)
+        return SampleLengths(
+            prompt_length=len(self._tokenize(sample, visuals)),
+            visual_tokens=sum(int(visual.grid.prod()) for visual in visuals) // self.merge_size**2,
+            response_length=len(self._token_ids(sample.process + taught_solution(sample.solution))) + 1,
+            num_images=len(images), num_videos=len(sample.videos), problem_type=sample.problem_type)
+
+    def fingerprint(self) -> str:
+        """Of all that decides the lengths of a sample: tokenizer, chat template, sizes of pictures and videos."""
+        picture = {name: getattr(self.image_processor, name, None) for name in
+                   ("do_resize", "patch_size", "temporal_patch_size", "merge_size")}
+        size = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
+        rules = [1, self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, picture, size,
+                 asdict(self.video), self.timed_frames, self.image_token_id, self.video_token_id]
+        return blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def check_same(self, other: "PromptProcessor", key: str, other_key: str) -> None:
         """Raise ConfigError naming the first difference where `other` would read a sample otherwise.
@@ -177,11 +212,33 @@ class PromptProcessor:
         """Text of a response, special tokens removed."""
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
-    def _decode(self, sample: Sample, data: bytes) -> Image.Image:
+    def _check_lengths(self, sample: Sample, prompt_length: int, visual_tokens: int) -> None:
+        passed = self.limit_passed(prompt_length, visual_tokens)
+        if passed is not None:
+            raise SampleError(f"sample '{sample.key}': {passed[1]}", passed[0])
+
+    def limit_passed(self, prompt_length: int, visual_tokens: int) -> Optional[tuple[str, str]]:
+        """(reason, text) of the limit that a prompt passes."""
+        if self.max_visual_tokens and visual_tokens > self.max_visual_tokens:
+            return "too_many_visual_tokens", (f"{visual_tokens} visual tokens are more than data.max_visual_tokens = "
+                                              f"{self.max_visual_tokens}")
+        if prompt_length > self.max_prompt_length:
+            return "prompt_too_long", (f"prompt of {prompt_length} tokens is longer than data.max_prompt_length = "
+                                       f"{self.max_prompt_length}")
+        return None
+
+    def _open_image(self, sample: Sample, data: bytes, *, decode: bool) -> Image.Image:
+        """An image, its declared size checked before a pixel is decoded."""
         try:
-            return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS).convert("RGB")
+            image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+            if max(image.size) > MAX_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return image.convert("RGB") if decode else image
+        except Image.DecompressionBombError as error:
+            raise SampleError(f"sample '{sample.key}': image declares too many pixels ({error}); at most {MAX_SIDE} on a "
+                              f"side and {MAX_IMAGE_PIXELS} in all", "image_too_large") from None
         except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
-            raise SampleError(f"sample '{sample.key}': image cannot be decoded ({error})") from None
+            raise SampleError(f"sample '{sample.key}': image cannot be decoded ({error})", "broken_image") from None
 
     def _refuse_control_tokens(self, sample: Sample) -> None:
         """Text that holds a special token of the checkpoint would end a turn or ask for visual features."""
@@ -189,28 +246,36 @@ class PromptProcessor:
             for token in self.tokenizer.all_special_tokens:
                 if token in getattr(sample, field):
                     raise SampleError(f"sample '{sample.key}': its {field} contains the special token {token}, which is "
-                                      "not text to this model; remove it")
+                                      "not text to this model; remove it", "special_token")
 
     def _image_visuals(self, sample: Sample, images: list[Image.Image]) -> list[_Visual]:
-        if not images:
-            return []
         try:
-            features = self.image_processor(images=images, return_tensors="pt")
+            return [_Visual(*patchify_image(image, self.image_processor)) for image in images]
         except ValueError as error:  # an aspect ratio that the processor refuses
-            raise SampleError(f"sample '{sample.key}': image cannot be used ({error})") from None
-        grids = features["image_grid_thw"]
-        return [_Visual(pixels, grid) for pixels, grid in
-                zip(features["pixel_values"].split(grids.prod(dim=1).tolist()), grids)]
+            raise SampleError(f"sample '{sample.key}': image cannot be used ({error})", "broken_image") from None
 
-    def _video_visual(self, sample: Sample, video: bytes | FramePictures) -> _Visual:
+    def _image_size(self, sample: Sample, image: Image.Image) -> _Visual:
+        """An image without its pixels."""
         try:
-            decoded = (frames_video(video.pictures, video.fps, self.video) if isinstance(video, FramePictures)
-                       else decode_video(video, self.video))
-            pixels, grid = patchify_video(decoded, self.video)
+            patches = self.image_processor.get_number_of_image_patches(image.height, image.width)
+        except ValueError as error:  # an aspect ratio that the processor refuses
+            raise SampleError(f"sample '{sample.key}': image cannot be used ({error})", "broken_image") from None
+        return _Visual(None, torch.tensor([1, 1, patches]))
+
+    def _video_visual(self, sample: Sample, video: bytes | FramePictures, measure_only: bool = False) -> _Visual:
+        try:
+            if isinstance(video, FramePictures):
+                clip = frames_video(video.pictures, video.fps, self.video, measure_only=measure_only)
+            else:
+                clip = decode_video(video, self.video, measure_only=measure_only)
+            pixels, grid = (None, self._clip_grid(clip)) if measure_only else patchify_video(clip, self.video)
         except VideoError as error:
-            raise SampleError(f"sample '{sample.key}': {error}") from None
-        stamps = grid_timestamps(decoded, self.video) if self.timed_frames else None
-        return _Visual(pixels, grid, seconds_per_grid(decoded, self.video), stamps)
+            raise SampleError(f"sample '{sample.key}': {error}", "broken_video") from None
+        stamps = grid_timestamps(clip, self.video) if self.timed_frames else None
+        return _Visual(pixels, grid, seconds_per_grid(clip, self.video), stamps)
+
+    def _clip_grid(self, clip: DecodedVideo) -> Tensor:
+        return torch.tensor(video_grid(len(clip.frames), *clip.frames.shape[2:], self.video))
 
     def _temporal_interval(self, visual: _Visual) -> float:
         """Rotary positions from one temporal patch to the next, in float32 as stock transformers has them."""
@@ -219,9 +284,10 @@ class PromptProcessor:
 
     def _tokenize(self, sample: Sample, visuals: Sequence[_Visual]) -> list[int]:
         content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
-            add_generation_prompt=True)
+        with self._text_lock:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
+                add_generation_prompt=True)
         expanded = ""
         for number, visual in enumerate(visuals):
             place = self.video_token if visual.is_video else self.image_token
@@ -230,9 +296,13 @@ class PromptProcessor:
             before, found, text = text.partition(place)
             if not found or self.image_token in before or self.video_token in before:
                 raise SampleError(f"sample '{sample.key}': the chat template of this checkpoint has no {place} for "
-                                  f"image or video {number}")
+                                  f"image or video {number}", "token_mismatch")
             expanded += before + self._visual_text(visual)
-        return self.tokenizer(expanded + text, add_special_tokens=False)["input_ids"]
+        return self._token_ids(expanded + text)
+
+    def _token_ids(self, text: str) -> list[int]:
+        with self._text_lock:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _visual_text(self, visual: _Visual) -> str:
         """Tokens that stand for one image or video.
@@ -251,18 +321,23 @@ class PromptProcessor:
         mask = torch.zeros_like(visual_mask)
         if not sample.target_boxes:
             return mask
-        if not images:
-            raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in")
+        self._check_boxes(sample, images)
         width, height = images[0].size
         rows, columns = int(grids[0][1]) // self.merge_size, int(grids[0][2]) // self.merge_size
         centre_y = (torch.arange(rows) + 0.5) * height / rows
         centre_x = (torch.arange(columns) + 0.5) * width / columns
         cells = torch.zeros(rows, columns, dtype=torch.bool)
         for x0, y0, x1, y1 in sample.target_boxes:
-            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-                raise SampleError(f"sample '{sample.key}': target box {(x0, y0, x1, y1)} is not inside the image of "
-                                  f"{width} x {height} pixels")
             cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
         first_image = visual_mask.nonzero()[: rows * columns, 0]
         mask[first_image] = cells.flatten()
         return mask
+
+    def _check_boxes(self, sample: Sample, images: Sequence[Image.Image]) -> None:
+        if not images:
+            raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in", "target_box")
+        width, height = images[0].size
+        for x0, y0, x1, y1 in sample.target_boxes:
+            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                raise SampleError(f"sample '{sample.key}': target box {(x0, y0, x1, y1)} is not inside the image of "
+                                  f"{width} x {height} pixels", "target_box")

@@ -1,45 +1,50 @@
-"""Reading WebDataset shards: which files, in which order, split by data-parallel rank.
+"""Reading WebDataset shards: which files, the bytes of one sample, and what they say.
 
 Departures from plain `webdataset.WebDataset(urls)`:
 - Shards must be existing local files. A shard name never reaches a shell (`pipe:` and other schemes are refused).
+- A sample is read by its place in the shard (`ShardIndex`), in any order; webdataset reads the members at that place.
 - Nothing is decoded here, so nothing is ever unpickled.
-- Order is a function of (seed, epoch) alone, so that a position is (source, epoch, samples taken).
 """
 
 import glob
-import hashlib
 import io
 import json
-import random
+import logging
+import math
+import os
 import re
 import tarfile
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
-import webdataset as wds
+from webdataset.tariterators import tar_file_expander
 
-from megatron_ral.types import Sample
+from megatron_ral.data.archive import split_member
+from megatron_ral.data.faults import DataError, SampleError, printable
+from megatron_ral.data.index import ShardIndex, open_index
+from megatron_ral.types import FramePictures, Sample
+
+logger = logging.getLogger(__name__)
 
 REQUIRED_FIELDS = ("problem", "solution")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "gif")
+NUM_FIRST_SAMPLES = 16
 _IMAGE_MEMBER, _VIDEO_MEMBER = (re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(suffixes)})")
                                 for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
-
-
-class DataError(ValueError):
-    """Data that cannot be used at all; the message names the file and the way out."""
+_FRAME_MEMBER = re.compile(rf"frames/.*\.(?:{'|'.join(IMAGE_SUFFIXES)})")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def find_shards(pattern: str, key: str) -> list[str]:
-    """Sorted local tar files of a glob.
+    """Sorted local files of a glob.
 
     Args:
         pattern: glob of tar files.
         key: configuration key, for the error.
 
     Raises:
-        DataError: a URL scheme, no match, or a file that is no tar archive.
+        DataError: a URL scheme or no match.
     """
     scheme = pattern.split("/", 1)[0]
     if ":" in scheme:
@@ -49,118 +54,186 @@ def find_shards(pattern: str, key: str) -> list[str]:
     if not shards:
         raise DataError(f"{key} = '{pattern}' matches no file; make the shards first or correct the path")
     for shard in shards:
-        _check_archive(shard, key)
+        if not Path(shard).is_file():
+            raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
     return shards
 
 
-def _check_archive(shard: str, key: str) -> None:
-    """Raise DataError for a file that is no tar archive, is cut short, or is damaged between two members (where a
-    reader would take it for the end). Reads headers only."""
-    if not Path(shard).is_file() or not tarfile.is_tarfile(shard):
-        raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            archive.getmembers()
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{key}: shard '{shard}' is cut short or damaged ({error}); remove or rebuild it") from None
-    with open(shard, "rb") as stream:
-        stream.seek(end)
-        if any(stream.read(tarfile.BLOCKSIZE)):
-            raise DataError(f"{key}: shard '{shard}' is damaged at byte {end}; remove or rebuild it")
-
-
-def check_first_sample(shard: str, key: str) -> None:
-    """Raise DataError when the first sample of a shard lacks a needed field (a whole shard is then likely wrong)."""
-    for entry in _entries([shard]):
-        try:
-            parse_sample(entry)
-        except ValueError as error:
-            raise DataError(f"{key}: shard '{shard}': {error}") from None
-        return
-    raise DataError(f"{key}: shard '{shard}' holds no sample")
-
-
-def parse_sample(entry: dict) -> Sample:
-    """Raw WebDataset entry -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
-    the order of the question; videos likewise (`.mp4`, `.webm`, `.gif`).
+def open_shards(pattern: str, key: str) -> list[ShardIndex]:
+    """Indexes of the shards of a glob, and a look into each: a shard in which none of the first samples can be parsed is
+    likely wrong as a whole.
 
     Raises:
-        ValueError: a field is missing or of the wrong type; names sample and field.
+        DataError: as in find_shards; a file that is no tar archive; no sample at all; none of the first
+            NUM_FIRST_SAMPLES samples of a shard has the needed fields.
     """
-    key, shard = entry["__key__"], entry["__url__"]
-    if "json" not in entry:
-        raise ValueError(f"sample '{key}' has no .json member")
+    indexes = []
+    for shard in find_shards(pattern, key):
+        try:
+            indexes.append(open_index(shard))
+            _look_into(indexes[-1])
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from None
+    if not any(len(index) for index in indexes):
+        damage = f" ({indexes[0].damage})" if indexes[0].damage else ""
+        raise DataError(f"{key} = '{pattern}': its {len(indexes)} shards hold no sample{damage}; rebuild them")
+    return indexes
+
+
+def _look_into(index: ShardIndex) -> None:
+    first_error = None
+    for number in range(min(len(index), NUM_FIRST_SAMPLES)):
+        if number in index.faults:
+            continue
+        try:
+            parse_sample(read_entry(index, number))
+            return
+        except SampleError as error:
+            first_error = first_error or error
+    if first_error is not None:
+        raise DataError(f"shard '{index.shard}': {first_error}")
+
+
+def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
+    """Members of one sample: suffix -> bytes, `__key__` and `__url__` (the shard).
+
+    Raises:
+        SampleError: the members there are not those of the index, or the disk gives no bytes.
+    """
+    key = printable(index.keys[number])
     try:
-        record = json.loads(entry["json"].decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"sample '{key}': its .json is unreadable ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"sample '{key}': its .json is not an object")
+        with open(index.shard, "rb", buffering=0) as stream:
+            data = os.pread(stream.fileno(), int(index.sizes[number]), int(index.offsets[number]))
+    except OSError as error:
+        raise SampleError(f"sample '{key}': shard '{index.shard}' cannot be read ({error.strerror})", "cannot_read") from None
+    entry: dict[str, Any] = {"__key__": index.keys[number], "__url__": index.shard}
+    try:
+        for member in tar_file_expander([{"url": index.shard, "stream": io.BytesIO(data)}], eof_value=None):
+            found, suffix = split_member(member["fname"]) or (None, "")
+            if found == entry["__key__"]:
+                entry[suffix] = member["data"]
+            elif found is not None:
+                raise SampleError(f"sample '{key}': '{index.shard}' has sample '{printable(found)}' in its place; make "
+                                  "the index of this shard again (tools/index_shards.py)", "truncated")
+    except (tarfile.TarError, EOFError, OSError, UnicodeError) as error:
+        text = error.args[0] if error.args else error
+        raise SampleError(f"sample '{key}': its members cannot be read ({text})", "truncated") from None
+    return entry
+
+
+def shard_entries(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Members of all samples of the shards in file order. A sample that cannot be read is left out with a warning.
+
+    Raises:
+        DataError: a shard is no tar archive.
+    """
+    for shard in shards:
+        index = open_index(shard)
+        if index.damage:
+            logger.warning("shard '%s': %s; the samples before are used", shard, index.damage)
+        for number in range(len(index)):
+            fault = index.faults.get(number)
+            try:
+                if fault is not None:
+                    raise SampleError(fault.text, fault.reason)
+                yield read_entry(index, number)
+            except SampleError as error:
+                logger.warning("left out of '%s': %s", shard, error)
+
+
+def parse_sample(entry: dict[str, Any]) -> Sample:
+    """Members of a sample -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
+    the order of the question; videos likewise (`.mp4`, `.webm`, `.gif`), or the pictures `.frames/*` in the order of
+    their names with the field `fps` (pictures per second, 1 by default), shown last.
+
+    Raises:
+        SampleError: a field is missing, of the wrong type or impossible; names sample and field.
+    """
+    key, shard = printable(entry["__key__"]), entry["__url__"]
+    record = _record(key, entry)
     for field in REQUIRED_FIELDS:
         if not isinstance(record.get(field), str):
-            raise ValueError(f"sample '{key}' has no text field '{field}'")
+            raise SampleError(f"sample '{key}' has no text field '{field}'", "missing_field")
     for field in ("process", "problem_type"):
         if not isinstance(record.get(field) or "", str):
-            raise ValueError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}")
-    media = {}
+            raise SampleError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}",
+                              "wrong_field")
+    for field in (*REQUIRED_FIELDS, "process", "problem_type"):
+        if re.search("[\\ud800-\\udfff]", record.get(field) or ""):
+            raise SampleError(f"sample '{key}': field '{field}' holds half a surrogate pair, which is no text",
+                              "unreadable_text")
+    media: dict[str, tuple] = {}
     for kind, pattern, suffixes in (("image", _IMAGE_MEMBER, IMAGE_SUFFIXES), ("video", _VIDEO_MEMBER, VIDEO_SUFFIXES)):
         numbered = sorted((int(match[1] or 0), name) for name in entry if (match := pattern.fullmatch(name)))
         media[kind] = tuple(entry[name] for _, name in numbered)
+        if kind == "video":
+            media[kind] += _frame_pictures(key, entry, record)
         if record.get("data_type") == kind and not media[kind]:
-            raise ValueError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
-                             "leave data_type out for text alone")
-    boxes = record.get("target_boxes") or []
-    try:
-        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
-    except (TypeError, ValueError):
-        raise ValueError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]") from None
+            raise SampleError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
+                              "leave data_type out for text alone", "missing_media")
+    _check_answer(key, record)
     return Sample(
         key=key, shard=shard, problem=record["problem"], solution=record["solution"],
         process=record.get("process") or "", problem_type=record.get("problem_type") or "",
-        images=media["image"], target_boxes=boxes, videos=media["video"],
+        images=media["image"], target_boxes=_boxes(key, record), videos=media["video"],
     )
 
 
-def _entries(shards: Sequence[str]) -> Iterator[dict]:
-    """Raw entries of shards in order. The stage between opens plain files only, unlike webdataset's own opener."""
-
-    def opened(urls: Iterator[dict]) -> Iterator[dict]:
-        for item in urls:
-            with open(item["url"], "rb") as stream:
-                yield {**item, "stream": io.BufferedReader(stream)}
-
-    for shard in shards:
-        stages = wds.SimpleShardList([shard]), opened, wds.tariterators.tar_file_expander, wds.tariterators.group_by_keys
-        try:
-            yield from wds.DataPipeline(*stages)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise DataError(f"shard '{shard}' cannot be read on: {error.args[0] if error.args else error}; remove or "
-                            "rebuild it") from None
+def _record(key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    if "json" not in entry:
+        raise SampleError(f"sample '{key}' has no .json member", "missing_field")
+    try:
+        record = json.loads(entry["json"].decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SampleError(f"sample '{key}': its .json is unreadable ({error})", "unreadable_text") from None
+    if not isinstance(record, dict):
+        raise SampleError(f"sample '{key}': its .json is not an object", "unreadable_text")
+    return record
 
 
-class _RandomState(random.Random):
-    """random.Random seeded by a stable hash of its identity."""
+def _frame_pictures(key: str, entry: dict[str, Any], record: dict[str, Any]) -> tuple[FramePictures, ...]:
+    names = sorted(name for name in entry if _FRAME_MEMBER.fullmatch(name))
+    fps = record.get("fps", 1.0)
+    if names and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
+        raise SampleError(f"sample '{key}': field 'fps' must be a positive number, not {fps!r}", "wrong_field")
+    return (FramePictures(tuple(entry[name] for name in names), float(fps)),) if names else ()
 
-    def __init__(self, *identity: object):
-        super().__init__(int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "little"))
+
+def _boxes(key: str, record: dict[str, Any]) -> tuple[tuple[float, float, float, float], ...]:
+    try:
+        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in record.get("target_boxes") or [])
+    except (TypeError, ValueError):
+        raise SampleError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]", "target_box") from None
+    return boxes
 
 
-def epoch_entries(shards: Sequence[str], *, dp_rank: int, dp_size: int, epoch: int, seed: int, shuffle: bool,
-                  shuffle_buffer: int) -> Iterator[dict]:
-    """Raw entries one data-parallel rank reads in one epoch, in an order fixed by (seed, epoch).
+def _check_answer(key: str, record: dict[str, Any]) -> None:
+    """The reference answer of a question with `options` must be one of them, or the letter of one."""
+    options = record.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise SampleError(f"sample '{key}': options must be a list of texts", "wrong_field")
+    answer = reference_answer(record["solution"])
+    if options and option_letter(answer, options) is None:
+        raise SampleError(f"sample '{key}': its answer {answer!r} is none of the {len(options)} options",
+                          "answer_not_in_options")
 
-    Shards are dealt to data-parallel ranks like cards; tensor- and pipeline-parallel peers share dp_rank and so read
-    the same samples. With fewer shards than ranks, every rank reads all shards and keeps every dp_size-th sample.
-    """
-    order = list(shards)
-    if shuffle:
-        _RandomState("shards", seed, epoch).shuffle(order)
-    whole = len(order) >= dp_size
-    entries = _entries(order[dp_rank::dp_size] if whole else order)
-    if not whole:
-        entries = (entry for index, entry in enumerate(entries) if index % dp_size == dp_rank)
-    if shuffle:
-        rng = _RandomState("samples", seed, epoch, dp_rank)
-        entries = wds.filters._shuffle(entries, bufsize=shuffle_buffer, initial=shuffle_buffer, rng=rng)
-    return entries
+
+def reference_answer(solution: str) -> str:
+    """The text in a solution's first answer tag, or all of it where it has none."""
+    found = _ANSWER.search(solution)
+    return (found[1] if found else solution).strip()
+
+
+def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:
+    """Letter of the option that an answer names by letter (`B`, `(b)`, `B.`), by text, or by both; None: none."""
+    letters = [chr(ord("A") + number) for number in range(len(options))]
+    texts = [re.sub(rf"^\(?{letter}[.):]\s*", "", option.strip()).strip().casefold()
+             for letter, option in zip(letters, options)]
+    named = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer.strip())
+    if named and named[1].upper() in letters:
+        return named[1].upper()
+    whole = answer.strip().casefold()
+    for letter, option, text in zip(letters, options, texts):
+        if whole in (text, option.strip().casefold()):
+            return letter
+    return None

@@ -111,8 +111,10 @@ def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> 
     return [index * num_frames // count for index in range(count)]
 
 
-def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings) -> DecodedVideo:
-    """Clip of pictures (PNG, JPEG or WebP) in order of time, fps of them per second; only sampled ones are decoded.
+def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings, *,
+                 measure_only: bool = False) -> DecodedVideo:
+    """Clip of pictures (PNG, JPEG or WebP) in order of time, fps of them per second; only sampled ones are decoded, with
+    measure_only the first of them alone, in the place of all.
 
     Raises:
         VideoError: no picture, an unusable fps, or a sampled picture that is undecodable, huge or of another size.
@@ -122,13 +124,14 @@ def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings) -
     seconds = len(frames) / fps
     indices = sample_indices(len(frames), seconds, settings)
     pictures = (_open_picture(frames[index], index, len(indices)) for index in indices)
-    return DecodedVideo(_stack(pictures, len(indices)), torch.tensor(indices, dtype=torch.float64) / fps,
+    return DecodedVideo(_stack(pictures, len(indices), measure_only), torch.tensor(indices, dtype=torch.float64) / fps,
                         len(indices) / seconds)
 
 
-def decode_video(data: bytes, settings: VideoSettings) -> DecodedVideo:
+def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
     """Clip of an mp4, webm or gif file's bytes. How many frames it has, and when, is read from its packets: headers may
-    have no duration, or a wrong one. Only what lies between a keyframe and a sampled frame is decoded.
+    have no duration, or a wrong one. Only what lies between a keyframe and a sampled frame is decoded, with measure_only
+    the first sampled frame alone (whether a clip is turned stands there), in the place of all.
 
     Raises:
         VideoError: undecodable, without frames, huge, or of changing size.
@@ -150,7 +153,7 @@ def decode_video(data: bytes, settings: VideoSettings) -> DecodedVideo:
             wanted = [times[index] for index in sample_indices(len(times), seconds, settings)]
             _check_size(stream.width, stream.height, len(wanted))
             pictures = map(_to_picture, _frames_at(wanted, packets, stream.codec_context))
-            return DecodedVideo(_stack(pictures, len(wanted)), (torch.tensor(wanted) - times[0]).double() * tick,
+            return DecodedVideo(_stack(pictures, len(wanted), measure_only), (torch.tensor(wanted) - times[0]).double() * tick,
                                 len(wanted) / seconds)
     except av.error.FFmpegError as error:
         raise VideoError(f"the video cannot be decoded ({error.strerror})") from None
@@ -213,9 +216,11 @@ def _check_size(width: int, height: int, count: int) -> None:
         raise VideoError(f"{count} frames of {width} x {height} pixels take more than {MAX_CLIP_BYTES / 2**30:g} GiB")
 
 
-def _stack(pictures: Iterable[Tensor], count: int) -> Tensor:
-    """[T, 3, H, W], filled one picture at a time so that the clip is held once."""
+def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -> Tensor:
+    """[T, 3, H, W], filled one picture at a time so that the clip is held once; measure_only: the first, T times."""
     frames = None
+    if measure_only:
+        return next(iter(pictures))[None].expand(count, -1, -1, -1)
     for index, picture in enumerate(pictures):
         if frames is None:
             frames = picture.new_empty(count, *picture.shape)

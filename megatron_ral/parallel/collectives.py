@@ -62,6 +62,11 @@ def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     return box[0]
 
 
+def gather_from_all(value: Any) -> list[Any]:
+    """Every rank's (small, picklable) object of the whole job, in rank order, on every rank."""
+    return gather_objects(value, dist.group.WORLD)
+
+
 def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) -> Tensor:
     """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
     if groups.layout.pipeline_size > 1:

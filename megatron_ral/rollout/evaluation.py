@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor, SampleError
-from megatron_ral.data.shards import epoch_entries, parse_sample
+from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.engine.generate import SamplingSettings, sample_responses
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import StageEngine
@@ -60,8 +60,7 @@ def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, 
     """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set
     does not depend on the number of ranks. Unusable samples are left out with a warning."""
     prompts = []
-    entries = epoch_entries(shards, dp_rank=0, dp_size=1, epoch=0, seed=0, shuffle=False, shuffle_buffer=1)
-    for index, entry in enumerate(itertools.islice(entries, limit)):
+    for index, entry in enumerate(itertools.islice(shard_entries(shards), limit)):
         if index % dp_size == dp_rank:
             try:
                 prompts.append(processor(parse_sample(entry)))

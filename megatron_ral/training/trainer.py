@@ -19,7 +19,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.checkpoints import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
-from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
@@ -59,7 +59,7 @@ class Inputs:
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
         processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                    config.data.include_process)
+                                    config.data.include_process, config.data.max_visual_tokens)
         if config.distills:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
@@ -86,8 +86,9 @@ class Trainer:
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
         self.num_skipped, self.problems = 0, ProblemLog()
         self.loader = PromptLoader(
-            inputs.sources, self.processor, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size, seed=config.seed,
-            shuffle=config.data.shuffle, shuffle_buffer=config.data.shuffle_buffer)
+            inputs.sources, self.processor, config.data, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
+            seed=config.seed, batch_size=self.prompts_per_step, report=self.is_main,
+            exchange=gather_from_all)
         teacher = self._teacher(teacher_shape) if teacher_shape is not None else None
         self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
                                       config.loss.attention_coef, config.rollout.temperature,
@@ -101,6 +102,12 @@ class Trainer:
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts one step reads, over all data-parallel ranks."""
+        config = self.config
+        return config.train.batch_size if config.train.algorithm == "sft" else config.rollout.num_prompts
 
     def _teacher(self, shape: ModelShape) -> TeacherEngine:
         config, settings = self.config, self.config.teacher
@@ -154,11 +161,9 @@ class Trainer:
         self._summary(time.perf_counter() - started, first, end)
 
     def _one_step(self, step: int) -> StepReport:
-        config, ranks = self.config, self.layout.data_size
+        config, prompts = self.config, self.loader.take(self.prompts_per_step)
         if config.train.algorithm == "sft":
-            prompts = self.loader.take(config.train.batch_size // ranks)
             return sft_step(self.policy, prompts, self.processor, config)
-        prompts = self.loader.take(config.rollout.num_prompts // ranks)
         interval = config.logging.gradient_ratio_interval
         acts = config.attention_acts or (config.distills and config.distill.attention_coef > 0)
         measure = bool(interval) and acts and (step + 1) % interval == 0
@@ -168,8 +173,9 @@ class Trainer:
         seconds = sum(report.seconds.values())
         log.scalars(report.metrics, step + 1)
         log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
-        quarantined = sum(gather_objects(len(self.loader.quarantined), self.groups.data))
-        log.scalars({"timing/step": seconds, "data/quarantined": float(quarantined)}, step + 1)
+        by_reason = self.loader.quarantined_by_reason
+        log.scalars({"timing/step": seconds, "data/quarantined": float(by_reason.total()),
+                     **{f"data/quarantined/{reason}": float(count) for reason, count in by_reason.items()}}, step + 1)
         self._show_problems(report, step)
         interval = self.config.logging.completions_interval
         if report.rollout and interval and (step % interval == 0):
@@ -232,18 +238,17 @@ class Trainer:
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
-        quarantined = gather_objects(dict(self.loader.quarantined), self.groups.data)
         if not self.is_main:
             return
-        merged = {key: reason for rank in quarantined for key, reason in rank.items()}
         summary = {"algorithm": self.config.train.algorithm, "seconds": round(seconds, 2), "first_step": first,
-                   "last_step": end, "quarantined": merged,
+                   "last_step": end, "quarantined": self.loader.quarantined,
+                   "quarantined_by_reason": self.loader.quarantined_by_reason, "filtered": self.loader.filtered,
                    "layout": {"tensor": self.layout.tensor_size, "pipeline": self.layout.pipeline_size,
                               "data": self.layout.data_size}}
         path = Path(self.config.train.output_dir) / "summary.json"
         path.write_text(json.dumps(summary, indent=2))
         self._say(f"{self.config.train.algorithm}: steps {first}..{end} in {seconds:.1f} s; "
-                  f"{len(merged)} samples quarantined; summary in {path}")
+                  f"{len(self.loader.quarantined)} samples quarantined; summary in {path}")
 
     def _say(self, text: str) -> None:
         if self.is_main:

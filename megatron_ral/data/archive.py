@@ -1,0 +1,146 @@
+"""Where each sample lies in a tar file, from the headers of its members alone.
+
+Members of one sample stand together and share the name up to the first dot of the file name: `KEY.json`, `KEY.png`,
+`KEY.0.jpg`; pictures of a video may stand in a folder `KEY.frames/0001.jpg`. A member is never written to disk, and still
+one whose name leads out of the archive, or that is no plain file, makes its sample unusable. What can be read of a damaged
+archive is used.
+"""
+
+import re
+import tarfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator, Optional
+
+from megatron_ral.data.faults import DataError, Fault, printable
+
+FRAME_FOLDER = ".frames"
+MAX_SAMPLE_BYTES = 2 * 2**30
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+@dataclass(frozen=True)
+class SampleSpan:
+    """The bytes [offset, offset + size) of a shard that hold the members of one sample."""
+
+    key: str
+    offset: int
+    size: int
+    fault: Optional[Fault] = None
+    """Why the sample cannot be used, as far as the headers tell."""
+
+
+@dataclass(frozen=True)
+class ArchiveScan:
+    """All samples of a shard in file order."""
+
+    num_bytes: int
+    spans: tuple[SampleSpan, ...]
+    damage: str = ""
+    """What is wrong with the archive; empty: nothing. The spans are what lies before the damage."""
+
+
+def split_member(name: str) -> Optional[tuple[str, str]]:
+    """(key, suffix) of a member's name; None for what belongs to no sample (no suffix, or `__meta__`).
+
+    `a/s0.png` -> (a/s0, png), `s0.1.JPG` -> (s0, 1.jpg), `s0.frames/0001.jpg` -> (s0, frames/0001.jpg).
+    """
+    if _META.match(name):
+        return None
+    folder, slash, base = name.rpartition("/")
+    if folder.endswith(FRAME_FOLDER):
+        return folder.removesuffix(FRAME_FOLDER), f"{FRAME_FOLDER[1:]}/{base.lower()}"
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
+
+
+def scan_archive(path: str | Path) -> ArchiveScan:
+    """Find the samples of a tar file; reads headers only.
+
+    Raises:
+        DataError: the file cannot be opened or is no tar archive.
+    """
+    try:
+        num_bytes = Path(path).stat().st_size
+        with tarfile.open(path, "r:") as archive:
+            spans: list[SampleSpan] = []
+            damage = _collect(archive, num_bytes, spans)
+            end = archive.offset
+        if not damage:
+            damage = _damage_at_end(path, end)
+    except tarfile.TarError:
+        raise DataError(f"shard '{path}' is not a tar archive; remove or rebuild it") from None
+    except OSError as error:
+        raise DataError(f"shard '{path}' cannot be read ({error.strerror}); check the path and its permissions") from None
+    return ArchiveScan(num_bytes, tuple(_without_repetition(spans)), damage)
+
+
+def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) -> str:
+    """Append the samples to `spans`; returns what damage ended the reading."""
+    suffixes: set[str] = set()
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            return f"it is cut short or damaged at byte {archive.offset} ({error})"
+        archive.members = []  # tarfile keeps every member it has seen
+        if member is None:
+            return ""
+        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.size < 0:
+            return f"a member at byte {member.offset} declares {member.size} bytes"
+        if member.isdir() or (names := split_member(member.name)) is None:
+            continue
+        key, suffix = names
+        fault = _member_fault(member)
+        cut = member.isreg() and member.offset_data + member.size > num_bytes
+        if cut:
+            fault = Fault("truncated", f"sample '{printable(key)}' is cut short by the end of its shard")
+        if spans and spans[-1].key == key and suffix not in suffixes:
+            last = spans[-1]
+            size = max(end, last.offset + last.size) - last.offset
+            spans[-1] = replace(last, size=size, fault=last.fault or fault or _too_large(key, size))
+        else:
+            suffixes.clear()
+            size = (end if member.isreg() else member.offset_data) - member.offset
+            spans.append(SampleSpan(key, member.offset, size, fault or _too_large(key, size)))
+        suffixes.add(suffix)
+        if cut:
+            return f"it is cut short in member '{printable(member.name)}' at byte {num_bytes}"
+
+
+def _member_fault(member: tarfile.TarInfo) -> Optional[Fault]:
+    name, parts = member.name, member.name.split("/")
+    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
+        return Fault("unsafe_member", f"member '{printable(name)}' has a name that leads out of the archive")
+    if not member.isreg() or member.issparse():
+        return Fault("unsafe_member", f"member '{printable(name)}' is a link, device or sparse file, not a plain one")
+    return None
+
+
+def _too_large(key: str, size: int) -> Optional[Fault]:
+    if size <= MAX_SAMPLE_BYTES:
+        return None
+    return Fault("unsafe_member", f"sample '{printable(key)}' of {size} bytes is larger than {MAX_SAMPLE_BYTES}")
+
+
+def _damage_at_end(path: str | Path, end: int) -> str:
+    """A whole archive ends with blocks of zeros; a reader takes anything else for the end too."""
+    with open(path, "rb") as stream:
+        stream.seek(end)
+        block = stream.read(tarfile.BLOCKSIZE)
+    if any(block):
+        return f"it is damaged at byte {end}: what follows cannot be read"
+    return "" if block else f"it ends at byte {end} without the mark of a whole archive; samples may be missing"
+
+
+def _without_repetition(spans: list[SampleSpan]) -> Iterator[SampleSpan]:
+    """The first of several samples with one key is used, the others are faults."""
+    seen: set[str] = set()
+    for span in spans:
+        if span.key in seen and span.fault is None:
+            fault = Fault("duplicate_key", f"sample '{printable(span.key)}' at byte {span.offset} has the key of an "
+                                           "earlier sample of its shard")
+            span = replace(span, fault=fault)
+        seen.add(span.key)
+        yield span

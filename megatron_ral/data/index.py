@@ -1,0 +1,136 @@
+"""The index beside a shard: where each sample lies and how long its prompt is, so that nothing has to be decoded to know.
+
+`NAME.tar` has `NAME.index.jsonl`. Its first line is a header: format, bytes of the tar (another number means the index is
+stale), fingerprint of the rules that the lengths were computed with (`PromptProcessor.fingerprint`). Then a line per
+sample in file order: key, offset, size, and either its lengths or, where it cannot be used, reason and text.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Mapping, Optional
+
+import numpy as np
+
+from megatron_ral.data.archive import ArchiveScan, SampleSpan, scan_archive
+from megatron_ral.data.faults import Fault
+
+FORMAT = 1
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class SampleLengths:
+    """What is known of a sample without its pixels. Lengths in tokens."""
+
+    prompt_length: int
+    """Visual tokens included."""
+    visual_tokens: int
+    response_length: int
+    """Reference response with its reasoning and the end-of-turn token."""
+    num_images: int
+    num_videos: int
+    problem_type: str
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The samples of one shard, in arrays."""
+
+    shard: str
+    keys: tuple[str, ...]
+    offsets: np.ndarray
+    """[N] int64 bytes."""
+    sizes: np.ndarray
+    """[N] int64 bytes."""
+    faults: Mapping[int, Fault]
+    """Sample number -> why it cannot be used."""
+    damage: str = ""
+    """What is wrong with the archive; empty: nothing."""
+    fingerprint: str = ""
+    """Of the rules that the lengths were computed with; empty: no lengths."""
+    prompt_lengths: Optional[np.ndarray] = None
+    """[N] int32 tokens, UNKNOWN where the length could not be computed; None: no index."""
+    visual_tokens: Optional[np.ndarray] = None
+    """[N] int32."""
+    note: str = ""
+    """Why there are no lengths; empty: there are."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def index_path(shard: str | Path) -> Path:
+    """Where the index of a shard is."""
+    return Path(shard).with_suffix(".index.jsonl")
+
+
+def write_index(shard: str | Path, scan: ArchiveScan, lengths: Mapping[str, SampleLengths], fingerprint: str) -> Path:
+    """Write the index of a shard whole or not at all.
+
+    Args:
+        scan: of the shard as it is on disk.
+        lengths: by key; samples without are written without.
+        fingerprint: of the processor that computed the lengths.
+    """
+    target = index_path(shard)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    with open(partial, "w", encoding="ascii") as stream:
+        header = {"format": FORMAT, "tar_bytes": scan.num_bytes, "processor": fingerprint,
+                  "num_samples": len(scan.spans), "damage": scan.damage}
+        stream.write(json.dumps(header) + "\n")
+        for span in scan.spans:
+            line = {"key": span.key, "offset": span.offset, "size": span.size}
+            if span.fault is not None:
+                line |= asdict(span.fault)
+            elif span.key in lengths:
+                line |= asdict(lengths[span.key])
+            stream.write(json.dumps(line) + "\n")
+    os.replace(partial, target)
+    return target
+
+
+def open_index(shard: str | Path) -> ShardIndex:
+    """Index of a shard; made in memory from the headers of the tar where it is missing or stale (`note` says so).
+
+    Raises:
+        DataError: the shard is no tar archive.
+    """
+    path, note = index_path(shard), ""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        header, lines = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+        if header["format"] != FORMAT:
+            note = f"of format {header['format']}"
+        elif header["tar_bytes"] != Path(shard).stat().st_size or header["num_samples"] != len(lines):
+            note = "stale"
+        else:
+            return _from_lines(str(shard), header, lines)
+    except FileNotFoundError:
+        note = "missing"
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        note = "unreadable"
+    return index_of_scan(str(shard), scan_archive(shard), note)
+
+
+def index_of_scan(shard: str, scan: ArchiveScan, note: str = "") -> ShardIndex:
+    """Index without lengths."""
+    return _build(shard, list(scan.spans), damage=scan.damage, note=note)
+
+
+def _from_lines(shard: str, header: dict, lines: list[dict]) -> ShardIndex:
+    spans = [SampleSpan(line["key"], line["offset"], line["size"],
+                        Fault(line["reason"], line["text"]) if "reason" in line else None) for line in lines]
+    numbers = {name: np.array([line.get(name, UNKNOWN) for line in lines], dtype=np.int32)
+               for name in ("prompt_length", "visual_tokens")}
+    return _build(shard, spans, damage=header["damage"], fingerprint=header["processor"],
+                  prompt_lengths=numbers["prompt_length"], visual_tokens=numbers["visual_tokens"])
+
+
+def _build(shard: str, spans: list[SampleSpan], **rest) -> ShardIndex:
+    return ShardIndex(shard, tuple(span.key for span in spans),
+                      np.array([span.offset for span in spans], dtype=np.int64),
+                      np.array([span.size for span in spans], dtype=np.int64),
+                      {number: span.fault for number, span in enumerate(spans) if span.fault is not None}, **rest)
+

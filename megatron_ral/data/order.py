@@ -1,0 +1,98 @@
+"""The order of samples: a function of (seed, epoch) alone, whatever the number of ranks, with random access.
+
+An epoch is the shards in a permuted order, their samples cut into windows, and the samples permuted inside a window; only two
+windows are ever in memory. With a batch size, samples of similar length inside a window stand together in batches.
+"""
+
+import hashlib
+import random
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Optional, Sequence
+
+import numpy as np
+
+
+class SeededRandom(random.Random):
+    """random.Random seeded by a stable hash of its identity."""
+
+    def __init__(self, *identity: object):
+        super().__init__(int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "little"))
+
+
+class EpochOrder:
+    """Places of one source's samples in each epoch.
+
+    Args:
+        numbers: per shard, numbers of the samples that take part, ascending int arrays.
+        seed: of the permutations.
+        shuffle: false: shards and samples in file order.
+        window: samples permuted together; rounded up to whole batches where batch_size is given.
+        lengths: per shard, the length of each sample in `numbers`; needed with batch_size.
+        batch_size: samples that should be of similar length; 0: lengths do not matter.
+        phase: place of the first sample of epoch 0 in its batch.
+    """
+
+    def __init__(self, numbers: Sequence[np.ndarray], *, seed: int, shuffle: bool, window: int,
+                 lengths: Optional[Sequence[np.ndarray]] = None, batch_size: int = 0, phase: int = 0):
+        self.numbers, self.lengths = numbers, lengths
+        self.seed, self.shuffle, self.batch_size, self.phase = seed, shuffle, batch_size, phase
+        self.window = -(-window // batch_size) * batch_size if batch_size else window
+        self.size = sum(len(part) for part in numbers)
+        self._held: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def at(self, epoch: int, offset: int, count: int) -> list[tuple[int, int]]:
+        """(shard, sample number) of up to `count` places from `offset` on; fewer where the epoch ends."""
+        places: list[tuple[int, int]] = []
+        while len(places) < count and offset + len(places) < self.size:
+            number, start = divmod(offset + len(places), self.window)
+            places += self._window(epoch, number)[start: start + count - len(places)]
+        return places
+
+    def _window(self, epoch: int, number: int) -> list[tuple[int, int]]:
+        if (epoch, number) not in self._held:
+            while len(self._held) > 1:  # this one and the one before: a batch may lie in both
+                self._held.pop(next(iter(self._held)))
+            self._held[epoch, number] = self._make_window(epoch, number)
+        return self._held[epoch, number]
+
+    def _make_window(self, epoch: int, number: int) -> list[tuple[int, int]]:
+        shards = list(range(len(self.numbers)))
+        if self.shuffle:
+            SeededRandom("shards", self.seed, epoch).shuffle(shards)
+        ends = list(accumulate(len(self.numbers[shard]) for shard in shards))
+        first = number * self.window
+        rows = []
+        for place in range(first, min(first + self.window, self.size)):
+            turn = bisect_right(ends, place)
+            rows.append((shards[turn], place - (ends[turn - 1] if turn else 0)))
+        rng = SeededRandom("samples", self.seed, epoch, number)
+        if self.shuffle:
+            rng.shuffle(rows)
+        if self.batch_size:
+            rows = self._by_length(rows, (self.phase + epoch * self.size + first) % self.batch_size, rng)
+        return [(shard, int(self.numbers[shard][row])) for shard, row in rows]
+
+    def _by_length(self, rows: list[tuple[int, int]], filled: int, rng: random.Random) -> list[tuple[int, int]]:
+        """Rows in batches of similar length, the batches in a random order.
+
+        Args:
+            filled: places of the first batch that were taken before this window.
+        """
+        assert self.lengths is not None, "batches of similar length need lengths"
+        cuts = [0, *range(self.batch_size - filled, len(rows), self.batch_size), len(rows)]
+        batches = [(start, stop) for start, stop in zip(cuts, cuts[1:]) if stop > start]
+        ascending = sorted(rows, key=lambda row: int(self.lengths[row[0]][row[1]]))
+        turns = list(range(len(batches)))
+        if self.shuffle:
+            rng.shuffle(turns)
+        result: list = [None] * len(rows)
+        taken = 0
+        for turn in turns:
+            start, stop = batches[turn]
+            members = ascending[taken: taken + stop - start]
+            if self.shuffle:
+                rng.shuffle(members)
+            result[start:stop] = members
+            taken += stop - start
+        return result

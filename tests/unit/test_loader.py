@@ -1,0 +1,332 @@
+"""The loader over faulty, indexed and long data: what is counted, filtered, grouped; stopping and going on anywhere."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from megatron_ral.config.sections import DataConfig
+from megatron_ral.data.archive import scan_archive
+from megatron_ral.data.faults import DataError
+from megatron_ral.data.index import index_path, open_index
+from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.order import EpochOrder
+from megatron_ral.data.processor import PromptProcessor, SampleError
+from megatron_ral.data.shards import parse_sample, read_entry
+from megatron_ral.types import FramePictures
+from tests.unit.shard_faults import KINDS, picture, pixel_bomb, text, write_faulty_set, write_members
+from tests.unit.test_data import Ranks, good, loader, write_shard
+from tests.unit.test_video import clip
+from tools.index_shards import index_shard
+
+
+@pytest.fixture(scope="module")
+def processor(material):
+    return PromptProcessor(str(material["tiny"]), 128)
+
+
+def identities(prompts) -> list[str]:
+    return [prompt.sample.identity for prompt in prompts]
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+def test_faults_of_every_kind_in_2000_samples(tmp_path, processor):
+    """5 % are at fault: each is counted under its reason with its key, all others are seen once per epoch."""
+    usable, bad = write_faulty_set(tmp_path, num_shards=20, shard_size=100, faults_per_shard=5)
+    assert len(usable) == 1900 and set(bad.values()) == set(KINDS)
+    stream = loader(tmp_path / "s-*.tar", processor, shuffle_buffer=300)
+    for _ in range(2):  # in the second epoch what is at fault is not even tried
+        seen = [identity for _ in range(38) for identity in identities(stream.take(50))]
+        assert Counter(seen) == Counter(usable)
+    faults = stream.state()["quarantined"]
+    assert {name: reason for name, (reason, _) in faults.items()} == bad
+    assert stream.quarantined_by_reason == Counter(bad.values())
+    for name, (_, said) in faults.items():
+        assert name.rpartition("/")[2].partition("#")[0] in said, "the text names the key or the shard"
+    assert stream.position.epoch == 1
+
+
+def test_a_pixel_bomb_is_refused_by_its_header(processor):
+    before = psutil.Process().memory_info().rss
+    for data in (pixel_bomb(20000), pixel_bomb(12000)):
+        with pytest.raises(SampleError, match="declares too many pixels") as refused:
+            processor(parse_sample({"__key__": "k", "__url__": "s", "png": data, "json": text()}))
+        assert refused.value.reason == "image_too_large"
+    assert psutil.Process().memory_info().rss - before < 50e6
+
+
+def test_links_and_sparse_members_are_refused(tmp_path, processor):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("linked.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("device.png", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+        for name, data in (("s0.png", picture()), ("s0.json", text())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    stream = loader(tmp_path / "a.tar", processor)
+    assert stream.take(1)[0].sample.key == "s0"
+    assert stream.quarantined_by_reason == {"unsafe_member": 3}
+
+
+def test_a_shard_that_vanishes_ends_the_run(tmp_path, processor):
+    write_shard(tmp_path / "a.tar", [good("s0")])
+    stream = loader(tmp_path / "a.tar", processor)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match="'s0': shard .*a.tar' cannot be read"):
+        stream.take(1)
+
+
+# --- stopping and going on ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def with_faults(tmp_path_factory):
+    """Four shards of 7 samples, one of each at fault in a way that only decoding finds."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(4):
+        write_shard(folder / f"s-{shard}.tar", [
+            good(f"k{shard}{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == shard + 1 else {}))
+            for index in range(7)])
+    return folder / "s-*.tar"
+
+
+def test_any_batch_any_number_of_ranks(with_faults, processor):
+    """Stopped after every batch of two epochs and gone on with 1, 2 or 3 ranks, what remains is exactly the rest, in the
+    same order, whatever the number of ranks before."""
+    straight, per_batch, states = loader(with_faults, processor), [], []
+    for _ in range(10):  # 24 usable samples, batches of 5: epochs end inside batches
+        states.append(json.loads(json.dumps(straight.state())))
+        per_batch.append(identities(straight.take(5)))
+    first_epochs = [name for batch in per_batch for name in batch][:48]
+    assert Counter(first_epochs).most_common()[0][1] == 2 and len(set(first_epochs)) == 24
+    # the first epoch is the first four batches and all but one of the fifth, in which a replacement may stand first
+    assert len(set(first_epochs[:20])) == 20 and len(set(first_epochs[:25])) == 24
+    assert straight.quarantined_by_reason == {"target_box": 4}
+    for size in (2, 3):
+        ranks = Ranks(with_faults, processor, size)
+        for state, batch in zip(states, per_batch):
+            assert all(stream.state() == state for stream in ranks.loaders)
+            assert [f"s-{key[1]}.tar/{key}" for key in ranks.keys(5)] == batch
+    for stop, state in enumerate(states):
+        for size in (1, 2, 3):
+            ranks = Ranks(with_faults, processor, size)
+            for stream in ranks.loaders:
+                stream.restore(state)
+            for batch in per_batch[stop: stop + 3]:
+                assert [f"s-{key[1]}.tar/{key}" for key in ranks.keys(5)] == batch
+
+
+def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, processor, tmp_path):
+    write_shard(tmp_path / "b.tar", [good(f"b{index}") for index in range(3)])
+
+    def make(rank, size, exchange=None):
+        sources = open_sources([(str(tmp_path / "b.tar"), 5), (str(with_faults), 0)], "data.train")
+        return PromptLoader(sources, processor, DataConfig(shuffle_buffer=4), dp_rank=rank, dp_size=size, seed=0,
+                            exchange=exchange)
+
+    straight = make(0, 1)
+    keys = [prompt.sample.key for prompt in straight.take(12)]
+    for stop in (1, 4, 5, 6):
+        stream = make(0, 1)
+        stream.take(stop)
+        ranks = Ranks(with_faults, processor, 2)
+        ranks.loaders = [make(rank, 2, lambda value, rank=rank: ranks.exchange(rank, value)) for rank in range(2)]
+        for loaded in ranks.loaders:
+            loaded.restore(stream.state())
+        assert ranks.keys(12 - stop) == keys[stop:]
+
+
+def test_other_shards_than_the_checkpoints_are_refused(with_faults, processor, tmp_path):
+    state = loader(with_faults, processor).state()
+    write_shard(tmp_path / "a.tar", [good("s0")])
+    with pytest.raises(DataError, match="data.train.* are not those of the checkpoint"):
+        loader(tmp_path / "a.tar", processor).restore(state)
+    with pytest.raises(DataError, match="older version"):
+        loader(with_faults, processor).restore({"dp_size": 1, "source": 0, "epoch": 0, "entries_read": 3})
+
+
+@pytest.mark.parametrize("workers, ahead", [(0, 0), (3, 1), (3, 64)])
+def test_decoding_ahead_changes_nothing(with_faults, processor, workers, ahead):
+    plain = loader(with_faults, processor, decode_workers=0)
+    stream = loader(with_faults, processor, decode_workers=workers, decode_ahead=ahead)
+    for count in (5, 5, 9, 1, 5):
+        wanted, got = plain.take(count), stream.take(count)
+        assert identities(wanted) == identities(got)
+        assert len(stream._ahead._begun) <= ahead
+        for one, other in zip(wanted, got):
+            assert torch.equal(one.pixel_values, other.pixel_values) and torch.equal(one.input_ids, other.input_ids)
+
+
+def test_memory_stays_flat_over_20_epochs(tmp_path, processor):
+    write_shard(tmp_path / "a.tar", [(f"s{index}", {"png": picture(280, 280), "json": text()}) for index in range(16)])
+    roomy = PromptProcessor(processor.tokenizer.name_or_path, 256)
+    stream, held = loader(tmp_path / "a.tar", roomy, decode_ahead=4), []
+    for _ in range(20):
+        stream.take(16)
+        held.append(psutil.Process().memory_info().rss / 2**20)
+    print("RSS in MiB after each epoch:", " ".join(f"{value:.0f}" for value in held))
+    # an epoch's pixels are 30 MiB: kept ones would show
+    assert held[-1] - held[4] < 25
+
+
+# --- index ----------------------------------------------------------------------------------------------------------------
+
+def several_lengths(folder, count=40) -> None:
+    """Samples of 1 to `count` visual tokens, in a mixed order."""
+    write_members(folder / "a.tar", [(f"s{number:02d}.{suffix}", data) for number in range(count) for suffix, data in (
+        ("png", picture(28 * ((7 * number) % count + 1), 28)), ("json", text()))])
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen3"])
+def test_lengths_from_headers_are_those_of_the_prompt(material, family):
+    processor = PromptProcessor(str(material[family]), 4096)
+    frames = {f"frames/{number}.png": picture(64, 48) for number in range(5)}
+    samples = [{"png": picture(300, 41)}, {"0.jpg": picture(56, 90, "jpg"), "1.png": picture(28, 28)}, {},
+               {"mp4": clip("mp4", 30)}, {"gif": clip("gif", 9)}, {"png": picture(), "webm": clip("webm", 25)}, frames]
+    for members in samples:
+        sample = parse_sample({"__key__": "k", "__url__": "s", "json": text(data_type=None, fps=0.5), **members})
+        lengths, prompt = processor.lengths(sample), processor(sample)
+        assert (lengths.prompt_length, lengths.visual_tokens, lengths.response_length) == \
+            (len(prompt.input_ids), int(prompt.visual_mask.sum()), len(prompt.response_ids))
+        assert lengths.num_images + lengths.num_videos == len(prompt.grid_thw)
+    assert isinstance(sample.videos[0], FramePictures) and sample.videos[0].fps == 0.5
+
+
+def test_lengths_need_no_pixels(processor):
+    stream = io.BytesIO()
+    Image.effect_noise((280, 280), 90).convert("RGB").save(stream, "PNG")
+    headless = stream.getvalue()[:200]
+    sample = parse_sample({"__key__": "k", "__url__": "s", "json": text(), "png": headless})
+    assert processor.lengths(sample).visual_tokens == 100
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        processor(sample)
+
+
+def test_filters_read_nothing_but_the_index(tmp_path, processor, material, caplog):
+    several_lengths(tmp_path)
+    index_shard(str(tmp_path / "a.tar"), processor)
+    index = open_index(tmp_path / "a.tar")
+    assert not index.note and sorted(index.visual_tokens) == list(range(1, 41))
+    few = PromptProcessor(str(material["tiny"]), 128, max_visual_tokens=12)
+    stream = loader(tmp_path / "a.tar", few)
+    assert stream.filtered == {"too_many_visual_tokens": 28} and not stream.quarantined
+    assert "28 of 40 samples are left out by their index" in caplog.text
+    assert max(int(prompt.visual_mask.sum()) for prompt in stream.take(12)) == 12
+    assert stream.position.epoch == 0 and stream.position.offset == 12
+    short = PromptProcessor(str(material["tiny"]), int(index.prompt_lengths.min()) + 3)
+    stream = loader(tmp_path / "a.tar", short)
+    assert stream.filtered == {"prompt_too_long": 36}
+    assert {len(prompt.input_ids) for prompt in stream.take(4)} == {short.max_prompt_length - step for step in range(4)}
+    # without an index the same samples are found when they are decoded
+    index_path(tmp_path / "a.tar").unlink()
+    stream = loader(tmp_path / "a.tar", few)
+    stream.take(12)
+    assert not stream.filtered
+    stream.take(1)
+    assert stream.quarantined_by_reason == {"too_many_visual_tokens": 28}
+
+
+@pytest.mark.parametrize("change, said", [
+    ("missing", "the index of 1 of 1 shards is missing"), ("stale", "is stale"), ("cut", "is unreadable"),
+    ("foreign", "made with another tokenizer or image processor")])
+def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, material, caplog, change, said):
+    several_lengths(tmp_path, 6)
+    shard = tmp_path / "a.tar"
+    index_shard(str(shard), processor if change != "foreign" else PromptProcessor(str(material["qwen3"]), 128))
+    if change == "missing":
+        index_path(shard).unlink()
+    elif change == "stale":
+        with tarfile.open(shard, "a") as archive:
+            info = tarfile.TarInfo("later.json")
+            archive.addfile(info, io.BytesIO(b""))
+            for number in range(30):  # an archive grows in blocks of 20
+                archive.addfile(tarfile.TarInfo(f"later.{number}.txt"))
+    elif change == "cut":
+        content = index_path(shard).read_text()
+        index_path(shard).write_text(content[:len(content) - 40])
+    limited = PromptProcessor(str(material["tiny"]), 128, max_visual_tokens=3)
+    stream = loader(shard, limited, group_by_length=True)
+    assert caplog.text.count(said) == 1 and "group_by_length has no effect" in caplog.text
+    assert not stream.filtered
+    assert sorted(int(prompt.visual_mask.sum()) for prompt in stream.take(3)) == [1, 2, 3]
+
+
+def test_an_index_of_another_archive_of_the_same_size_is_noticed(tmp_path, processor):
+    write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
+    index_shard(str(tmp_path / "a.tar"), processor)
+    write_shard(tmp_path / "a.tar", [good("s0"), good("t1")])
+    stream = loader(tmp_path / "a.tar", processor)
+    assert [prompt.sample.key for prompt in stream.take(2)] == ["s0", "s0"]
+    assert "has sample 't1' in its place" in stream.quarantined["a.tar/s1"]
+
+
+def test_members_by_their_place_are_those_of_the_file(tmp_path):
+    """Long names and names that are no ASCII have headers of their own before them."""
+    names = ["plain", "x" * 180, "größe", "folder/inside"]
+    write_members(tmp_path / "a.tar", [(f"{name}.{suffix}", f"{name} {suffix}".encode()) for name in names
+                                       for suffix in ("json", "txt")])
+    index = open_index(tmp_path / "a.tar")
+    assert list(index.keys) == names and not index.damage
+    for number in (3, 0, 2, 1):
+        entry = read_entry(index, number)
+        assert entry["json"] == f"{names[number]} json".encode() and entry["txt"] == f"{names[number]} txt".encode()
+    assert scan_archive(tmp_path / "a.tar").num_bytes == (tmp_path / "a.tar").stat().st_size
+
+
+# --- similar lengths --------------------------------------------------------------------------------------------------------
+
+def padding(stream, batches, size) -> tuple[int, list[str]]:
+    wasted, seen = 0, []
+    for _ in range(batches):
+        prompts = stream.take(size)
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        wasted += sum(max(lengths) - length for length in lengths)
+        seen += identities(prompts)
+    return wasted, seen
+
+
+def test_batches_of_similar_length_waste_less(tmp_path, processor):
+    several_lengths(tmp_path)
+    index_shard(str(tmp_path / "a.tar"), processor)
+    mixed, seen_mixed = padding(loader(tmp_path / "a.tar", processor, shuffle_buffer=40), 7, 6)
+    alike, seen = padding(loader(tmp_path / "a.tar", processor, shuffle_buffer=40, group_by_length=True), 7, 6)
+    assert sorted(seen[:40]) == sorted(seen_mixed[:40]) == sorted(set(seen))
+    assert alike * 3 < mixed
+    ranks = Ranks(tmp_path / "a.tar", processor, 3, shuffle_buffer=40, group_by_length=True)
+    assert [f"a.tar/{key}" for _ in range(7) for key in ranks.keys(6)] == seen
+
+
+def test_order_has_every_sample_once_from_any_offset():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    numbers = [np.arange(count) for count in (7, 0, 13, 5)]
+    lengths = [rng.integers(100, size=len(part)) for part in numbers]
+    for batch_size in (0, 4):
+        order = EpochOrder(numbers, seed=3, shuffle=True, window=6, lengths=lengths, batch_size=batch_size)
+        epochs = [order.at(epoch, 0, 100) for epoch in range(3)]
+        assert epochs[0] != epochs[1] != epochs[2]
+        for epoch, whole in enumerate(epochs):
+            assert sorted(whole) == [(shard, number) for shard, part in enumerate(numbers) for number in part]
+            fresh = EpochOrder(numbers, seed=3, shuffle=True, window=6, lengths=lengths, batch_size=batch_size)
+            for offset in range(26):
+                assert fresh.at(epoch, offset, 3) == whole[offset: offset + 3]
+
+
+def test_batches_stay_whole_after_an_epoch_that_ends_inside_one():
+    import numpy as np
+
+    order = EpochOrder([np.arange(10)], seed=1, shuffle=True, window=100, lengths=[np.arange(10)], batch_size=4, phase=1)
+    stream = [None] + [place for epoch in range(4) for place in order.at(epoch, 0, 10)]  # one sample of another source before
+    inside = [stream[start: start + 4] for start in range(0, 40, 4) if (start - 1) % 10 <= 6 and start]
+    assert len(inside) == 7
+    for batch in inside:
+        numbers = sorted(number for _, number in batch)
+        assert numbers == list(range(numbers[0], numbers[0] + 4)), "neighbours by length"

@@ -1,0 +1,170 @@
+"""What is in a folder of shards: counts, lengths, visual tokens, kinds of answers, and a picture of some samples.
+
+    python tools/inspect_shards.py DIR [--output sheet.png] [--num-samples 12] [--seed 0]
+
+Lengths come from the indexes beside the shards (tools/index_shards.py makes them). The contact sheet shows images with
+their target boxes in red and four frames of a video, each with question and reference answer.
+"""
+
+import argparse
+import io
+import random
+import re
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ral.data.faults import REASONS, DataError, SampleError
+from megatron_ral.data.index import UNKNOWN, ShardIndex, open_index
+from megatron_ral.data.shards import find_shards, parse_sample, read_entry, reference_answer
+from megatron_ral.types import FramePictures, Sample
+
+CELL, TEXT_LINES, LINE = 280, 7, 15
+
+
+def answer_type(solution: str) -> str:
+    """Kind of a reference answer, by its look."""
+    answer = reference_answer(solution)
+    if re.fullmatch(r"\(?[A-Za-z]\)?\.?", answer):
+        return "letter"
+    if re.fullmatch(r"[-+]?[\d.,]+ ?%?", answer):
+        return "number"
+    if answer.casefold() in ("yes", "no", "true", "false"):
+        return "yes/no"
+    return "one word" if len(answer.split()) == 1 else "text" if answer else "empty"
+
+
+def describe(values: np.ndarray) -> str:
+    """Least, median, 95th percentile, most and mean of known lengths."""
+    known = values[values != UNKNOWN]
+    if not len(known):
+        return "unknown"
+    low, middle, high, top = np.percentile(known, [0, 50, 95, 100])
+    return f"min {low:.0f}, median {middle:.0f}, 95 % {high:.0f}, max {top:.0f}, mean {known.mean():.1f}"
+
+
+def count(indexes: list[ShardIndex]) -> list[str]:
+    """Lines of the report; reads every sample's text and decodes nothing."""
+    types, answers, media, reasons, boxes = Counter(), Counter(), Counter(), Counter(), 0
+    for index in indexes:
+        reasons["truncated"] += bool(index.damage)
+        for number in range(len(index)):
+            try:
+                if number in index.faults:
+                    raise SampleError(index.faults[number].text, index.faults[number].reason)
+                sample = parse_sample(read_entry(index, number))
+            except SampleError as error:
+                reasons[error.reason] += 1
+                continue
+            types[sample.problem_type or "(none)"] += 1
+            answers[answer_type(sample.solution)] += 1
+            media[f"{len(sample.images)} images, {len(sample.videos)} videos"] += 1
+            boxes += bool(sample.target_boxes)
+    total = sum(map(len, indexes))
+    sizes = [len(index) for index in indexes]
+    lines = [f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes"]
+    for name in ("prompt_lengths", "visual_tokens"):
+        parts = [getattr(index, name) for index in indexes if getattr(index, name) is not None]
+        text = describe(np.concatenate(parts)) if parts else "unknown"
+        missing = f" ({len(indexes) - len(parts)} shards without index)" if len(parts) < len(indexes) else ""
+        lines.append(f"{name.replace('_', ' ')}: {text}{missing}")
+    for title, counter in (("media", media), ("problem types", types), ("answers", answers)):
+        lines.append(f"{title}: " + ", ".join(f"{name} {number}" for name, number in counter.most_common()))
+    return lines + [f"not usable: {number} {reason} ({REASONS[reason]})" for reason, number in reasons.most_common() if number]
+
+
+def draw_sample(sample: Sample) -> Image.Image:
+    """A cell of the sheet: picture above, question and answer below."""
+    cell = Image.new("RGB", (CELL, CELL + TEXT_LINES * LINE + 8), "white")
+    try:
+        picture = _picture(sample)
+    except (SampleError, ValueError, OSError) as error:
+        picture = Image.new("RGB", (CELL, CELL), "lightgrey")
+        ImageDraw.Draw(picture).text((4, 4), textwrap.fill(str(error), 42), fill="black")
+    picture.thumbnail((CELL - 8, CELL - 8))
+    cell.paste(picture, ((CELL - picture.width) // 2, (CELL - picture.height) // 2))
+    text = [f"{sample.key}  [{sample.problem_type}]"]
+    text += textwrap.wrap(sample.problem, 44)[:TEXT_LINES - 2] + [f"-> {reference_answer(sample.solution)[:40]}"]
+    ImageDraw.Draw(cell).multiline_text((4, CELL), "\n".join(text), fill="black", spacing=2, font=ImageFont.load_default(12))
+    return cell
+
+
+def _picture(sample: Sample) -> Image.Image:
+    """Up to four images, the first with its boxes, or four frames of the first video."""
+    if sample.images:
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images[:4]]
+        scale = max(1, CELL // max(images[0].size))  # small pictures are enlarged so that boxes can be seen
+        images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+        width = max(2, max(images[0].size) // 120)
+        for box in sample.target_boxes:
+            ImageDraw.Draw(images[0]).rectangle([scale * value for value in box], outline="red", width=width)
+        return _tiles(images)
+    if sample.videos:
+        from megatron_ral.data.video import VideoSettings, decode_video, frames_video
+
+        settings, video = VideoSettings(14, 2, 2, (0.0,) * 3, (1.0,) * 3), sample.videos[0]
+        clip = (frames_video(video.pictures, video.fps, settings) if isinstance(video, FramePictures)
+                else decode_video(video, settings))
+        chosen = [clip.frames[place] for place in np.linspace(0, len(clip.frames) - 1, 4).round().astype(int)]
+        return _tiles([Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in chosen])
+    return Image.new("RGB", (CELL, CELL), "lightgrey")
+
+
+def _tiles(pictures: list[Image.Image]) -> Image.Image:
+    """One picture as it is, more of them two in a row."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = (max(picture.size[axis] for picture in pictures) + 4 for axis in (0, 1))
+    sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % 2 * width, number // 2 * height))
+    return sheet
+
+
+def contact_sheet(indexes: list[ShardIndex], num_samples: int, seed: int) -> Image.Image:
+    """A sheet of samples drawn at random over all shards, in file order."""
+    places = [(index, number) for index in indexes for number in range(len(index)) if number not in index.faults]
+    chosen = sorted(random.Random(seed).sample(range(len(places)), min(num_samples, len(places))))
+    cells = []
+    for place in chosen:
+        try:
+            cells.append(draw_sample(parse_sample(read_entry(*places[place]))))
+        except SampleError:
+            continue
+    columns = min(4, max(1, len(cells)))
+    height = CELL + TEXT_LINES * LINE + 8
+    sheet = Image.new("RGB", (columns * CELL, max(1, -(-len(cells) // columns)) * height), "white")
+    for number, cell in enumerate(cells):
+        sheet.paste(cell, ((number % columns) * CELL, number // columns * height))
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report and write the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of shards")
+    parser.add_argument("--output", type=Path, help="contact sheet to write (default: contact_sheet.png in the folder)")
+    parser.add_argument("--num-samples", type=int, default=12, help="samples on the sheet")
+    parser.add_argument("--seed", type=int, default=0, help="which samples")
+    args = parser.parse_args(argv)
+    try:
+        indexes = [open_index(shard) for shard in find_shards(f"{args.folder}/*.tar", "folder")]
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(count(indexes)))
+    output = args.output or args.folder / "contact_sheet.png"
+    contact_sheet(indexes, args.num_samples, args.seed).save(output)
+    print(f"contact sheet in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
