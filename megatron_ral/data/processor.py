@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.config import ConfigError
+from megatron_ral.data.targets import TargetError, clip_cells, image_cells
 from megatron_ral.data.video import (
-    PICTURE_FORMATS, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps, patchify_video, seconds_per_grid)
+    PICTURE_FORMATS, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip, seconds_per_grid)
 from megatron_ral.functional.positions import multimodal_positions
-from megatron_ral.types import FramePictures, Prompt, Sample
+from megatron_ral.types import Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
 
@@ -36,10 +37,12 @@ class _Visual:
         grid: [3] int64.
         seconds: of one temporal patch of a video; None: an image.
         stamps: time stamps of the temporal patches where each is a run of its own; None: one run.
+        targets: [tokens] bool, tokens that show what is asked for; None: none does.
     """
 
-    def __init__(self, pixels: Tensor, grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None):
-        self.pixels, self.grid, self.seconds, self.stamps = pixels, grid, seconds, stamps
+    def __init__(self, pixels: Tensor, grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None,
+                 targets: Tensor | None = None):
+        self.pixels, self.grid, self.seconds, self.stamps, self.targets = pixels, grid, seconds, stamps, targets
         self.is_video = seconds is not None
 
     def runs(self) -> Tensor:
@@ -85,10 +88,11 @@ class PromptProcessor:
 
     def __call__(self, sample: Sample) -> Prompt:
         """Raises SampleError naming the key when an image or video cannot be decoded, does not match its tokens, the
-        prompt is too long, or a box lies outside the image."""
+        prompt is too long, or a box or span lies outside the image or video."""
         self._refuse_control_tokens(sample)
         images = [self._decode(sample, data) for data in sample.images]
-        visuals = [*self._image_visuals(sample, images), *(self._video_visual(sample, video) for video in sample.videos)]
+        visuals = [*self._image_visuals(sample, images),
+                   *(self._video_visual(sample, number) for number in range(len(sample.videos)))]
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
@@ -111,7 +115,7 @@ class PromptProcessor:
             grid_thw=torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds or 0.0 for visual in visuals]),
-            visual_mask=visual_mask, target_mask=self._target_mask(sample, images, grids, visual_mask),
+            visual_mask=visual_mask, target_mask=self._target_mask(sample, visuals, visual_mask),
             response_ids=torch.tensor(response + [self.end_token_id]),
         )
 
@@ -186,24 +190,40 @@ class PromptProcessor:
 
     def _image_visuals(self, sample: Sample, images: list[Image.Image]) -> list[_Visual]:
         if not images:
+            if sample.target_boxes:
+                raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in (a video has "
+                                  "target_frames)")
             return []
         try:
             features = self.image_processor(images=images, return_tensors="pt")
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"sample '{sample.key}': image cannot be used ({error})") from None
         grids = features["image_grid_thw"]
-        return [_Visual(pixels, grid) for pixels, grid in
-                zip(features["pixel_values"].split(grids.prod(dim=1).tolist()), grids)]
-
-    def _video_visual(self, sample: Sample, video: bytes | FramePictures) -> _Visual:
         try:
-            decoded = (frames_video(video.pictures, video.fps, self.video) if isinstance(video, FramePictures)
-                       else decode_video(video, self.video))
+            targets = image_cells(sample.target_boxes, *images[0].size, *self._token_grid(grids[0])[1:]).flatten()
+        except TargetError as error:
+            raise SampleError(f"sample '{sample.key}': {error}") from None
+        patches = features["pixel_values"].split(grids.prod(dim=1).tolist())
+        return [_Visual(pixels, grid, targets=None if number else targets)
+                for number, (pixels, grid) in enumerate(zip(patches, grids))]
+
+    def _video_visual(self, sample: Sample, number: int) -> _Visual:
+        video, targets = sample.videos[number], None
+        try:
+            decoded = read_clip(video, self.video)
             pixels, grid = patchify_video(decoded, self.video)
-        except VideoError as error:
+            if number == 0 and sample.target_frames:
+                targets = clip_cells(sample.target_frames, decoded, self._token_grid(grid),
+                                     self.video.temporal_patch_size).flatten()
+        except (VideoError, TargetError) as error:
             raise SampleError(f"sample '{sample.key}': {error}") from None
         stamps = grid_timestamps(decoded, self.video) if self.timed_frames else None
-        return _Visual(pixels, grid, seconds_per_grid(decoded, self.video), stamps)
+        return _Visual(pixels, grid, seconds_per_grid(decoded, self.video), stamps, targets)
+
+    def _token_grid(self, grid: Tensor) -> tuple[int, int, int]:
+        """Patches (t, h, w) -> visual tokens (t, rows, columns)."""
+        t, h, w = grid.tolist()
+        return t, h // self.merge_size, w // self.merge_size
 
     def _temporal_interval(self, visual: _Visual) -> float:
         """Rotary positions from one temporal patch to the next, in float32 as stock transformers has them."""
@@ -239,23 +259,13 @@ class PromptProcessor:
         return "".join(f"<{stamp:.1f} seconds>{self.vision_start}{self.video_token * count}{self.vision_end}"
                        for stamp, count in zip(visual.stamps, counts))
 
-    def _target_mask(self, sample: Sample, images: list, grids: Sequence[Tensor], visual_mask: Tensor) -> Tensor:
-        """Visual tokens of the first image whose centre lies in a target box."""
+    def _target_mask(self, sample: Sample, visuals: Sequence[_Visual], visual_mask: Tensor) -> Tensor:
+        """[P] bool: annotated visual tokens of the first image and of the first video."""
+        if sample.target_frames and not sample.videos:
+            raise SampleError(f"sample '{sample.key}' has target_frames but no video they could lie in (an image has "
+                              "target_boxes)")
         mask = torch.zeros_like(visual_mask)
-        if not sample.target_boxes:
-            return mask
-        if not images:
-            raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in")
-        width, height = images[0].size
-        rows, columns = int(grids[0][1]) // self.merge_size, int(grids[0][2]) // self.merge_size
-        centre_y = (torch.arange(rows) + 0.5) * height / rows
-        centre_x = (torch.arange(columns) + 0.5) * width / columns
-        cells = torch.zeros(rows, columns, dtype=torch.bool)
-        for x0, y0, x1, y1 in sample.target_boxes:
-            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-                raise SampleError(f"sample '{sample.key}': target box {(x0, y0, x1, y1)} is not inside the image of "
-                                  f"{width} x {height} pixels")
-            cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
-        first_image = visual_mask.nonzero()[: rows * columns, 0]
-        mask[first_image] = cells.flatten()
+        mask[visual_mask] = torch.cat([torch.zeros(0, dtype=torch.bool), *(
+            visual.targets if visual.targets is not None else torch.zeros(len(visual.pixels) // self.merge_size**2,
+                                                                          dtype=torch.bool) for visual in visuals)])
         return mask

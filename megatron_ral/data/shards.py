@@ -18,6 +18,7 @@ from typing import Iterator, Sequence
 
 import webdataset as wds
 
+from megatron_ral.data.targets import parse_boxes, parse_target_frames
 from megatron_ral.types import Sample
 
 REQUIRED_FIELDS = ("problem", "solution")
@@ -100,7 +101,7 @@ def parse_sample(entry: dict) -> Sample:
     for field in REQUIRED_FIELDS:
         if not isinstance(record.get(field), str):
             raise ValueError(f"sample '{key}' has no text field '{field}'")
-    for field in ("process", "problem_type"):
+    for field in ("process", "problem_type", "category", "question_group"):
         if not isinstance(record.get(field) or "", str):
             raise ValueError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}")
     media = {}
@@ -110,15 +111,16 @@ def parse_sample(entry: dict) -> Sample:
         if record.get("data_type") == kind and not media[kind]:
             raise ValueError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
                              "leave data_type out for text alone")
-    boxes = record.get("target_boxes") or []
     try:
-        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
-    except (TypeError, ValueError):
-        raise ValueError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]") from None
+        boxes = parse_boxes(record.get("target_boxes"), "target_boxes")
+        target_frames = parse_target_frames(record.get("target_frames"))
+    except ValueError as error:
+        raise ValueError(f"sample '{key}': {error}") from None
     return Sample(
         key=key, shard=shard, problem=record["problem"], solution=record["solution"],
         process=record.get("process") or "", problem_type=record.get("problem_type") or "",
-        images=media["image"], target_boxes=boxes, videos=media["video"],
+        images=media["image"], target_boxes=boxes, videos=media["video"], target_frames=target_frames,
+        category=record.get("category") or "", question_group=record.get("question_group") or "",
     )
 
 
