@@ -18,7 +18,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
 from megatron_ral.rollout.collect import score_responses
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
+from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, 
 
 
 def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                     layer: int, progress: Callable[[int], None] = lambda count: None) -> Evaluation:
+                     layer: int, progress: Callable[[int], None] = lambda count: None,
+                     keep: Callable[[ResponseBatch, Score], None] = lambda responses, score: None) -> Evaluation:
     """Greedy evaluation of this rank's prompts, reduced over all ranks.
 
     Args:
@@ -74,6 +75,7 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
         prompts: this rank's share.
         layer: 0-based layer whose attention is reported as the measured one; all layers are reported beside it.
         progress: called with the number of prompts done.
+        keep: called with each batch of responses and their score.
     """
     sums: dict[str, float] = {}
     layers = range(engine.shape.num_layers)
@@ -85,6 +87,7 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
                             "format": score.components["format"].sum()})
             for index, values in attention.items():
                 _add(sums, {f"{name}/{index}": value for name, value in values.items()})
+            keep(responses, score)
             progress(len(responses.prompts))
     total = sum_metrics(sums, engine.groups)
 
