@@ -107,7 +107,7 @@ def test_equal_arguments_write_equal_bytes(tmp_path):
     assert len(written["a"]) == 20 and written["a"] == written["b"]
     assert all(written["a"][name] != written["c"][name] for name in written["a"])
     with tarfile.open(tmp_path / "a" / "rl-000000.tar") as archive:
-        assert archive.getnames() == ["rl_000000.mp4", "rl_000000.json"]
+        assert sorted(archive.getnames()) == ["rl_000000.json", "rl_000000.mp4"]
 
 
 @pytest.mark.parametrize("arguments, message", [
