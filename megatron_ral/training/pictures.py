@@ -111,8 +111,10 @@ def _column(panel: _Panel, shares: Sequence[np.ndarray]) -> Image.Image:
     """Label, image and heat maps under one another."""
     pictures = _pictures(panel, shares)
     column = Image.new("RGB", (_SHEET_SIDE, _LABEL + len(pictures) * (_SHEET_SIDE + 2)), "gray")
-    ImageDraw.Draw(column).text((_SHEET_SIDE / 2, _LABEL / 2), panel.label, fill="white" if panel.boxes else "black",
-                                anchor="mm")
+    draw = ImageDraw.Draw(column)
+    if panel.boxes:
+        draw.rectangle((0, 0, _SHEET_SIDE, _LABEL - 1), fill="white")
+    draw.text((_SHEET_SIDE / 2, _LABEL / 2), panel.label, fill="black", anchor="mm")
     for index, picture in enumerate(pictures):
         column.paste(picture, (0, _LABEL + index * (_SHEET_SIDE + 2)))
     return column
