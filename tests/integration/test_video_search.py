@@ -106,3 +106,9 @@ def test_evaluate_refuses(material, tmp_path, options, message):
                            str(tmp_path / "e.json"), *options, *overrides], capture_output=True, text=True, cwd=PROJECT,
                           env={**os.environ, "PYTHONPATH": str(PROJECT)})
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "e.json").exists()
+
+
+def test_unknown_task_is_refused():
+    done = subprocess.run(["bash", "launch_scripts/ral_tiny.sh"], capture_output=True, text=True, cwd=PROJECT,
+                          env={**os.environ, "TASK": "chess"})
+    assert done.returncode == 2 and "TASK = chess is neither digit-search nor video-search" in done.stderr
