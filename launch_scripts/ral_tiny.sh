@@ -2,6 +2,7 @@
 # The whole pipeline at 1.4 million parameters on a bare CPU machine: shards, SFT, RL with RAL, evaluation, export.
 #
 #   bash launch_scripts/ral_tiny.sh [dotted.key=value ...] [--dry-run]
+#   TASK=video-search bash launch_scripts/ral_tiny.sh      # the same on clips (mp4) instead of images
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
 # A phase whose result is in OUTPUT_DIR already is not run again; a training run that was cut off is resumed. Other
@@ -9,8 +10,9 @@
 set -euo pipefail
 
 # ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
-OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per set of overrides
-DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search in the project
+TASK="${TASK:-digit-search}"         # or video-search
+OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task and set of overrides
+DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search or data/video_search in the project
 NPROC_PER_NODE="${NPROC_PER_NODE:-2}"
 NNODES="${NNODES:-1}"                # more than 1: OUTPUT_DIR and DATA_DIR must be on a shared disk
 NODE_RANK="${NODE_RANK:-0}"
@@ -20,6 +22,13 @@ MASTER_PORT="${MASTER_PORT:-}"       # default: a free port on one node, 29500 o
 
 # shellcheck source=launch_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+case "$TASK" in
+    digit-search) suffix="" ;;
+    video-search) suffix="-video-search" ;;
+    *) echo "error: TASK = $TASK is neither digit-search nor video-search" >&2 && exit 2 ;;
+esac
+task_name="${TASK/-/_}"
 
 overrides=() sft_overrides=() rl_overrides=() seed=0 dry_run=""
 for argument in "$@"; do
@@ -33,13 +42,13 @@ for argument in "$@"; do
     overrides+=("$argument")
 done
 if [ -z "$OUTPUT_DIR" ]; then
-    OUTPUT_DIR="$PROJECT/outputs/ral_tiny"
+    OUTPUT_DIR="$PROJECT/outputs/ral_tiny$suffix"
     if [ "${#overrides[@]}" -gt 0 ]; then
         OUTPUT_DIR+="-$(printf '%s\n' "${overrides[@]}" | sha256sum | cut -c1-8)"
     fi
 fi
 OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
-DATA_DIR="$(realpath -m "${DATA_DIR:-$PROJECT/data/digit_search}")"
+DATA_DIR="$(realpath -m "${DATA_DIR:-$PROJECT/data/$task_name}")"
 model="$OUTPUT_DIR/model"
 cd "$PROJECT"
 
@@ -59,7 +68,7 @@ rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.ou
 if [ -n "$dry_run" ]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
-    "$PYTHON" tools/make_tiny_model.py --output "$scratch/model" > /dev/null 2>&1
+    "$PYTHON" tools/make_tiny_model.py --task "$TASK" --output "$scratch/model" > /dev/null 2>&1
     launch megatron_ral.train "${sft[@]}" "model.path='$scratch/model'" --dry-run
     launch megatron_ral.train "${rl[@]}" "model.path='$scratch/model'" --dry-run
     exit 0
@@ -101,8 +110,8 @@ make_once() {
     } 8> "$(dirname "$file").lock"
 }
 
-make_once data "$DATA_DIR/dataset_info.json" "$PYTHON" tools/make_digit_search.py --output "$DATA_DIR"
-make_once model "$model/config.json" "$PYTHON" tools/make_tiny_model.py --output "$model" --seed "$seed"
+make_once data "$DATA_DIR/dataset_info.json" "$PYTHON" "tools/make_$task_name.py" --output "$DATA_DIR"
+make_once model "$model/config.json" "$PYTHON" tools/make_tiny_model.py --task "$TASK" --output "$model" --seed "$seed"
 
 [ -d "$OUTPUT_DIR/sft/hf" ] || run_phase sft launch megatron_ral.train --resume "${sft[@]}"
 [ -f "$OUTPUT_DIR/sft/evaluation.json" ] || run_phase sft_evaluation \

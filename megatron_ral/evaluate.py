@@ -1,9 +1,11 @@
-"""Evaluate a Hugging Face folder on held-out shards with greedy responses.
+"""Evaluate a Hugging Face folder on held-out shards: greedy responses and, with --samples N, N sampled ones each.
 
-`torchrun ... -m megatron_ral.evaluate --config FILE --model HF_DIR --output FILE.json [dotted.key=value ...]`
+`torchrun ... -m megatron_ral.evaluate --config FILE --model HF_DIR --output FILE.json [--samples N] [dotted.key=value ...]`
 
-Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length, reward.* and parallel.* of the
-configuration; the model comes from --model in any layout.
+Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and
+generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model in any layout. Prints a
+table by category with standard errors, writes it to --output, and every response with the parts of its reward to a file
+of JSON lines beside it.
 """
 
 import dataclasses
@@ -18,6 +20,8 @@ from megatron_ral.config import ConfigError
 def _extra(parser) -> None:
     parser.add_argument("--model", help="Hugging Face folder (default: model.path of the configuration)")
     parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--samples", type=int, default=0, help="sampled responses per prompt, beside the greedy one")
+    parser.add_argument("--completions", help="file of JSON lines to write (default: --output, ending in .jsonl)")
 
 
 def main() -> None:
@@ -25,6 +29,12 @@ def main() -> None:
     arguments = parse_arguments(__doc__, _extra)
     try:
         config = read_config(arguments, training=False)
+        if arguments.samples < 0:
+            raise ConfigError(f"--samples must not be negative, got {arguments.samples}; 0 leaves sampling out")
+        output = Path(arguments.output)
+        completions = Path(arguments.completions) if arguments.completions else output.with_suffix(".jsonl")
+        if completions == output:
+            raise ConfigError(f"--output and --completions are one file, '{output}'; give two")
         from megatron_ral.models.checkpoints import config_folder
         from megatron_ral.models.shape import read_shape
 
@@ -55,6 +65,7 @@ def main() -> None:
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.rollout.benchmark import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
     from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts
 
     started = time.perf_counter()
@@ -68,13 +79,25 @@ def main() -> None:
         engine = FrozenEngine(shape, groups, config.model.dtype, path)
     except AgreedError as error:
         fail(error)
+    kept = ResultKeeper()
     with tqdm(total=len(prompts), desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
-        result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update)
+        result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update, kept.greedy)
+    if arguments.samples:
+        with tqdm(total=len(prompts), desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+            sample_prompts(engine, prompts, processor, config, arguments.samples, kept.sampled, bar.update)
+    results = kept.gather(groups)
     if is_main:
         record = {**dataclasses.asdict(result), "seconds": round(time.perf_counter() - started, 2), "model": path}
-        output = Path(arguments.output)
+        if arguments.samples:
+            record["sampling"] = {"num_samples": arguments.samples, "temperature": config.rollout.temperature,
+                                  "top_p": config.rollout.top_p, "seed": config.seed}
+        if results:
+            table = BenchmarkTable.of(results)
+            record |= table.record()
+            print(f"\n{table}\n", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2))
+        write_completions(completions, results)
         print(f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
               f"unparsed {result.unparsed_rate:.3f}, failed {result.error_rate:.3f}, "
               f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}", flush=True)

@@ -40,6 +40,20 @@ class FramePictures:
     """Pictures per second."""
 
 
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels of the picture as it is stored."""
+
+
+@dataclass(frozen=True)
+class TargetFrames:
+    """Where and when a video shows what is asked for."""
+
+    seconds: tuple[float, float]
+    """[start, end) after the video's first frame."""
+    boxes: tuple[Box, ...] = ()
+    """In pixels of a frame; empty: the whole frame."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One entry of a shard, checked but not decoded."""
@@ -55,10 +69,16 @@ class Sample:
     """Chooses the accuracy rule with reward.accuracy = by_type, e.g. `multiple choice`; may be empty."""
     images: tuple[bytes, ...]
     """Encoded image files, in the order of the question."""
-    target_boxes: tuple[tuple[float, float, float, float], ...]
-    """(x0, y0, x1, y1) in pixels of the first image; empty where nothing is annotated."""
+    target_boxes: tuple[Box, ...]
+    """In the first image; empty where nothing is annotated."""
     videos: tuple[bytes | FramePictures, ...] = ()
     """Encoded video files or pictures, shown after the images."""
+    target_frames: tuple[TargetFrames, ...] = ()
+    """In the first video; empty where nothing is annotated."""
+    category: str = ""
+    """What an evaluation reports it under, e.g. a task of a benchmark; empty: problem_type."""
+    question_group: str = ""
+    """Questions of one group count as one that is right where all are (MME: the two of a picture); may be empty."""
 
     @property
     def identity(self) -> str:
@@ -89,7 +109,7 @@ class Prompt:
     visual_mask: Tensor
     """[P] bool, True at visual tokens (of images and videos)."""
     target_mask: Tensor
-    """[P] bool, True at visual tokens of the first image whose cell lies in a target box."""
+    """[P] bool, True at visual tokens of the first image in a target box, and of the first video in its target frames."""
     response_ids: Tensor
     """[R] int64: the reference response, end-of-turn token included (supervised training)."""
 

@@ -56,3 +56,12 @@ def material(tmp_path_factory) -> dict[str, Path]:
     perturbed_copy(root / "made_teacher", root / "teacher", seed=6)
     return {"teacher": root / "teacher", "tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
             "untied_other": root / "untied_other", "qwen3": root / "qwen3", "data": root / "data", "root": root}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Shards of video search: a folder."""
+    folder = tmp_path_factory.mktemp("clips") / "data"
+    run_tool("make_video_search.py", "--output", folder, "--num-single", 8, "--num-search", 32, "--num-biased", 20,
+             "--num-rl", 24, "--num-heldout", 24)
+    return folder

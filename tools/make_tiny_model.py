@@ -4,9 +4,10 @@ demonstrations.
 The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with its
 chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B model.
 It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a byte-level BPE
-trained on the text of the digit-search task (tools/make_digit_search.py), where a word keeps the space AFTER it instead
-of before. So a colour is one and the same token in a question and in an answer, which is what lets the model tie a
-colour seen to a colour named. The tags of the answer format and every digit are one token each.
+trained on the text of a task (tools/make_digit_search.py, or with --task video-search also tools/make_video_search.py),
+where a word keeps the space AFTER it instead of before. So a colour is one and the same token in a question and in an
+answer, which is what lets the model tie a colour seen to a colour named. The tags of the answer format and every digit
+are one token each.
 
     python tools/make_tiny_model.py --output tiny_model
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from make_digit_search import PALETTE, answer, colour_question, digit_question, think  # noqa: E402
+from make_digit_search import colour_question  # noqa: E402
+from make_video_search import scene_question  # noqa: E402
+from search_task import PALETTE, answer, digit_question, think  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -31,6 +34,7 @@ IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
 PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16}
+TASKS = ("digit-search", "video-search")
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 # A single digit, a word with the space after it, a run of white space, or any other single character.
@@ -62,15 +66,16 @@ CHAT_TEMPLATE = """\
 """
 
 
-def task_text() -> list[str]:
-    """Every word that the digit-search task can use, for training the tokenizer."""
+def task_text(task: str) -> list[str]:
+    """Every word that a task can use, for training the tokenizer; video search has the words of digit search too."""
     lines = ["system\n", "user\n", "assistant\n"]
     for colour in PALETTE:
         lines += [digit_question(colour), think(colour, 0), answer(colour)]
-    return lines + [colour_question(cell) for cell in range(1, 10)]
+    lines += [colour_question(cell) for cell in range(1, 10)]
+    return lines + ([scene_question(scene) for scene in range(1, 10)] if task == "video-search" else [])
 
 
-def build_tokenizer():
+def build_tokenizer(task: str):
     """Byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -83,7 +88,7 @@ def build_tokenizer():
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    lines = task_text()
+    lines = task_text(task)
     for tag in TAGS:
         lines = [line.replace(tag, "\n") for line in lines]  # tags are added as whole tokens below
     trainer = trainers.BpeTrainer(
@@ -192,6 +197,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--force", action="store_true", help="replace a model that is already in --output")
     parser.add_argument("--family", choices=sorted(PATCH_SIZE), default="qwen2_5_vl", help="model family")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="whose words the tokenizer has")
     parser.add_argument("--untied", action="store_true", help="give the LM head weights of its own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--hidden-size", type=int, default=128, help="width of the language model")
@@ -238,7 +244,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the model to a temporary folder beside --output, then rename it."""
     args = parse_arguments(argv)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(args.task)
     if len(tokenizer) > args.vocab_size:
         sys.exit(f"--vocab-size must be at least {len(tokenizer)}, the tokens in use, got {args.vocab_size}")
     model = build_model(args, tokenizer)

@@ -31,13 +31,22 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
         features = processor(images=[image], return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"][0]
     patch, merge, depth = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    height, width = smart_resize(image.height, image.width, factor=patch * merge,
-                                 min_pixels=processor.size["shortest_edge"], max_pixels=processor.size["longest_edge"])
-    image = image.resize((width, height), resample=processor.resample)
-    h, w = height // patch, width // patch
+    grid = image_grid(image, processor)
+    h, w = grid[1:].tolist()
+    image = image.resize((w * patch, h * patch), resample=processor.resample)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     cut = pixels.view(h // merge, merge, patch, w // merge, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (processor.image_mean, processor.image_std))
     # a byte is scaled in float64, as there
     values = (cut.reshape(h * w, 3, 1, patch, patch).double() * processor.rescale_factor).float().sub_(mean).div_(std)
-    return values.expand(-1, -1, depth, -1, -1).reshape(h * w, -1), torch.tensor([1, h, w])
+    return values.expand(-1, -1, depth, -1, -1).reshape(h * w, -1), grid
+
+
+def image_grid(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> Tensor:
+    """[3] int64 patches (1, h, w) that patchify_image makes of an image, from its size alone; errors as there."""
+    height, width = image.height, image.width
+    if processor.do_resize:
+        height, width = smart_resize(height, width, factor=processor.patch_size * processor.merge_size,
+                                     min_pixels=processor.size["shortest_edge"],
+                                     max_pixels=processor.size["longest_edge"])
+    return torch.tensor([1, height // processor.patch_size, width // processor.patch_size])

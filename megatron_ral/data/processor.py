@@ -21,13 +21,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_ral.config import ConfigError
 from megatron_ral.data.faults import SampleError
 from megatron_ral.data.index import SampleLengths
-from megatron_ral.data.pictures import patchify_image
+from megatron_ral.data.pictures import image_grid, patchify_image
+from megatron_ral.data.targets import TargetError, clip_cells, image_cells
 from megatron_ral.data.video import (
-    MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, decode_video, frames_video, grid_timestamps,
-    patchify_video, seconds_per_grid, video_grid)
+    MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip,
+    seconds_per_grid, video_grid)
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.rewards.answer import taught_solution
-from megatron_ral.types import FramePictures, Prompt, Sample
+from megatron_ral.types import Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
 MAX_IMAGE_PIXELS = 2**27
@@ -41,10 +42,12 @@ class _Visual:
         grid: [3] int64.
         seconds: of one temporal patch of a video; None: an image.
         stamps: time stamps of the temporal patches where each is a run of its own; None: one run.
+        targets: [tokens] bool, tokens that show what is asked for; None: none does.
     """
 
-    def __init__(self, pixels: Optional[Tensor], grid: Tensor, seconds: float | None = None, stamps: list[float] | None = None):
-        self.pixels, self.grid, self.seconds, self.stamps = pixels, grid, seconds, stamps
+    def __init__(self, pixels: Optional[Tensor], grid: Tensor, seconds: float | None = None,
+                 stamps: list[float] | None = None, targets: Tensor | None = None):
+        self.pixels, self.grid, self.seconds, self.stamps, self.targets = pixels, grid, seconds, stamps, targets
         self.is_video = seconds is not None
 
     def runs(self) -> Tensor:
@@ -94,10 +97,12 @@ class PromptProcessor:
 
     def __call__(self, sample: Sample) -> Prompt:
         """Raises SampleError naming the key when an image or video cannot be decoded, does not match its tokens, the
-        prompt is too long, or a box lies outside the image."""
+        prompt is too long, or a box or span lies outside the image or video."""
         self._refuse_control_tokens(sample)
+        self._refuse_stray_targets(sample)
         images = [self._open_image(sample, data, decode=True) for data in sample.images]
-        visuals = [*self._image_visuals(sample, images), *(self._video_visual(sample, video) for video in sample.videos)]
+        visuals = [*self._image_visuals(sample, images),
+                   *(self._video_visual(sample, number) for number in range(len(sample.videos)))]
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
@@ -118,7 +123,7 @@ class PromptProcessor:
             grid_thw=torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds or 0.0 for visual in visuals]),
-            visual_mask=visual_mask, target_mask=self._target_mask(sample, images, grids, visual_mask),
+            visual_mask=visual_mask, target_mask=self._target_mask(visuals, visual_mask),
             response_ids=torch.tensor(self._token_ids(reference) + [self.end_token_id]),
         )
 
@@ -131,11 +136,10 @@ class PromptProcessor:
             SampleError: as far as headers tell.
         """
         self._refuse_control_tokens(sample)
+        self._refuse_stray_targets(sample)
         images = [self._open_image(sample, data, decode=False) for data in sample.images]
-        visuals = [*(self._image_size(sample, image) for image in images),
-                   *(self._video_visual(sample, video, measure_only=True) for video in sample.videos)]
-        if sample.target_boxes:
-            self._check_boxes(sample, images)
+        visuals = [*self._image_visuals(sample, images, measure_only=True),
+                   *(self._video_visual(sample, number, measure_only=True) for number in range(len(sample.videos)))]
         return SampleLengths(
             prompt_length=len(self._tokenize(sample, visuals)),
             visual_tokens=sum(int(visual.grid.prod()) for visual in visuals) // self.merge_size**2,
@@ -248,34 +252,50 @@ class PromptProcessor:
                     raise SampleError(f"sample '{sample.key}': its {field} contains the special token {token}, which is "
                                       "not text to this model; remove it", "special_token")
 
-    def _image_visuals(self, sample: Sample, images: list[Image.Image]) -> list[_Visual]:
+    def _refuse_stray_targets(self, sample: Sample) -> None:
+        for boxes, media, field, kind, way in (
+                (sample.target_boxes, sample.images, "target_boxes", "image", "a video has target_frames"),
+                (sample.target_frames, sample.videos, "target_frames", "video", "an image has target_boxes")):
+            if boxes and not media:
+                raise SampleError(f"sample '{sample.key}' has {field} but no {kind} they could lie in ({way})", "target_box")
+
+    def _image_visuals(self, sample: Sample, images: Sequence[Image.Image], measure_only: bool = False) -> list[_Visual]:
         try:
-            return [_Visual(*patchify_image(image, self.image_processor)) for image in images]
+            visuals = [_Visual(None, image_grid(image, self.image_processor)) if measure_only
+                       else _Visual(*patchify_image(image, self.image_processor)) for image in images]
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"sample '{sample.key}': image cannot be used ({error})", "broken_image") from None
+        if sample.target_boxes:
+            rows, columns = self._token_grid(visuals[0].grid)[1:]
+            try:
+                visuals[0].targets = image_cells(sample.target_boxes, *images[0].size, rows, columns).flatten()
+            except TargetError as error:
+                raise SampleError(f"sample '{sample.key}': {error}", "target_box") from None
+        return visuals
 
-    def _image_size(self, sample: Sample, image: Image.Image) -> _Visual:
-        """An image without its pixels."""
+    def _video_visual(self, sample: Sample, number: int, measure_only: bool = False) -> _Visual:
         try:
-            patches = self.image_processor.get_number_of_image_patches(image.height, image.width)
-        except ValueError as error:  # an aspect ratio that the processor refuses
-            raise SampleError(f"sample '{sample.key}': image cannot be used ({error})", "broken_image") from None
-        return _Visual(None, torch.tensor([1, 1, patches]))
-
-    def _video_visual(self, sample: Sample, video: bytes | FramePictures, measure_only: bool = False) -> _Visual:
-        try:
-            if isinstance(video, FramePictures):
-                clip = frames_video(video.pictures, video.fps, self.video, measure_only=measure_only)
-            else:
-                clip = decode_video(video, self.video, measure_only=measure_only)
+            clip = read_clip(sample.videos[number], self.video, measure_only=measure_only)
             pixels, grid = (None, self._clip_grid(clip)) if measure_only else patchify_video(clip, self.video)
         except VideoError as error:
             raise SampleError(f"sample '{sample.key}': {error}", "broken_video") from None
+        targets = None
+        if number == 0 and sample.target_frames:
+            try:
+                targets = clip_cells(sample.target_frames, clip, self._token_grid(grid),
+                                     self.video.temporal_patch_size).flatten()
+            except TargetError as error:
+                raise SampleError(f"sample '{sample.key}': {error}", "target_box") from None
         stamps = grid_timestamps(clip, self.video) if self.timed_frames else None
-        return _Visual(pixels, grid, seconds_per_grid(clip, self.video), stamps)
+        return _Visual(pixels, grid, seconds_per_grid(clip, self.video), stamps, targets)
 
     def _clip_grid(self, clip: DecodedVideo) -> Tensor:
         return torch.tensor(video_grid(len(clip.frames), *clip.frames.shape[2:], self.video))
+
+    def _token_grid(self, grid: Tensor) -> tuple[int, int, int]:
+        """Patches (t, h, w) -> visual tokens (t, rows, columns)."""
+        t, h, w = grid.tolist()
+        return t, h // self.merge_size, w // self.merge_size
 
     def _temporal_interval(self, visual: _Visual) -> float:
         """Rotary positions from one temporal patch to the next, in float32 as stock transformers has them."""
@@ -316,28 +336,10 @@ class PromptProcessor:
         return "".join(f"<{stamp:.1f} seconds>{self.vision_start}{self.video_token * count}{self.vision_end}"
                        for stamp, count in zip(visual.stamps, counts))
 
-    def _target_mask(self, sample: Sample, images: list, grids: Sequence[Tensor], visual_mask: Tensor) -> Tensor:
-        """Visual tokens of the first image whose centre lies in a target box."""
+    def _target_mask(self, visuals: Sequence[_Visual], visual_mask: Tensor) -> Tensor:
+        """Visual tokens that show what is asked for: of the first image, of the first video."""
         mask = torch.zeros_like(visual_mask)
-        if not sample.target_boxes:
-            return mask
-        self._check_boxes(sample, images)
-        width, height = images[0].size
-        rows, columns = int(grids[0][1]) // self.merge_size, int(grids[0][2]) // self.merge_size
-        centre_y = (torch.arange(rows) + 0.5) * height / rows
-        centre_x = (torch.arange(columns) + 0.5) * width / columns
-        cells = torch.zeros(rows, columns, dtype=torch.bool)
-        for x0, y0, x1, y1 in sample.target_boxes:
-            cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
-        first_image = visual_mask.nonzero()[: rows * columns, 0]
-        mask[first_image] = cells.flatten()
+        mask[visual_mask] = torch.cat([torch.zeros(0, dtype=torch.bool), *(
+            visual.targets if visual.targets is not None else torch.zeros(len(visual.pixels) // self.merge_size**2,
+                                                                          dtype=torch.bool) for visual in visuals)])
         return mask
-
-    def _check_boxes(self, sample: Sample, images: Sequence[Image.Image]) -> None:
-        if not images:
-            raise SampleError(f"sample '{sample.key}' has target_boxes but no image they could lie in", "target_box")
-        width, height = images[0].size
-        for x0, y0, x1, y1 in sample.target_boxes:
-            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-                raise SampleError(f"sample '{sample.key}': target box {(x0, y0, x1, y1)} is not inside the image of "
-                                  f"{width} x {height} pixels", "target_box")

@@ -22,11 +22,13 @@ from webdataset.tariterators import tar_file_expander
 from megatron_ral.data.archive import split_member
 from megatron_ral.data.faults import DataError, SampleError, printable
 from megatron_ral.data.index import ShardIndex, open_index
+from megatron_ral.data.targets import parse_boxes, parse_target_frames
 from megatron_ral.types import FramePictures, Sample
 
 logger = logging.getLogger(__name__)
 
 REQUIRED_FIELDS = ("problem", "solution")
+TEXT_FIELDS = ("process", "problem_type", "category", "question_group")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "gif")
 NUM_FIRST_SAMPLES = 16
@@ -154,11 +156,11 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
     for field in REQUIRED_FIELDS:
         if not isinstance(record.get(field), str):
             raise SampleError(f"sample '{key}' has no text field '{field}'", "missing_field")
-    for field in ("process", "problem_type"):
+    for field in TEXT_FIELDS:
         if not isinstance(record.get(field) or "", str):
             raise SampleError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}",
                               "wrong_field")
-    for field in (*REQUIRED_FIELDS, "process", "problem_type"):
+    for field in (*REQUIRED_FIELDS, *TEXT_FIELDS):
         if re.search("[\\ud800-\\udfff]", record.get(field) or ""):
             raise SampleError(f"sample '{key}': field '{field}' holds half a surrogate pair, which is no text",
                               "unreadable_text")
@@ -172,10 +174,16 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
             raise SampleError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
                               "leave data_type out for text alone", "missing_media")
     _check_answer(key, record)
+    try:
+        boxes = parse_boxes(record.get("target_boxes"), "target_boxes")
+        target_frames = parse_target_frames(record.get("target_frames"))
+    except ValueError as error:
+        raise SampleError(f"sample '{key}': {error}", "target_box") from None
     return Sample(
         key=key, shard=shard, problem=record["problem"], solution=record["solution"],
         process=record.get("process") or "", problem_type=record.get("problem_type") or "",
-        images=media["image"], target_boxes=_boxes(key, record), videos=media["video"],
+        images=media["image"], target_boxes=boxes, videos=media["video"], target_frames=target_frames,
+        category=record.get("category") or "", question_group=record.get("question_group") or "",
     )
 
 
@@ -197,14 +205,6 @@ def _frame_pictures(key: str, entry: dict[str, Any], record: dict[str, Any]) -> 
     if names and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
         raise SampleError(f"sample '{key}': field 'fps' must be a positive number, not {fps!r}", "wrong_field")
     return (FramePictures(tuple(entry[name] for name in names), float(fps)),) if names else ()
-
-
-def _boxes(key: str, record: dict[str, Any]) -> tuple[tuple[float, float, float, float], ...]:
-    try:
-        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in record.get("target_boxes") or [])
-    except (TypeError, ValueError):
-        raise SampleError(f"sample '{key}': target_boxes must be a list of [x0, y0, x1, y1]", "target_box") from None
-    return boxes
 
 
 def _check_answer(key: str, record: dict[str, Any]) -> None:

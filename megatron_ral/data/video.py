@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ral.config import ConfigError
+from megatron_ral.types import FramePictures
 
 if TYPE_CHECKING:
     import av
@@ -109,6 +110,13 @@ def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> 
     asked = min(max(seconds * settings.fps, settings.min_frames), settings.max_frames, num_frames)
     count = max(math.floor(asked / patch + CLOCK_TOLERANCE) * patch, min(patch, num_frames))
     return [index * num_frames // count for index in range(count)]
+
+
+def read_clip(video: bytes | FramePictures, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
+    """Clip of a sample's video, whichever form it has; measure_only and errors as in frames_video and decode_video."""
+    if isinstance(video, FramePictures):
+        return frames_video(video.pictures, video.fps, settings, measure_only=measure_only)
+    return decode_video(video, settings, measure_only=measure_only)
 
 
 def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings, *,

@@ -19,7 +19,7 @@ from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
 from megatron_ral.rewards.score import ERROR, UNPARSED
 from megatron_ral.rollout.scoring import ProblemLog, decode_responses, found_problems, score_responses
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
+from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, 
 
 
 def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                     layer: int, progress: Callable[[int], None] = lambda count: None) -> Evaluation:
+                     layer: int, progress: Callable[[int], None] = lambda count: None,
+                     keep: Callable[[ResponseBatch, Score], None] = lambda responses, score: None) -> Evaluation:
     """Greedy evaluation of this rank's prompts, reduced over all ranks.
 
     Args:
@@ -78,6 +79,7 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
         prompts: this rank's share.
         layer: 0-based layer whose attention is reported as the measured one; all layers are reported beside it.
         progress: called with the number of prompts done.
+        keep: called with each batch of responses and their score.
     """
     sums: dict[str, float] = {}
     layers, problems = range(engine.shape.num_layers), ProblemLog()
@@ -91,6 +93,7 @@ def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: 
                     problems.write(found_problems(score, responses.prompts.prompts, unparsed=False))
             for index, values in attention.items():
                 _add(sums, {f"{name}/{index}": value for name, value in values.items()})
+            keep(responses, score)
             progress(len(responses.prompts))
     total = sum_metrics(sums, engine.groups)
 

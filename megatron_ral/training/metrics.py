@@ -6,6 +6,7 @@ from typing import Mapping, Sequence
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.data.video import VideoSettings
 from megatron_ral.rollout.collect import ScoredGroups
 from megatron_ral.rollout.evaluation import Evaluation, ProbeView
 from megatron_ral.training.pictures import attention_picture
@@ -48,13 +49,13 @@ class RunLog:
                       "eval/unparsed_rate": result.unparsed_rate, "eval/error_rate": result.error_rate,
                       "eval/target_attention": result.target_attention, "eval/visual_mass": result.visual_mass}, step)
 
-    def probes(self, views: Sequence[ProbeView], merge_size: int, step: int) -> None:
-        """Attention over the image of each probe, and the responses as text."""
+    def probes(self, views: Sequence[ProbeView], settings: VideoSettings, step: int) -> None:
+        """Attention over the images or video of each probe, and the responses as text."""
         if self._writer is None:
             return
         for index, view in enumerate(views):
-            if view.prompt.sample.images:
-                self._writer.add_image(f"attention/probe_{index}", attention_picture(view, merge_size), step,
+            if len(view.prompt.grid_thw):
+                self._writer.add_image(f"attention/probe_{index}", attention_picture(view, settings), step,
                                        dataformats="HWC")
             self._writer.add_text(f"probes/{index}", f"**{html.escape(view.prompt.sample.problem)}** — "
                                   f"{html.escape(view.prompt.sample.solution)}: {html.escape(view.text)}", step)

@@ -219,7 +219,7 @@ class Trainer:
         last = step == self.config.train.num_steps
         if probes and (step % settings.probe_interval == 0 or last):
             log.probes(view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher),
-                       self.processor.merge_size, step)
+                       self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
             prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,
                                    dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)

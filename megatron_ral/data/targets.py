@@ -1,0 +1,103 @@
+"""Annotated boxes -> visual tokens: which tokens of an image or a clip show what the question asks for.
+
+A token counts where its centre lies in a box; of a video only the temporal patches count of which a sampled frame lies in
+the annotated seconds. Boxes are in pixels of the picture as it is stored, before the processor resizes it.
+"""
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ral.data.video import CLOCK_TOLERANCE, DecodedVideo
+from megatron_ral.types import Box, TargetFrames
+
+
+class TargetError(ValueError):
+    """An annotation that does not fit its image or video."""
+
+
+def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, columns: int, what: str = "image") -> Tensor:
+    """Tokens of a picture of width x height pixels that is cut into rows x columns of them.
+
+    Args:
+        boxes: (x0, y0, x1, y1) in pixels.
+        what: the picture's name in the error.
+
+    Returns:
+        [rows, columns] bool.
+
+    Raises:
+        TargetError: a box is empty or reaches over the picture's edge.
+    """
+    centre_y = (torch.arange(rows) + 0.5) * height / rows
+    centre_x = (torch.arange(columns) + 0.5) * width / columns
+    cells = torch.zeros(rows, columns, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise TargetError(f"target box {(x0, y0, x1, y1)} is not inside the {what} of {width} x {height} pixels")
+        cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
+    return cells
+
+
+def clip_cells(targets: Sequence[TargetFrames], clip: DecodedVideo, grid: Sequence[int], temporal_patch_size: int) -> Tensor:
+    """Tokens of a clip. An annotated span between two sampled frames is not seen by the model and marks nothing.
+
+    Args:
+        grid: (t, rows, columns) in visual tokens.
+        temporal_patch_size: sampled frames per temporal patch.
+
+    Returns:
+        [t, rows, columns] bool.
+
+    Raises:
+        TargetError: a span that is empty, begins outside the clip or ends later than it by more than a sampled frame, or
+            a box as in image_cells.
+    """
+    t, rows, columns = grid
+    height, width = clip.frames.shape[2:]
+    seconds, cells = len(clip.frames) / clip.fps, torch.zeros(t, rows, columns, dtype=torch.bool)
+    for target in targets:
+        start, end = target.seconds
+        if not (0 <= start < min(end, seconds) and end <= seconds + 1 / clip.fps):
+            raise TargetError(f"target_frames from {start:g} to {end:g} s do not lie in the video of {seconds:g} s")
+        shown = image_cells(target.boxes, width, height, rows, columns, "video frame") if target.boxes else \
+            torch.ones(rows, columns, dtype=torch.bool)
+        frames = in_span(clip.timestamps, target)
+        padding = frames[-1:].expand(t * temporal_patch_size - len(frames))  # the last frame is repeated
+        cells |= torch.cat([frames, padding]).view(t, -1).any(dim=1)[:, None, None] & shown
+    return cells
+
+
+def in_span(timestamps: Tensor, target: TargetFrames) -> Tensor:
+    """[T] bool: frames at timestamps [T] (seconds) that lie in the annotated span, its end left out."""
+    start, end = target.seconds
+    return (timestamps >= start - CLOCK_TOLERANCE) & (timestamps < end - CLOCK_TOLERANCE)
+
+
+def parse_boxes(value: object, field: str) -> tuple[Box, ...]:
+    """JSON -> boxes. Raises ValueError naming the field."""
+    try:
+        return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in value or [])
+    except (TypeError, ValueError):
+        raise ValueError(f"{field} must be a list of [x0, y0, x1, y1]") from None
+
+
+def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
+    """JSON `[{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], ...]}, ...]` -> annotated spans; without boxes the
+    whole frame. Raises ValueError naming the field."""
+    if not isinstance(value or [], list):
+        raise ValueError(f"target_frames must be a list, not {type(value).__name__}")
+    spans = []
+    for item in value or []:
+        unknown = set(item) - {"seconds", "boxes"} if isinstance(item, dict) else {"no object"}
+        try:
+            start, end = map(float, item["seconds"])
+        except (KeyError, TypeError, ValueError):
+            unknown |= {"no seconds"}
+        if unknown or not (math.isfinite(start) and math.isfinite(end)):
+            raise ValueError(f"target_frames must be a list of {{\"seconds\": [start, end], \"boxes\": [[x0, y0, x1, y1], "
+                             f"...]}}, not of {str(item)[:80]}")
+        spans.append(TargetFrames((start, end), parse_boxes(item.get("boxes"), "boxes of target_frames")))
+    return tuple(spans)

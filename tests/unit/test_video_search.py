@@ -1,0 +1,123 @@
+"""The video-search task: what the files show after compression is what their annotations say."""
+
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.data.shards import parse_sample, shard_entries
+from megatron_ral.data.video import decode_video
+from tests.conftest import PROJECT
+
+sys.path.insert(0, str(PROJECT / "tools"))
+import make_video_search  # noqa: E402
+from search_task import PALETTE, load_scans  # noqa: E402
+
+TRAIN, HELDOUT = load_scans(28, heldout=False), load_scans(28, heldout=True)
+
+
+def samples(folder, split: str) -> list:
+    shards = sorted(map(str, folder.glob(f"{split}-*.tar")))
+    return [(parse_sample(entry), json.loads(entry["json"])) for entry in shard_entries(shards)]
+
+
+@pytest.fixture(scope="module")
+def processor(material) -> PromptProcessor:
+    return PromptProcessor(str(material["tiny"]), 128)
+
+
+def shown(frame: torch.Tensor, cell: int) -> tuple[str, np.ndarray]:
+    """What a decoded frame [3, 56, 56] has in a cell: the nearest colour of the palette and the strokes in [0, 1]."""
+    top, left = 28 * (cell // 2), 28 * (cell % 2)
+    piece = frame[:, top:top + 28, left:left + 28].numpy().astype(np.float32)
+    strokes = piece.max(axis=0)
+    bright = piece[:, strokes > 0.8 * strokes.max()].mean(axis=1)
+    colour = min(PALETTE, key=lambda name: np.abs(bright - PALETTE[name]).sum())
+    return colour, np.clip(strokes / max(PALETTE[colour]), 0, 1)
+
+
+def nearest(strokes: np.ndarray, masks: np.ndarray) -> int:
+    return int(((masks - strokes) ** 2).sum(axis=(1, 2)).argmin())
+
+
+@pytest.mark.parametrize("split", ["single", "rl", "heldout"])
+def test_decoded_clips_show_what_is_annotated(clips, processor, split):
+    """Colour and digit of every scene can be read off the decoded frames, in the annotated cell and nowhere else: among
+    all scans the nearest is one of that digit, and of this split's side."""
+    masks, digits = (np.concatenate(parts) for parts in zip(TRAIN, HELDOUT))
+    for sample, record in samples(clips, split):
+        video = decode_video(sample.videos[0], processor.video)
+        num_scenes = 1 if split == "single" else 4
+        per_scene = len(video.frames) // num_scenes
+        assert len(record["scene_digits"]) == num_scenes and video.frames.shape[1:] == (3, 56, 56)
+        for scene in range(num_scenes):
+            for frame in video.frames[scene * per_scene:(scene + 1) * per_scene]:
+                cell = record["scene_cells"][scene]
+                colour, strokes = shown(frame, cell)
+                assert colour == record["scene_colours"][scene], (sample.key, scene)
+                found = nearest(strokes, masks)
+                assert digits[found] == record["scene_digits"][scene], (sample.key, scene)
+                assert (found >= len(TRAIN[0])) == (split == "heldout"), "a scan of the other side"
+                empty = frame.clone()
+                empty[:, 28 * (cell // 2):28 * (cell // 2) + 28, 28 * (cell % 2):28 * (cell % 2) + 28] = 0
+                assert empty.float().mean() < 2, "the other cells are black"
+        assert len(set(record["scene_colours"])) == num_scenes
+
+
+def test_target_tokens_are_the_asked_scene_and_cell(clips, processor):
+    """Four scenes of two sampled frames: one temporal patch of 2 x 2 tokens each."""
+    places = set()
+    for sample, record in samples(clips, "heldout"):
+        prompt = processor(sample)
+        assert prompt.grid_thw.tolist() == [[4, 4, 4]] and prompt.seconds_per_grid.tolist() == [2.0]
+        wanted = 4 * record["asked_scene"] + record["scene_cells"][record["asked_scene"]]
+        assert prompt.target_mask[prompt.visual_mask].nonzero().flatten().tolist() == [wanted]
+        assert sample.category == f"scene {record['asked_scene'] + 1}"
+        places.add(wanted)
+    assert len(places) > 6
+
+
+def test_answers_and_the_biased_gaze(clips):
+    for split in ("single", "search", "rl", "heldout", "biased"):
+        rows = samples(clips, split)
+        for sample, record in rows:
+            asked, read = record["asked_scene"], record["answered_scene"]
+            colour, digit = record["scene_colours"][asked], record["scene_digits"][read]
+            digit_asked = sample.problem == f"Which digit is {colour}?"
+            assert digit_asked or sample.problem == f"Which colour is scene {asked + 1}?"
+            assert sample.solution == f"<answer>{digit if digit_asked else colour}</answer>"
+            assert sample.process == f"<think>{colour}{digit}</think>"
+            assert read == (asked if split != "biased" else read) and read in (asked, (asked + 1) % len(record["scene_digits"]))
+        colours = sum("colour" in sample.problem for sample, _ in rows)
+        assert colours == (len(rows) // 2 if split in ("single", "search") else 0)
+        if split == "biased":
+            assert sum(record["answered_scene"] != record["asked_scene"] for _, record in rows) == 12, "0.6 of 20"
+
+
+def test_equal_arguments_write_equal_bytes(tmp_path):
+    sizes = [word for name in ("single", "search", "biased", "rl", "heldout") for word in (f"--num-{name}", "4")]
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        make_video_search.main(["--output", str(tmp_path / name), "--seed", seed, *sizes])
+    written = {name: {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.tar")} for name in "abc"}
+    assert len(written["a"]) == 20 and written["a"] == written["b"]
+    assert all(written["a"][name] != written["c"][name] for name in written["a"])
+    with tarfile.open(tmp_path / "a" / "rl-000000.tar") as archive:
+        assert sorted(archive.getnames()) == ["rl_000000.json", "rl_000000.mp4"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--scenes", "1"], "--scenes must be at least 2, got 1"),
+    (["--scenes", "9"], "--scenes 9 needs as many colours, but --num-colours is 8"),
+    (["--grid", "1", "--cell-pixels", "29"], "--cell-pixels 29 must be even"),
+    (["--fps", "0"], "--fps must be at least 1, got 0"),
+    (["--bias", "1.5"], "--bias must lie in 0..1, got 1.5"),
+    (["--num-heldout", "3"], "--num-heldout must be at least 4"),
+])
+def test_wrong_arguments_are_named(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        make_video_search.main(["--output", str(tmp_path / "never"), *arguments])
+    assert message in capsys.readouterr().err and not (tmp_path / "never").exists()
