@@ -3,7 +3,7 @@
     python tools/inspect_shards.py DIR [--output sheet.png] [--num-samples 12] [--seed 0]
 
 Lengths come from the indexes beside the shards (tools/index_shards.py makes them). The contact sheet shows images with
-their target boxes in red and four frames of a video, each with question and reference answer.
+their target boxes in red and four frames of a video, one of them annotated where any is, with question and answer.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ral.data.faults import REASONS, DataError, SampleError
 from megatron_ral.data.index import UNKNOWN, ShardIndex, open_index
 from megatron_ral.data.shards import find_shards, parse_sample, read_entry, reference_answer
-from megatron_ral.types import FramePictures, Sample
+from megatron_ral.types import Box, Sample
 
 CELL, TEXT_LINES, LINE = 280, 7, 15
 
@@ -65,10 +66,10 @@ def count(indexes: list[ShardIndex]) -> list[str]:
             types[sample.problem_type or "(none)"] += 1
             answers[answer_type(sample.solution)] += 1
             media[f"{len(sample.images)} images, {len(sample.videos)} videos"] += 1
-            boxes += bool(sample.target_boxes)
+            boxes += bool(sample.target_boxes or sample.target_frames)
     total = sum(map(len, indexes))
     sizes = [len(index) for index in indexes]
-    lines = [f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes"]
+    lines = [f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes or frames"]
     for name in ("prompt_lengths", "visual_tokens"):
         parts = [getattr(index, name) for index in indexes if getattr(index, name) is not None]
         text = describe(np.concatenate(parts)) if parts else "unknown"
@@ -96,24 +97,35 @@ def draw_sample(sample: Sample) -> Image.Image:
 
 
 def _picture(sample: Sample) -> Image.Image:
-    """Up to four images, the first with its boxes, or four frames of the first video."""
+    """Up to four images, the first with its boxes, or four frames of the first video, an annotated one among them."""
     if sample.images:
         images = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images[:4]]
-        scale = max(1, CELL // max(images[0].size))  # small pictures are enlarged so that boxes can be seen
-        images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
-        width = max(2, max(images[0].size) // 120)
-        for box in sample.target_boxes:
-            ImageDraw.Draw(images[0]).rectangle([scale * value for value in box], outline="red", width=width)
-        return _tiles(images)
+        return _tiles([_framed(image, sample.target_boxes if number == 0 else ()) for number, image in enumerate(images)])
     if sample.videos:
-        from megatron_ral.data.video import VideoSettings, decode_video, frames_video
+        from megatron_ral.data.targets import in_span
+        from megatron_ral.data.video import VideoSettings, read_clip
 
-        settings, video = VideoSettings(14, 2, 2, (0.0,) * 3, (1.0,) * 3), sample.videos[0]
-        clip = (frames_video(video.pictures, video.fps, settings) if isinstance(video, FramePictures)
-                else decode_video(video, settings))
-        chosen = [clip.frames[place] for place in np.linspace(0, len(clip.frames) - 1, 4).round().astype(int)]
-        return _tiles([Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in chosen])
+        clip = read_clip(sample.videos[0], VideoSettings(14, 2, 2, (0.0,) * 3, (1.0,) * 3))
+        marks: dict[int, list] = {}
+        for target in sample.target_frames:
+            for place in in_span(clip.timestamps, target).nonzero().flatten().tolist():
+                marks.setdefault(place, []).extend(target.boxes or [(0, 0, *clip.frames.shape[:1:-1])])
+        chosen = set(np.linspace(0, len(clip.frames) - 1, 4).round().astype(int).tolist())
+        if marks and not chosen & set(marks):
+            chosen.remove(min(chosen, key=lambda place: min(abs(place - mark) for mark in marks)))
+            chosen.add(min(marks))
+        return _tiles([_framed(Image.fromarray(clip.frames[place].permute(1, 2, 0).numpy()), marks.get(place, ()))
+                       for place in sorted(chosen)])
     return Image.new("RGB", (CELL, CELL), "lightgrey")
+
+
+def _framed(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """A picture with boxes; a small one is enlarged so that they can be seen."""
+    scale = max(1, CELL // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    for box in boxes:
+        ImageDraw.Draw(image).rectangle([scale * value for value in box], outline="red", width=max(2, max(image.size) // 120))
+    return image
 
 
 def _tiles(pictures: list[Image.Image]) -> Image.Image:
