@@ -98,7 +98,8 @@ class Trainer:
         if config.needs_reference:
             reference = FrozenEngine(shape, groups, config.model.dtype,
                                      config.model.reference_path or config.model.path,
-                                     config.parallel.sequence_parallel)
+                                     config.parallel.sequence_parallel, config.parallel.offload_parameters,
+                                     config.parallel.gather)
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)

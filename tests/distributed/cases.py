@@ -26,12 +26,12 @@ NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
 
 def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False,
-                **loss) -> RunConfig:
+                parallel: dict | None = None, dtype: str = "float32", **loss) -> RunConfig:
     settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
     return RunConfig(
-        seed=3, model=ModelConfig(path=path, dtype="float32"),
+        seed=3, model=ModelConfig(path=path, dtype=dtype),
         parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
-                                sequence_parallel=sequence_parallel),
+                                sequence_parallel=sequence_parallel, **(parallel or {})),
         data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
         rollout=RolloutConfig(num_prompts=NUM_GROUPS, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
                               max_response_length=LENGTH),
@@ -111,7 +111,7 @@ def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int,
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
     attention is compared with, are those of another model; groups `equal_rewards` have no signal."""
     config, groups, shape, policy, objective = opened
-    frozen = FrozenEngine(shape, groups, "float32", other, sequence_parallel)
+    frozen = FrozenEngine(shape, groups, config.model.dtype, other, sequence_parallel)
     everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
                   for index, row in enumerate(fixed_groups(config.model.path, data))]
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2

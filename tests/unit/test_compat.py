@@ -29,6 +29,13 @@ def test_deepspeed_norm_still_counts_tied_copies():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     assert "shared" not in inspect.getsource(DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct)
+    assert "self._get_norm_groups()" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3.step)
+
+
+def test_deepspeed_norm_of_an_offloaded_optimizer_is_still_taken_when_gradients_are_reduced():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert "norm_for_param_grads" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3._offload_grad_partition_at_boundary)
 
 
 def test_megatron_still_lacks_the_names_deepspeed_calls():
