@@ -237,6 +237,8 @@ class Trainer:
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
+        recorded = self.policy.local_layers(sorted(self.objective.recorded_layers))
+        self._say(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:
