@@ -91,7 +91,7 @@ class StageEngine:
                  gather: str = "stage"):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self._resident, self._gather = False, gather
+        self._resident, self._ready, self._gather = False, False, gather
         with groups.active():
             self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel,
                                          recompute or gather == "layer")
@@ -152,12 +152,17 @@ class StageEngine:
     @contextmanager
     def ready(self, recorded: Collection[int] = ()) -> Iterator[None]:
         """What a pass over micro-batches needs: `resident`, or with gather = "layer" all but the layers that are not in
-        `recorded` (a recorded layer is not recomputed, so that its weights stay)."""
+        `recorded` (a recorded layer is not recomputed, so that its weights stay). May be nested: several passes around
+        which it stands gather once."""
+        if self._ready:
+            yield
+            return
         if self._resident or self._gather == "stage":
             with self.resident():
                 yield
             return
         passing = self._passing(recorded)
+        self._ready = True
         for layer in passing:
             layer.weights = LayerWeights(layer)
         theirs = {id(parameter) for layer in passing for parameter in layer.weights.parameters}
@@ -166,6 +171,7 @@ class StageEngine:
             with suspended_module_hooks(self.stage), self.groups.active():
                 yield
         finally:
+            self._ready = False
             for layer in passing:
                 layer.weights = None
             release_parameters(list(self.stage.parameters()))

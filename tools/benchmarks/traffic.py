@@ -35,7 +35,7 @@ def main() -> None:
         results = {gather: run_ranks(4, counted, str(policy), str(other), str(root / "data"), counts, gather, timeout=600)[2]
                    for gather in ("stage", "layer")}
     print("PP=2 x DP=2, last stage; calls, and bytes relative to its parameters")
-    print(f"{'parallel.gather':16}{'micro-batches':>14}{'all-gather':>24}{'reduce-scatter':>24}{'all-reduce':>14}")
+    print(f"{'parallel.gather':16}{'micro-batches':>14}{"all-gather":>26}{"reduce-scatter":>26}{'all-reduce':>14}")
     for gather, result in results.items():
         for count in counts:
             cells = []
@@ -43,7 +43,7 @@ def main() -> None:
                 calls, sent = result["counted"][count][kind]
                 cells.append(f"{calls} x, {sent:,} ({sent / whole:.2f})")
             scalars = result["counted"][count].get("all-reduce", (0, 0))
-            print(f"{gather:16}{count:14}{cells[0]:>24}{cells[1]:>24}{scalars[1]:>12} B")
+            print(f"{gather:16}{count:14}{cells[0]:>26}{cells[1]:>26}{scalars[1]:>12} B")
     totals = [sum(sent for _, sent in results["stage"]["counted"][count].values()) for count in (counts[0], counts[-1])]
     print(f"ratio traffic {totals[1] / totals[0]:.3f}")
 
