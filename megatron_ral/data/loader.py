@@ -176,9 +176,10 @@ class PromptLoader:
         for number, saved in enumerate(state["orders"]):
             if number >= len(self.sources) or saved != self._identity(number):
                 key = self.sources[min(number, len(self.sources) - 1)].key
-                raise DataError(f"the shards of {key}, their indexes or the limits of a prompt's length are not those of the "
-                                "checkpoint, so its position means nothing in them; put them back, or start again from "
-                                "its exported weights")
+                raise DataError(f"the shards of {key}, their indexes, the limits of a prompt's length, or what else decides "
+                                "the order (seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not "
+                                "those of the checkpoint, so its position means nothing in them; put them back, or start "
+                                "again from its exported weights")
         self._faults = {name: Fault(*fault) for name, fault in state["quarantined"].items()}
         self._unusable = {Place(*place) for place in state["unusable"]}
         self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
@@ -276,8 +277,8 @@ class PromptLoader:
             return self.processor(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
         except SampleError as error:
             return Fault(error.reason, str(error))
-        except ValueError as error:
-            return Fault("unusable", f"sample '{self._name(place)}': {error}")
+        except Exception as error:  # decoders of foreign bytes may raise anything, and one sample must not end a run
+            return Fault("unusable", f"sample '{self._name(place)}': {type(error).__name__}: {error}")
 
     def _quarantine(self, place: Place, fault: Fault) -> None:
         if fault.reason == "cannot_read":

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
+from megatron_ral.data import processor as processor_module
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.faults import DataError
 from megatron_ral.data.index import index_path, open_index
@@ -82,6 +83,58 @@ def test_a_shard_that_vanishes_ends_the_run(tmp_path, processor):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match="'s0': shard .*a.tar' cannot be read"):
         stream.take(1)
+
+
+@pytest.mark.parametrize("members, reason", [
+    ({"json": b'{"problem": ' + b"1" * 5000 + b"}"}, "unreadable_text"),
+    ({"json": text(data_type=None, target_boxes=[[0, 0, 10**400, 1]])}, "target_box"),
+    ({"json": text(data_type=None, target_boxes=["1234"])}, "target_box"),
+    ({"json": text(data_type=None, target_frames=[{"seconds": [0, 10**400]}])}, "target_box"),
+    ({"json": text(data_type=None, fps=10**400), "frames/1.png": picture()}, "wrong_field"),
+    ({"json": text(data_type=None, fps=1e-320), "frames/1.png": picture(), "frames/2.png": picture()}, "wrong_field"),
+    ({"json": text(), "9" * 5000 + ".png": picture()}, "missing_media")])
+def test_hostile_numbers_are_faults_of_their_sample(members, reason):
+    with pytest.raises(SampleError) as refused:
+        parse_sample({"__key__": "k", "__url__": "s", **members})
+    assert refused.value.reason == reason
+
+
+def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, monkeypatch):
+    write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
+    stream = loader(tmp_path / "a.tar", processor)
+    patchify = processor_module.patchify_image
+    failures = [ZeroDivisionError("once")]
+    monkeypatch.setattr(processor_module, "patchify_image",
+                        lambda *args: (_ for _ in ()).throw(failures.pop()) if failures else patchify(*args))
+    assert len(stream.take(3)) == 3
+    [text] = stream.quarantined.values()
+    assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}
+
+
+def test_hostile_archives(tmp_path, processor):
+    """Members with names of our own, numbers too large for a place, names of names of names."""
+    path = tmp_path / "a.tar"
+    write_members(path, [("s0.png", picture()), ("s0.json", text()), ("s0.__key__", b"other"), ("s0.__url__", b"other"),
+                         ("../../etc/passwd", b"root"), ("s1.png", picture()), ("s1.json", text())])
+    stream = loader(path, processor, shuffle=False)
+    assert [prompt.sample.identity for prompt in stream.take(3)] == ["a.tar/s0", "a.tar/s1", "a.tar/s0"]
+    assert stream.quarantined_by_reason == {"unsafe_member": 1} and "a.tar/../../etc/passwd" in stream.quarantined
+    whole = path.read_bytes()
+
+    def header(kind: bytes, size: int) -> bytes:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    # each of the names in a name's place is a name in another's
+    path.write_bytes(whole[:1536] + (header(tarfile.GNUTYPE_LONGNAME, 5) + b"name".ljust(512, b"\0")) * 3000 + whole)
+    assert "damaged at byte" in scan_archive(path).damage
+    path.write_bytes((header(tarfile.GNUTYPE_LONGNAME, 5) + b"name".ljust(512, b"\0")) * 3000)
+    with pytest.raises(DataError, match="not a tar archive"):
+        scan_archive(path)
+    record = b"31 size=9999999999999999999999\n"
+    path.write_bytes(whole[:4096] + header(tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0") + whole[4096:])
+    assert "declares 9999999999999999999999 bytes" in open_index(path).damage
 
 
 # --- stopping and going on ------------------------------------------------------------------------------------------------
@@ -256,6 +309,23 @@ def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, materia
     assert caplog.text.count(said) == 1 and "group_by_length has no effect" in caplog.text
     assert not stream.filtered
     assert sorted(int(prompt.visual_mask.sum()) for prompt in stream.take(3)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("change", [
+    {"key": 7}, {"key": None}, {"offset": -1}, {"offset": 10**30}, {"offset": 1.5}, {"size": 2**40}, {"size": "9"},
+    {"prompt_length": 10**30}, {"visual_tokens": 2**40}, {"visual_tokens": "12"}, {"reason": "none of ours", "text": "t"},
+    {"reason": {}, "text": "t"}, {"reason": "truncated", "text": 5}])
+def test_an_index_with_impossible_values_is_not_believed(tmp_path, processor, change):
+    write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
+    index_shard(str(tmp_path / "a.tar"), processor)
+    assert not open_index(tmp_path / "a.tar").note
+    head, first, second = index_path(tmp_path / "a.tar").read_text().splitlines()
+    index_path(tmp_path / "a.tar").write_text("\n".join([head, first, json.dumps({**json.loads(second), **change})]))
+    index = open_index(tmp_path / "a.tar")
+    assert index.note == "unreadable" and index.keys == ("s0", "s1")
+    for content in ("[" * 100000, "1" * 5000, "[]", ""):
+        index_path(tmp_path / "a.tar").write_text(content)
+        assert open_index(tmp_path / "a.tar").note == "unreadable"
 
 
 def test_an_index_of_another_archive_of_the_same_size_is_noticed(tmp_path, processor):
