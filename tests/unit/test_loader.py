@@ -37,8 +37,9 @@ def identities(prompts) -> list[str]:
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
-def test_faults_of_every_kind_in_2000_samples(tmp_path, processor):
+def test_faults_of_every_kind_in_2000_samples(tmp_path, processor, monkeypatch):
     """5 % are at fault: each is counted under its reason with its key, all others are seen once per epoch."""
+    monkeypatch.chdir(tmp_path)
     usable, bad = write_faulty_set(tmp_path, num_shards=20, shard_size=100, faults_per_shard=5)
     assert len(usable) == 1900 and set(bad.values()) == set(KINDS)
     stream = loader(tmp_path / "s-*.tar", processor, shuffle_buffer=300)
@@ -51,6 +52,9 @@ def test_faults_of_every_kind_in_2000_samples(tmp_path, processor):
     for name, (_, said) in faults.items():
         assert name.rpartition("/")[2].partition("#")[0] in said, "the text names the key or the shard"
     assert stream.position.epoch == 1
+    assert not (tmp_path / "pipe_was_run").exists() and not (tmp_path.parent / "k").exists()
+    with pytest.raises(DataError, match="'pipe:' is refused"):
+        open_sources([("pipe:touch pipe_was_run", 0)], "data.train")
 
 
 def test_a_pixel_bomb_is_refused_by_its_header(processor):
@@ -194,6 +198,42 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
         for loaded in ranks.loaders:
             loaded.restore(stream.state())
         assert ranks.keys(12 - stop) == keys[stop:]
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(processor, tmp_path):
+    """As make_shards.py writes them."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "shard-000000.tar", [good("0"), good("1", target_boxes=[[0, 0, 99, 9]])])
+    stream = loader(tmp_path / "*" / "shard-*.tar", processor)
+    stream.take(4)
+    assert set(stream.quarantined) == {"one/shard-000000.tar/1", "two/shard-000000.tar/1"}
+    assert stream.quarantined_by_reason == {"target_box": 2}
+
+
+def test_any_batch_any_number_of_ranks_in_batches_of_similar_length(processor, tmp_path):
+    """With an index, a sample in each shard that only decoding finds at fault, and epochs that end inside batches."""
+    for shard in range(3):
+        write_members(tmp_path / f"s-{shard}.tar", [
+            (f"k{shard}{number}.{suffix}", data) for number in range(9) for suffix, data in (
+                ("png", picture(28 * ((5 * number + shard) % 9 + 1), 28)[: 60 if number == shard else None]), ("json", text()))])
+        index_shard(str(tmp_path / f"s-{shard}.tar"), processor)
+    settings = {"group_by_length": True, "shuffle_buffer": 7}
+    straight, per_batch, states = loader(tmp_path / "s-*.tar", processor, **settings), [], []
+    assert all(order.batch_size == 6 for order in straight._orders), "batches are of similar length"
+    for _ in range(9):  # 24 usable samples, batches of 6: two epochs and a little
+        states.append(json.loads(json.dumps(straight.state())))
+        per_batch.append([prompt.sample.key for prompt in straight.take(6)])
+    assert straight.quarantined_by_reason == {"broken_image": 3} and straight.position.epoch == 2
+    seen = [key for batch in per_batch[:8] for key in batch]
+    assert len(set(seen)) == 24 and set(Counter(seen).values()) == {2}
+    for stop, state in enumerate(states):
+        for size in (1, 2, 3):
+            ranks = Ranks(tmp_path / "s-*.tar", processor, size, **settings)
+            for stream in ranks.loaders:
+                stream.restore(state)
+            for batch in per_batch[stop: stop + 3]:
+                assert ranks.keys(6) == batch
 
 
 def test_other_shards_than_the_checkpoints_are_refused(with_faults, processor, tmp_path):
