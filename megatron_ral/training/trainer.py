@@ -21,7 +21,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
-from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.distillation import DistillTerm
@@ -222,8 +222,8 @@ class Trainer:
             log.probes(view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher),
                        self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
-            prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,
-                                   dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
+            prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
+                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
             log.evaluation(evaluate_prompts(self.policy, prompts, self.processor, self.config, layer), step)
 
     def _print_shards(self) -> None:
