@@ -1,0 +1,267 @@
+"""Tokens per second of generating G responses to each image prompt, against `transformers.generate` on the same weights
+and cores, at one and two pipeline stages; and what a token costs when half of the responses end early.
+
+    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--rounds 3]
+
+Makes a random Qwen2.5-VL in Hugging Face format, wide enough for its matrices to take the time, and lets three sides
+answer in turn, each in processes of its own that stay open:
+
+    transformers   one process, two threads; the prompts in one batch, num_return_sequences = G
+    one stage      one process, two threads
+    two stages     two processes with one thread each over gloo, two batches of half of the prompts in flight
+
+All sample at temperature 1 from the whole vocabulary, in float32, and go on to the last step: no token ends a response.
+Seconds are those of a whole call, vision tower included. `decoding` is what is left without a call for one token. In the
+second measurement every second response is made to end after a quarter of the steps. All sides compute the
+same greedy tokens first; the share that agrees is printed.
+
+`ratio generation_two_stages` is two stages over one, `ratio generation_ended` the cost of a token (decoding seconds over
+tokens that belong to a response) with half of the responses ended over that without, one stage; `ratio generation` is
+tokens per second of whole calls, one stage over transformers, and the last line.
+"""
+
+import argparse
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+END = 1
+SIDES = {"transformers": (1, 2), "one stage": (1, 2), "two stages": (2, 1)}
+"""name -> (processes, threads of each)"""
+
+
+# --- in the processes that measure ------------------------------------------------------------------------------------
+
+def read_prompts(args: argparse.Namespace) -> tuple:
+    """Prompts of equal length about pictures of noise, and the processor that made them."""
+    import numpy as np
+    from PIL import Image
+
+    from megatron_ral.data.processor import PromptProcessor
+    from megatron_ral.types import Sample
+
+    processor, rng, prompts = PromptProcessor(args.model, 16384), np.random.default_rng(0), []
+    for number in range(args.prompts):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (28 * args.cells, 28 * args.cells, 3), dtype=np.uint8)).save(stream, "PNG")
+        prompts.append(processor(Sample(f"k{number}", "s", "Which digit is red?", "<answer>1</answer>", "", "",
+                                        (stream.getvalue(),), ())))
+    assert len({len(prompt.input_ids) for prompt in prompts}) == 1
+    return prompts, processor
+
+
+def open_transformers(args: argparse.Namespace):
+    """Returns answer(length, greedy, ended) -> [B G, length] token ids."""
+    import torch
+    from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+    prompts, processor = read_prompts(args)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
+    parts = [processor.stock_inputs(prompt, prompt.input_ids) for prompt in prompts]
+    inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    width = inputs["input_ids"].shape[1]
+
+    class EndHalf(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if ids.shape[1] - width == args.length // 4 - 1:
+                scores[1::2] = -torch.inf
+                scores[1::2, END] = 0.0
+            else:
+                scores[:, END] = -torch.inf
+            return scores
+
+    def answer(length: int, greedy: bool, ended: bool):
+        how = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=args.group_size, top_k=0,
+                                                         top_p=1.0, temperature=1.0)
+        model.generation_config.eos_token_id = END if ended else None
+        extra = dict(logits_processor=LogitsProcessorList([EndHalf()])) if ended else {}
+        with torch.no_grad():
+            return model.generate(**inputs, **how, **extra, max_new_tokens=length, pad_token_id=0)[:, width:]
+
+    return answer
+
+
+def open_stages(args: argparse.Namespace):
+    """As `open_transformers`."""
+    from megatron_ral.parallel.groups import start_groups
+
+    groups = start_groups(tensor_size=1, pipeline_size=int(os.environ["WORLD_SIZE"]), seed=0)
+    from megatron_ral.engine.frozen import FrozenEngine
+    from megatron_ral.engine.generate import SamplingSettings, sample_responses
+    from megatron_ral.engine.in_flight import BatchInFlight
+    from megatron_ral.models.shape import read_shape
+
+    prompts, _ = read_prompts(args)
+    engine, draw = FrozenEngine(read_shape(args.model), groups, "float32", args.model), BatchInFlight.draw
+
+    def draw_ends(batch, logits, groups):
+        token = draw(batch, logits, groups)
+        return token.masked_fill(batch.rows % 2 == 1, END) if batch.step == args.length // 4 - 1 else \
+            token.masked_fill(token == END, END + 1)
+
+    def answer(length: int, greedy: bool, ended: bool):
+        import torch
+
+        settings = SamplingSettings(1 if greedy else args.group_size, length, END if ended else -1, 0,
+                                    0.0 if greedy else 1.0)
+        BatchInFlight.draw = draw_ends if ended else draw
+        with engine.resident():
+            rows = [batch.response_ids.flatten(0, 1) for batch, _ in sample_responses(engine, prompts, settings, len(prompts))]
+        return torch.cat(rows)
+
+    return answer
+
+
+def child(side: str, args: argparse.Namespace) -> None:
+    """Answer the orders on standard input, one JSON line each."""
+    import torch
+
+    torch.set_num_threads(SIDES[side][1])
+    answer = (open_transformers if side == "transformers" else open_stages)(args)
+    tokens = answer(min(8, args.length), True, False).tolist()
+    print(json.dumps({"greedy": tokens}), flush=True)
+    for line in sys.stdin:
+        length, ended = json.loads(line)
+        started = time.perf_counter()
+        answer(length, False, ended)
+        print(json.dumps(time.perf_counter() - started), flush=True)
+
+
+# --- in the process that asks -----------------------------------------------------------------------------------------
+
+class Side:
+    """The processes of one side."""
+
+    def __init__(self, name: str, arguments: list[str]):
+        processes, threads = SIDES[name]
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error",
+                       "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = [subprocess.Popen(
+            [sys.executable, __file__, "--child", name, *arguments], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=None if os.environ.get("SHOW_ERRORS") else subprocess.DEVNULL,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+
+    def read(self):
+        """What the processes say next; of their seconds the longest."""
+        found = []
+        for process in self.processes:
+            while True:  # libraries print too
+                line = process.stdout.readline()
+                if not line:
+                    sys.exit("a process ended; set SHOW_ERRORS=1 to see why")
+                try:
+                    found.append(json.loads(line))
+                    break
+                except json.JSONDecodeError:
+                    continue
+        return found[0] if isinstance(found[0], dict) else max(found)
+
+    def seconds(self, length: int, ended: bool) -> float:
+        for process in self.processes:
+            process.stdin.write(json.dumps([length, ended]) + "\n")
+            process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
+    """Per side the median seconds of a call for one token, for all, and with half ended; and the greedy tokens."""
+    sides, rounds, greedy = {}, {name: [] for name in SIDES}, {}
+    try:
+        for name in SIDES:
+            sides[name] = Side(name, arguments)
+            greedy[name] = sides[name].read()["greedy"]
+        orders = [(1, False), (args.length, False), (args.length, True)]
+        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
+            for name, side in sides.items():
+                row = [side.seconds(*order) for order in orders]
+                if number:
+                    rounds[name].append(row)
+    finally:
+        for side in sides.values():
+            side.close()
+    middle = {name: [sorted(column)[len(column) // 2] for column in zip(*rows)] for name, rows in rounds.items()}
+    return middle, greedy
+
+
+def agreement(ours: list, theirs: list) -> float:
+    pairs = [(a, b) for mine, other in zip(ours, theirs) for a, b in zip(mine, other)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
+    rows = args.prompts * args.group_size
+    tokens, half = rows * args.length, rows // 2 * (args.length + args.length // 4)
+    print(f"{'':14}{'processes x threads':>21}{'one token, s':>14}{'all, s':>9}{'tokens/s':>10}{'decoding/s':>12}"
+          f"{'half ended, s':>15}{'cost of a token':>17}")
+    cost = {}
+    for name, (first, whole, ended) in seconds.items():
+        decoding = (tokens - rows) / (whole - first)
+        cost[name] = (ended - first) / (half - rows) * decoding
+        print(f"{name:14}{'{} x {}'.format(*SIDES[name]):>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}"
+              f"{decoding:12.1f}{ended:15.2f}{cost[name]:17.2f}")
+    print("greedy tokens that agree with transformers: " + ", ".join(
+        f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(SIDES)[1:]))
+    print(f"ratio generation_decoding {(seconds['transformers'][1] - seconds['transformers'][0]) / (seconds['one stage'][1] - seconds['one stage'][0]):.2f}")
+    print(f"ratio generation_two_stages {seconds['one stage'][1] / seconds['two stages'][1]:.2f}")
+    print(f"ratio generation_ended {cost['one stage']:.2f}")
+    print(f"ratio generation {seconds['transformers'][1] / seconds['one stage'][1]:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts with one picture each")
+    parser.add_argument("--group-size", type=int, default=8, help="responses to each")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a response; a multiple of 4")
+    parser.add_argument("--cells", type=int, default=12, help="visual tokens along each side of a picture")
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the language model")
+    parser.add_argument("--num-layers", type=int, default=8, help="layers of the language model")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the word embeddings")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--model", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.length % 4 or args.length < 8:
+        parser.error(f"--length must be a multiple of 4 and at least 8, got {args.length}")
+    if args.child:
+        child(args.child, args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = f"{folder}/model"
+        subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", model, "--hidden-size",
+                        str(args.hidden_size), "--intermediate-size", str(3 * args.hidden_size), "--num-layers",
+                        str(args.num_layers), "--num-heads", str(args.hidden_size // 64), "--vocab-size",
+                        str(args.vocab_size), "--rope-theta", "10000", "--initializer-range", "0.2", "--untied"],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
+        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, {size:.1f} M float32 "
+              f"parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, G = {args.group_size}, R = {args.length}")
+        print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
+              + f"; {len(os.sched_getaffinity(0))} cores; median of {args.rounds}")
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**vars(args), "model": model}.items()
+                     if name != "child"]
+        report(args, *measure(args, arguments))
+
+
+if __name__ == "__main__":
+    main()
