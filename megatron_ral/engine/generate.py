@@ -6,8 +6,8 @@ tokens are back from the last stage, whatever the others do, and when its last r
 its turn. (Prompts do not join a batch that runs: its rows share the step they are at.)
 
 All ranks of the model take the same turns, because these follow from tokens that all of them know. Everything sent
-between stages has arrived before a batch is handed to the caller, who may use the stages for anything in between. Nothing
-is sent over the data-parallel group.
+between stages has arrived before a batch is handed to the caller, who may use the stages for anything in between.
+Nothing is sent over the data-parallel group.
 """
 
 from collections import deque
@@ -75,8 +75,8 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
 
 def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int,
                      *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
-    """Generate for all prompts; the caller keeps the engine resident. Yields responses with their visual embeddings (first
-    stage only), batch by batch in the order of the prompts.
+    """Generate for all prompts; the caller keeps the engine resident. Yields responses with their visual embeddings
+    (first stage only), batch by batch in the order of the prompts.
 
     Args:
         batch_size: most prompts in one batch. With S pipeline stages S batches are in flight, and fewer prompts than
@@ -120,7 +120,7 @@ class _Line:
 
     @torch.no_grad()
     def advance(self, waiting: Iterator[BatchInFlight]) -> Optional[BatchInFlight]:
-        """Work until the next batch in the order of the prompts is over, and nothing is under way; None: there is no more.
+        """Work until the next batch in the order of the prompts is over and nothing is under way. None: no more.
 
         Args:
             waiting: batches that start as turns become free.
@@ -146,8 +146,8 @@ class _Line:
         return batch.result(broadcast_from_stage_(batch.logprobs, -1, self.groups))
 
     def _start_pass(self, batch: BatchInFlight) -> None:
-        """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states have
-        left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
+        """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states
+        have left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
         stage, here, last = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
         if here > 0:
             hidden = torch.empty(*batch.handed_on, self.engine.shape.hidden_size, dtype=stage.dtype,

@@ -1,7 +1,7 @@
 """A batch of prompts whose responses are in the making, as one stage sees it: rows, cache, and who has ended.
 
-Every rank of the model keeps the same books from the same tokens, so that all decide alike and nothing about them has to
-be sent. Rows that ended are fed on until they have cost as much as letting them go would: the row-steps spent on them
+Every rank of the model keeps the same books from the same tokens, so that all decide alike and nothing about them has
+to be sent. Rows that ended are fed on until they have cost as much as letting them go would: the row-steps spent on them
 since rows last left are counted, and once there are as many as rows that still run (a copy of a row's keys costs about
 what one step of attention reads of it) the batch is cut to the running rows. So neither ended rows nor copies ever take
 much more than the better of the two would have. Prompts whose responses have all ended are counted apart, as their keys
@@ -82,7 +82,7 @@ class BatchInFlight:
         return self.prompts.input_ids.shape[::-1] if self.step == 0 else (1, len(self.rows))
 
     def forward(self, stage: MultimodalStage) -> Tensor:
-        """One pass: the prompts, or one token of each row. Returns hidden states, or on the last stage logits [N, v]."""
+        """One pass: the prompts, or one token of each row. Returns hidden states, on the last stage logits [N, v]."""
         lengths = self._cache.prompt_lengths
         nobody = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
         attention = AttentionPass(GroupLayout(lengths, nobody, self.prompts.input_ids.shape[1], 0), cache=self._cache)

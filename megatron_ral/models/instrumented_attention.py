@@ -83,9 +83,9 @@ class InstrumentedAttention(torch.nn.Module):
         return output.transpose(1, 2)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
-        """One token for each row of the cache: [N, 1, heads, D]. Attention over the shared prompt and over the own tokens
-        are formed apart and joined by their shares of the softmax, so that a prompt's keys are neither copied nor read
-        for each of its responses."""
+        """One token for each row of the cache: [N, 1, heads, D]. Attention over the shared prompt and over the own
+        tokens are formed apart and joined by their shares of the softmax, so that a prompt's keys are neither copied
+        nor read for each of its responses."""
         cache = pass_.cache
         own_key, own_value = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
         prompt_key, prompt_value = cache.prompt[self.layer]

@@ -75,8 +75,8 @@ def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) ->
 
 
 def send_to_stage(tensor: Tensor, stage: int, groups: ParallelGroups) -> dist.Work:
-    """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The tensor
-    must not change until the work is waited for."""
+    """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The
+    tensor must not change until the work is waited for."""
     return dist.isend(tensor, dst=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
 
 
