@@ -1,18 +1,20 @@
 """Tokens per second of generating G responses to each image prompt, against `transformers.generate` on the same weights
 and cores, at one and two pipeline stages; and what a token costs when half of the responses end early.
 
-    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--rounds 3]
+    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--rounds 3] [--cores 1 --clock cpu]
 
 Makes a random Qwen2.5-VL in Hugging Face format, wide enough for its matrices to take the time, and lets three sides
 answer in turn, each in processes of its own that stay open:
 
-    transformers   one process, two threads; the prompts in one batch, num_return_sequences = G
-    one stage      one process, two threads
-    two stages     two processes with one thread each over gloo, two batches of half of the prompts in flight
+    transformers   one process with --cores threads; the prompts in one batch, num_return_sequences = G
+    one stage      one process with --cores threads
+    two stages     two processes with half of the threads each over gloo, two batches of half of the prompts in flight;
+                   left out with --cores 1
 
 All sample at temperature 1 from the whole vocabulary, in float32, and go on to the last step: no token ends a response.
 Seconds are those of a whole call, vision tower included; those of decoding are what a call for one token leaves. In the
-second measurement every second response is made to end after a quarter of the steps. All sides compute greedy tokens
+second measurement every second response is made to end after a quarter of the steps. On a machine that does other work
+too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure. All sides compute greedy tokens
 first; the share of ours that equals those of transformers is printed.
 
 The last lines are ratios of tokens per second:
@@ -39,8 +41,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 END = 1
-SIDES = {"transformers": (1, 2), "one stage": (1, 2), "two stages": (2, 1)}
-"""name -> (processes, threads of each)"""
+
+
+def sides_of(cores: int) -> dict[str, tuple[int, int]]:
+    """Name -> (processes, threads of each)."""
+    sides = {"transformers": (1, cores), "one stage": (1, cores)}
+    return sides if cores == 1 else {**sides, "two stages": (2, cores // 2)}
 
 
 # --- in the processes that measure ------------------------------------------------------------------------------------
@@ -130,15 +136,15 @@ def child(side: str, args: argparse.Namespace) -> None:
     """Answer the orders on standard input, one JSON line each."""
     import torch
 
-    torch.set_num_threads(SIDES[side][1])
+    torch.set_num_threads(sides_of(args.cores)[side][1])
     answer = (open_transformers if side == "transformers" else open_stages)(args)
     tokens = answer(min(8, args.length), True, False).tolist()
     print(json.dumps({"greedy": tokens}), flush=True)
     for line in sys.stdin:
         length, ended = json.loads(line)
-        started = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         answer(length, False, ended)
-        print(json.dumps(time.perf_counter() - started), flush=True)
+        print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
 
 
 # --- in the process that asks -----------------------------------------------------------------------------------------
@@ -146,8 +152,7 @@ def child(side: str, args: argparse.Namespace) -> None:
 class Side:
     """The processes of one side."""
 
-    def __init__(self, name: str, arguments: list[str]):
-        processes, threads = SIDES[name]
+    def __init__(self, name: str, processes: int, threads: int, arguments: list[str]):
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -158,8 +163,8 @@ class Side:
             stdout=subprocess.PIPE, stderr=None if os.environ.get("SHOW_ERRORS") else subprocess.DEVNULL,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
-    def read(self):
-        """What the processes say next; of their seconds the longest."""
+    def read(self) -> list:
+        """What each of the processes says next."""
         found = []
         for process in self.processes:
             while True:  # libraries print too
@@ -171,13 +176,15 @@ class Side:
                     break
                 except json.JSONDecodeError:
                     continue
-        return found[0] if isinstance(found[0], dict) else max(found)
+        return found
 
-    def seconds(self, length: int, ended: bool) -> float:
+    def seconds(self, length: int, ended: bool, clock: str) -> float:
+        """Of one call: until the last process is done, or of all processors."""
         for process in self.processes:
             process.stdin.write(json.dumps([length, ended]) + "\n")
             process.stdin.flush()
-        return self.read()
+        wall, cpu = zip(*self.read())
+        return max(wall) if clock == "wall" else sum(cpu)
 
     def close(self) -> None:
         for process in self.processes:
@@ -189,15 +196,15 @@ class Side:
 
 def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
     """Per side the median seconds of a call for one token, for all, and with half ended; and the greedy tokens."""
-    sides, rounds, greedy = {}, {name: [] for name in SIDES}, {}
+    sides, rounds, greedy = {}, {name: [] for name in sides_of(args.cores)}, {}
     try:
-        for name in SIDES:
-            sides[name] = Side(name, arguments)
-            greedy[name] = sides[name].read()["greedy"]
+        for name, size in sides_of(args.cores).items():
+            sides[name] = Side(name, *size, arguments)
+            greedy[name] = sides[name].read()[0]["greedy"]
         orders = [(1, False), (args.length, False), (args.length, True)]
         for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
             for name, side in sides.items():
-                row = [side.seconds(*order) for order in orders]
+                row = [side.seconds(*order, args.clock) for order in orders]
                 if number:
                     rounds[name].append(row)
     finally:
@@ -221,13 +228,14 @@ def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
     for name, (first, whole, ended) in seconds.items():
         decoding = (tokens - rows) / (whole - first)
         cost[name] = (ended - first) / (half - rows) * decoding
-        print(f"{name:14}{'{} x {}'.format(*SIDES[name]):>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}"
+        print(f"{name:14}{'{} x {}'.format(*sides_of(args.cores)[name]):>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}"
               f"{decoding:12.1f}{ended:15.2f}{cost[name]:17.2f}")
     print("greedy tokens that agree with transformers: " + ", ".join(
-        f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(SIDES)[1:]))
+        f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(seconds)[1:]))
     (theirs_first, theirs, _), (first, ours, _) = seconds["transformers"], seconds["one stage"]
     print(f"ratio generation_ended {cost['one stage']:.2f}")
-    print(f"ratio generation_two_stages {ours / seconds['two stages'][1]:.2f}")
+    if "two stages" in seconds:
+        print(f"ratio generation_two_stages {ours / seconds['two stages'][1]:.2f}")
     print(f"ratio generation_decoding {(theirs - theirs_first) / (ours - first):.2f}")
     print(f"ratio generation {theirs / ours:.2f}")
 
@@ -243,11 +251,15 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the language model")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the word embeddings")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--cores", type=int, default=2, help="threads of every side: 1, or an even number")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="whose seconds are counted")
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.length % 4 or args.length < 8:
         parser.error(f"--length must be a multiple of 4 and at least 8, got {args.length}")
+    if args.cores != 1 and (args.cores < 2 or args.cores % 2):
+        parser.error(f"--cores must be 1 or an even number, got {args.cores}")
     if args.child:
         child(args.child, args)
         return
@@ -263,7 +275,7 @@ def main() -> None:
               f"float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, G = {args.group_size}, "
               f"R = {args.length}")
         print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
-              + f"; {len(os.sched_getaffinity(0))} cores; median of {args.rounds}")
+              + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}")
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**vars(args), "model": model}.items()
                      if name != "child"]
         report(args, *measure(args, arguments))
