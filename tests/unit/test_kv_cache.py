@@ -1,4 +1,4 @@
-"""The cache of a generation and one decoding step of the core attention, against a softmax over all keys of each row."""
+"""The cache of a generation and a decoding step of the core attention, against a softmax over all keys of each row."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tole
     rows, own = list(range(4 * G)), {row: ([], []) for row in range(4 * G)}
     for step in range(9):
         N = len(rows)
-        query, key, value = random(N, HEADS, D, dtype=dtype), random(N, KV, D, dtype=dtype), random(N, KV, D, dtype=dtype)
+        query, key, value = (random(N, heads, D, dtype=dtype) for heads in (HEADS, KV, KV))
         pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(4, 0), P, 0), cache=cache, decode_step=step)
         output = layer(query[None], key[None], value[None], pass_)
         assert output.shape == (1, N, HEADS * D) and output.dtype == dtype

@@ -1,7 +1,7 @@
 """Tokens per second of generating G responses to each image prompt, against `transformers.generate` on the same weights
 and cores, at one and two pipeline stages; and what a token costs when half of the responses end early.
 
-    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--rounds 3] [--cores 1 --clock cpu]
+    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--cores 1 --clock cpu]
 
 Makes a random Qwen2.5-VL in Hugging Face format, wide enough for its matrices to take the time, and lets three sides
 answer in turn, each in processes of its own that stay open:
@@ -14,8 +14,8 @@ answer in turn, each in processes of its own that stay open:
 All sample at temperature 1 from the whole vocabulary, in float32, and go on to the last step: no token ends a response.
 Seconds are those of a whole call, vision tower included; those of decoding are what a call for one token leaves. In the
 second measurement every second response is made to end after a quarter of the steps. On a machine that does other work
-too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure. All sides compute greedy tokens
-first; the share of ours that equals those of transformers is printed.
+too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure. All sides
+compute greedy tokens first; the share of ours that equals those of transformers is printed.
 
 The last lines are ratios of tokens per second:
     generation_ended         one stage: cost of a token (decoding seconds over tokens of responses) where half of the
@@ -228,8 +228,8 @@ def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
     for name, (first, whole, ended) in seconds.items():
         decoding = (tokens - rows) / (whole - first)
         cost[name] = (ended - first) / (half - rows) * decoding
-        print(f"{name:14}{'{} x {}'.format(*sides_of(args.cores)[name]):>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}"
-              f"{decoding:12.1f}{ended:15.2f}{cost[name]:17.2f}")
+        size = "{} x {}".format(*sides_of(args.cores)[name])
+        print(f"{name:14}{size:>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}{decoding:12.1f}{ended:15.2f}{cost[name]:17.2f}")
     print("greedy tokens that agree with transformers: " + ", ".join(
         f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(seconds)[1:]))
     (theirs_first, theirs, _), (first, ours, _) = seconds["transformers"], seconds["one stage"]
@@ -272,8 +272,8 @@ def main() -> None:
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
         print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, {size:.1f} M "
-              f"float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, G = {args.group_size}, "
-              f"R = {args.length}")
+              f"float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, "
+              f"G = {args.group_size}, R = {args.length}")
         print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
               + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}")
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**vars(args), "model": model}.items()
