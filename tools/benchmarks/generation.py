@@ -13,13 +13,14 @@ answer in turn, each in processes of its own that stay open:
 
 All sample at temperature 1 from the whole vocabulary, in float32, and go on to the last step: no token ends a response.
 Seconds are those of a whole call, vision tower included; those of decoding are what a call for one token leaves. In the
-second measurement every second response is made to end after a quarter of the steps. On a machine that does other work
-too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure. All sides
-compute greedy tokens first; the share of ours that equals those of transformers is printed.
+second measurement every second response is made to end after a quarter of the steps; beside it stands a batch of half
+the group size in which none ends, as matrices of fewer rows are less efficient whatever came before them. All sides
+compute greedy tokens first; the share of ours that equals those of transformers is printed. On a machine that does
+other work too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure.
 
 The last lines are ratios of tokens per second:
     generation_ended         one stage: cost of a token (decoding seconds over tokens of responses) where half of the
-                             responses end early, over that where none does; 1.6 would be no gain from their end
+                             responses end early, over that in a batch of the other half alone
     generation_two_stages    two stages over one
     generation_decoding      one stage over transformers, without what the first token takes
     generation               one stage over transformers, whole calls
@@ -70,7 +71,7 @@ def read_prompts(args: argparse.Namespace) -> tuple:
 
 
 def open_transformers(args: argparse.Namespace):
-    """Returns answer(length, greedy, ended) -> [B G, length] token ids."""
+    """Returns answer(length, greedy, ended, group size) -> [B G, length] token ids."""
     import torch
     from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
@@ -89,8 +90,8 @@ def open_transformers(args: argparse.Namespace):
                 scores[:, END] = -torch.inf
             return scores
 
-    def answer(length: int, greedy: bool, ended: bool):
-        how = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=args.group_size, top_k=0,
+    def answer(length: int, greedy: bool, ended: bool, group_size: int):
+        how = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=group_size, top_k=0,
                                                          top_p=1.0, temperature=1.0)
         model.generation_config.eos_token_id = END if ended else None
         extra = dict(logits_processor=LogitsProcessorList([EndHalf()])) if ended else {}
@@ -118,11 +119,10 @@ def open_stages(args: argparse.Namespace):
         return token.masked_fill(batch.rows % 2 == 1, END) if batch.step == args.length // 4 - 1 else \
             token.masked_fill(token == END, END + 1)
 
-    def answer(length: int, greedy: bool, ended: bool):
+    def answer(length: int, greedy: bool, ended: bool, group_size: int):
         import torch
 
-        settings = SamplingSettings(1 if greedy else args.group_size, length, END if ended else -1, 0,
-                                    0.0 if greedy else 1.0)
+        settings = SamplingSettings(group_size, length, END if ended else -1, 0, 0.0 if greedy else 1.0)
         BatchInFlight.draw = draw_ends if ended else draw
         with engine.resident():
             rows = [batch.response_ids.flatten(0, 1)
@@ -138,12 +138,12 @@ def child(side: str, args: argparse.Namespace) -> None:
 
     torch.set_num_threads(sides_of(args.cores)[side][1])
     answer = (open_transformers if side == "transformers" else open_stages)(args)
-    tokens = answer(min(8, args.length), True, False).tolist()
+    tokens = answer(min(8, args.length), True, False, 1).tolist()
     print(json.dumps({"greedy": tokens}), flush=True)
     for line in sys.stdin:
-        length, ended = json.loads(line)
+        length, ended, group_size = json.loads(line)
         wall, cpu = time.perf_counter(), time.process_time()
-        answer(length, False, ended)
+        answer(length, False, ended, group_size)
         print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
 
 
@@ -178,10 +178,10 @@ class Side:
                     continue
         return found
 
-    def seconds(self, length: int, ended: bool, clock: str) -> float:
+    def seconds(self, length: int, ended: bool, group_size: int, clock: str) -> float:
         """Of one call: until the last process is done, or of all processors."""
         for process in self.processes:
-            process.stdin.write(json.dumps([length, ended]) + "\n")
+            process.stdin.write(json.dumps([length, ended, group_size]) + "\n")
             process.stdin.flush()
         wall, cpu = zip(*self.read())
         return max(wall) if clock == "wall" else sum(cpu)
@@ -195,13 +195,15 @@ class Side:
 
 
 def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
-    """Per side the median seconds of a call for one token, for all, and with half ended; and the greedy tokens."""
+    """Per side the median seconds of a call for one token, for all, with half ended, and with half of the group size
+    for one and for all; and the greedy tokens."""
     sides, rounds, greedy = {}, {name: [] for name in sides_of(args.cores)}, {}
     try:
         for name, size in sides_of(args.cores).items():
             sides[name] = Side(name, *size, arguments)
             greedy[name] = sides[name].read()[0]["greedy"]
-        orders = [(1, False), (args.length, False), (args.length, True)]
+        G, R = args.group_size, args.length
+        orders = [(1, False, G), (R, False, G), (R, True, G), (1, False, G // 2), (R, False, G // 2)]
         for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
             for name, side in sides.items():
                 row = [side.seconds(*order, args.clock) for order in orders]
@@ -222,18 +224,21 @@ def agreement(ours: list, theirs: list) -> float:
 def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
     rows = args.prompts * args.group_size
     tokens, half = rows * args.length, rows // 2 * (args.length + args.length // 4)
-    print(f"{'':14}{'processes x threads':>21}{'one token, s':>14}{'all, s':>9}{'tokens/s':>10}{'decoding/s':>12}"
-          f"{'half ended, s':>15}{'cost of a token':>17}")
+    print(f"{'':14}{'':21}{'':14}{'':9}{'':10}{'':12}{'cost of a token in decoding, ms':>35}\n"
+          f"{'':14}{'processes x threads':>21}{'one token, s':>14}{'all, s':>9}{'tokens/s':>10}{'decoding/s':>12}"
+          f"{'all':>9}{'half end':>13}{'half G':>13}")
     cost = {}
-    for name, (first, whole, ended) in seconds.items():
+    for name, (first, whole, ended, half_first, half_whole) in seconds.items():
         decoding = (tokens - rows) / (whole - first)
-        cost[name] = (ended - first) / (half - rows) * decoding
+        cost[name] = [1000 / decoding, 1000 * (ended - first) / (half - rows),
+                      2000 * (half_whole - half_first) / (tokens - rows)]
         size = "{} x {}".format(*sides_of(args.cores)[name])
-        print(f"{name:14}{size:>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}{decoding:12.1f}{ended:15.2f}{cost[name]:17.2f}")
+        print(f"{name:14}{size:>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}{decoding:12.1f}"
+              "{:9.3f}{:13.3f}{:13.3f}".format(*cost[name]))
     print("greedy tokens that agree with transformers: " + ", ".join(
         f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(seconds)[1:]))
-    (theirs_first, theirs, _), (first, ours, _) = seconds["transformers"], seconds["one stage"]
-    print(f"ratio generation_ended {cost['one stage']:.2f}")
+    (theirs_first, theirs), (first, ours) = seconds["transformers"][:2], seconds["one stage"][:2]
+    print(f"ratio generation_ended {cost['one stage'][1] / cost['one stage'][2]:.2f}")
     if "two stages" in seconds:
         print(f"ratio generation_two_stages {ours / seconds['two stages'][1]:.2f}")
     print(f"ratio generation_decoding {(theirs - theirs_first) / (ours - first):.2f}")
@@ -258,6 +263,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.length % 4 or args.length < 8:
         parser.error(f"--length must be a multiple of 4 and at least 8, got {args.length}")
+    if args.group_size % 2:
+        parser.error(f"--group-size must be even, got {args.group_size}")
     if args.cores != 1 and (args.cores < 2 or args.cores % 2):
         parser.error(f"--cores must be 1 or an even number, got {args.cores}")
     if args.child:
@@ -271,8 +278,8 @@ def main() -> None:
                         str(args.vocab_size), "--rope-theta", "10000", "--initializer-range", "0.2", "--untied"],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
-        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, {size:.1f} M "
-              f"float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, "
+        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, "
+              f"{size:.1f} M float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, "
               f"G = {args.group_size}, R = {args.length}")
         print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
               + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}")
