@@ -104,7 +104,8 @@ class RolloutConfig:
     num_epochs: PositiveInt = 1
     """Passes over one rollout."""
     generation_batch_size: PositiveInt = 32
-    """Prompts generated together on one rank; bounds the KV cache, never changes the result."""
+    """Prompts generated together in one batch; bounds the KV cache, never changes the result. With S pipeline stages S
+    batches are in flight, each stage holding the cache of its own layers."""
     max_response_length: PositiveInt = 512
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0

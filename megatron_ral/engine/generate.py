@@ -1,5 +1,16 @@
-"""Generation of G responses per prompt on the pipeline stages, prompt computed once per group, with a KV cache."""
+"""Generation of G responses per prompt on the pipeline stages, prompt computed once per group, with a KV cache.
 
+As many batches of prompts are in flight as there are stages. They take turns: while one batch is on the last stage the
+next is on the stage before it, so that every stage always has a batch to work on. A batch goes on as soon as its own
+tokens are back from the last stage, whatever the others do, and when its last response has ended the next prompts take
+its turn. (Prompts do not join a batch that runs: its rows share the step they are at.)
+
+All ranks of the model take the same turns, because these follow from tokens that all of them know. Everything sent
+between stages has arrived before a batch is handed to the caller, who may use the stages for anything in between.
+Nothing is sent over the data-parallel group.
+"""
+
+from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from typing import Iterable, Iterator, Optional, Sequence
@@ -7,27 +18,10 @@ from typing import Iterable, Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ral.engine.in_flight import BatchInFlight, SamplingSettings
 from megatron_ral.engine.stage import StageEngine
-from megatron_ral.functional.sampling import sample_tokens, uniform_stream
-from megatron_ral.models.group_layout import AttentionPass, GroupKVCache, GroupLayout
-from megatron_ral.parallel.collectives import (
-    broadcast_from_stage_, gather_shards, receive_from_previous_stage, send_to_next_stage)
-from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts, to_device
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How responses are drawn."""
-
-    group_size: int
-    max_response_length: int
-    end_token_id: int
-    pad_token_id: int
-    temperature: float = 1.0
-    """0: greedy."""
-    top_p: float = 1.0
-    num_tokens: int = 0
-    """Only the first so many ids are drawn; 0: all. (Models of one tokenizer may pad their vocabulary differently.)"""
+from megatron_ral.parallel.collectives import broadcast_from_stage_, receive_from_stage, send_to_stage
+from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,9 @@ class PromptResponses:
             torch.stack([pad(row.rollout_logprobs, 0.0) for row in rows]), torch.stack([row.finished for row in rows]))
 
 
-@torch.no_grad()
 def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[tuple[Tensor, ...]],
              settings: SamplingSettings, *identity: object) -> ResponseBatch:
-    """Sample responses; every rank of the model (all stages, all tensor ranks) returns the same batch.
+    """Sample responses in one batch; every rank of the model (all stages, all tensor ranks) returns the same.
 
     Args:
         engine: policy, made resident for the whole call.
@@ -74,96 +67,110 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
         settings: how to draw.
         identity: what the random stream belongs to (seed, step); prompt key and response number are added.
     """
-    B, G, R = len(prompts), settings.group_size, settings.max_response_length
-    uniforms = torch.stack([torch.stack([uniform_stream(R, *identity, key, response) for response in range(G)])
-                            for key in prompts.identities])
-    tokens = torch.full((B, G, R), settings.pad_token_id)
-    logprobs = torch.zeros(B, G, R)
-    lengths = torch.zeros(B, G, dtype=torch.int64)
-    finished = torch.zeros(B, G, dtype=torch.bool)
-    decoder = _Decoder(engine, prompts, settings)
-    with engine.resident(), engine.stage.whole_sequences():
-        for step in range(R):
-            logits = decoder.prefill(visual_embeds) if step == 0 else decoder.advance(tokens[:, :, step - 1], step - 1)
-            token, logprob = decoder.draw(logits, uniforms[:, :, step])
-            alive = ~finished
-            tokens[:, :, step] = torch.where(alive, token, settings.pad_token_id)
-            logprobs[:, :, step] = torch.where(alive, logprob, 0.0)
-            lengths += alive
-            finished |= token == settings.end_token_id
-            if bool(finished.all()):
-                break
-    longest = int(lengths.max())
-    return ResponseBatch(prompts, tokens[:, :, :longest].contiguous(), lengths, logprobs[:, :, :longest].contiguous(),
-                         finished)
+    batch = BatchInFlight(prompts, visual_embeds, settings, engine.groups, identity)
+    line = _Line(engine)
+    with engine.resident():
+        line.advance(iter([batch]))
+    return line.result(batch)
 
 
 def sample_responses(engine: StageEngine, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int,
                      *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
-    """Generate for all prompts, `batch_size` at a time; the caller keeps the engine resident. Yields responses with their
-    visual embeddings (first stage only)."""
-    remaining = iter(prompts)
-    while taken := list(islice(remaining, batch_size)):
-        batch = pad_prompts(taken, settings.pad_token_id)
-        embeds = engine.encode_visual(batch)
-        yield generate(engine, batch, embeds, settings, *identity), embeds
+    """Generate for all prompts; the caller keeps the engine resident. Yields responses with their visual embeddings
+    (first stage only), batch by batch in the order of the prompts.
+
+    Args:
+        prompts: taken as they are needed.
+        batch_size: most prompts in one batch. With S pipeline stages S batches are in flight, and fewer prompts than
+            S batch_size are spread over S batches.
+    """
+    remaining, stages = iter(prompts), engine.layout.pipeline_size
+
+    def batches() -> Iterator[BatchInFlight]:
+        while taken := list(islice(remaining, batch_size * stages)):
+            size = min(batch_size, -(-len(taken) // stages))
+            for start in range(0, len(taken), size):
+                batch = pad_prompts(taken[start:start + size], settings.pad_token_id)
+                yield BatchInFlight(batch, engine.encode_visual(batch), settings, engine.groups, identity)
+
+    line, waiting = _Line(engine), batches()
+    while (batch := line.advance(waiting)) is not None:
+        yield line.result(batch), batch.visual_embeds
 
 
-class _Decoder:
-    """One rollout's cache and the passing of hidden states between stages."""
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass of a batch over this stage has under way."""
 
-    def __init__(self, engine: StageEngine, prompts: PromptBatch, settings: SamplingSettings):
-        self.engine, self.settings, self.device = engine, settings, engine.groups.device
-        self.prompts = to_device(prompts, self.device)
-        self.cache = GroupKVCache(settings.max_response_length)
-        self.B, self.G, self.P = len(prompts), settings.group_size, prompts.input_ids.shape[1]
+    batch: BatchInFlight
+    token: Tensor
+    """[N] int64, drawn here or to arrive from the last stage."""
+    works: list
+    sent: Tensor
+    """Kept until it has left."""
 
-    def prefill(self, visual_embeds: Optional[tuple[Tensor, ...]]) -> Optional[Tensor]:
-        """Logits [B, G, v] for the first token on the last stage, None elsewhere."""
-        layout = GroupLayout(self.prompts.prompt_lengths, self._lengths(0), self.P, 0)
-        attention = AttentionPass(layout, cache=self.cache)
-        self._receive(self.P)
-        output = self.engine.stage.prefill(self.prompts, visual_embeds, attention)
-        logits = self._hand_on(output)
-        return None if logits is None else logits[:, None].expand(-1, self.G, -1)
 
-    def advance(self, tokens_BG: Tensor, step: int) -> Optional[Tensor]:
-        """Feed the tokens of `step`; logits [B, G, v] for the next on the last stage, None elsewhere."""
-        layout = GroupLayout(self.prompts.prompt_lengths, self._lengths(self.G), self.P,
-                             self.settings.max_response_length)
-        attention = AttentionPass(layout, cache=self.cache, decode_step=step)
-        positions = (self.prompts.next_position + step)[:, None].expand(-1, self.G)
-        self._receive(self.G)
-        return self._hand_on(self.engine.stage.decode(tokens_BG.to(self.device), positions, attention))
+class _Line:
+    """The batches in flight on this stage."""
 
-    def draw(self, logits: Optional[Tensor], uniform_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample on the last stage, tell the others. Returns tokens [B, G] and their log-probabilities under
-        softmax(logits / temperature), before top-p."""
-        message = torch.zeros(2, self.B, self.G, dtype=torch.float64)
-        if logits is not None:
-            logits = torch.cat(gather_shards(logits.float(), self.engine.groups.tensor), dim=-1).cpu()
-            drawn = logits[..., : self.settings.num_tokens] if self.settings.num_tokens else logits
-            token = sample_tokens(drawn.flatten(0, 1), uniform_BG.flatten(), self.settings.temperature,
-                                  self.settings.top_p).view(self.B, self.G)
-            message[0] = token
-            logits = logits / (self.settings.temperature or 1.0)
-            message[1] = torch.log_softmax(logits, dim=-1).gather(-1, token[..., None])[..., 0]
-        message = broadcast_from_stage_(message.to(self.device), -1, self.engine.groups).cpu()
-        return message[0].long(), message[1].float()
+    def __init__(self, engine: StageEngine):
+        self.engine, self.groups, self.layout = engine, engine.groups, engine.layout
+        self._turns: deque[BatchInFlight] = deque()
+        """Batches in the order in which they make their next pass."""
+        self._unfinished: deque[BatchInFlight] = deque()
+        """Batches in the order of their prompts."""
+        self._under_way: deque[_Pass] = deque()
+        """Passes whose tokens were not taken yet, the oldest first."""
 
-    def _lengths(self, G: int) -> Tensor:
-        """Response lengths play no part while generating: what a row sees is what the cache holds."""
-        return torch.zeros(self.B, G, dtype=torch.int64, device=self.device)
+    @torch.no_grad()
+    def advance(self, waiting: Iterator[BatchInFlight]) -> Optional[BatchInFlight]:
+        """Work until the next batch in the order of the prompts is over and nothing is under way. None: no more.
 
-    def _receive(self, length: int) -> None:
-        engine = self.engine
-        if not engine.layout.is_first_stage:
-            hidden = torch.empty(length, self.B, engine.shape.hidden_size, dtype=engine.stage.dtype,
-                                 device=self.device)
-            engine.stage.set_input_tensor(receive_from_previous_stage(hidden, engine.groups))
+        Args:
+            waiting: batches that start as turns become free.
+        """
+        with self.engine.resident(), self.engine.stage.whole_sequences():
+            while not (self._unfinished and self._unfinished[0].over):
+                while len(self._turns) < self.layout.pipeline_size and (batch := next(waiting, None)) is not None:
+                    self._unfinished.append(batch)
+                    self._start_pass(batch)
+                if not self._turns:
+                    return None
+                batch = self._turns.popleft()
+                while any(item.batch is batch for item in self._under_way):
+                    self._end_oldest_pass()
+                if not batch.over:
+                    self._start_pass(batch)
+            while self._under_way:
+                self._end_oldest_pass()
+        return self._unfinished.popleft()
 
-    def _hand_on(self, output: Tensor) -> Optional[Tensor]:
-        if self.engine.layout.is_last_stage:
-            return output
-        send_to_next_stage(output, self.engine.groups)
-        return None
+    def result(self, batch: BatchInFlight) -> ResponseBatch:
+        """The responses of a batch that is over, on every rank of the model."""
+        return batch.result(broadcast_from_stage_(batch.logprobs, -1, self.groups))
+
+    def _start_pass(self, batch: BatchInFlight) -> None:
+        """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states
+        have left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
+        stage, here, last = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
+        if here > 0:
+            hidden = torch.empty(*batch.handed_on, self.engine.shape.hidden_size, dtype=stage.dtype,
+                                 device=self.groups.device)
+            receive_from_stage(hidden, here - 1, self.groups).wait()
+            stage.set_input_tensor(hidden)
+        output = batch.forward(stage)
+        if here == last:
+            token = output = batch.draw(output, self.groups)
+            works = [send_to_stage(token, other, self.groups) for other in range(last)]
+        else:
+            token = torch.empty(len(batch.rows), dtype=torch.int64, device=self.groups.device)
+            output = output.contiguous()
+            works = [send_to_stage(output, here + 1, self.groups), receive_from_stage(token, last, self.groups)]
+        self._under_way.append(_Pass(batch, token, works, output))
+        self._turns.append(batch)
+
+    def _end_oldest_pass(self) -> None:
+        oldest = self._under_way.popleft()
+        for work in oldest.works:
+            work.wait()
+        oldest.batch.take(oldest.token)

@@ -43,3 +43,33 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
     # A draw on the very end of the scale must not land in the truncated tail.
     last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
     return token_ids.gather(-1, torch.minimum(index, last))[:, 0]
+
+
+def sample_candidates(logits_XC: Tensor, ids_XC: Tensor, least_X: Tensor, maximum_X: Tensor, total_X: Tensor,
+                      uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`sample_tokens` from the most likely tokens alone, where these decide.
+
+    Args:
+        logits_XC: [X, C] float32 logits of candidates; of equal ones the lower id stands first.
+        ids_XC: [X, C] their ids.
+        least_X: [X] every token above this logit is a candidate (-inf: all are).
+        maximum_X: [X] largest logit.
+        total_X: [X] float64 sum over the whole vocabulary of exp((logit - maximum) / temperature).
+        uniform_X, temperature, top_p: as `sample_tokens`; temperature > 0.
+
+    Returns:
+        ([X] int64 ids, [X] bool: whether the id is what `sample_tokens` of the whole vocabulary draws).
+    """
+    logits, order = logits_XC.sort(dim=-1, descending=True, stable=True)
+    ordered = ((logits.double() - maximum_X[:, None]) / temperature).exp() / total_X[:, None]
+    cumulative = ordered.cumsum(dim=-1)
+    whole = least_X == float("-inf")
+    known = whole[:, None] | (logits > least_X[:, None])  # a prefix; behind it others may have to stand between
+    last, reach = (ordered > 0).sum(dim=-1, keepdim=True) - 1, torch.ones_like(total_X)
+    if top_p < 1.0:
+        inside = cumulative - ordered < top_p
+        last, reach = inside.sum(dim=-1, keepdim=True) - 1, (ordered * inside).sum(dim=-1)
+    index = torch.searchsorted(cumulative, (uniform_X * reach)[:, None], right=True)
+    index = torch.minimum(index, last)
+    settled = whole | ((index if top_p == 1.0 else last)[:, 0] < known.sum(dim=-1))
+    return ids_XC.gather(-1, order.gather(-1, index))[:, 0], settled

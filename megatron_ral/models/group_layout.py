@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ral.functional.attention_rows import RowQK
+from megatron_ral.models.kv_cache import GroupKVCache
 
 ROW_KINDS = ("token", "predictor", "last_prompt")
 """Rows an attention policy is taken from: `token`: of response token r itself (the paper); `predictor`: of the place that
@@ -96,30 +97,6 @@ class AttentionRecord:
         return AttentionRecord(*(getattr(self, item.name).detach().clone() for item in fields(self)))
 
 
-class GroupKVCache:
-    """Keys and values of one rollout: the prompt's once per group, each response's own. Filled by the layers."""
-
-    def __init__(self, max_response_length: int):
-        self.max_response_length = max_response_length
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        """layer -> keys and values [B, P, k, D]"""
-        self.response: dict[int, tuple[Tensor, Tensor]] = {}
-        """layer -> keys and values [B, G, R, k, D], valid up to the current step"""
-
-    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.prompt[layer] = (key.contiguous(), value.contiguous())  # not views that keep the mixed q, k, v alive
-
-    def append(self, layer: int, step: int, key_BGkD: Tensor, value_BGkD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token per response at `step`; returns all own keys and values up to and including it."""
-        if layer not in self.response:
-            B, G, k, D = key_BGkD.shape
-            shape = (B, G, self.max_response_length, k, D)
-            self.response[layer] = (key_BGkD.new_empty(shape), value_BGkD.new_empty(shape))
-        keys, values = self.response[layer]
-        keys[:, :, step], values[:, :, step] = key_BGkD, value_BGkD
-        return keys[:, :, : step + 1], values[:, :, : step + 1]
-
-
 @dataclass(frozen=True)
 class VisualFeatures:
     """Features of the vision tower that a language layer adds at the visual tokens (DeepStack)."""
@@ -150,7 +127,7 @@ class AttentionPass:
     """0-based layers whose response rows are recorded."""
     cache: Optional[GroupKVCache] = None
     decode_step: Optional[int] = None
-    """None: the sequence is the whole group layout. A number: one token per response at that step, keys from cache."""
+    """None: the sequence is the whole group layout. A number: one token at that step for each row of the cache."""
     hidden_states: bool = False
     """The last stage returns what its LM head would read in place of logits."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)

@@ -83,20 +83,39 @@ class InstrumentedAttention(torch.nn.Module):
         return output.transpose(1, 2)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
-        """One token per response: [B, G, heads, D]. Scores over the shared prompt keys and the own keys are formed
-        apart and joined in one softmax, so that the prompt's keys are never copied G times."""
-        step, layout = pass_.decode_step, pass_.layout
-        own_key, own_value = pass_.cache.append(self.layer, step, key, value)
-        prompt_key, prompt_value = pass_.cache.prompt[self.layer]
-        B, G, n, D = query.shape
-        k, P = prompt_key.shape[2], prompt_key.shape[1]
-        query = query.unflatten(2, (k, n // k)) * self.softmax_scale
-        prompt_scores = torch.einsum("bgkmd,bpkd->bgkmp", query, prompt_key)
-        own_scores = torch.einsum("bgkmd,bgskd->bgkms", query, own_key)
-        padding = torch.arange(P, device=query.device) >= layout.prompt_lengths[:, None]
-        prompt_scores = prompt_scores.masked_fill(padding[:, None, None, None], float("-inf"))
-        weights = torch.softmax(torch.cat([prompt_scores, own_scores], dim=-1), dim=-1, dtype=torch.float32)
-        weights = weights.to(value.dtype)
-        output = torch.einsum("bgkmp,bpkd->bgkmd", weights[..., :P], prompt_value)
-        output = output + torch.einsum("bgkms,bgskd->bgkmd", weights[..., P:], own_value)
-        return output.flatten(2, 3)
+        """One token for each row of the cache: [N, 1, heads, D]. Attention over the shared prompt and over the own
+        tokens are formed apart and joined by their shares of the softmax, so that a prompt's keys are neither copied
+        nor read for each of its responses."""
+        cache = pass_.cache
+        own_key, own_value = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
+        prompt_key, prompt_value = cache.prompt[self.layer]
+        k = prompt_key.shape[1]
+        query = query[:, 0].unflatten(1, (k, -1)) * self.softmax_scale  # [N, k, heads / k, D]
+        own = _attend(query, own_key, own_value, None)
+        grouped = cache.by_prompt(query)  # [B, width, k, heads / k, D]
+        prompt = _attend(grouped.transpose(1, 2).flatten(2, 3), prompt_key, prompt_value,
+                         cache.hidden_keys(prompt_key.shape[2])[:, None, None])
+        prompt = tuple(cache.by_row(part.unflatten(2, grouped.shape[1:4:2]).transpose(1, 2)) for part in prompt)
+        maximum = torch.maximum(own[1], prompt[1])
+        parts = [(output, total, (top - maximum).exp()) for output, top, total in (own, prompt)]
+        output = sum(output * share for output, _, share in parts) / sum(total * share for _, total, share in parts)
+        return output.to(value.dtype).flatten(1, 2)[:, None]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention whose softmax is not divided yet.
+
+    Args:
+        query: [X, k, L, D], scaled.
+        key, value: [X, k, S, D].
+        hidden: bool that spreads to [X, k, L, S], True at keys that are not seen.
+
+    Returns:
+        (sum of exp(score - maximum) value [X, k, L, D], maximum [X, k, L, 1], sum of exp(score - maximum)), float32.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)).float()
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    maximum = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(maximum).exp_()
+    return torch.matmul(weights.to(value.dtype), value).float(), maximum, weights.sum(dim=-1, keepdim=True)

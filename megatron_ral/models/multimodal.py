@@ -109,11 +109,11 @@ class MultimodalStage(torch.nn.Module):
         last = attention.layout.prompt_lengths - 1
         return self._logits(hidden[last, torch.arange(len(last), device=last.device)])
 
-    def decode(self, token_BG: Tensor, positions_BG: Tensor, attention: AttentionPass) -> Tensor:
-        """One token per response. Returns [G, B, H] hidden states, or on the last stage logits [B, G, v]."""
-        hidden = self.language.embed_words(token_BG) if self.layout.is_first_stage else None
-        hidden = self._decode_layers(hidden, positions_BG[None].expand(3, -1, -1), attention)
-        return self._logits(hidden.transpose(0, 1)) if self.layout.is_last_stage else hidden
+    def decode(self, token_N: Tensor, positions_N: Tensor, attention: AttentionPass) -> Tensor:
+        """One token for each row of the cache. Returns [1, N, H] hidden states, or on the last stage logits [N, v]."""
+        hidden = self.language.embed_words(token_N[:, None]) if self.layout.is_first_stage else None
+        hidden = self._decode_layers(hidden, positions_N[None, :, None].expand(3, -1, -1), attention)
+        return self._logits(hidden[0]) if self.layout.is_last_stage else hidden
 
     def encode_visual(self, prompts: PromptBatch) -> tuple[Tensor, ...]:
         """Features of each prompt's images and videos, [visual tokens, 1 + D, H]: what takes the place of the word

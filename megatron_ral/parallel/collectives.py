@@ -74,16 +74,15 @@ def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) ->
     return tensor
 
 
-def send_to_next_stage(tensor: Tensor, groups: ParallelGroups) -> None:
-    ranks = dist.get_process_group_ranks(groups.pipeline)
-    dist.send(tensor.contiguous(), dst=ranks[groups.layout.pipeline_rank + 1], group=groups.pipeline)
+def send_to_stage(tensor: Tensor, stage: int, groups: ParallelGroups) -> dist.Work:
+    """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The
+    tensor must not change until the work is waited for."""
+    return dist.isend(tensor, dst=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
 
 
-def receive_from_previous_stage(tensor: Tensor, groups: ParallelGroups) -> Tensor:
-    """Fill `tensor` with what the previous stage sends."""
-    ranks = dist.get_process_group_ranks(groups.pipeline)
-    dist.recv(tensor, src=ranks[groups.layout.pipeline_rank - 1], group=groups.pipeline)
-    return tensor
+def receive_from_stage(tensor: Tensor, stage: int, groups: ParallelGroups) -> dist.Work:
+    """Start filling `tensor` with what another pipeline stage sends; valid once the work is waited for."""
+    return dist.irecv(tensor, src=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
 
 
 def sum_metrics(metrics: Mapping[str, Tensor | float], groups: ParallelGroups) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""Log-probabilities, entropy and most likely tokens from logits whose vocabulary is split over tensor-parallel ranks.
+"""Log-probabilities, entropy, most likely and sampled tokens from logits whose vocabulary is split over tensor-parallel
+ranks.
 
-Local partial -> collective -> combine: the pure halves are `functional/logprobs.py`. Full logits are never gathered.
+Local partial -> collective -> combine: the pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full
+logits are never gathered, but for the rows of `vocab_parallel_sample` that its candidates do not settle.
 """
 
 from typing import Optional
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from megatron_ral.functional.logprobs import (
     VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
+from megatron_ral.functional.sampling import sample_candidates, sample_tokens
 from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_, gather_shards
 
 
@@ -67,3 +70,51 @@ def vocab_parallel_argmax(logits_v: Tensor, group: dist.ProcessGroup) -> Tensor:
     values = torch.stack(gather_shards(value.contiguous(), group))
     indices = torch.stack(gather_shards(index + logits_v.shape[-1] * dist.get_rank(group), group))
     return indices.gather(0, values.argmax(dim=0, keepdim=True))[0]
+
+
+@torch.no_grad()
+def vocab_parallel_sample(logits_Xv: Tensor, uniform_X: Tensor, temperature: float, top_p: float,
+                          group: dist.ProcessGroup, *, num_tokens: int = 0, num_candidates: int = 512) -> Tensor:
+    """`functional.sampling.sample_tokens` of the whole vocabulary, from its most likely tokens where these are enough.
+
+    Every rank hands over its `num_candidates` largest logits and a sum of exponentials. A draw that falls among them
+    is settled; for rows where it does not (a flat distribution, a draw from the tail) the whole vocabulary is gathered.
+
+    Args:
+        logits_Xv: [X, v] this rank's columns of the logits.
+        uniform_X, temperature, top_p: as `sample_tokens`.
+        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
+        num_tokens: only the first so many ids of the whole vocabulary are drawn; 0: all.
+        num_candidates: per rank; without influence on the result.
+
+    Returns:
+        [X] int64 on the device of the logits, equal on all ranks of the group.
+    """
+    logits, start = logits_Xv.float(), logits_Xv.shape[-1] * dist.get_rank(group)
+    if num_tokens and start + logits.shape[-1] > num_tokens:
+        columns = torch.arange(start, start + logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(columns >= num_tokens, float("-inf"))
+    if temperature == 0:
+        return vocab_parallel_argmax(logits, group)
+    count = min(num_candidates, logits.shape[-1])
+    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values  # of equal logits the lower id first
+    candidates = logits.gather(-1, ids)
+    least = torch.full_like(candidates[:, 0], float("-inf"))
+    if count < logits.shape[-1]:
+        least = candidates.amin(dim=-1)  # what this rank holds back is not above it
+    maximum = all_reduce_max_(candidates.amax(dim=-1), group)
+    total = all_reduce_sum_(((logits.double() - maximum[:, None]) / temperature).exp_().sum(dim=-1), group)
+    token, settled = sample_candidates(
+        torch.cat(gather_shards(candidates, group), dim=-1), torch.cat(gather_shards(ids + start, group), dim=-1),
+        all_reduce_max_(least, group), maximum, total, uniform_X.to(total), temperature, top_p)
+    if group.size() > 1:  # one rank's rounding decides
+        message = torch.where(settled, token, -1)
+        dist.broadcast(message, src=dist.get_process_group_ranks(group)[0], group=group)
+        token, settled = message, message >= 0
+    open_rows = (~settled).nonzero()[:, 0]
+    if len(open_rows):
+        whole = torch.cat(gather_shards(logits[open_rows], group), dim=-1)
+        token[open_rows] = sample_tokens(whole, uniform_X.to(total)[open_rows], temperature, top_p)
+        if group.size() > 1:
+            dist.broadcast(token, src=dist.get_process_group_ranks(group)[0], group=group)
+    return token

@@ -9,7 +9,7 @@ import torch
 from megatron_ral.functional.advantages import group_advantages, has_signal
 from megatron_ral.functional.logprobs import (
     VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
-from megatron_ral.functional.sampling import sample_tokens, uniform_stream
+from megatron_ral.functional.sampling import sample_candidates, sample_tokens, uniform_stream
 
 
 # --- advantages -------------------------------------------------------------------------------------------------------
@@ -82,6 +82,38 @@ def test_sampling_follows_the_distribution_at_a_temperature():
     draws = torch.linspace(0, 1 - 1e-9, 4001, dtype=torch.float64)
     counts = torch.bincount(sample_tokens(logits.expand(4001, -1), draws, 2.0), minlength=3) / 4001
     assert counts.tolist() == pytest.approx(torch.softmax(logits[0] / 2, -1).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("num_candidates", [1, 5, 16, 20])
+def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_shards, num_candidates):
+    """Shards of 20 tokens, each handing over its largest; many ties."""
+    generator = torch.Generator().manual_seed(num_candidates)
+    spread = torch.linspace(0.1, 6, 400)[:, None]  # from flat to peaked
+    logits = (torch.randn(400, 20 * num_shards, generator=generator) * spread * 2).round() / 2
+    logits[:, 3] = -math.inf
+    logits[0] = 0.0
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[::7], uniform[1::7] = 0.0, 1 - 1e-9
+    ids, least = [], []
+    for start in range(0, 20 * num_shards, 20):
+        shard = logits[:, start:start + 20]
+        chosen = shard.topk(num_candidates).indices.sort(-1).values
+        ids.append(chosen + start)
+        least.append(shard.gather(1, chosen).amin(1) if num_candidates < 20 else torch.full((400,), -math.inf))
+    ids, maximum = torch.cat(ids, 1), logits.amax(1)
+    total = ((logits.double() - maximum[:, None]) / 0.7).exp().sum(1)
+    token, settled = sample_candidates(logits.gather(1, ids), ids, torch.stack(least).amax(0), maximum, total, uniform, 0.7,
+                                       top_p)
+    wanted = sample_tokens(logits, uniform, 0.7, top_p)
+    assert torch.equal(token[settled], wanted[settled])
+    if num_candidates == 20:
+        assert settled.all()
+    elif num_candidates > 1:
+        assert settled.sum() > 50 and (top_p < 0.5 or not settled.all())
+    if num_candidates == 16:
+        assert len(wanted[settled].unique()) > 10
 
 
 def test_streams_belong_to_the_sample():

@@ -1,0 +1,289 @@
+"""Generation against a loop without cache, batches or stages: the same tokens, log-probabilities, lengths and ends
+under every layout, batch size and block of the cache, with responses that end at different steps."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine import in_flight
+from megatron_ral.engine.generate import PromptResponses, SamplingSettings, generate, sample_responses
+from megatron_ral.engine.stage import group_layout
+from megatron_ral.functional.sampling import sample_tokens, uniform_stream
+from megatron_ral.models.group_layout import AttentionPass
+from megatron_ral.models.kv_cache import GroupKVCache
+from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.vocab import vocab_parallel_sample
+from megatron_ral.types import GroupBatch, pad_prompts
+from tests.distributed.cases import open_policy
+from tests.distributed.runner import run_ranks
+from tests.distributed.test_mixed_batches import samples
+
+NUM_PROMPTS, R = 6, 14
+IDENTITY = (11, "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to draw. `ends`: with the end token that lets responses end at most different steps; else there is none. Few
+    tokens to draw from make it likely; and among all of an untrained model's, two are as likely to six digits so often
+    that rounding would decide."""
+
+    G: int
+    temperature: float
+    top_p: float
+    ends: bool
+    num_tokens: int = 0
+
+
+CASES = {"free": Case(2, 1.0, 1.0, False, 60), "ends apart": Case(4, 1.3, 1.0, True, 10),
+         "nucleus": Case(3, 0.9, 0.8, True, 20), "greedy": Case(1, 0.0, 1.0, True), "odd": Case(5, 1.0, 0.5, True, 7)}
+
+
+def slow_generation(policy, prompts, settings):
+    """Every token from a whole forward pass over one prompt and one response."""
+    rows = []
+    for prompt in prompts:
+        batch = pad_prompts([prompt], 0)
+        embeds = policy.encode_visual(batch)
+        ids = torch.zeros(settings.group_size, R, dtype=torch.int64)
+        lengths, logprobs = torch.zeros(settings.group_size, dtype=torch.int64), torch.zeros(settings.group_size, R)
+        finished = torch.zeros(settings.group_size, dtype=torch.bool)
+        for g in range(settings.group_size):
+            uniform = uniform_stream(R, *IDENTITY, prompt.sample.identity, g)
+            for step in range(R):
+                groups = GroupBatch(batch, ids[None, g:g + 1, : step + 1], torch.tensor([[step + 1]]), embeds)
+                with torch.no_grad():
+                    logits = policy.stage(groups, AttentionPass(group_layout(groups)))[0, 0, step].float()
+                drawn = logits[: settings.num_tokens or None][None]
+                token = sample_tokens(drawn, uniform[step:step + 1], settings.temperature, settings.top_p)[0]
+                ids[g, step] = token
+                logprobs[g, step] = torch.log_softmax(logits / (settings.temperature or 1.0), dim=-1)[token]
+                lengths[g] += 1
+                finished[g] = token == settings.end_token_id
+                if finished[g]:
+                    break
+        rows.append(PromptResponses(ids, lengths, logprobs, finished))
+    return rows
+
+
+def make_settings(policy, prompts, case):
+    settings = SamplingSettings(case.G, R, -1, 0, case.temperature, case.top_p, case.num_tokens)
+    if not case.ends:
+        return settings
+    tokens = torch.cat([row.response_ids for row in slow_generation(policy, prompts, settings)])
+
+    def different_ends(token):
+        hit = tokens == token
+        return len(torch.where(hit.any(1), hit.int().argmax(1), R).unique())
+
+    return replace(settings, end_token_id=max(tokens.unique().tolist(), key=different_ends))
+
+
+def read(path):
+    processor = PromptProcessor(path, 128)
+    prompts = [processor(sample) for sample in samples()[:NUM_PROMPTS]]
+    assert len({len(prompt.input_ids) for prompt in prompts}) > 3
+    assert any(prompt.visual_mask.any() for prompt in prompts) and not all(p.visual_mask.any() for p in prompts)
+    return prompts
+
+
+def expected(path):
+    policy, prompts = open_policy(path, 1, 1)[3], read(path)
+    with policy.resident():
+        settings = {name: make_settings(policy, prompts, case) for name, case in CASES.items()}
+        rows = {name: slow_generation(policy, prompts, settings[name]) for name in CASES}
+    stop_groups()
+    return settings, rows
+
+
+def slow_responses(material, name):
+    """Folder, settings and responses of the slow loop."""
+    path = str(material[name])
+    return path, *run_ranks(1, expected, path)[0]
+
+
+@pytest.fixture(scope="module")
+def wanted(material):
+    return slow_responses(material, "tiny")
+
+
+@pytest.fixture(scope="module")
+def wanted_qwen3(material):
+    return slow_responses(material, "qwen3")
+
+
+def test_responses_end_at_different_steps(wanted):
+    """The comparison below would be worth little if all ended together, or none."""
+    _, _, rows = wanted
+    lengths = [row.response_lengths.tolist() for row in rows["ends apart"]]
+    assert len({length for row in lengths for length in row}) > 4
+    assert any(max(row) < R for row in lengths), "a prompt whose responses all end early"
+    assert any(len(set(row)) > 1 for row in lengths)
+    for name, case in CASES.items():
+        finished = torch.stack([row.finished for row in rows[name]])
+        assert not case.ends or finished.any() and not finished.all(), name
+        assert not case.num_tokens or all((row.response_ids < case.num_tokens).all() for row in rows[name])
+
+
+def spread(total, data_size, data_rank):
+    """This replica's prompts: unequal numbers, and none for the last of three or more."""
+    cuts = {1: [0, total], 2: [0, total - 1, total], 3: [0, 4, total, total]}[data_size]
+    return slice(cuts[data_rank], cuts[data_rank + 1])
+
+
+class Watch:
+    """Notes every pass of every batch and the rows it computes."""
+
+    def __init__(self, monkeypatch):
+        self.passes, self.rows = [], 0
+        forward, watch = in_flight.BatchInFlight.forward, self
+
+        def seen(batch, stage):
+            watch.passes.append((batch.prompts.identities, batch.step))
+            watch.rows += len(batch.rows) if batch.step else 0
+            return forward(batch, stage)
+
+        monkeypatch.setattr(in_flight.BatchInFlight, "forward", seen)
+
+
+def generated(path, settings, tensor, pipeline, batch_size, block):
+    GroupKVCache.BLOCK = block
+    policy = open_policy(path, tensor, pipeline)[3]
+    layout, prompts = policy.layout, read(path)
+    mine = prompts[spread(len(prompts), layout.data_size, layout.data_rank)]
+    found, notes = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        with policy.resident():
+            for name in CASES:
+                watch, rows, seen = Watch(patch), [], 0
+                for batch, embeds in sample_responses(policy, mine, settings[name], batch_size, *IDENTITY):
+                    rows += PromptResponses.split(batch)
+                    # the caller uses the stages while other batches are in flight
+                    groups = GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths, embeds)
+                    output = policy.forward([groups], temperature=settings[name].temperature or 1.0)[0].tokens
+                    if output is not None:
+                        assert torch.allclose(output.logprobs * groups.response_mask, batch.rollout_logprobs, atol=1e-4)
+                    seen += len(batch.prompts)
+                assert seen == len(mine)
+                found[name], notes[name] = rows, (watch.passes, watch.rows)
+                patch.undo()
+    everything = gather_objects(found, policy.groups.data)
+    stop_groups()
+    return {name: [row for part in everything for row in part[name]] for name in CASES}, notes
+
+
+#          world, tensor, pipeline, batch size, block of the cache
+LAYOUTS = {"one process, all at once": (1, 1, 1, 6, 64), "one process, by two, block 3": (1, 1, 1, 2, 3),
+           "TP=2": (2, 2, 1, 6, 4), "PP=2": (2, 1, 2, 2, 5), "PP=4": (4, 1, 4, 1, 64), "TP=2 PP=2": (4, 2, 2, 2, 2),
+           "DP=2, unequal": (2, 1, 1, 3, 64), "DP=3, one with nothing": (3, 1, 1, 2, 64), "PP=2 DP=2": (4, 1, 2, 1, 7)}
+
+
+def check_layout(wanted, layout):
+    path, settings, slow = wanted
+    world, *rest = LAYOUTS[layout]
+    results = run_ranks(world, generated, path, settings, *rest)
+    for found, _ in results:
+        for name in CASES:
+            assert len(found[name]) == NUM_PROMPTS
+            for mine, theirs in zip(found[name], slow[name]):
+                length = min(mine.response_ids.shape[1], R)  # padded to the longest of its batch
+                assert mine.response_lengths.tolist() == theirs.response_lengths.tolist(), name
+                assert torch.equal(mine.response_ids, theirs.response_ids[:, :length]), name
+                assert torch.equal(mine.finished, theirs.finished), name
+                assert torch.allclose(mine.rollout_logprobs, theirs.rollout_logprobs[:, :length], atol=1e-4), name
+    if world == rest[0] * rest[1]:
+        for _, notes in results:
+            assert notes == results[0][1], "every rank must take the same turns"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_a_loop_without_cache(wanted, layout):
+    check_layout(wanted, layout)
+
+
+@pytest.mark.parametrize("layout", ["one process, by two, block 3", "TP=2 PP=2"])
+def test_the_second_family_equals_a_loop_without_cache(wanted_qwen3, layout):
+    """Its vision tower adds to the first two layers, and queries and keys are normed."""
+    check_layout(wanted_qwen3, layout)
+
+
+def test_batches_take_turns_on_the_stages(wanted):
+    """With two stages two batches are in flight; few prompts are spread over them; the next takes the turn of the one
+    that ended."""
+    path, settings, _ = wanted
+    for batch_size, count in ((6, 2), (2, 3)):
+        _, notes = run_ranks(2, generated, path, settings, 1, 2, batch_size, 64)[0]
+        passes = notes["free"][0]
+        batches = list(dict.fromkeys(identities for identities, _ in passes))
+        assert len(batches) == count
+        assert passes[: 2 * R] == [(batches[index], step) for step in range(R) for index in (0, 1)]
+        if count == 3:
+            assert passes[2 * R:] == [(batches[2], step) for step in range(R)]
+    # a batch that ends early hands its turn on while the other goes on
+    _, notes = run_ranks(2, generated, path, settings, 1, 2, 1, 64)[0]
+    passes = notes["greedy"][0]
+    batches = list(dict.fromkeys(identities for identities, _ in passes))
+    last = {batch: max(index for index, (other, _) in enumerate(passes) if other == batch) for batch in batches}
+    assert len(batches) == NUM_PROMPTS
+    assert any(passes.index((batches[index], 0)) < last[batches[index - 1]] for index in range(2, len(batches)))
+
+
+def test_ended_rows_leave(wanted):
+    """Ended rows take less than running ones, whenever they end; without the rule every row would be fed to the end."""
+    path, settings, slow = wanted
+    _, notes = run_ranks(1, generated, path, settings, 1, 1, NUM_PROMPTS, 64)[0]
+    for name, case in CASES.items():
+        lengths = torch.cat([row.response_lengths for row in slow[name]])
+        running, fed = int((lengths - 1).sum()), notes[name][1]
+        assert running <= fed < 2 * running, name
+        if case.ends:
+            assert fed < 0.9 * len(lengths) * (int(lengths.max()) - 1), name
+        else:
+            assert fed == running == len(lengths) * (R - 1)
+
+
+def one_batch(path, settings, tensor, pipeline):
+    policy, prompts = open_policy(path, tensor, pipeline)[3], pad_prompts(read(path), 0)
+    embeds = policy.encode_visual(prompts)
+    result = {name: PromptResponses.split(generate(policy, prompts, embeds, settings[name], *IDENTITY))
+              for name in CASES}
+    stop_groups()
+    return result
+
+
+def test_the_simple_call_is_the_same(wanted):
+    path, settings, slow = wanted
+    for found in run_ranks(2, one_batch, path, settings, 1, 2):
+        for name in CASES:
+            for mine, theirs in zip(found[name], slow[name]):
+                assert torch.equal(mine.response_ids, theirs.response_ids[:, : mine.response_ids.shape[1]])
+                assert mine.response_lengths.tolist() == theirs.response_lengths.tolist()
+
+
+def draws(world):
+    """Whether 300 rows, from flat to peaked, with ties, draw from tensor ranks' shares what the whole vocabulary draws."""
+    groups = start_groups(tensor_size=world, pipeline_size=1, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(300, 48, generator=generator) * torch.linspace(0.1, 8, 300)[:, None] * 4).round() / 4
+    uniform = torch.rand(300, generator=generator, dtype=torch.float64)
+    mine = logits.chunk(world, dim=1)[groups.layout.tensor_rank]
+    result = {}
+    for how in ((0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 20), (0.0, 1.0, 20), (1.0, 0.6, 30)):
+        temperature, top_p, num_tokens = how
+        wanted = sample_tokens(logits[:, : num_tokens or None], uniform, temperature, top_p)
+        found = [vocab_parallel_sample(mine, uniform, temperature, top_p, groups.tensor, num_tokens=num_tokens,
+                                       num_candidates=count) for count in (1, 4, 48)]
+        result[how] = [torch.equal(token, wanted) for token in found], len(wanted.unique())
+    stop_groups()
+    return result
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_tensor_ranks_draw_what_one_would(world):
+    for result in run_ranks(world, draws, world):
+        for how, (equal, different) in result.items():
+            assert all(equal), (how, equal)
+            assert different > 15
