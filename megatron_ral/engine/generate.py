@@ -11,6 +11,7 @@ from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.group_layout import AttentionPass, GroupKVCache, GroupLayout
 from megatron_ral.parallel.collectives import (
     broadcast_from_stage_, gather_shards, receive_from_previous_stage, send_to_next_stage)
+from megatron_ral.progress import tick
 from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts, to_device
 
 
@@ -83,6 +84,7 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     decoder = _Decoder(engine, prompts, settings)
     with engine.resident(), engine.stage.whole_sequences():
         for step in range(R):
+            tick(prompts.identities)
             logits = decoder.prefill(visual_embeds) if step == 0 else decoder.advance(tokens[:, :, step - 1], step - 1)
             token, logprob = decoder.draw(logits, uniforms[:, :, step])
             alive = ~finished
