@@ -32,15 +32,15 @@ class Progress:
             self.samples = samples
 
     @contextmanager
-    def within(self, phase: str, is_long: bool = False) -> Iterator[None]:
+    def within(self, phase: str, is_long: Optional[bool] = None) -> Iterator[None]:
         """A phase, maybe inside another one.
 
         Args:
-            is_long: it may do without a tick for long (loading, writing). The first phase of a name always may: kernels
-                are compiled, memory is mapped.
+            is_long: it may do without a tick for long (loading, writing); None: the first phase of this name may, because
+                kernels are compiled and memory is mapped then.
         """
         before = self.phase, self.is_long
-        self._enter(phase, is_long or phase not in self._known)
+        self._enter(phase, phase not in self._known if is_long is None else is_long)
         self._known.add(phase)
         yield  # not in a `finally`: after an error the phase in which it happened is what is wanted
         self._enter(*before)

@@ -40,8 +40,8 @@ def describe(beats: Mapping[int, Beat]) -> list[str]:
     """One line for all ranks that are at the same place."""
     places: dict[str, list[int]] = defaultdict(list)
     for rank, beat in sorted(beats.items()):
-        state = f"waits in {beat.waits_in}" if beat.waits_in else f"at {beat.place}" if beat.place else "no word yet"
-        places[f"{beat.where()}, {state}"].append(rank)
+        state = f"waits for other ranks ({beat.waits_in}) " if beat.waits_in else ""
+        places[f"{beat.where()}, {state}at {beat.place or 'no line of this package'}"].append(rank)
     return [f"  {name_ranks(ranks)}: {place}" for place, ranks in places.items()]
 
 

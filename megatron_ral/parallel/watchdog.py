@@ -117,7 +117,7 @@ class Watchdog:
         self._judge = Judge(limits, watches_waiting)
         self._wake, self._told = threading.Event(), 0
         self._leaving, self._own_end, self._beat = False, "", Beat()
-        wait = timedelta(seconds=max(limits[0], 1.0))
+        wait = timedelta(seconds=max(limits[0], 30.0))  # of connecting; see _guard
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
 
         def serve() -> int:
@@ -134,8 +134,11 @@ class Watchdog:
         self._send()
         gather_from_all(None)  # every rank has sent a beat
         source.listener = self._phase_changed
+        self._rounds = 0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
+        if rank != 0:
+            threading.Thread(target=self._guard, name="watchdog of the store", daemon=True).start()
 
     # ---- called by the main thread ----------------------------------------------------------------------------------
 
@@ -180,9 +183,12 @@ class Watchdog:
         checked = 0.0
         try:
             while True:
-                self._wake.wait(self.interval)
+                self._wake.wait(self.interval / 4)
                 self._wake.clear()
                 self._send()
+                if self.rank != 0:  # its last words, should the store go with it
+                    self._judge.hear(0, self._read([0])[0], time.monotonic())
+                self._rounds += 1
                 if self._leaving:
                     return self._farewell()
                 if self._own_end:
@@ -191,10 +197,20 @@ class Watchdog:
                 if time.monotonic() - checked >= self.interval:
                     self._check()
                     checked = time.monotonic()
-                time.sleep(0.02)  # phases may change often
+                time.sleep(0.005)  # phases may change often
         except dist.DistError as error:
             if not self._leaving and not self._own_end:
-                self._store_lost(error)
+                self._store_lost(" ".join(str(error).split())[:200])
+
+    def _guard(self) -> None:
+        """A client of a store that is stopped waits for ever, whatever its timeout: notice that no round ends. Looks are
+        counted rather than seconds, which also pass while the whole process is held up."""
+        looks, rounds = 0, -1
+        while self._thread.is_alive():
+            looks, rounds = (0 if self._rounds != rounds else looks + 1), self._rounds
+            if looks * self.interval > 0.75 * self.timeout:
+                self._store_lost(f"no answer for {looks * self.interval:.0f} s")
+            time.sleep(self.interval)
 
     def _send(self) -> None:
         source, (waits_in, place) = self.source, main_thread_place()
@@ -218,8 +234,9 @@ class Watchdog:
             if self._processes[rank].is_gone() and not self._read([rank])[rank].has_left:
                 process = self._processes[rank]
                 self._post([rank], f"died (process {process.pid} on {process.name})")
-        for rank, beat in self._read(range(self.world_size) if self.rank == 0 else [0]).items():
-            self._judge.hear(rank, beat, time.monotonic())
+        if self.rank == 0:
+            for rank, beat in self._read(range(self.world_size)).items():
+                self._judge.hear(rank, beat, time.monotonic())
         found = self._judge.silent(time.monotonic())
         if found is None and self.rank == 0:
             found = self._judge.stalled(time.monotonic())
@@ -265,13 +282,13 @@ class Watchdog:
             self._check()
             time.sleep(0.02)
 
-    def _store_lost(self, error: Exception) -> NoReturn:
+    def _store_lost(self, why: str) -> NoReturn:
         """Nobody can be asked any more: every rank says what it knows of the first."""
         process = self._processes[0]
         time.sleep(0.2)  # the process of a lost connection may take a moment to be gone
         near = process.machine == self._processes[self.rank].machine
         what = (f"died (process {process.pid} on {process.name})" if near and process.is_gone() else
-                f"does not answer ({' '.join(str(error).split())[:200]}); it died, or its machine is lost")
+                f"does not answer ({why}): stopped, or its machine is lost")
         self._print(self._message([0], what, {0: self._judge.beats.get(0, Beat()), self.rank: self._beat}), True)
         self._end([0])
 

@@ -132,18 +132,8 @@ class Trainer:
         end = min(config.train.stop_after_step or config.train.num_steps, config.train.num_steps)
         bar = tqdm(total=end, initial=first, desc=config.train.algorithm, unit="step", disable=not self.is_main,
                    mininterval=5.0)
-        done, stop = first, self.stopping.agreed(self.groups)
-        while done < end and not stop:
-            progress.step = done + 1
-            report = self._one_step(done)
-            self._log_step(log, report, done, bar)
-            self._watch_skipped(report, done)
-            done += 1
-            self._look(log, probes, done)
-            stop, interval = self.stopping.agreed(self.groups), config.train.checkpoint_interval
-            if done == end or stop or (interval and done % interval == 0):
-                with progress.within("checkpoint", is_long=True):
-                    save_checkpoint(config, self.engines, self.loader, done)
+        with progress.within("training", is_long=False):
+            done, stop = self._steps(first, end, log, probes, bar)
         bar.close()
         if stop and done < end:
             self._say(f"{stop}: stopped after step {done} of {config.train.num_steps}, "
@@ -155,6 +145,22 @@ class Trainer:
                 export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
         log.close()
         self._summary(time.perf_counter() - started, first, end)
+
+    def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
+        """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped)."""
+        done, stop = first, self.stopping.agreed(self.groups)
+        while done < end and not stop:
+            progress.step = done + 1
+            report = self._one_step(done)
+            self._log_step(log, report, done, bar)
+            self._watch_skipped(report, done)
+            done += 1
+            self._look(log, probes, done)
+            stop, interval = self.stopping.agreed(self.groups), self.config.train.checkpoint_interval
+            if done == end or stop or (interval and done % interval == 0):
+                with progress.within("checkpoint", is_long=True):
+                    save_checkpoint(self.config, self.engines, self.loader, done)
+        return done, stop
 
     def _one_step(self, step: int) -> StepReport:
         config = self.config
