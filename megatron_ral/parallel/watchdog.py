@@ -90,8 +90,9 @@ def main_thread_place() -> tuple[str, str]:
 def comes_from_a_collective(error: BaseException) -> bool:
     """Whether an exception was raised where ranks wait for each other, so that it may be another one's fault."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, dist.DistError) or any(
-        part in frame.filename for frame in frames[-4:] for part in _WAITS_IN)
+    said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+    return isinstance(error, dist.DistError) or said or any(
+        frame.name == "wait" or any(part in frame.filename for part in _WAITS_IN) for frame in frames[-6:])
 
 
 class Watchdog:

@@ -26,17 +26,19 @@ def await_doom(rank: int, doom: dict) -> None:
     signal.signal(signal.SIGUSR2, lambda *_: time.sleep(1e6))  # handlers run in the main thread
 
     def watch() -> None:
-        entries, seen = 0, -1
-        while True:
-            count, phase = progress.num_phases, progress.phase
-            if count != seen:
-                seen, entries = count, entries + (phase == doom["phase"])
-                if entries == doom["entry"]:
-                    break
+        entries, seen, before, since, due = 0, -1, "", time.monotonic(), float("inf")
+        phase = progress.phase
+        while time.monotonic() < due:
+            if progress.num_phases != seen:
+                before, phase, since, seen = phase, progress.phase, time.monotonic(), progress.num_phases
+                entries += phase == doom["phase"]
+                if entries == doom["entry"] and due == float("inf"):
+                    due = since + doom["delay"]
             time.sleep(0.0005)
-        time.sleep(doom["delay"])
-        note = {"phase": progress.phase, "step": progress.step, "samples": list(progress.samples[-1:])}
-        Path(doom["note"]).write_text(json.dumps(note))
+        note = {"phase": progress.phase, "before": before, "seconds": time.monotonic() - since, "step": progress.step,
+                "samples": list(progress.samples[-1:])}
+        Path(doom["note"] + ".partial").write_text(json.dumps(note))
+        os.rename(doom["note"] + ".partial", doom["note"])
         os.kill(os.getpid(), SIGNALS[doom["how"]])
 
     threading.Thread(target=watch, daemon=True).start()
@@ -45,12 +47,6 @@ def await_doom(rank: int, doom: dict) -> None:
 def varied(completion: str, solution: str, problem_type: str) -> float:
     """A reward that differs between the responses of an untrained model."""
     return (sum(map(ord, completion)) % 7) / 7.0
-
-
-def huge(completion: str, solution: str, problem_type: str) -> float:
-    """The same, and now and then a finite number that no sum of squares can hold."""
-    value = varied(completion, solution, problem_type)
-    return 3.0e38 if value > 0.8 else value
 
 
 if __name__ == "__main__":
