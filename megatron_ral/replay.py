@@ -52,7 +52,8 @@ def main() -> None:
         teacher = None
         if teacher_shape is not None:
             processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                        config.data.include_process, config.data.max_visual_tokens)
+                                        config.data.include_process, config.data.max_visual_tokens,
+                                        config.data.prompt_suffix)
             teacher = build_teacher(config, teacher_shape, shape, groups, processor)
         objective = build_objective(config, shape, groups, teacher)
         coef = manifest["metrics"].get("attention/coef", objective.attention_coef)

@@ -5,7 +5,6 @@ whatever the checkpoint folder holds. Visual tokens are counted here, before any
 found where the sample's key is known.
 """
 
-import io
 import json
 import threading
 from dataclasses import asdict
@@ -21,17 +20,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_ral.config import ConfigError
 from megatron_ral.data.faults import SampleError
 from megatron_ral.data.index import SampleLengths
-from megatron_ral.data.pictures import image_grid, patchify_image
+from megatron_ral.data.pictures import MAX_IMAGE_PIXELS, image_grid, open_image, patchify_image
 from megatron_ral.data.targets import TargetError, clip_cells, image_cells
 from megatron_ral.data.video import (
-    MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip,
+    MAX_SIDE, DecodedVideo, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip,
     seconds_per_grid, video_grid)
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.rewards.answer import taught_solution
 from megatron_ral.types import Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
-MAX_IMAGE_PIXELS = 2**27
 
 
 class _Visual:
@@ -63,6 +61,7 @@ class PromptProcessor:
         max_prompt_length: tokens, visual tokens included; a longer prompt raises SampleError.
         include_process: whether the reference response has the reasoning before the answer.
         max_visual_tokens: visual tokens of a prompt, likewise; 0: as many as max_prompt_length allows.
+        prompt_suffix: text after every question.
 
     Several threads may call one processor.
 
@@ -70,7 +69,8 @@ class PromptProcessor:
         ConfigError: no usable tokenizer or image processor in the folder.
     """
 
-    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True, max_visual_tokens: int = 0):
+    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True, max_visual_tokens: int = 0,
+                 prompt_suffix: str = ""):
         try:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -80,6 +80,7 @@ class PromptProcessor:
                               f"({' '.join(str(error).split())[:200]})") from None
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
+        self.prompt_suffix = prompt_suffix
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         self.image_token, self.video_token, self.vision_start, self.vision_end = \
@@ -151,8 +152,8 @@ class PromptProcessor:
         picture = {name: getattr(self.image_processor, name, None) for name in
                    ("do_resize", "patch_size", "temporal_patch_size", "merge_size")}
         size = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
-        rules = [1, self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, picture, size,
-                 asdict(self.video), self.timed_frames, self.image_token_id, self.video_token_id]
+        rules = [2, self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.prompt_suffix, picture,
+                 size, asdict(self.video), self.timed_frames, self.image_token_id, self.video_token_id]
         return blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def check_same(self, other: "PromptProcessor", key: str, other_key: str) -> None:
@@ -234,9 +235,7 @@ class PromptProcessor:
     def _open_image(self, sample: Sample, data: bytes, *, decode: bool) -> Image.Image:
         """An image, its declared size checked before a pixel is decoded."""
         try:
-            image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-            if max(image.size) > MAX_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            image = open_image(data)
             return image.convert("RGB") if decode else image
         except Image.DecompressionBombError as error:
             raise SampleError(f"sample '{sample.key}': image declares too many pixels ({error}); at most {MAX_SIDE} on a "
@@ -306,7 +305,7 @@ class PromptProcessor:
         content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
         with self._text_lock:
             text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
+                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem + self.prompt_suffix}]}], tokenize=False,
                 add_generation_prompt=True)
         expanded = ""
         for number, visual in enumerate(visuals):

@@ -9,7 +9,7 @@ the data-parallel group however many micro-batches it has. `ready()` is what a p
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Collection, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
 
 import deepspeed
 import torch
@@ -92,7 +92,7 @@ class StageEngine:
                  gather: str = "stage"):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self._resident, self._gather = False, gather
+        self._resident, self._ready, self._gather = False, False, gather
         with groups.active():
             self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel,
                                          recompute or gather == "layer")
@@ -130,15 +130,40 @@ class StageEngine:
             self._resident = False
             release_parameters(parameters)
 
+    def traffic(self, recorded: Collection[int]) -> str:
+        """What a training pass sends over the data-parallel group, in words."""
+        size = self.layout.data_size
+
+        def sent(parameters: Iterable[Any], itemsize: int = 0) -> int:
+            return sum(p.ds_tensor.numel() * size * (itemsize or p.element_size()) for p in parameters)
+
+        passing = [parameter for layer in self._passing(recorded) for parameter in layer.parameters()]
+        whole, layers = sent(self.stage.parameters()), sent(passing)
+        gathered = f"gathers {whole - layers:,} bytes once"
+        if layers:
+            gathered += f" and {layers:,} bytes of {len(self._passing(recorded))} layers twice per micro-batch"
+        trained = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        return f"{gathered}, reduces {sent(trained, 4):,} bytes of gradients once"
+
+    def _passing(self, recorded: Collection[int]) -> list[torch.nn.Module]:
+        """Layers that a pass gathers one by one."""
+        layers = self.stage.language.decoder.layers if self._gather == "layer" else ()
+        return [layer for layer in layers if layer.layer_number - 1 not in recorded]
+
     @contextmanager
     def ready(self, recorded: Collection[int] = ()) -> Iterator[None]:
         """What a pass over micro-batches needs: `resident`, or with gather = "layer" all but the layers that are not in
-        `recorded` (a recorded layer is not recomputed, so that its weights stay)."""
+        `recorded` (a recorded layer is not recomputed, so that its weights stay). May be nested: several passes around
+        which it stands gather once."""
+        if self._ready:
+            yield
+            return
         if self._resident or self._gather == "stage":
             with self.resident():
                 yield
             return
-        passing = [layer for layer in self.stage.language.decoder.layers if layer.layer_number - 1 not in recorded]
+        passing = self._passing(recorded)
+        self._ready = True
         for layer in passing:
             layer.weights = LayerWeights(layer)
         theirs = {id(parameter) for layer in passing for parameter in layer.weights.parameters}
@@ -147,6 +172,7 @@ class StageEngine:
             with suspended_module_hooks(self.stage), self.groups.active():
                 yield
         finally:
+            self._ready = False
             for layer in passing:
                 layer.weights = None
             release_parameters(list(self.stage.parameters()))
@@ -234,12 +260,14 @@ class StageEngine:
         return AttentionRows.form(record, pass_.layout, kind, heads)
 
     def shard_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds between steps: parameter shards, and with an optimizer its float32 state."""
+        """Bytes this rank holds between steps, on the device and in the host's memory: parameter shards, and of what is
+        trained float32 gradient shards, master weights and AdamW's moments."""
         parameters = list(self.stage.parameters())
         held = {"parameters": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters)}
         zero = self.deepspeed.optimizer
         flat = getattr(zero, "fp32_partitioned_groups_flat", None)
         if flat is not None:
+            held["gradients"] = zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
             held["master weights"] = sum(tensor.numel() * tensor.element_size() for tensor in flat)
             held["optimizer state"] = sum(
                 value.numel() * value.element_size() for state in zero.optimizer.state.values()

@@ -21,7 +21,7 @@ from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.progress import progress
-from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.batch_files import replay_command, save_replay
@@ -60,7 +60,8 @@ class Inputs:
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
         processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                    config.data.include_process, config.data.max_visual_tokens)
+                                    config.data.include_process, config.data.max_visual_tokens,
+                                    config.data.prompt_suffix)
         if config.distills:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
@@ -232,9 +233,9 @@ class Trainer:
                 views = view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher)
             log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
+            prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
+                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
             with progress.within("evaluation"):
-                prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,
-                                       dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
                 result = evaluate_prompts(self.policy, prompts, self.processor, self.config, layer)
             log.evaluation(result, step)
 
@@ -249,6 +250,8 @@ class Trainer:
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
+        recorded = self.policy.local_layers(sorted(self.objective.recorded_layers))
+        self._say(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:
