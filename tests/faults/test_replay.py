@@ -59,7 +59,7 @@ def test_damaged_weight_that_one_sample_meets(material, tmp_path):
     report = again.output[0]
     assert again.codes == [0, 0] and "reproduced: the loss or the gradient is not finite" in report, report
     found = [line for line in report.splitlines() if line.startswith("in the passes: ")]
-    assert found and all(f"search-000000.tar/" in line for line in found)
+    assert found and all("search-000000.tar/" in line for line in found)
     rank, micro_batch = number % 8 % 2, number % 8 // 2 // 2
     [logprobs] = [line for line in found if ": log-probabilities, sample " in line]
     assert f"data rank {rank}, micro-batch {micro_batch}" in logprobs and logprobs.count("search-") == 1, logprobs
