@@ -9,8 +9,8 @@ which the first rank holds, because the main thread may be stuck in a collective
   behind are named: not waiting, and in the earliest phase;
 - all others listen for the first rank, whose death takes the store along.
 
-Whoever finds something writes a verdict into the store; it is printed there and by the first rank, and every rank's
-thread ends its process, whatever the main thread is stuck in.
+Whoever finds something writes a verdict into the store; it is printed there, by the first rank and by the first that is
+not to blame, and every rank's thread ends its process, whatever the main thread is stuck in.
 """
 
 import json
@@ -260,7 +260,8 @@ class Watchdog:
 
     def _obey(self, verdict: Mapping) -> NoReturn:
         """End this process by a verdict."""
-        if self.rank in (0, verdict["by"]):
+        survivor = next((rank for rank in range(self.world_size) if rank not in verdict["ranks"]), 0)
+        if self.rank in (0, survivor, verdict["by"]):
             self._print(verdict["text"], self.rank == verdict["by"])
         try:
             self._store.set(f"seen/{self.rank}", "")

@@ -25,7 +25,7 @@ def arguments(tmp_path, model, data, *more):
     ("stall", 1, "rollout", 2, "did not get on"), ("stall", 0, "update", 3, "did not get on")])
 def test_rank_that_dies_or_stalls_ends_the_job(material, tmp_path, how, rank, phase, entry, what):
     ended = run_job(2, tmp_path / "job", arguments(tmp_path, material["tiny"], material["data"]),
-                    {"rank": rank, "phase": phase, "entry": entry, "delay": 0.03, "how": how})
+                    {"rank": rank, "phase": phase, "entry": entry, "delay": 0.01 if phase == "checkpoint" else 0.03, "how": how})
     note = json.loads((tmp_path / "job" / "note.json").read_text())
     survivor = 1 - rank
     text = ended.output[survivor]
@@ -33,7 +33,8 @@ def test_rank_that_dies_or_stalls_ends_the_job(material, tmp_path, how, rank, ph
     [(where, step, samples)] = re.findall(rf"watchdog: rank {rank} was in phase '(.*)' of step (\d+), last samples? (.*)", text)
     assert int(step) == note["step"] and "rl-" in samples, text
     if rank == 1:  # of the first rank, which takes the store along, others know what it said a moment before
-        assert where == note["phase"] == phase, text
+        assert note["before"] == phase or note["phase"] == phase
+        assert where == note["phase"] or (note["seconds"] < 0.02 and where == note["before"]), (note, text)
     assert "where every rank was:" in text and "--resume" in text
     assert ended.codes[survivor] == 3 and ended.codes[rank] in ((-9, 3) if how == "stall" else (-9,)), ended.codes
     assert "watchdog: rank" in (tmp_path / "run" / "watchdog.log").read_text()
