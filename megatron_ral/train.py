@@ -61,6 +61,7 @@ def main() -> None:
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.planning.memory import check_fits
+    from megatron_ral.progress import progress
     from megatron_ral.parallel.watchdog import Watchdog
     from megatron_ral.training.stopping import StopRequests
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
@@ -89,8 +90,9 @@ def main() -> None:
         fail(error, everywhere=False)
     except BaseException as error:
         watchdog.end_with(error)
-    watchdog.leave()
-    stop_groups()
+    with progress.within("leaving"):
+        watchdog.leave()
+        stop_groups()
 
 
 if __name__ == "__main__":

@@ -278,6 +278,7 @@ class Watchdog:
             time.sleep(0.02)
 
     def _farewell(self) -> None:
+        self._send()  # the beat before may have been made before this rank was about to leave
         deadline = time.monotonic() + 10.0
         while self.rank == 0 and time.monotonic() < deadline and not all(
                 beat.has_left for beat in self._read(range(self.world_size)).values()):

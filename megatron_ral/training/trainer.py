@@ -135,20 +135,25 @@ class Trainer:
                    mininterval=5.0)
         with progress.within("training", is_long=False):
             done, stop = self._steps(first, end, log, probes, bar)
-        bar.close()
-        if stop and done < end:
+        with progress.within("end", is_long=True):
+            bar.close()
+            self._finish(log, first, done, stop, started)
+
+    def _finish(self, log: RunLog, first: int, done: int, stop: Optional[str], started: float) -> None:
+        """What is said and written after the last step."""
+        config = self.config
+        if stop:
             self._say(f"{stop}: stopped after step {done} of {config.train.num_steps}, "
                       + (f"which is checkpointed in {config.train.output_dir}; go on with the same command and --resume"
                          if done else "nothing to checkpoint; start again"))
-        end = done
-        if config.train.export and end == config.train.num_steps:
+        if config.train.export and done == config.train.num_steps:
             with progress.within("export", is_long=True), self.policy.resident():
                 export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
         log.close()
-        self._summary(time.perf_counter() - started, first, end)
+        self._summary(time.perf_counter() - started, first, done)
 
     def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
-        """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped)."""
+        """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped early)."""
         done, stop = first, self.stopping.agreed(self.groups)
         while done < end and not stop:
             progress.step = done + 1
@@ -161,7 +166,7 @@ class Trainer:
             if done == end or stop or (interval and done % interval == 0):
                 with progress.within("checkpoint", is_long=True):
                     save_checkpoint(self.config, self.engines, self.loader, done)
-        return done, stop
+        return done, stop if done < end else None
 
     def _one_step(self, step: int) -> StepReport:
         config = self.config

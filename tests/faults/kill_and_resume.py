@@ -80,15 +80,16 @@ def what_is_wrong(status: int, log: str, rank: int, note: dict, seconds: float) 
         wrong.append(f"it ended after {seconds:.1f} s")
     if not re.search(rf"rank\s*: {rank} \(local_rank", log) or not re.search(r"exitcode\s*: -9", log):
         wrong.append("the launcher does not name the rank")
-    if note["step"] == 0 and "bytes held between steps" not in log:
-        return wrong  # the ranks had not met yet: nobody but the launcher can know
+    if note["phase"] == "leaving" or note["step"] == 0 and "bytes held between steps" not in log:
+        return wrong  # the ranks had not met yet, or had parted: nobody but the launcher can know
     found = re.search(rf"watchdog: rank {rank} was in phase '([^']*)'(?: of step (\d+))?, (.*)", log)
     if f"watchdog: rank {rank} died" not in log or found is None:
         return wrong + ["no message of the watchdog"]
     phase, step, samples = found.group(1), int(found.group(2) or 0), found.group(3)
-    # the last words of the first rank, whose store dies with it, may be a moment older than its end
-    known = {note["phase"], note["before"]} if rank or note["seconds"] < 0.1 else {phase}
-    if phase not in known or abs(step - note["step"]) > (rank == 0):
+    if rank == 0:  # its store died with it: what is known are its last words, from a moment before
+        return wrong if step in (note["step"] - 1, note["step"]) else wrong + [f"the message says step {step}"]
+    known = {note["phase"], note["before"]} | ({phase} if note["seconds"] < 0.02 else set())
+    if phase not in known or step != note["step"]:
         wrong.append(f"the message says phase '{phase}' of step {step}, it was {note['phase']} of step {note['step']}")
     if note["samples"] and "last sample" not in samples:
         wrong.append("the message names no sample")
