@@ -4,6 +4,8 @@ Arguments -> configuration -> checks that need no memory -> build -> run.
 """
 
 import os
+import time
+from pathlib import Path
 
 from megatron_ral.cli import dry_run, fail, parse_arguments, quiet_third_parties, read_config
 from megatron_ral.config import ConfigError, RunConfig
@@ -38,6 +40,7 @@ def _check_models(config: RunConfig):
 
 
 def main() -> None:
+    started = time.monotonic()
     quiet_third_parties()
     arguments = parse_arguments(__doc__, _extra)
     try:
@@ -58,6 +61,9 @@ def main() -> None:
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.planning.memory import check_fits
+    from megatron_ral.progress import progress
+    from megatron_ral.parallel.watchdog import Watchdog
+    from megatron_ral.training.stopping import StopRequests
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
     try:  # everything on disk is looked at before any memory is taken
@@ -69,13 +75,24 @@ def main() -> None:
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)
+    watchdog = Watchdog(groups.layout.rank, groups.layout.world_size, config.watchdog.timeout_seconds,
+                        config.watchdog.long_timeout_seconds, watches_waiting=groups.device.type == "cpu",
+                        log=Path(config.train.output_dir) / "watchdog.log")
+    stopping = StopRequests(config.train.time_limit_minutes, started)
+    stopping.listen()
     try:
-        Trainer(config, shape, groups, inputs, teacher).run()
-    except AgreedError as error:
+        Trainer(config, shape, groups, inputs, teacher, stopping).run()
+    except (AgreedError, TooManySkippedSteps) as error:
+        watchdog.leave()
         fail(error)
-    except (CheckpointError, ConfigError, DataError, TooManySkippedSteps) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
+        watchdog.announce(f"ended with an error: {error}")
         fail(error, everywhere=False)
-    stop_groups()
+    except BaseException as error:
+        watchdog.end_with(error)
+    with progress.within("leaving"):
+        watchdog.leave()
+        stop_groups()
 
 
 if __name__ == "__main__":

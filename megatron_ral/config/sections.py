@@ -1,4 +1,5 @@
-"""The sections of a run's configuration; every default of the project lives here (those of a teacher in `distill.py`).
+"""The sections of a run's configuration; every default of the project lives here (those of a teacher in `distill.py`, of the
+log and the watchdog in `watching.py`).
 
 Each section is a frozen dataclass that checks its own types (strictly: no string becomes a number) and its own
 impossible values. What concerns two sections at once is checked in `RunConfig`. Nothing here imports torch, so
@@ -12,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.watching import LoggingConfig, WatchdogConfig
 from megatron_ral.config.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, STRICT
 
 
@@ -252,23 +254,13 @@ class TrainConfig:
     """Stop after this many steps in a row whose gradient was not finite (each is skipped with a warning)."""
     stop_after_step: NonNegativeInt = 0
     """Checkpoint and stop after this step although num_steps is larger (schedules keep num_steps); 0: off."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class LoggingConfig:
-    """What TensorBoard gets, and how often."""
-
-    tensorboard: bool = True
-    gradient_ratio_interval: NonNegativeInt = 1
-    """Steps between measurements of |grad attention| / |grad tokens|; each costs one extra backward pass. 0: off."""
-    completions_interval: NonNegativeInt = 5
-    num_completions: PositiveInt = 4
-    eval_interval: NonNegativeInt = 0
-    """Steps between evaluations on data.eval_shards; 0: never during training."""
-    num_eval_prompts: PositiveInt = 400
-    probe_interval: NonNegativeInt = 5
-    """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
-    num_probes: PositiveInt = 4
+    time_limit_minutes: NonNegativeFloat = 0.0
+    """Checkpoint and end, to go on with --resume, at the first step boundary after so many minutes (from the start of the
+    process); 0: none. SIGTERM and SIGUSR1 do the same. Leave time for one step and a checkpoint before a scheduler's
+    limit."""
+    keep_replays: NonNegativeInt = 2
+    """Batches whose loss or gradient was not finite that are kept, with the weights they met, in <output_dir>/replay (the
+    first ones of the run; 0: none)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -287,6 +279,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def updates_per_rollout(self) -> int:

@@ -7,6 +7,8 @@ nothing is thrown away, so that looking ahead never changes a result.
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, Hashable, Mapping, Sequence, TypeVar
 
+from megatron_ral.progress import tick
+
 Place = TypeVar("Place", bound=Hashable)
 Result = TypeVar("Result")
 Slot = TypeVar("Slot")
@@ -38,8 +40,15 @@ class DecodeAhead:
 
     def get(self, places: Mapping[Slot, Place]) -> dict[Slot, Result]:
         """Results of these places. Raises what `decode` raises."""
+        results = {}
         if self._pool is None:
-            return {slot: self._decode(place) for slot, place in places.items()}
+            for slot, place in places.items():
+                results[slot] = self._decode(place)
+                tick()
+            return results
         futures = {slot: self._begun.pop(place, None) or self._pool.submit(self._decode, place)
                    for slot, place in places.items()}
-        return {slot: future.result() for slot, future in futures.items()}
+        for slot, future in futures.items():
+            results[slot] = future.result()
+            tick()
+        return results

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_ral.engine.in_flight import BatchInFlight, SamplingSettings
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import broadcast_from_stage_, receive_from_stage, send_to_stage
+from megatron_ral.progress import tick
 from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts
 
 
@@ -152,6 +153,7 @@ class _Line:
     def _start_pass(self, batch: BatchInFlight) -> None:
         """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states
         have left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
+        tick(batch.prompts.identities)
         stage, here, last = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
         if here > 0:
             hidden = torch.empty(*batch.handed_on, self.engine.shape.hidden_size, dtype=stage.dtype,

@@ -80,7 +80,7 @@ class PolicyEngine(StageEngine):
                          offload_optimizer=config.parallel.offload_optimizer,
                          recompute=config.parallel.recompute_activations, gather=config.parallel.gather)
         self.config = config
-        self.num_steps_taken = 0
+        self.num_steps_taken, self._losses_finite = 0, True
         use_gradient_norm(self.deepspeed.optimizer, self._own_norm)
         self._make_optimizer_state()
         self._trainable = {name: parameter for name, parameter in self.stage.named_parameters()
@@ -138,15 +138,20 @@ class PolicyEngine(StageEngine):
                     parameter.grad = torch.zeros(parameter.ds_shape, device=self.groups.device, dtype=torch.float32)
         self._sum_gradients(self._partial, self.groups.tensor)
         self._sum_gradients(self._tied, self.groups.embedding)
-        return sum_metrics(metrics, self.groups)
+        sums = sum_metrics(metrics, self.groups)
+        if not all(math.isfinite(value) for name, value in sums.items() if name.startswith("loss")):
+            self._losses_finite = False
+        return sums
 
     def step(self) -> StepResult:
-        """Clip, AdamW on this rank's shard, next learning rate. Parameters stay sharded after."""
+        """Clip, AdamW on this rank's shard, next learning rate. Parameters stay sharded after. Where the gradient, or a loss
+        since the last step, is not finite on any rank, nothing moves but the place in the learning rate's schedule."""
         learning_rate = learning_rate_at(self.num_steps_taken, self.config)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
         self.num_steps_taken += 1
+        self._losses_finite = True
         return StepResult(float(self.deepspeed.get_global_grad_norm()), learning_rate,
                           not self.deepspeed.optimizer.overflow)
 
@@ -160,15 +165,18 @@ class PolicyEngine(StageEngine):
         return float(self._norm(shards))
 
     def _own_norm(self) -> Tensor:
+        """What DeepSpeed clips by; where it is not finite, all ranks skip the step. So it is after a loss that is not,
+        even one whose gradient is."""
         zero = self.deepspeed.optimizer
-        return self._norm(map(zero.get_local_fp32_grad_for_param, self._trainable.values()))
+        return self._norm(map(zero.get_local_fp32_grad_for_param, self._trainable.values()),
+                          0.0 if self._losses_finite else math.nan)
 
-    def _norm(self, shards: Iterable[Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+    def _norm(self, shards: Iterable[Tensor], start: float = 0.0) -> Tensor:
+        total = torch.full((), start, dtype=torch.float64, device=self.groups.device)
         for parameter, shard in zip(self._trainable.values(), shards):
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
-            if not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0):
-                total += shard.double().square().sum()
+            counts = not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0)
+            total += shard.double().square().sum() * float(counts)  # not finite in a copy: not finite in all
         all_reduce_sum_(total, self.groups.data)
         all_reduce_sum_(total, self.groups.model)
         return total.sqrt().float()
@@ -177,6 +185,10 @@ class PolicyEngine(StageEngine):
         """Replace the reduced gradient by shards in the order of `gradient_shards`."""
         for parameter, shard in zip(self._trainable.values(), shards):
             self.deepspeed.optimizer.set_local_grad_for_param(shard, parameter)
+
+    def faulty_gradients(self) -> list[str]:
+        """Parameters of this rank's stage whose reduced gradient is not finite in this rank's shard."""
+        return [name for name, shard in zip(self._trainable, self.gradient_shards()) if not bool(shard.isfinite().all())]
 
     def master_shards(self) -> dict[str, Tensor]:
         """This rank's shards of the trainable parameters' float32 weights, by name."""

@@ -27,6 +27,7 @@ from megatron_ral.models.weights import load_stage
 from megatron_ral.parallel.collectives import raise_together
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
+from megatron_ral.progress import tick
 from megatron_ral.types import GroupBatch, PromptBatch, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -238,8 +239,13 @@ class StageEngine:
         for batch in batches:
             other = group_layout(getattr(batch, "groups", batch))
             assert (other.B, other.P, other.R) == (layout.B, layout.P, layout.R), "micro-batches differ in shape"
+        def taken() -> Iterator[Any]:
+            for batch in batches:
+                tick(getattr(batch, "groups", batch).prompts.identities)
+                yield batch
+
         get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(batches), model=self.stage,
+            forward_step_func=forward_step, data_iterator=taken(), model=self.stage,
             num_microbatches=len(batches), seq_length=self.stage.padded_length(layout.sequence_length),
             micro_batch_size=layout.B, forward_only=forward_only, collect_non_loss_data=forward_only)
 

@@ -13,6 +13,7 @@ from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.tensor_table import StageTensor, stage_tensors
 from megatron_ral.parallel.collectives import barrier, gather_objects, gather_shards
 from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.progress import tick
 
 
 def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
@@ -43,6 +44,7 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
     check_weights(weights, stage.shape)
     parameters = dict(stage.named_parameters())
     for tensor in describe_stage(stage):
+        tick()
         parameters[tensor.name].copy_(tensor.read(weights, layout.tensor_rank, layout.tensor_size))
 
 
@@ -65,6 +67,7 @@ def export_stage(stage: MultimodalStage, groups: ParallelGroups, source: str, ou
     barrier()
     parameters, tensors = dict(stage.named_parameters()), {}
     for tensor in describe_stage(stage):
+        tick()
         parameter = parameters[tensor.name]
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of tied embeddings

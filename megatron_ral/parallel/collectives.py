@@ -23,6 +23,12 @@ def all_reduce_max_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
+def largest_of_all(value: int, groups: ParallelGroups) -> int:
+    """Largest of every rank's small number, of the whole job."""
+    number = torch.tensor(value, dtype=torch.int32, device=groups.device)
+    return int(all_reduce_max_(number, dist.group.WORLD))
+
+
 def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """Every rank's tensor (equal shapes), in group order; no gradient."""
     if group.size() == 1:
@@ -60,6 +66,11 @@ def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     if box[1] is not None:
         raise failure or AgreedError(box[1])
     return box[0]
+
+
+def from_first_rank_of_all(make: Callable[[], Any]) -> Any:
+    """`from_first_rank` of the whole job."""
+    return from_first_rank(make, dist.group.WORLD)
 
 
 def gather_from_all(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import from_first_rank
 from megatron_ral.rewards.score import UNPARSED, reward_parts, score_response
+from megatron_ral.progress import tick
 from megatron_ral.types import Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
         return from_first_rank(lambda: score_responses(responses, processor, config), engine.groups.model)
     parts, texts = reward_parts(config.reward), decode_responses(responses, processor)
     samples = [prompt.sample for prompt in responses.prompts.prompts]
-    scored = [[score_response(text, sample.solution, sample.problem_type, parts) for text in group]
-              for sample, group in zip(samples, texts)]
+    scored = []
+    for sample, group in zip(samples, texts):
+        tick([sample.identity])  # a function of the user's own may take long
+        scored.append([score_response(text, sample.solution, sample.problem_type, parts) for text in group])
     components = {name: torch.tensor([[score.components[name] for score in row] for row in scored])
                   for name in scored[0][0].components}
     return Score(torch.tensor([[score.reward for score in row] for row in scored]), components, texts,

@@ -28,7 +28,8 @@ from megatron_ral.training.step import Engines
 # Settings that may differ between a checkpoint and the run that goes on from it.
 FREE_SETTINGS = ("logging.", "train.stop_after_step", "train.checkpoint_interval", "train.keep_checkpoints",
                  "train.output_dir", "train.export", "train.max_skipped_steps", "parallel.timeout_minutes",
-                  "teacher.cpu_offload", "data.decode_workers", "data.decode_ahead")
+                 "teacher.cpu_offload", "data.decode_workers", "data.decode_ahead", "train.time_limit_minutes",
+                 "train.keep_replays", "watchdog.")
 
 
 def checkpoint_root(output_dir: str) -> Path:

@@ -7,7 +7,7 @@ plain sequences of calls: what a call does is one file away.
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
@@ -20,12 +20,26 @@ from megatron_ral.engine.protocol import ForwardOutput
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
+from megatron_ral.progress import progress
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
 from megatron_ral.training.attention_term import ROLLOUT_POLICY
 from megatron_ral.training.distillation import DistillTerm, shuffled_visual_columns
 from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
-from megatron_ral.types import GroupBatch, Prompt, TrainBatch, pad_prompts
+from megatron_ral.types import GroupBatch, Prompt, Score, TrainBatch, pad_prompts
+
+
+@dataclass(frozen=True)
+class SkippedUpdate:
+    """What an optimizer step was made of that was skipped because its loss or gradient was not finite."""
+
+    update: int
+    """0-based, of the step."""
+    minibatch: Sequence[TrainBatch]
+    """This rank's micro-batches."""
+    scores: Sequence[Score]
+    """Of their responses, one per micro-batch; none in supervised training."""
+    metrics: Mapping[str, float]
 
 
 @dataclass
@@ -35,11 +49,13 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     rollout: Sequence[ScoredGroups] = ()
+    skipped: list["SkippedUpdate"] = field(default_factory=list)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with progress.within(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -51,9 +67,12 @@ def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptP
         batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
         totals = global_totals([batch.response_lengths for batch in batches], config.rollout.max_response_length,
                                policy.groups)
-        sums = policy.forward_backward([TrainBatch(batch, totals) for batch in batches], SftObjective())
+        minibatch = [TrainBatch(batch, totals) for batch in batches]
+        sums = policy.forward_backward(minibatch, SftObjective())
         result = policy.step()
     report.metrics.update(finish_metrics(sums))
+    if not result.applied:
+        report.skipped.append(SkippedUpdate(0, minibatch, (), report.metrics))
     report.metrics.update({"grad_norm": result.grad_norm, "lr": result.learning_rate,
                            "skipped_steps": float(not result.applied)})
     return report
@@ -124,7 +143,10 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
                 result = policy.step()
             updates.append({**metrics, "grad_norm": result.grad_norm, "lr": result.learning_rate,
                             "skipped_steps": float(not result.applied)})
-    if engines.average is not None:
+            if not result.applied:
+                scores = [scored.score for scored in report.rollout[index * len(minibatch):(index + 1) * len(minibatch)]]
+                report.skipped.append(SkippedUpdate(len(updates) - 1, minibatch, scores, updates[-1]))
+    if engines.average is not None and len(report.skipped) < len(updates):
         engines.average.follow(policy)
     for name in sorted(set().union(*updates)):
         values = [update[name] for update in updates if name in update]

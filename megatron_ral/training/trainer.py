@@ -15,20 +15,21 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.checkpoints import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
-from megatron_ral.parallel.groups import ParallelGroups, another_layout
+from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.progress import progress
 from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
 from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
-from megatron_ral.training.distillation import DistillTerm
+from megatron_ral.training.batch_files import replay_command, save_replay
+from megatron_ral.training.build import build_objective, build_teacher
 from megatron_ral.training.metrics import RunLog
-from megatron_ral.training.objective import RalObjective
 from megatron_ral.training.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
+from megatron_ral.training.stopping import StopRequests
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +79,24 @@ class Trainer:
         groups: process groups.
         inputs: what is on disk.
         teacher_shape: of teacher.path, checked against the layout and the student; None: no teacher.
+        stopping: what may end the run before its last step; None: train.time_limit_minutes from now.
     """
 
     def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups, inputs: Inputs,
-                 teacher_shape: Optional[ModelShape] = None):
+                 teacher_shape: Optional[ModelShape] = None, stopping: Optional[StopRequests] = None):
         self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
         self.is_main = groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
+        self.stopping = stopping or StopRequests(config.train.time_limit_minutes)
         self.num_skipped, self.problems = 0, ProblemLog()
         self.loader = PromptLoader(
             inputs.sources, self.processor, config.data, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
             seed=config.seed, batch_size=self.prompts_per_step, report=self.is_main,
             exchange=gather_from_all)
-        teacher = self._teacher(teacher_shape) if teacher_shape is not None else None
-        self.objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
-                                      config.loss.attention_coef, config.rollout.temperature,
-                                      distill=self._distill_term(teacher) if teacher is not None else None)
+        teacher = None
+        if teacher_shape is not None:
+            teacher = build_teacher(config, teacher_shape, shape, groups, self.processor)
+        self.objective = build_objective(config, shape, groups, teacher)
         self.policy = PolicyEngine(shape, groups, config)
         reference = average = None
         if config.needs_reference:
@@ -111,30 +114,13 @@ class Trainer:
         config = self.config
         return config.train.batch_size if config.train.algorithm == "sft" else config.rollout.num_prompts
 
-    def _teacher(self, shape: ModelShape) -> TeacherEngine:
-        config, settings = self.config, self.config.teacher
-        offload = settings.cpu_offload and self.groups.device.type != "cpu"
-        if settings.cpu_offload and not offload and self.is_main:
-            logger.warning("teacher.cpu_offload has no effect without an accelerator: the host's memory is all there is")
-        tensor_size, pipeline_size = config.teacher_layout
-        groups = another_layout(self.groups, tensor_size=tensor_size, pipeline_size=pipeline_size,
-                                timeout_minutes=config.parallel.timeout_minutes)
-        return TeacherEngine(shape, groups, settings.dtype, settings.path, student=self.groups, student_shape=self.shape,
-                             processor=self.processor, sequence_parallel=settings.sequence_parallel,
-                             cpu_offload=offload)
-
-    def _distill_term(self, teacher: TeacherEngine) -> DistillTerm:
-        settings = self.config.distill
-        layers = self.shape.layer_indices(settings.attention_layers, "distill.attention_layers")
-        unnamed = range(self.shape.num_layers) if settings.attention_coef > 0 else [self.shape.num_layers - 1]
-        return DistillTerm(settings, frozenset(layers or unnamed), self.groups.tensor, teacher.head)
-
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
         if self.inputs.checkpoint is not None:
-            first = restore_checkpoint(self.inputs.checkpoint, self.engines, self.loader)
+            with progress.within("restore", is_long=True):
+                first = restore_checkpoint(self.inputs.checkpoint, self.engines, self.loader)
             self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_setting_warnings(config):
@@ -147,23 +133,45 @@ class Trainer:
         end = min(config.train.stop_after_step or config.train.num_steps, config.train.num_steps)
         bar = tqdm(total=end, initial=first, desc=config.train.algorithm, unit="step", disable=not self.is_main,
                    mininterval=5.0)
-        for step in range(first, end):
-            report = self._one_step(step)
-            self._log_step(log, report, step, bar)
-            self._watch_skipped(report, step)
-            self._look(log, probes, step + 1)
-            interval = config.train.checkpoint_interval
-            if step + 1 == end or (interval and (step + 1) % interval == 0):
-                save_checkpoint(config, self.engines, self.loader, step + 1)
-        bar.close()
-        if config.train.export and end == config.train.num_steps:
-            with self.policy.resident():
+        with progress.within("training", is_long=False):
+            done, stop = self._steps(first, end, log, probes, bar)
+        with progress.within("end", is_long=True):
+            bar.close()
+            self._finish(log, first, done, stop, started)
+
+    def _finish(self, log: RunLog, first: int, done: int, stop: Optional[str], started: float) -> None:
+        """What is said and written after the last step."""
+        config = self.config
+        if stop:
+            self._say(f"{stop}: stopped after step {done} of {config.train.num_steps}, "
+                      + (f"which is checkpointed in {config.train.output_dir}; go on with the same command and --resume"
+                         if done else "nothing to checkpoint; start again"))
+        if config.train.export and done == config.train.num_steps:
+            with progress.within("export", is_long=True), self.policy.resident():
                 export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
         log.close()
-        self._summary(time.perf_counter() - started, first, end)
+        self._summary(time.perf_counter() - started, first, done)
+
+    def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
+        """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped early)."""
+        done, stop = first, self.stopping.agreed(self.groups)
+        while done < end and not stop:
+            progress.step = done + 1
+            report = self._one_step(done)
+            self._log_step(log, report, done, bar)
+            self._watch_skipped(report, done)
+            done += 1
+            self._look(log, probes, done)
+            stop, interval = self.stopping.agreed(self.groups), self.config.train.checkpoint_interval
+            if done == end or stop or (interval and done % interval == 0):
+                with progress.within("checkpoint", is_long=True):
+                    save_checkpoint(self.config, self.engines, self.loader, done)
+        return done, stop if done < end else None
 
     def _one_step(self, step: int) -> StepReport:
-        config, prompts = self.config, self.loader.take(self.prompts_per_step)
+        config = self.config
+        with progress.within("data"):
+            prompts = self.loader.take(self.prompts_per_step)
         if config.train.algorithm == "sft":
             return sft_step(self.policy, prompts, self.processor, config)
         interval = config.logging.gradient_ratio_interval
@@ -199,7 +207,13 @@ class Trainer:
             self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
 
     def _watch_skipped(self, report: StepReport, step: int) -> None:
-        """Warn of steps whose gradient was not finite; stop when that does not end."""
+        """Warn of steps whose gradient was not finite, and keep their batches; stop when that does not end."""
+        for skipped in report.skipped:
+            with progress.within("replay", is_long=True):
+                kept = save_replay(self.policy, skipped, self.config, step + 1)
+            if kept is not None and self.is_main:
+                logger.warning("step %d, update %d: the batch is kept with the weights it met; find what is not finite with"
+                               "\n  %s", step + 1, skipped.update + 1, replay_command(kept, self.layout.world_size))
         self.num_skipped = self.num_skipped + 1 if report.metrics["skipped_steps"] > 0 else 0
         if self.num_skipped and self.is_main:
             logger.warning("step %d: the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
@@ -220,12 +234,15 @@ class Trainer:
         settings, layer = self.config.logging, max(self.objective.term_layers)
         last = step == self.config.train.num_steps
         if probes and (step % settings.probe_interval == 0 or last):
-            log.probes(view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher),
-                       self.processor.video, step)
+            with progress.within("probes"):
+                views = view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher)
+            log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
             prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
                                 dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
-            log.evaluation(evaluate_prompts(self.policy, prompts, self.processor, self.config, layer), step)
+            with progress.within("evaluation"):
+                result = evaluate_prompts(self.policy, prompts, self.processor, self.config, layer)
+            log.evaluation(result, step)
 
     def _print_shards(self) -> None:
         """Bytes each rank holds, so that it can be seen that ZeRO-3 shards."""

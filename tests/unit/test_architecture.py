@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_ral"
-FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "parallel": 2, "data": 2, "compat": 3, "models": 3,
-         "engine": 4, "planning": 4, "rollout": 5, "training": 6, "evaluate": 7, "train": 7, "cli": 7}
+FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "progress": 1, "parallel": 2, "data": 2, "compat": 3, "models": 3,
+         "engine": 4, "planning": 4, "rollout": 5, "training": 6, "evaluate": 7, "train": 7, "cli": 7, "replay": 7}
 MAY_IMPORT = {
     "torch.distributed": {"parallel", "compat"}, "deepspeed": {"engine", "compat"},
     "webdataset": {"data/shards.py"}, "tensorboard": {"training/metrics.py"},

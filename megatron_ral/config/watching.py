@@ -1,0 +1,34 @@
+"""Sections of what watches a run: the log, and the watchdog over its ranks."""
+
+from pydantic.dataclasses import dataclass
+
+from megatron_ral.config.fields import NonNegativeInt, PositiveInt, STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoggingConfig:
+    """What TensorBoard gets, and how often."""
+
+    tensorboard: bool = True
+    gradient_ratio_interval: NonNegativeInt = 1
+    """Steps between measurements of |grad attention| / |grad tokens|; each costs one extra backward pass. 0: off."""
+    completions_interval: NonNegativeInt = 5
+    num_completions: PositiveInt = 4
+    eval_interval: NonNegativeInt = 0
+    """Steps between evaluations on data.eval_shards; 0: never during training."""
+    num_eval_prompts: PositiveInt = 400
+    probe_interval: NonNegativeInt = 5
+    """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
+    num_probes: PositiveInt = 4
+
+
+@dataclass(frozen=True, config=STRICT)
+class WatchdogConfig:
+    """When a rank that died or stalled ends the whole job."""
+
+    timeout_seconds: NonNegativeInt = 60
+    """A rank that died, was stopped, or whose main thread has done nothing (no micro-batch, no token, no sample, no phase)
+    has ended the job after so long; 0: off. With an accelerator a stall counts from when no rank gets on."""
+    long_timeout_seconds: PositiveInt = 1800
+    """The same in phases that may be long without a sign of life: start-up, loading, checkpoints, export, and the first
+    phase of each kind (kernels are compiled). A death is still seen at once on the same machine."""

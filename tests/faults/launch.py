@@ -1,0 +1,74 @@
+"""Start `megatron_ral.train` on a few ranks from a server that has everything imported, and wait for how they end."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Sequence
+
+import torch
+
+from tests.distributed import runner
+from tests.faults.doom import await_doom
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    codes: list[int]
+    """Exit status of every rank; negative: the signal that killed it."""
+    output: list[str]
+    """What every rank wrote to standard output and error."""
+    seconds: float
+    """From `clock` (the first end of a rank, or the doom) to the last end."""
+
+
+def _entry(rank: int, world_size: int, port: int, folder: str, module: str, arguments: Sequence[str],
+           doom: Optional[dict]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    file = os.open(f"{folder}/rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if doom is not None:
+        await_doom(rank, doom)
+    import importlib
+
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_job(world_size: int, folder: Path, arguments: Sequence[str], doom: Optional[dict] = None,
+            module: str = "megatron_ral.train", timeout: float = 120.0) -> Ended:
+    """Run to the end of all ranks; without a launcher that would end the others when one has died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    note = folder / "note.json"
+    doom = None if doom is None else {**doom, "note": str(note)}
+    processes = [runner._server().Process(target=_entry, args=(rank, world_size, port, str(folder), module, arguments, doom))
+                 for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    deadline, met = time.monotonic() + timeout, None
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if met is None and note.exists():
+            met = time.monotonic()
+        time.sleep(0.02)
+    ended = time.monotonic()
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hung:
+        os.kill(processes[rank].pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    output = [(folder / f"rank_{rank}.log").read_text() for rank in range(world_size)]
+    assert not hung, f"ranks {hung} hung:\n" + "\n".join(output)
+    return Ended([process.exitcode for process in processes], output, ended - (met or ended))
