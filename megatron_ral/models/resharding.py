@@ -90,6 +90,7 @@ def pieces(old: HeldParameter, new: HeldParameter, tensor_rank: int, start: int,
 
     Padding, of the vocabulary or at the end of a flattened part, is in no rectangle.
     """
+    assert old.real_rows == new.real_rows and old.tensor.cut_dim == new.tensor.cut_dim
     for row, rows, column, columns in _bands(start, min(stop, new.numel), new.width):
         for old_rank_rows, old_row, count, new_row in _rows(old, new, tensor_rank, row, rows):
             for old_rank_columns, old_column, width, new_column in _columns(old, new, tensor_rank, column, columns):
@@ -199,6 +200,20 @@ class StateSource(Protocol):
 
     def get(self, key: str) -> Optional[Tensor]:
         """The shard of a key, None where there is none."""
+
+
+def fitting_shard(state: StateSource, key: str, numel: int) -> Tensor:
+    """The shard of a key.
+
+    Raises:
+        CheckpointError: there is none, or it has not `numel` numbers.
+    """
+    value = state.get(key)
+    if value is None or value.numel() != numel:
+        found = "none" if value is None else f"one of {value.numel():,}"
+        raise CheckpointError(f"the checkpoint should have a shard '{key}' of {numel:,} numbers, but has {found}; it is "
+                              "damaged or of another model")
+    return value
 
 
 class OwnShards:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
 from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
-from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
+from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint_writer import CheckpointWriter
 from megatron_ral.training.distillation import DistillTerm
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.objective import RalObjective
@@ -63,7 +65,7 @@ class Inputs:
         if config.distills:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
-        checkpoint = find_checkpoint(config, resume)
+        checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)
 
@@ -102,6 +104,7 @@ class Trainer:
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
+        self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
 
     @property
     def prompts_per_step(self) -> int:
@@ -131,9 +134,10 @@ class Trainer:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
-        if self.inputs.checkpoint is not None:
-            first = restore_checkpoint(self.inputs.checkpoint, self.engines, self.loader)
-            self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
+        checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
+        if checkpoint is not None:
+            first = restore_checkpoint(checkpoint, self.engines, self.loader)
+            self._say(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_setting_warnings(config):
             if self.is_main:
@@ -150,9 +154,10 @@ class Trainer:
             self._log_step(log, report, step, bar)
             self._watch_skipped(report, step)
             self._look(log, probes, step + 1)
+            self.checkpoints.poll()
             interval = config.train.checkpoint_interval
             if step + 1 == end or (interval and (step + 1) % interval == 0):
-                save_checkpoint(config, self.engines, self.loader, step + 1)
+                self.checkpoints.save(step + 1, wait=step + 1 == end)
         bar.close()
         if config.train.export and end == config.train.num_steps:
             with self.policy.resident():
