@@ -4,7 +4,7 @@
 
 Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and
 generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model in any layout. Prints a
-table by category with standard errors, writes it to --output, and every response with the parts of its reward to a file
+table by category with standard errors and what was left out, writes it to --output, and every response with the parts of its reward to a file
 of JSON lines beside it.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     from megatron_ral.data.shards import DataError
 
     try:
-        shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
+        source = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0]
         processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length)
     except (ConfigError, DataError) as error:
         fail(error)
@@ -66,28 +66,31 @@ def main() -> None:
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.rollout.benchmark import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
-    from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts
+    from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, left_out_by_reason, say_what_is_scored
 
     started = time.perf_counter()
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)
     is_main, layout = groups.layout.rank == 0, groups.layout
-    prompts = read_prompts(shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
-                           dp_size=layout.data_size)
+    if is_main:
+        say_what_is_scored(source, config)
+    prompts = PromptSet(source.shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
+                        dp_size=layout.data_size)
     try:
         engine = FrozenEngine(shape, groups, config.model.dtype, path)
     except AgreedError as error:
         fail(error)
-    kept = ResultKeeper()
-    with tqdm(total=len(prompts), desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+    kept, share = ResultKeeper(), prompts.size(source)
+    with tqdm(total=share, desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
         result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update, kept.greedy)
     if arguments.samples:
-        with tqdm(total=len(prompts), desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+        with tqdm(total=share, desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
             sample_prompts(engine, prompts, processor, config, arguments.samples, kept.sampled, bar.update)
-    results = kept.gather(groups)
+    results, left_out = kept.gather(groups), left_out_by_reason(source, prompts, groups)
     if is_main:
-        record = {**dataclasses.asdict(result), "seconds": round(time.perf_counter() - started, 2), "model": path}
+        record = {**dataclasses.asdict(result), "seconds": round(time.perf_counter() - started, 2), "model": path,
+                  "reward_accuracy": config.reward.accuracy, "left_out": left_out}
         if arguments.samples:
             record["sampling"] = {"num_samples": arguments.samples, "temperature": config.rollout.temperature,
                                   "top_p": config.rollout.top_p, "seed": config.seed}
@@ -101,6 +104,9 @@ def main() -> None:
         print(f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
               f"unparsed {result.unparsed_rate:.3f}, failed {result.error_rate:.3f}, "
               f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}", flush=True)
+        if left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            print(f"left out: {sum(left_out.values())} samples that could not be used ({reasons})", flush=True)
     stop_groups()
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ral.config import ConfigError
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.data.faults import DataError, SampleError
+from megatron_ral.data.faults import DataError, SampleError, printable
 from megatron_ral.data.index import index_of_scan, open_index, write_index
 from megatron_ral.data.shards import find_shards, parse_sample, read_entry
 
@@ -30,6 +30,8 @@ def index_shard(shard: str, processor) -> tuple[int, list[str]]:
                 lengths[key] = processor.lengths(parse_sample(read_entry(index, number)))
             except SampleError as error:
                 problems.append(str(error))
+            except Exception as error:  # as in the loader: one sample must not end the work
+                problems.append(f"sample '{printable(key)}': {type(error).__name__}: {error}")
     write_index(shard, scan, lengths, processor.fingerprint())
     return len(index), ([scan.damage] if scan.damage else []) + problems
 

@@ -7,7 +7,6 @@ their target boxes in red and four frames of a video, one of them annotated wher
 """
 
 import argparse
-import io
 import random
 import re
 import sys
@@ -85,7 +84,7 @@ def draw_sample(sample: Sample) -> Image.Image:
     cell = Image.new("RGB", (CELL, CELL + TEXT_LINES * LINE + 8), "white")
     try:
         picture = _picture(sample)
-    except (SampleError, ValueError, OSError) as error:
+    except Exception as error:  # PIL and FFmpeg raise many types; each of them means that this one cannot be shown
         picture = Image.new("RGB", (CELL, CELL), "lightgrey")
         ImageDraw.Draw(picture).text((4, 4), textwrap.fill(str(error), 42), fill="black")
     picture.thumbnail((CELL - 8, CELL - 8))
@@ -99,7 +98,9 @@ def draw_sample(sample: Sample) -> Image.Image:
 def _picture(sample: Sample) -> Image.Image:
     """Up to four images, the first with its boxes, or four frames of the first video, an annotated one among them."""
     if sample.images:
-        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images[:4]]
+        from megatron_ral.data.pictures import open_image
+
+        images = [open_image(data).convert("RGB") for data in sample.images[:4]]
         return _tiles([_framed(image, sample.target_boxes if number == 0 else ()) for number, image in enumerate(images)])
     if sample.videos:
         from megatron_ral.data.targets import in_span

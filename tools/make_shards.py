@@ -25,7 +25,7 @@ from typing import Any, Iterator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.data.faults import REASONS, SampleError
+from megatron_ral.data.faults import REASONS, SampleError, printable
 from megatron_ral.data.index import open_index, write_index
 from megatron_ral.data.layouts import Media, RawSample, read_record, record_id
 from megatron_ral.data.shards import IMAGE_SUFFIXES, parse_sample
@@ -95,6 +95,19 @@ def keyed_records(path: Path, by_number: bool) -> Iterator[tuple[str, Any]]:
         yield key, record
 
 
+def with_defaults(record: Any, args: argparse.Namespace) -> Any:
+    """A record with what the command line says of records that do not say it themselves."""
+    if not isinstance(record, dict):
+        return record
+    named = {name: value for name, value in (("problem_type", args.problem_type), ("category", args.category))
+             if value and not record.get(name)}
+    if "category" in named and record.get("task"):
+        del named["category"]
+    if args.group_field and record.get(args.group_field) not in (None, ""):
+        named["question_group"] = str(record[args.group_field])
+    return {**record, **named}
+
+
 # --- one shard ----------------------------------------------------------------------------------------------------------
 
 class ShardMaker:
@@ -106,7 +119,7 @@ class ShardMaker:
         from megatron_ral.data.processor import PromptProcessor
 
         torch.set_num_threads(1)
-        self.media, self.output = args.media.resolve(), args.output
+        self.media, self.output, self.args = args.media.resolve(), args.output, args
         self.processor = PromptProcessor(args.model, args.max_prompt_length or UNLIMITED,
                                          max_visual_tokens=args.max_visual_tokens)
         self.fingerprint = self.processor.fingerprint()
@@ -120,10 +133,15 @@ class ShardMaker:
         with open(partial, "wb") as stream, webdataset.TarWriter(stream, mtime=0, encoder=False) as writer:
             for key, record in records:
                 try:
-                    members, lengths[key] = self._check(key, str(shard), record)
-                    writer.write({"__key__": key, **members})
+                    members, measured = self._check(key, str(shard), record)
                 except SampleError as error:
                     rejects.append({"key": key, "reason": error.reason, "text": str(error)})
+                except Exception as error:  # as in the loader: one record must not end the work
+                    text = f"sample '{key}': {type(error).__name__}: {error}"
+                    rejects.append({"key": key, "reason": "unusable", "text": text})
+                else:
+                    lengths[key] = measured
+                    writer.write({"__key__": key, **members})
         text = "".join(json.dumps(reject) + "\n" for reject in rejects)
         reject_path(self.output, number).write_text(text, encoding="ascii")
         scan = scan_archive(partial)
@@ -135,7 +153,7 @@ class ShardMaker:
         try:
             if isinstance(record, SampleError):
                 raise record
-            members = self._members(read_record(record))
+            members = self._members(read_record(with_defaults(record, self.args)))
         except SampleError as error:
             raise SampleError(f"sample '{key}': {error}", error.reason) from None
         sample = parse_sample({"__key__": key, "__url__": shard, **members})
@@ -155,8 +173,9 @@ class ShardMaker:
                 if path is not None and path.is_dir() and kind == "video":
                     if len(media) > 1:
                         raise SampleError("a folder of frames must be the only video of a sample", "wrong_field")
-                    members |= {f"frames/{file.name.lower()}": _read(file) for file in sorted(path.iterdir())
-                                if file.suffix[1:].lower() in IMAGE_SUFFIXES}
+                    # of each its true place: a link in the folder may lead out of --media as well
+                    members |= {f"frames/{file.name.lower()}": _read(self._inside(f"{item}/{file.name}"))
+                                for file in sorted(path.iterdir()) if file.suffix[1:].lower() in IMAGE_SUFFIXES}
                 else:
                     data = item if path is None else _read(path)
                     members[prefix + _suffix(kind, item, data)] = data
@@ -171,7 +190,12 @@ class ShardMaker:
         """The path of a media file, links followed."""
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\0" in name:
             raise SampleError(f"'{name[:200]}' is no local file; only paths inside --media are read", "refused_path")
-        path = (self.media / name).resolve()
+        try:
+            path = (self.media / name).resolve()
+            path.is_dir()
+        except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a name too long or of half characters
+            text = " ".join(str(error).split())[:200].encode("ascii", "backslashreplace").decode()
+            raise SampleError(f"'{printable(name[:200])}' is no path ({text})", "refused_path") from None
         if not path.is_relative_to(self.media):
             raise SampleError(f"'{name[:200]}' leads out of --media", "refused_path")
         return path
@@ -267,7 +291,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     model = {name: blake2b((Path(args.model) / name).read_bytes(), digest_size=16).hexdigest() for name in
              ("config.json", "tokenizer.json", "preprocessor_config.json") if (Path(args.model) / name).is_file()}
     return {"input": digest.hexdigest(), "model": model, "shard_size": args.shard_size, "keys": args.keys,
-            "max_prompt_length": args.max_prompt_length, "max_visual_tokens": args.max_visual_tokens}
+            "max_prompt_length": args.max_prompt_length, "max_visual_tokens": args.max_visual_tokens,
+            "problem_type": args.problem_type, "category": args.category, "group_field": args.group_field}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -284,6 +309,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="keys are the records' ids (where they have one), or their numbers")
     parser.add_argument("--max-prompt-length", type=int, default=0, help="reject longer prompts; 0: keep (a run filters)")
     parser.add_argument("--max-visual-tokens", type=int, default=0, help="reject prompts with more; 0: keep")
+    parser.add_argument("--problem-type", default="", help="of records that name none (README: Rewards)")
+    parser.add_argument("--category", default="", help="of records that name none, for the evaluation's table")
+    parser.add_argument("--group-field", default="", help="field that questions which count together share (MME: "
+                                                          "question_id, with --keys number)")
     args = parser.parse_args(argv)
     if args.input.suffix not in (".json", ".jsonl", ".parquet") or not args.input.is_file():
         parser.error(f"--input {args.input} is no .json, .jsonl or .parquet file")

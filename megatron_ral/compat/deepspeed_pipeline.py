@@ -4,7 +4,8 @@ DeepSpeed allows ZeRO-3 only without pipeline stages of its own. One plain ZeRO-
 schedule, works with three adaptations kept here:
 
 1. `MegatronTopology`: the `mpu` names DeepSpeed calls, which megatron-core no longer has.
-2. `count_tied_embedding_once`: the gradient norm would count the last stage's copy of tied embeddings a second time.
+2. `use_gradient_norm`: DeepSpeed's own gradient norm counts the last stage's copy of tied embeddings a second time, and
+   with an offloaded optimizer it is taken before the engine adds up what tensor ranks and tied copies share.
 3. `suspended_module_hooks`: DeepSpeed's per-module fetch and release hooks compare module order over all ranks (stages
    differ, so they would hang) and gather parameters anew for every micro-batch. While all parameters of the stage are
    resident they have nothing to do.
@@ -14,7 +15,7 @@ schedule, works with three adaptations kept here:
 
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 
@@ -68,16 +69,9 @@ class MegatronTopology:
         return self._groups.pipeline
 
 
-def count_tied_embedding_once(zero_optimizer) -> None:
-    """Leave parameters marked `shared` (the last stage's copy of tied embeddings) out of ZeRO-3's gradient norm."""
-    original = zero_optimizer.get_grad_norm_direct
-
-    def get_grad_norm_direct(gradients, params, norm_type=2):
-        counted = [torch.zeros_like(gradient) if getattr(param, "shared", False) else gradient
-                   for gradient, param in zip(gradients, params)]
-        return original(counted, params, norm_type)
-
-    zero_optimizer.get_grad_norm_direct = get_grad_norm_direct
+def use_gradient_norm(zero_optimizer, norm: Callable[[], torch.Tensor]) -> None:
+    """Let ZeRO-3 clip by `norm()`, a 0-dim tensor, the same on every rank, and skip the step where it is not finite."""
+    zero_optimizer._get_norm_groups = lambda: [norm()]
 
 
 @contextmanager

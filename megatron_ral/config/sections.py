@@ -38,6 +38,17 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut the sequence over tensor ranks outside attention too: activations of norms and residuals shrink by the number
     of tensor ranks for the same traffic. No effect with one tensor rank; generation goes without."""
+    recompute_activations: bool = False
+    """Keep only the inputs of each layer for the backward pass and compute the rest again in it: less memory for about
+    a third more compute. Layers whose attention is recorded are never recomputed (they would record no gradient)."""
+    gather: Literal["stage", "layer"] = "stage"
+    """What is gathered from the data-parallel ranks at a time in a training pass. stage: the whole stage, once per
+    optimizer step. layer: one layer after the other, in every pass of every micro-batch, which takes the memory of a few
+    layers and sends (2 * micro-batches) times as much. Generation always gathers the stage, once per rollout."""
+    offload_optimizer: bool = False
+    """Keep the policy's float32 weights, gradients and moments in the host's memory and update them there."""
+    offload_parameters: bool = False
+    """Keep the shards of the policy's and the reference's parameters in the host's memory between uses."""
     timeout_minutes: PositiveInt = 30
     """A collective that waits longer than this ends the job."""
 

@@ -16,6 +16,7 @@ from megatron_ral.data.faults import DataError, Fault, printable
 
 FRAME_FOLDER = ".frames"
 MAX_SAMPLE_BYTES = 2 * 2**30
+MAX_MEMBER_BYTES = 2**60
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -68,7 +69,7 @@ def scan_archive(path: str | Path) -> ArchiveScan:
             end = archive.offset
         if not damage:
             damage = _damage_at_end(path, end)
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
         raise DataError(f"shard '{path}' is not a tar archive; remove or rebuild it") from None
     except OSError as error:
         raise DataError(f"shard '{path}' cannot be read ({error.strerror}); check the path and its permissions") from None
@@ -81,18 +82,19 @@ def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) 
     while True:
         try:
             member = archive.next()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             return f"it is cut short or damaged at byte {archive.offset} ({error})"
         archive.members = []  # tarfile keeps every member it has seen
         if member is None:
             return ""
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if member.size < 0:
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:
             return f"a member at byte {member.offset} declares {member.size} bytes"
-        if member.isdir() or (names := split_member(member.name)) is None:
+        fault = _member_fault(member)
+        names = split_member(member.name) or ((member.name, "") if fault is not None else None)
+        if member.isdir() or names is None:
             continue
         key, suffix = names
-        fault = _member_fault(member)
         cut = member.isreg() and member.offset_data + member.size > num_bytes
         if cut:
             fault = Fault("truncated", f"sample '{printable(key)}' is cut short by the end of its shard")

@@ -14,7 +14,7 @@ from typing import Mapping, Optional
 import numpy as np
 
 from megatron_ral.data.archive import ArchiveScan, SampleSpan, scan_archive
-from megatron_ral.data.faults import Fault
+from megatron_ral.data.faults import REASONS, Fault
 
 FORMAT = 1
 UNKNOWN = -1
@@ -109,7 +109,7 @@ def open_index(shard: str | Path) -> ShardIndex:
             return _from_lines(str(shard), header, lines)
     except FileNotFoundError:
         note = "missing"
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
         note = "unreadable"
     return index_of_scan(str(shard), scan_archive(shard), note)
 
@@ -120,12 +120,29 @@ def index_of_scan(shard: str, scan: ArchiveScan, note: str = "") -> ShardIndex:
 
 
 def _from_lines(shard: str, header: dict, lines: list[dict]) -> ShardIndex:
-    spans = [SampleSpan(line["key"], line["offset"], line["size"],
-                        Fault(line["reason"], line["text"]) if "reason" in line else None) for line in lines]
-    numbers = {name: np.array([line.get(name, UNKNOWN) for line in lines], dtype=np.int32)
+    spans = [_span(line, header["tar_bytes"]) for line in lines]
+    numbers = {name: np.array([_whole(line.get(name, UNKNOWN), UNKNOWN, 2**31) for line in lines], dtype=np.int32)
                for name in ("prompt_length", "visual_tokens")}
+    if not isinstance(header["damage"], str) or not isinstance(header["processor"], str):
+        raise TypeError("'damage' and 'processor' are texts")
     return _build(shard, spans, damage=header["damage"], fingerprint=header["processor"],
                   prompt_lengths=numbers["prompt_length"], visual_tokens=numbers["visual_tokens"])
+
+
+def _span(line: dict, tar_bytes: int) -> SampleSpan:
+    """One line. Raises ValueError, KeyError or TypeError where `write_index` cannot have written it."""
+    fault = Fault(line["reason"], line["text"]) if "reason" in line else None
+    if not isinstance(line["key"], str) or fault and not (fault.reason in REASONS and isinstance(fault.text, str)):
+        raise TypeError("'key', 'reason' and 'text' are texts")
+    offset = _whole(line["offset"], 0, tar_bytes + 1)
+    # a sample that the end of the file cuts reaches beyond it
+    return SampleSpan(line["key"], offset, _whole(line["size"], 0, tar_bytes + 1 - offset if fault is None else 2**63), fault)
+
+
+def _whole(value: object, least: int, end: int) -> int:
+    if type(value) is not int or not least <= value < end:
+        raise ValueError(f"{str(value)[:40]} is no whole number from {least} to {end - 1}")
+    return value
 
 
 def _build(shard: str, spans: list[SampleSpan], **rest) -> ShardIndex:

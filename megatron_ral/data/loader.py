@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import PurePath
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -81,6 +81,15 @@ def open_sources(patterns: Sequence[tuple[str, int]], key: str) -> list[Source]:
     return sources
 
 
+def shard_labels(shards: Collection[str]) -> dict[str, str]:
+    """Path of each shard -> its name, with as many folders before it as tell all of them apart."""
+    for depth in range(1, max(len(PurePath(shard).parts) for shard in shards) + 1):
+        labels = {shard: "/".join(PurePath(shard).parts[-depth:]) for shard in shards}
+        if len(set(labels.values())) == len(labels):
+            break
+    return labels
+
+
 class PromptLoader:
     """Prompts of one data-parallel rank.
 
@@ -106,6 +115,7 @@ class PromptLoader:
         self.filtered: Counter[str] = Counter()
         self._exchange = exchange or (lambda value: [value])
         self._faults: dict[str, Fault] = {}
+        self._labels = shard_labels({index.shard for source in self.sources for index in source.indexes})
         self._unusable: set[Place] = set()
         self._ahead = DecodeAhead(self._decode, settings.decode_workers, settings.decode_ahead)
         fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
@@ -117,7 +127,7 @@ class PromptLoader:
 
     @property
     def quarantined(self) -> Mapping[str, str]:
-        """Shard name and key -> why the sample (or the rest of the shard) is not used; the same on every rank. A repeated
+        """Shard name (with its folder where two are called alike) and key -> why the sample (or the rest of the shard) is not used; the same on every rank. A repeated
         key has the number of its sample behind it."""
         return {identity: fault.text for identity, fault in self._faults.items()}
 
@@ -176,9 +186,10 @@ class PromptLoader:
         for number, saved in enumerate(state["orders"]):
             if number >= len(self.sources) or saved != self._identity(number):
                 key = self.sources[min(number, len(self.sources) - 1)].key
-                raise DataError(f"the shards of {key}, their indexes or the limits of a prompt's length are not those of the "
-                                "checkpoint, so its position means nothing in them; put them back, or start again from "
-                                "its exported weights")
+                raise DataError(f"the shards of {key}, their indexes, the limits of a prompt's length, or what else decides "
+                                "the order (seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not "
+                                "those of the checkpoint, so its position means nothing in them; put them back, or start "
+                                "again from its exported weights")
         self._faults = {name: Fault(*fault) for name, fault in state["quarantined"].items()}
         self._unusable = {Place(*place) for place in state["unusable"]}
         self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
@@ -191,7 +202,7 @@ class PromptLoader:
                    and index.fingerprint != fingerprint]
         for shard, index in enumerate(source.indexes):
             if index.damage:
-                self._faults[PurePath(index.shard).name] = Fault("truncated", f"shard '{index.shard}': {index.damage}")
+                self._faults[self._labels[index.shard]] = Fault("truncated", f"shard '{index.shard}': {index.damage}")
             for sample, fault in index.faults.items():
                 repeated = f"#{sample}" if fault.reason == "duplicate_key" else ""
                 self._faults[self._name(Place(number, shard, sample)) + repeated] = fault
@@ -276,8 +287,8 @@ class PromptLoader:
             return self.processor(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
         except SampleError as error:
             return Fault(error.reason, str(error))
-        except ValueError as error:
-            return Fault("unusable", f"sample '{self._name(place)}': {error}")
+        except Exception as error:  # decoders of foreign bytes may raise anything, and one sample must not end a run
+            return Fault("unusable", f"sample '{self._name(place)}': {type(error).__name__}: {error}")
 
     def _quarantine(self, place: Place, fault: Fault) -> None:
         if fault.reason == "cannot_read":
@@ -294,7 +305,7 @@ class PromptLoader:
 
     def _name(self, place: Place) -> str:
         index = self.sources[place.source].indexes[place.shard]
-        return f"{PurePath(index.shard).name}/{printable(index.keys[place.number])}"
+        return f"{self._labels[index.shard]}/{printable(index.keys[place.number])}"
 
     def _identity(self, number: int) -> str:
         """Of a source's order: which samples of which shards, in which order."""

@@ -5,7 +5,6 @@ whatever the checkpoint folder holds. Visual tokens are counted here, before any
 found where the sample's key is known.
 """
 
-import io
 import json
 import threading
 from dataclasses import asdict
@@ -21,17 +20,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_ral.config import ConfigError
 from megatron_ral.data.faults import SampleError
 from megatron_ral.data.index import SampleLengths
-from megatron_ral.data.pictures import image_grid, patchify_image
+from megatron_ral.data.pictures import MAX_IMAGE_PIXELS, image_grid, open_image, patchify_image
 from megatron_ral.data.targets import TargetError, clip_cells, image_cells
 from megatron_ral.data.video import (
-    MAX_SIDE, PICTURE_FORMATS, DecodedVideo, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip,
+    MAX_SIDE, DecodedVideo, VideoError, VideoSettings, grid_timestamps, patchify_video, read_clip,
     seconds_per_grid, video_grid)
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.rewards.answer import taught_solution
 from megatron_ral.types import Prompt, Sample
 
 END_OF_TURN = "<|im_end|>"
-MAX_IMAGE_PIXELS = 2**27
 
 
 class _Visual:
@@ -234,9 +232,7 @@ class PromptProcessor:
     def _open_image(self, sample: Sample, data: bytes, *, decode: bool) -> Image.Image:
         """An image, its declared size checked before a pixel is decoded."""
         try:
-            image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-            if max(image.size) > MAX_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            image = open_image(data)
             return image.convert("RGB") if decode else image
         except Image.DecompressionBombError as error:
             raise SampleError(f"sample '{sample.key}': image declares too many pixels ({error}); at most {MAX_SIDE} on a "

@@ -10,10 +10,8 @@ import glob
 import io
 import json
 import logging
-import math
 import os
 import re
-import tarfile
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
 
@@ -32,7 +30,8 @@ TEXT_FIELDS = ("process", "problem_type", "category", "question_group")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "gif")
 NUM_FIRST_SAMPLES = 16
-_IMAGE_MEMBER, _VIDEO_MEMBER = (re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(suffixes)})")
+MIN_FPS, MAX_FPS = 1.0e-6, 1.0e6
+_IMAGE_MEMBER, _VIDEO_MEMBER = (re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(suffixes)})")
                                 for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
 _FRAME_MEMBER = re.compile(rf"frames/.*\.(?:{'|'.join(IMAGE_SUFFIXES)})")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -113,11 +112,14 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
         for member in tar_file_expander([{"url": index.shard, "stream": io.BytesIO(data)}], eof_value=None):
             found, suffix = split_member(member["fname"]) or (None, "")
             if found == entry["__key__"]:
-                entry[suffix] = member["data"]
+                if not suffix.startswith("__"):  # the names of what is not a member
+                    entry[suffix] = member["data"]
             elif found is not None:
                 raise SampleError(f"sample '{key}': '{index.shard}' has sample '{printable(found)}' in its place; make "
                                   "the index of this shard again (tools/index_shards.py)", "truncated")
-    except (tarfile.TarError, EOFError, OSError, UnicodeError) as error:
+    except SampleError:
+        raise
+    except Exception as error:  # tarfile raises many types; each of them means that this sample is damaged
         text = error.args[0] if error.args else error
         raise SampleError(f"sample '{key}': its members cannot be read ({text})", "truncated") from None
     return entry
@@ -146,7 +148,7 @@ def shard_entries(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
 def parse_sample(entry: dict[str, Any]) -> Sample:
     """Members of a sample -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
     the order of the question; videos likewise (`.mp4`, `.webm`, `.gif`), or the pictures `.frames/*` in the order of
-    their names with the field `fps` (pictures per second, 1 by default), shown last.
+    their names (f2 before f10) with the field `fps` (pictures per second, 1 by default), shown last.
 
     Raises:
         SampleError: a field is missing, of the wrong type or impossible; names sample and field.
@@ -192,7 +194,7 @@ def _record(key: str, entry: dict[str, Any]) -> dict[str, Any]:
         raise SampleError(f"sample '{key}' has no .json member", "missing_field")
     try:
         record = json.loads(entry["json"].decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise SampleError(f"sample '{key}': its .json is unreadable ({error})", "unreadable_text") from None
     if not isinstance(record, dict):
         raise SampleError(f"sample '{key}': its .json is not an object", "unreadable_text")
@@ -200,11 +202,17 @@ def _record(key: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frame_pictures(key: str, entry: dict[str, Any], record: dict[str, Any]) -> tuple[FramePictures, ...]:
-    names = sorted(name for name in entry if _FRAME_MEMBER.fullmatch(name))
+    names = sorted((name for name in entry if _FRAME_MEMBER.fullmatch(name)), key=natural_order)
     fps = record.get("fps", 1.0)
-    if names and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
-        raise SampleError(f"sample '{key}': field 'fps' must be a positive number, not {fps!r}", "wrong_field")
+    if names and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not MIN_FPS <= fps <= MAX_FPS):
+        raise SampleError(f"sample '{key}': field 'fps' must be a number from {MIN_FPS:g} to {MAX_FPS:g}, not "
+                          f"{str(fps)[:40]}", "wrong_field")
     return (FramePictures(tuple(entry[name] for name in names), float(fps)),) if names else ()
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sorting key in which numbers count as numbers: `f2.jpg` before `f10.jpg`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]{1,18})", name)]
 
 
 def _check_answer(key: str, record: dict[str, Any]) -> None:

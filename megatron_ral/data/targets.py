@@ -79,8 +79,10 @@ def in_span(timestamps: Tensor, target: TargetFrames) -> Tensor:
 def parse_boxes(value: object, field: str) -> tuple[Box, ...]:
     """JSON -> boxes. Raises ValueError naming the field."""
     try:
+        if any(isinstance(box, (str, dict)) for box in value or []):
+            raise TypeError("a text or an object is no box")
         return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in value or [])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{field} must be a list of [x0, y0, x1, y1]") from None
 
 
@@ -94,7 +96,7 @@ def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
         unknown = set(item) - {"seconds", "boxes"} if isinstance(item, dict) else {"no object"}
         try:
             start, end = map(float, item["seconds"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             unknown |= {"no seconds"}
         if unknown or not (math.isfinite(start) and math.isfinite(end)):
             raise ValueError(f"target_frames must be a list of {{\"seconds\": [start, end], \"boxes\": [[x0, y0, x1, y1], "

@@ -24,7 +24,8 @@ class AverageEngine(FrozenEngine):
     def __init__(self, policy: PolicyEngine, decay: float):
         config = policy.config
         super().__init__(policy.shape, policy.groups, config.model.dtype, config.model.path,
-                         config.parallel.sequence_parallel)
+                         config.parallel.sequence_parallel, config.parallel.offload_parameters,
+                         config.parallel.gather)
         self.decay = decay
         names = {name for name, parameter in policy.stage.named_parameters() if parameter.requires_grad}
         self._followed = {name: parameter for name, parameter in self.stage.named_parameters() if name in names}

@@ -9,9 +9,10 @@ class FrozenEngine(StageEngine):
     """Frozen stage of one rank; it reads and generates, and never changes.
 
     Args:
-        shape, groups, dtype, path, sequence_parallel, cpu_offload: as for StageEngine.
+        shape, groups, dtype, path, sequence_parallel, cpu_offload, gather: as for StageEngine.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str,
-                 sequence_parallel: bool = False, cpu_offload: bool = False):
-        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload)
+                 sequence_parallel: bool = False, cpu_offload: bool = False, gather: str = "stage"):
+        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload,
+                         gather=gather)

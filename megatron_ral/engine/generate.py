@@ -1,7 +1,8 @@
 """Generation of G responses per prompt on the pipeline stages, prompt computed once per group, with a KV cache."""
 
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence
+from itertools import islice
+from typing import Iterable, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -97,12 +98,13 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
                          finished)
 
 
-def sample_responses(engine: StageEngine, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int,
+def sample_responses(engine: StageEngine, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int,
                      *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
     """Generate for all prompts, `batch_size` at a time; the caller keeps the engine resident. Yields responses with their
     visual embeddings (first stage only)."""
-    for start in range(0, len(prompts), batch_size):
-        batch = pad_prompts(prompts[start:start + batch_size], settings.pad_token_id)
+    remaining = iter(prompts)
+    while taken := list(islice(remaining, batch_size)):
+        batch = pad_prompts(taken, settings.pad_token_id)
         embeds = engine.encode_visual(batch)
         yield generate(engine, batch, embeds, settings, *identity), embeds
 

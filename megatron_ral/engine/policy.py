@@ -8,12 +8,12 @@ with one process on the whole batch.
 """
 
 import math
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import count_tied_embedding_once
+from megatron_ral.compat.deepspeed_pipeline import use_gradient_norm
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
@@ -75,13 +75,18 @@ class PolicyEngine(StageEngine):
         super().__init__(shape, groups, config.model.dtype, config.model.path,
                          optimizer=_adamw(config, groups.device), train_vision=config.model.train_vision,
                          clip_grad_norm=config.optimizer.clip_grad_norm,
-                         sequence_parallel=config.parallel.sequence_parallel)
+                         sequence_parallel=config.parallel.sequence_parallel,
+                         cpu_offload=config.parallel.offload_parameters,
+                         offload_optimizer=config.parallel.offload_optimizer,
+                         recompute=config.parallel.recompute_activations, gather=config.parallel.gather)
         self.config = config
         self.num_steps_taken = 0
-        count_tied_embedding_once(self.deepspeed.optimizer)
+        use_gradient_norm(self.deepspeed.optimizer, self._own_norm)
         self._make_optimizer_state()
         self._trainable = {name: parameter for name, parameter in self.stage.named_parameters()
                            if parameter.requires_grad}
+        for parameter in self._trainable.values():
+            parameter.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the model's precision
         self._partial = [parameter for parameter in self._trainable.values() if self.layout.tensor_size > 1
                          and getattr(parameter, "partial_over_tensor_ranks", False)]
         self._tied = [parameter for parameter in self._trainable.values()
@@ -126,11 +131,11 @@ class PolicyEngine(StageEngine):
 
             return output, token_loss
 
-        with self.resident(), self.deepspeed.coalesce_grad_reduction():
+        with self.ready(recorded), self.deepspeed.coalesce_grad_reduction():
             self.run_schedule(forward_step, batches, forward_only=False)
             for parameter in self._trainable.values():
                 if parameter.grad is None:  # an old gradient would be reused in its place
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.zeros(parameter.ds_shape, device=self.groups.device, dtype=torch.float32)
         self._sum_gradients(self._partial, self.groups.tensor)
         self._sum_gradients(self._tied, self.groups.embedding)
         return sum_metrics(metrics, self.groups)
@@ -150,8 +155,15 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         return [zero.get_local_fp32_grad_for_param(parameter).clone() for parameter in self._trainable.values()]
 
-    def gradient_norm(self, shards: Sequence[Tensor]) -> float:
+    def gradient_norm(self, shards: Iterable[Tensor]) -> float:
         """Global norm of gradient shards, every parameter of every stage counted once."""
+        return float(self._norm(shards))
+
+    def _own_norm(self) -> Tensor:
+        zero = self.deepspeed.optimizer
+        return self._norm(map(zero.get_local_fp32_grad_for_param, self._trainable.values()))
+
+    def _norm(self, shards: Iterable[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for parameter, shard in zip(self._trainable.values(), shards):
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
@@ -159,7 +171,7 @@ class PolicyEngine(StageEngine):
                 total += shard.double().square().sum()
         all_reduce_sum_(total, self.groups.data)
         all_reduce_sum_(total, self.groups.model)
-        return float(total.sqrt())
+        return total.sqrt().float()
 
     def set_gradient_shards(self, shards: Sequence[Tensor]) -> None:
         """Replace the reduced gradient by shards in the order of `gradient_shards`."""

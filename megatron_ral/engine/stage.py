@@ -2,21 +2,22 @@
 
 Between uses each data-parallel rank holds 1/DP of its stage. `resident()` gathers the whole stage with one coalesced
 all-gather and releases it after; inside, DeepSpeed's per-module hooks are suspended, so that a pass sends nothing over
-the data-parallel group however many micro-batches it has.
+the data-parallel group however many micro-batches it has. `ready()` is what a pass needs: the same, or with
+`gather="layer"` everything but the layers, which then are gathered one by one.
 """
 
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
+from megatron_ral.engine.gather import LayerWeights, gather_parameters, release_parameters
 from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
@@ -31,7 +32,8 @@ from megatron_ral.types import GroupBatch, PromptBatch, to_device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_offload: bool = False) -> dict[str, Any]:
+def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_offload: bool = False,
+                 offload_optimizer: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration, derived: nothing in it is set by a user directly.
 
     `gradient_accumulation_steps` is 1 because losses are sums over a global denominator already, and the persistence
@@ -39,6 +41,7 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_off
     """
     numel = sum(parameter.numel() for parameter in stage.parameters())
     largest = max(parameter.numel() for parameter in stage.parameters())
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -50,8 +53,10 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_off
             "stage": 3, "overlap_comm": False, "contiguous_gradients": True,
             "reduce_bucket_size": max(largest, min(numel, 200_000_000)), "stage3_prefetch_bucket_size": 0,
             "stage3_param_persistence_threshold": 0,
-            **({"offload_param": {"device": "cpu", "pin_memory": True}} if cpu_offload else {}),
+            **({"offload_param": host} if cpu_offload else {}),
+            **({"offload_optimizer": host} if offload_optimizer else {}),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as exact on the host as elsewhere
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
@@ -74,17 +79,22 @@ class StageEngine:
         train_vision: whether the vision tower is trainable.
         clip_grad_norm: 0: no clipping.
         sequence_parallel: cut the sequence over tensor ranks outside attention.
-        cpu_offload: keep the shards of a frozen model in the host's memory between uses.
+        cpu_offload: keep the shards of parameters in the host's memory between uses.
+        offload_optimizer: keep master weights, gradients and moments there.
+        recompute: compute activations of layers that are not recorded again in the backward pass.
+        gather: "stage" or "layer", what a pass has whole at a time; "layer" recomputes.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
                  train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False,
-                 cpu_offload: bool = False):
+                 cpu_offload: bool = False, offload_optimizer: bool = False, recompute: bool = False,
+                 gather: str = "stage"):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self._resident = False
+        self._resident, self._ready, self._gather = False, False, gather
         with groups.active():
-            self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel)
+            self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel,
+                                         recompute or gather == "layer")
             problem = None
             try:
                 load_stage(self.stage, path)
@@ -97,7 +107,8 @@ class StageEngine:
             self.stage.train(optimizer is not None)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
-                config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload),
+                config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
+                                    offload_optimizer=offload_optimizer),
                 mpu=MegatronTopology(groups), dist_init_required=False)
 
     @contextmanager
@@ -109,16 +120,61 @@ class StageEngine:
                 yield
             return
         parameters = list(self.stage.parameters())
-        parameters[0].all_gather_coalesced(parameters).wait()
+        gather_parameters(parameters)
         self._resident = True
         try:
             with suspended_module_hooks(self.stage), self.groups.active():
                 yield
         finally:
             self._resident = False
-            held = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
-            if held:
-                held[0].partition(param_list=held)
+            release_parameters(parameters)
+
+    def traffic(self, recorded: Collection[int]) -> str:
+        """What a training pass sends over the data-parallel group, in words."""
+        size = self.layout.data_size
+
+        def sent(parameters: Iterable[Any], itemsize: int = 0) -> int:
+            return sum(p.ds_tensor.numel() * size * (itemsize or p.element_size()) for p in parameters)
+
+        passing = [parameter for layer in self._passing(recorded) for parameter in layer.parameters()]
+        whole, layers = sent(self.stage.parameters()), sent(passing)
+        gathered = f"gathers {whole - layers:,} bytes once"
+        if layers:
+            gathered += f" and {layers:,} bytes of {len(self._passing(recorded))} layers twice per micro-batch"
+        trained = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        return f"{gathered}, reduces {sent(trained, 4):,} bytes of gradients once"
+
+    def _passing(self, recorded: Collection[int]) -> list[torch.nn.Module]:
+        """Layers that a pass gathers one by one."""
+        layers = self.stage.language.decoder.layers if self._gather == "layer" else ()
+        return [layer for layer in layers if layer.layer_number - 1 not in recorded]
+
+    @contextmanager
+    def ready(self, recorded: Collection[int] = ()) -> Iterator[None]:
+        """What a pass over micro-batches needs: `resident`, or with gather = "layer" all but the layers that are not in
+        `recorded` (a recorded layer is not recomputed, so that its weights stay). May be nested: several passes around
+        which it stands gather once."""
+        if self._ready:
+            yield
+            return
+        if self._resident or self._gather == "stage":
+            with self.resident():
+                yield
+            return
+        passing = self._passing(recorded)
+        self._ready = True
+        for layer in passing:
+            layer.weights = LayerWeights(layer)
+        theirs = {id(parameter) for layer in passing for parameter in layer.weights.parameters}
+        try:
+            gather_parameters([parameter for parameter in self.stage.parameters() if id(parameter) not in theirs])
+            with suspended_module_hooks(self.stage), self.groups.active():
+                yield
+        finally:
+            self._ready = False
+            for layer in passing:
+                layer.weights = None
+            release_parameters(list(self.stage.parameters()))
 
     def local_layers(self, layers: Sequence[int]) -> list[int]:
         """Those of `layers` that live on this stage."""
@@ -169,7 +225,7 @@ class StageEngine:
 
             return output, collect
 
-        with self.resident():
+        with self.ready(recorded):
             self.run_schedule(forward_step, batches, forward_only=True)
         name = "hidden" if hidden_states else "tokens"
         return [ForwardOutput(attention=rows, **({name: last_stage[index]} if last_stage else {}))
@@ -198,12 +254,14 @@ class StageEngine:
         return AttentionRows.form(record, pass_.layout, kind, heads)
 
     def shard_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds between steps: parameter shards, and with an optimizer its float32 state."""
+        """Bytes this rank holds between steps, on the device and in the host's memory: parameter shards, and of what is
+        trained float32 gradient shards, master weights and AdamW's moments."""
         parameters = list(self.stage.parameters())
         held = {"parameters": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters)}
         zero = self.deepspeed.optimizer
         flat = getattr(zero, "fp32_partitioned_groups_flat", None)
         if flat is not None:
+            held["gradients"] = zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
             held["master weights"] = sum(tensor.numel() * tensor.element_size() for tensor in flat)
             held["optimizer state"] = sum(
                 value.numel() * value.element_size() for state in zero.optimizer.state.values()

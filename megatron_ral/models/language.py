@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.shape import ModelShape
@@ -40,11 +41,31 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.partial_over_tensor_ranks = over_heads or config.sequence_parallel
 
 
-class DeepstackLayer(TransformerLayer):
-    """Transformer layer that adds what `AttentionPass.deepstack` holds for it to its output."""
+class StageLayer(TransformerLayer):
+    """Transformer layer that adds what `AttentionPass.deepstack` holds for it to its output.
 
-    def forward(self, *args, attention_mask, **kwargs):
-        hidden, context = super().forward(*args, attention_mask=attention_mask, **kwargs)
+    recompute: keep only its input for the backward pass, unless its attention is recorded.
+    weights: called before and after the layer reads its parameters (`enter`, `leave`); None: they are there.
+    """
+
+    recompute = False
+    weights = None
+
+    def forward(self, hidden_states, *args, attention_mask, **kwargs):
+        def layer(hidden):
+            if self.weights is not None:
+                hidden = self.weights.enter(hidden)
+            result = super(StageLayer, self).forward(hidden, *args, attention_mask=attention_mask, **kwargs)
+            if self.weights is not None:
+                self.weights.leave()
+            return result
+
+        recorded = self.layer_number - 1 in attention_mask.recorded_layers
+        if self.recompute and torch.is_grad_enabled() and not recorded:
+            # Nothing in a layer is random, so that no random state has to be kept.
+            hidden, context = checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden, context = layer(hidden_states)
         features = attention_mask.deepstack.get(self.layer_number - 1)
         return (hidden if features is None else features.add_to(hidden)), context
 
@@ -96,7 +117,7 @@ def _pipeline_layers(shape: ModelShape, layout: ParallelLayout) -> list[list[str
 def _stage_spec(shape: ModelShape, layout: ParallelLayout) -> TransformerBlockSubmodules:
     """Our modules in place of megatron-core's in every layer of this stage."""
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm))
-    spec.module = DeepstackLayer
+    spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = ModuleSpec(module=InstrumentedAttention)

@@ -34,15 +34,18 @@ class MultimodalStage(torch.nn.Module):
         dtype: of parameters and activations.
         device: where to build.
         sequence_parallel: cut the sequence over tensor ranks outside attention; without effect on one tensor rank.
+        recompute: keep only the inputs of layers that are not recorded for the backward pass.
     """
 
     def __init__(self, shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
-                 sequence_parallel: bool = False):
+                 sequence_parallel: bool = False, recompute: bool = False):
         super().__init__()
         self.shape, self.layout, self.dtype = shape, layout, dtype
         sequence_parallel = sequence_parallel and layout.tensor_size > 1
         self.language = build_language_stage(shape, layout, dtype, device, sequence_parallel)
         self.config, self.model_type = self.language.config, self.language.model_type
+        for layer in self.language.decoder.layers:
+            layer.recompute = recompute
         self.visual = None
         if layout.is_first_stage:
             with torch.device(device):

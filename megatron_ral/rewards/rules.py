@@ -164,13 +164,14 @@ RULES: Mapping[str, Rule] = {
 _CONSENSUS_TYPES = ("consensus", "vizwiz")
 
 
-def _name(problem_type: str) -> str:
+def rule_name(problem_type: str) -> str:
+    """A problem type as RULES has it."""
     return " ".join(re.split(r"[\s_/-]+", problem_type.strip())).casefold()
 
 
 def has_rule(problem_type: str) -> bool:
     """Whether a problem type has a rule of its own; others are matched exactly."""
-    return _name(problem_type) in RULES or _name(problem_type) in _CONSENSUS_TYPES
+    return rule_name(problem_type) in RULES or rule_name(problem_type) in _CONSENSUS_TYPES
 
 
 def accuracy_by_type(response: str, solution: str, problem_type: str) -> float:
@@ -185,7 +186,7 @@ def accuracy_by_type(response: str, solution: str, problem_type: str) -> float:
     answer, references = extract_answer(response), reference_answers(solution)
     if answer is None:
         return 0.0
-    if _name(problem_type) in _CONSENSUS_TYPES:
+    if rule_name(problem_type) in _CONSENSUS_TYPES:
         return consensus(answer, references)
-    rule = RULES.get(_name(problem_type), exact)
+    rule = RULES.get(rule_name(problem_type), exact)
     return max(rule(answer, reference) for reference in references)

@@ -11,7 +11,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor
@@ -208,7 +208,7 @@ class ResultKeeper:
         return sorted(everything, key=lambda result: (result.sample.shard, result.sample.key))
 
 
-def sample_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
+def sample_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
                    num_samples: int, keep: Callable[[ResponseBatch, Score], None],
                    progress: Callable[[int], None] = lambda count: None) -> None:
     """`num_samples` responses to each of this rank's prompts at rollout.temperature and top_p, handed to `keep` batch by

@@ -2,26 +2,32 @@
 
 import itertools
 import logging
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_ral.config import RunConfig
-from megatron_ral.data.processor import PromptProcessor, SampleError
+from megatron_ral.data.faults import SampleError
+from megatron_ral.data.loader import Source
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.engine.generate import SamplingSettings, sample_responses
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.attention_mass import row_mass
-from megatron_ral.parallel.collectives import broadcast_from_stage_, sum_metrics
+from megatron_ral.parallel.collectives import broadcast_from_stage_, gather_objects, sum_metrics
+from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.rewards.score import ERROR, UNPARSED
-from megatron_ral.rollout.scoring import ProblemLog, decode_responses, found_problems, score_responses
+from megatron_ral.rollout.scoring import ProblemLog, decode_responses, found_problems, score_responses, unused_rules
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
+
+NUM_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -55,28 +61,78 @@ class ProbeView:
     """The same of the teacher's layer at that depth, reading the same response."""
 
 
+class PromptSet:
+    """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set does not
+    depend on the number of ranks. Pictures and videos are decoded when a prompt is reached, anew in each pass, so that a
+    benchmark never lies decoded in memory. Unusable samples are left out with a warning and counted."""
+
+    def __init__(self, shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0, dp_size: int = 1):
+        self.shards, self.processor, self.limit = shards, processor, limit
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.left_out: dict[tuple[str, str], str] = {}
+        """(shard, key) -> one of faults.REASONS, as far as the set was read."""
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for index, entry in enumerate(itertools.islice(shard_entries(self.shards), self.limit)):
+            if index % self.dp_size == self.dp_rank:
+                try:
+                    prompt = self.processor(parse_sample(entry))
+                except Exception as error:  # decoders of foreign bytes may raise anything
+                    place = (entry["__url__"], entry["__key__"])
+                    if place not in self.left_out:
+                        logger.warning("left out of the evaluation: %s", error)
+                    self.left_out[place] = error.reason if isinstance(error, SampleError) else "unusable"
+                else:
+                    yield prompt
+
+    def size(self, source: Source) -> int:
+        """Samples of this rank, as far as headers tell."""
+        return len(range(self.dp_rank, min(_readable(source), self.limit), self.dp_size))
+
+
+def _readable(source: Source) -> int:
+    return sum(len(index) - len(index.faults) for index in source.indexes)
+
+
+def say_what_is_scored(source: Source, config: RunConfig) -> None:
+    """Warn where the set is cut by its limit, or answers are matched as text though their types have rules."""
+    if (held := _readable(source)) > (limit := config.logging.num_eval_prompts):
+        logger.warning("only the first %d of %d samples are evaluated; logging.num_eval_prompts=%d takes all", limit, held, held)
+    types = []
+    for entry in itertools.islice(shard_entries(source.shards), NUM_LOOKED_AT):
+        try:
+            types.append(parse_sample(entry).problem_type)
+        except SampleError:
+            continue
+    if unused := unused_rules(types, config):
+        logger.warning("reward.accuracy=exact: answers are matched as text, though problem types of the data have rules of "
+                       "their own (%s); reward.accuracy=by_type scores by them", ", ".join(unused))
+
+
+def left_out_by_reason(source: Source, prompts: PromptSet, groups: ParallelGroups) -> dict[str, int]:
+    """Samples that could not be used, over all ranks, by reason; those that headers tell of in the whole source."""
+    reasons = Counter(fault.reason for index in source.indexes for fault in index.faults.values())
+    reasons["truncated"] += sum(bool(index.damage) and "truncated" not in {fault.reason for fault in index.faults.values()}
+                                for index in source.indexes)
+    for found in gather_objects(list(prompts.left_out.values()), groups.data):
+        reasons.update(found)
+    return {reason: count for reason, count in reasons.most_common() if count}
+
+
 def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0,
                  dp_size: int = 1) -> list[Prompt]:
-    """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set
-    does not depend on the number of ranks. Unusable samples are left out with a warning."""
-    prompts = []
-    for index, entry in enumerate(itertools.islice(shard_entries(shards), limit)):
-        if index % dp_size == dp_rank:
-            try:
-                prompts.append(processor(parse_sample(entry)))
-            except (SampleError, ValueError) as error:
-                logger.warning("left out of the evaluation: %s", error)
-    return prompts
+    """All prompts of a PromptSet at once."""
+    return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size))
 
 
-def evaluate_prompts(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
+def evaluate_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
                      layer: int, progress: Callable[[int], None] = lambda count: None,
                      keep: Callable[[ResponseBatch, Score], None] = lambda responses, score: None) -> Evaluation:
     """Greedy evaluation of this rank's prompts, reduced over all ranks.
 
     Args:
         engine: policy or frozen engine.
-        prompts: this rank's share.
+        prompts: this rank's share; may be decoded while it is read.
         layer: 0-based layer whose attention is reported as the measured one; all layers are reported beside it.
         progress: called with the number of prompts done.
         keep: called with each batch of responses and their score.
@@ -134,7 +190,7 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     return views
 
 
-def _greedy_batches(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
+def _greedy_batches(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
                     layers: Sequence[int], keep: Callable[[AttentionRows, GroupBatch], Any]
                     ) -> Iterator[tuple[ResponseBatch, GroupBatch, Mapping[int, Any]]]:
     """Greedy responses batch by batch, the same as groups of one, and what `keep` makes of the attention rows of those of `layers` that live on

@@ -54,6 +54,15 @@ def _type_problem(problem_type: str, config: RunConfig) -> tuple[str, ...]:
     return ()
 
 
+def unused_rules(problem_types: Iterable[str], config: RunConfig) -> list[str]:
+    """Problem types that have a rule of their own while reward.accuracy = exact matches their answers as text."""
+    if config.reward.accuracy == "by_type":
+        return []
+    from megatron_ral.rewards.rules import RULES, exact, has_rule, rule_name
+
+    return sorted({name for name in problem_types if has_rule(name) and RULES.get(rule_name(name)) is not exact})
+
+
 class Problem(NamedTuple):
     """A response that could not be scored as it should be."""
 

@@ -119,7 +119,8 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
                 with report.timed("teacher"):
                     minibatch = taught(engines.teacher, minibatch, objective.distill, config, step)
             with report.timed("update"):
-                metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
+                with policy.ready(policy.local_layers(sorted(objective.recorded_layers))):
+                    metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
                 result = policy.step()
             updates.append({**metrics, "grad_norm": result.grad_norm, "lr": result.learning_rate,
                             "skipped_steps": float(not result.applied)})

@@ -22,7 +22,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.groups import ParallelGroups, another_layout
-from megatron_ral.rollout.evaluation import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
 from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint_writer import CheckpointWriter
@@ -100,7 +100,8 @@ class Trainer:
         if config.needs_reference:
             reference = FrozenEngine(shape, groups, config.model.dtype,
                                      config.model.reference_path or config.model.path,
-                                     config.parallel.sequence_parallel)
+                                     config.parallel.sequence_parallel, config.parallel.offload_parameters,
+                                     config.parallel.gather)
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
@@ -226,8 +227,8 @@ class Trainer:
             log.probes(view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher),
                        self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
-            prompts = read_prompts(self.eval_shards, self.processor, settings.num_eval_prompts,
-                                   dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
+            prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
+                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
             log.evaluation(evaluate_prompts(self.policy, prompts, self.processor, self.config, layer), step)
 
     def _print_shards(self) -> None:
@@ -241,6 +242,8 @@ class Trainer:
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
+        recorded = self.policy.local_layers(sorted(self.objective.recorded_layers))
+        self._say(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:

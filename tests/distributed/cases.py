@@ -26,26 +26,26 @@ NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
 
 def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False,
-                **loss) -> RunConfig:
+                parallel: dict | None = None, dtype: str = "float32", num_groups: int = NUM_GROUPS, learning_rate: float = 1e-3, **loss) -> RunConfig:
     settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
     return RunConfig(
-        seed=3, model=ModelConfig(path=path, dtype="float32"),
+        seed=3, model=ModelConfig(path=path, dtype=dtype),
         parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
-                                sequence_parallel=sequence_parallel),
+                                sequence_parallel=sequence_parallel, **(parallel or {})),
         data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
-        rollout=RolloutConfig(num_prompts=NUM_GROUPS, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
+        rollout=RolloutConfig(num_prompts=num_groups, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
                               max_response_length=LENGTH),
         loss=LossConfig(**settings),
         # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide.
-        optimizer=OptimizerConfig(learning_rate=1e-3, clip_grad_norm=0.5, eps=1e-5),
+        optimizer=OptimizerConfig(learning_rate=learning_rate, clip_grad_norm=0.5, eps=1e-5),
         train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2))
 
 
-def fixed_groups(path: str, data: str) -> list[tuple]:
-    """NUM_GROUPS prompts with made-up responses of different lengths and rewards, the same in every process."""
+def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tuple]:
+    """`num_groups` prompts with made-up responses of different lengths and rewards, the same in every process."""
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/rl-*.tar", 0)], "data.train")[0].shards
-    prompts = read_prompts(shards, processor, NUM_GROUPS)
+    prompts = read_prompts(shards, processor, num_groups)
     result = []
     for index, prompt in enumerate(prompts):
         if index % 3 == 1:  # prompts of two lengths, so that padding matters
@@ -88,7 +88,21 @@ def open_policy(path: str, tensor: int, pipeline: int, groups=None, **loss):
 
 
 def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
-    """Every parameter of every stage by Hugging Face name, on every rank."""
+    """Every parameter of every stage by Hugging Face name, on every rank; of trainable ones the float32 master."""
+    zero = policy.deepspeed.optimizer
+    return full_tensors(policy, lambda parameter: zero.get_full_hp_param(parameter) if parameter.requires_grad
+                        else parameter.detach())
+
+
+def full_gradient(policy: PolicyEngine) -> dict[str, torch.Tensor]:
+    """The reduced gradient of every trainable parameter by Hugging Face name, on every rank."""
+    zero = policy.deepspeed.optimizer
+    return full_tensors(policy, lambda parameter: zero.get_fp32_grad_for_param(parameter) if parameter.requires_grad
+                        else None)
+
+
+def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
+    """`of` every parameter of every stage (None: nothing), joined over tensor ranks."""
     from megatron_ral.models.weights import describe_stage
     from megatron_ral.parallel.collectives import gather_objects
 
@@ -96,13 +110,14 @@ def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
     with policy.resident():
         parameters = dict(policy.stage.named_parameters())
         for tensor in describe_stage(policy.stage):
-            if getattr(parameters[tensor.name], "shared", False):
-                copies = gather_shards(parameters[tensor.name].detach(), policy.groups.tensor)
-                mine["tied copy"] = tensor.join(copies, policy.layout.tensor_size)
+            part = of(parameters[tensor.name])
+            if part is None:
                 continue
-            shards = gather_shards(parameters[tensor.name].detach(), policy.groups.tensor)
-            full = tensor.join(shards, policy.layout.tensor_size)
-            mine.update({name: part.clone() for name, part in zip(tensor.sources, tensor.split(full))})
+            full = tensor.join(gather_shards(part, policy.groups.tensor), policy.layout.tensor_size)
+            if getattr(parameters[tensor.name], "shared", False):
+                mine["tied copy"] = full
+                continue
+            mine.update({name: piece.clone() for name, piece in zip(tensor.sources, tensor.split(full))})
     return {name: value for part in gather_objects(mine, policy.groups.pipeline) for name, value in part.items()}
 
 
@@ -111,9 +126,9 @@ def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int,
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
     attention is compared with, are those of another model; groups `equal_rewards` have no signal."""
     config, groups, shape, policy, objective = opened
-    frozen = FrozenEngine(shape, groups, "float32", other, sequence_parallel)
+    frozen = FrozenEngine(shape, groups, config.model.dtype, other, sequence_parallel)
     everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
-                  for index, row in enumerate(fixed_groups(config.model.path, data))]
+                  for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))]
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
@@ -142,6 +157,7 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
         attention_shards = policy.gradient_shards()
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.gradient_norm(policy.gradient_shards())
+        gradient = full_gradient(policy) if not history else gradient
         result = policy.step()
         history.append({**metrics, "own_norm": norm, "grad_norm": result.grad_norm,
                         "attention_norm": policy.gradient_norm(attention_shards)})
@@ -149,5 +165,5 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
     held = policy.shard_bytes()
     if groups is None:
         stop_groups()
-    return {"history": history, "weights": weights, "bytes": held,
+    return {"history": history, "weights": weights, "bytes": held, "gradient": gradient,
             "changes": {name: weights[name] - before[name] for name in weights}}

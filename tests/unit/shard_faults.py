@@ -48,11 +48,12 @@ def faulty(kind: str, images: dict) -> dict[str, bytes]:
         "duplicate_key": {**images, "json": text()},
         "unsafe_member": {**images, "json": text()},
         "truncated": {**images, "json": text()},
+        "missing_media": {"json": text(path="pipe:touch pipe_was_run", image="pipe:touch pipe_was_run")},
     }[kind]
 
 
 KINDS = ("broken_image", "missing_field", "target_box", "answer_not_in_options", "image_too_large", "broken_video",
-         "unreadable_text", "duplicate_key", "unsafe_member", "truncated")
+         "unreadable_text", "duplicate_key", "unsafe_member", "truncated", "missing_media")
 
 
 def write_faulty_set(folder: Path, num_shards: int, shard_size: int, faults_per_shard: int) -> tuple[list[str], dict[str, str]]:

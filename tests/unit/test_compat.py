@@ -1,7 +1,9 @@
 """Each workaround is still needed; a test that fails here says that a workaround can go."""
 
+import ast
 import importlib
 import inspect
+import textwrap
 
 import deepspeed
 import megatron.core
@@ -25,10 +27,24 @@ def test_deepspeed_still_compiles_a_collective_on_cpu():
     assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op")
 
 
-def test_deepspeed_norm_still_counts_tied_copies():
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+def method_source(owner: type, name: str) -> str:
+    """Source of a method, decorators of the third party looked through."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    return next(ast.unparse(node) for node in tree.body[0].body if getattr(node, "name", "") == name)
 
-    assert "shared" not in inspect.getsource(DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct)
+
+def test_deepspeed_norm_still_counts_tied_copies():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as optimizer
+
+    assert "shared" not in method_source(optimizer, "get_grad_norm_direct")
+    assert "self.get_grad_norm_direct" in method_source(optimizer, "_get_norm_groups")
+    assert "self._get_norm_groups()" in method_source(optimizer, "step"), "where ours is put in"
+
+
+def test_deepspeed_norm_of_an_offloaded_optimizer_is_still_taken_when_gradients_are_reduced():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as optimizer
+
+    assert "self.norm_for_param_grads[" in method_source(optimizer, "_offload_grad_partition_at_boundary")
 
 
 def test_megatron_still_lacks_the_names_deepspeed_calls():

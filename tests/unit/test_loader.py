@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
+from megatron_ral.data import processor as processor_module
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.faults import DataError
 from megatron_ral.data.index import index_path, open_index
@@ -36,8 +37,9 @@ def identities(prompts) -> list[str]:
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
-def test_faults_of_every_kind_in_2000_samples(tmp_path, processor):
+def test_faults_of_every_kind_in_2000_samples(tmp_path, processor, monkeypatch):
     """5 % are at fault: each is counted under its reason with its key, all others are seen once per epoch."""
+    monkeypatch.chdir(tmp_path)
     usable, bad = write_faulty_set(tmp_path, num_shards=20, shard_size=100, faults_per_shard=5)
     assert len(usable) == 1900 and set(bad.values()) == set(KINDS)
     stream = loader(tmp_path / "s-*.tar", processor, shuffle_buffer=300)
@@ -50,6 +52,9 @@ def test_faults_of_every_kind_in_2000_samples(tmp_path, processor):
     for name, (_, said) in faults.items():
         assert name.rpartition("/")[2].partition("#")[0] in said, "the text names the key or the shard"
     assert stream.position.epoch == 1
+    assert not (tmp_path / "pipe_was_run").exists() and not (tmp_path.parent / "k").exists()
+    with pytest.raises(DataError, match="'pipe:' is refused"):
+        open_sources([("pipe:touch pipe_was_run", 0)], "data.train")
 
 
 def test_a_pixel_bomb_is_refused_by_its_header(processor):
@@ -82,6 +87,58 @@ def test_a_shard_that_vanishes_ends_the_run(tmp_path, processor):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match="'s0': shard .*a.tar' cannot be read"):
         stream.take(1)
+
+
+@pytest.mark.parametrize("members, reason", [
+    ({"json": b'{"problem": ' + b"1" * 5000 + b"}"}, "unreadable_text"),
+    ({"json": text(data_type=None, target_boxes=[[0, 0, 10**400, 1]])}, "target_box"),
+    ({"json": text(data_type=None, target_boxes=["1234"])}, "target_box"),
+    ({"json": text(data_type=None, target_frames=[{"seconds": [0, 10**400]}])}, "target_box"),
+    ({"json": text(data_type=None, fps=10**400), "frames/1.png": picture()}, "wrong_field"),
+    ({"json": text(data_type=None, fps=1e-320), "frames/1.png": picture(), "frames/2.png": picture()}, "wrong_field"),
+    ({"json": text(), "9" * 5000 + ".png": picture()}, "missing_media")])
+def test_hostile_numbers_are_faults_of_their_sample(members, reason):
+    with pytest.raises(SampleError) as refused:
+        parse_sample({"__key__": "k", "__url__": "s", **members})
+    assert refused.value.reason == reason
+
+
+def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, monkeypatch):
+    write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
+    stream = loader(tmp_path / "a.tar", processor)
+    patchify = processor_module.patchify_image
+    failures = [ZeroDivisionError("once")]
+    monkeypatch.setattr(processor_module, "patchify_image",
+                        lambda *args: (_ for _ in ()).throw(failures.pop()) if failures else patchify(*args))
+    assert len(stream.take(3)) == 3
+    [text] = stream.quarantined.values()
+    assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}
+
+
+def test_hostile_archives(tmp_path, processor):
+    """Members with names of our own, numbers too large for a place, names of names of names."""
+    path = tmp_path / "a.tar"
+    write_members(path, [("s0.png", picture()), ("s0.json", text()), ("s0.__key__", b"other"), ("s0.__url__", b"other"),
+                         ("../../etc/passwd", b"root"), ("s1.png", picture()), ("s1.json", text())])
+    stream = loader(path, processor, shuffle=False)
+    assert [prompt.sample.identity for prompt in stream.take(3)] == ["a.tar/s0", "a.tar/s1", "a.tar/s0"]
+    assert stream.quarantined_by_reason == {"unsafe_member": 1} and "a.tar/../../etc/passwd" in stream.quarantined
+    whole = path.read_bytes()
+
+    def header(kind: bytes, size: int) -> bytes:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    # each of the names in a name's place is a name in another's
+    path.write_bytes(whole[:1536] + (header(tarfile.GNUTYPE_LONGNAME, 5) + b"name".ljust(512, b"\0")) * 3000 + whole)
+    assert "damaged at byte" in scan_archive(path).damage
+    path.write_bytes((header(tarfile.GNUTYPE_LONGNAME, 5) + b"name".ljust(512, b"\0")) * 3000)
+    with pytest.raises(DataError, match="not a tar archive"):
+        scan_archive(path)
+    record = b"31 size=9999999999999999999999\n"
+    path.write_bytes(whole[:4096] + header(tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0") + whole[4096:])
+    assert "declares 9999999999999999999999 bytes" in open_index(path).damage
 
 
 # --- stopping and going on ------------------------------------------------------------------------------------------------
@@ -141,6 +198,42 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
         for loaded in ranks.loaders:
             loaded.restore(stream.state())
         assert ranks.keys(12 - stop) == keys[stop:]
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(processor, tmp_path):
+    """As make_shards.py writes them."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "shard-000000.tar", [good("0"), good("1", target_boxes=[[0, 0, 99, 9]])])
+    stream = loader(tmp_path / "*" / "shard-*.tar", processor)
+    stream.take(4)
+    assert set(stream.quarantined) == {"one/shard-000000.tar/1", "two/shard-000000.tar/1"}
+    assert stream.quarantined_by_reason == {"target_box": 2}
+
+
+def test_any_batch_any_number_of_ranks_in_batches_of_similar_length(processor, tmp_path):
+    """With an index, a sample in each shard that only decoding finds at fault, and epochs that end inside batches."""
+    for shard in range(3):
+        write_members(tmp_path / f"s-{shard}.tar", [
+            (f"k{shard}{number}.{suffix}", data) for number in range(9) for suffix, data in (
+                ("png", picture(28 * ((5 * number + shard) % 9 + 1), 28)[: 60 if number == shard else None]), ("json", text()))])
+        index_shard(str(tmp_path / f"s-{shard}.tar"), processor)
+    settings = {"group_by_length": True, "shuffle_buffer": 7}
+    straight, per_batch, states = loader(tmp_path / "s-*.tar", processor, **settings), [], []
+    assert all(order.batch_size == 6 for order in straight._orders), "batches are of similar length"
+    for _ in range(9):  # 24 usable samples, batches of 6: two epochs and a little
+        states.append(json.loads(json.dumps(straight.state())))
+        per_batch.append([prompt.sample.key for prompt in straight.take(6)])
+    assert straight.quarantined_by_reason == {"broken_image": 3} and straight.position.epoch == 2
+    seen = [key for batch in per_batch[:8] for key in batch]
+    assert len(set(seen)) == 24 and set(Counter(seen).values()) == {2}
+    for stop, state in enumerate(states):
+        for size in (1, 2, 3):
+            ranks = Ranks(tmp_path / "s-*.tar", processor, size, **settings)
+            for stream in ranks.loaders:
+                stream.restore(state)
+            for batch in per_batch[stop: stop + 3]:
+                assert ranks.keys(6) == batch
 
 
 def test_other_shards_than_the_checkpoints_are_refused(with_faults, processor, tmp_path):
@@ -256,6 +349,23 @@ def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, materia
     assert caplog.text.count(said) == 1 and "group_by_length has no effect" in caplog.text
     assert not stream.filtered
     assert sorted(int(prompt.visual_mask.sum()) for prompt in stream.take(3)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("change", [
+    {"key": 7}, {"key": None}, {"offset": -1}, {"offset": 10**30}, {"offset": 1.5}, {"size": 2**40}, {"size": "9"},
+    {"prompt_length": 10**30}, {"visual_tokens": 2**40}, {"visual_tokens": "12"}, {"reason": "none of ours", "text": "t"},
+    {"reason": {}, "text": "t"}, {"reason": "truncated", "text": 5}])
+def test_an_index_with_impossible_values_is_not_believed(tmp_path, processor, change):
+    write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
+    index_shard(str(tmp_path / "a.tar"), processor)
+    assert not open_index(tmp_path / "a.tar").note
+    head, first, second = index_path(tmp_path / "a.tar").read_text().splitlines()
+    index_path(tmp_path / "a.tar").write_text("\n".join([head, first, json.dumps({**json.loads(second), **change})]))
+    index = open_index(tmp_path / "a.tar")
+    assert index.note == "unreadable" and index.keys == ("s0", "s1")
+    for content in ("[" * 100000, "1" * 5000, "[]", ""):
+        index_path(tmp_path / "a.tar").write_text(content)
+        assert open_index(tmp_path / "a.tar").note == "unreadable"
 
 
 def test_an_index_of_another_archive_of_the_same_size_is_noticed(tmp_path, processor):

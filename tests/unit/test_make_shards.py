@@ -1,5 +1,6 @@
 """Published layouts -> shards: what is read, what is rejected and why, and a killed run that goes on."""
 
+import io
 import json
 import subprocess
 import sys
@@ -114,7 +115,68 @@ def test_fields_of_the_layouts():
     assert placed.fields["solution"] == "<answer>7</answer>"
 
 
+def picked(record: dict, *names: str) -> list:
+    return [read_record(record).fields.get(name) for name in names]
+
+
+def test_benchmarks_as_published():
+    """The fields of V*, MuirBench, MVBench, ChartQA, MME and VizWiz as their files have them."""
+    star = {"image": "direct_attributes/sa_4690.jpg", "text": "What is the material of the glove?\n(A) rubber\n(B) cotton\n"
+            "Answer with the option's letter from the given choices directly.", "category": "direct_attributes",
+            "label": "A", "question_id": "0"}
+    assert picked(star, "problem", "solution", "problem_type", "category") == [
+        star["text"], "<answer>A</answer>", "multiple choice", "direct_attributes"]
+    assert picked({"question": "Which letter is red?", "answer": "A"}, "problem_type") == [""]
+    muir = {"idx": "7", "task": "Visual Retrieval", "question": "<image> Which is the same place?", "image_relation": "x",
+            "options": ["<image>", "<image>", "None of them"], "answer": "B", "image_type": "photo",
+            "image_list": [{"bytes": picture(), "path": None}] * 3}
+    assert picked(muir, "problem", "category", "problem_type") == [
+        "[image 1] Which is the same place?\nOptions:\nA. [image 2]\nB. [image 3]\nC. None of them", "Visual Retrieval",
+        "multiple choice"]
+    assert len(read_record(muir).images) == 3
+    mvbench = {"video": "1.webm", "question": "Where does it move?", "candidates": ["Up.", "Down."], "answer": "Down."}
+    assert picked(mvbench, "problem", "solution") == ["Where does it move?\nOptions:\nA. Up.\nB. Down.", "<answer>B</answer>"]
+    with pytest.raises(SampleError, match="about a part of its video"):
+        read_record({**mvbench, "start": 1.0, "end": 3.5})
+    chart = read_record({"imgname": "4.png", "query": "How many?", "label": "0.57"})
+    assert chart.images == ("4.png",) and chart.fields["problem"] == "How many?"
+    several = read_record({"image": "a.png", "question": "What?", "answers": [{"answer": "a cat"}, {"answer": "cat"}]})
+    assert several.fields["solution"] == "<answer>a cat</answer><answer>cat</answer>"
+    assert picked({"query": "How many?", "label": ["14"], "image": b"x"}, "solution") == ["<answer>14</answer>"]
+    marked = {"target_frames": [{"seconds": [0, 1]}], "question_group": 12, "category": "scene", "fps": 2.0}
+    for record in (video_r1(1, **marked), {**V_STAR, **marked}, {**CHAT, **marked}):
+        assert picked(record, *marked) == [marked["target_frames"], "12", "scene", 2.0]
+
+
+def test_questions_never_lose_their_pictures_or_options_in_silence():
+    with pytest.raises(SampleError, match="field 'img' seems to name media") as refused:
+        read_record({"question": "What?", "answer": "a.png", "img": "b.png"})
+    assert refused.value.reason == "missing_media"
+    for value in (b"x", [{"bytes": b"x", "path": None}], ["a/b.JPEG"]):
+        with pytest.raises(SampleError, match="field 'image_1'"):
+            read_record({"question": "What?", "answer": "7", "image_1": value})
+    assert not read_record({"question": "What?", "answer": "a.png", "about": "It is cat.png, look"}).images
+    assert read_record({"question": "What?", "answer": "7", "image": None, "images": ["a.png"]}).images == ("a.png",)
+    for record in (video_r1(1, problem="<image> and <image>?"), {"question": "<image><image>?", "answer": "7", "image": "a"}):
+        with pytest.raises(SampleError, match="<image> 2 times but there are 1"):
+            read_record(record)
+    # options named in the question, but not by their letters, are listed
+    [listed, bare] = [picked(video_r1(1, problem="Which is more, 3 or 7?", options=options, solution="B"), "problem")[0]
+                      for options in (["3", "7"], ["A.M.", "P.M."])]
+    assert listed.endswith("\nA. 3\nB. 7") and bare.endswith("\nA. A.M.\nB. P.M.")
+    assert picked(video_r1(1, problem="Which? (A) 3 (B) 7", options=["(A) 3", "(B) 7"], solution="B"), "problem") == [
+        "Which? (A) 3 (B) 7"]
+    thought = read_record({"messages": [{"role": "user", "content": "What?"},
+                                        {"role": "assistant", "content": "<think>red</think>\n7"}]})
+    assert thought.fields["solution"] == "<answer>7</answer>" and thought.fields["process"] == "<think>red</think>"
+
+
 @pytest.mark.parametrize("record, said", [
+    ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list"), ({"messages": [{"role": []}]}, "the role"),
+    ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "has the type"),
+    ({**V_STAR, "options": ["a"] * 27}, "more than there are letters"), ({**V_STAR, "bbox": [["a"] * 4]}, "'bbox' must be"),
+    ({"question": "What?", "answer": [None]}, "must be a list of texts"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}]}, "has no answer"),
     ([1], "not an object"), ({"x": 1}, "none of the fields"), ({"messages": [{"role": "tool"}]}, "role 'tool'"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
      "more than one question"),
@@ -206,6 +268,47 @@ def test_json_and_parquet_give_the_same_shards(records, media, material, tmp_pat
     assert one["png"] == embedded[0]["path"]["bytes"] and parse_sample(one).solution == "<answer>7</answer>"
 
 
+def test_media_that_are_no_plain_paths_are_refused_one_by_one(media, material, tmp_path):
+    """None of them ends the work, and no link leads out of the folder, also not inside a folder of frames."""
+    folder = tmp_path / "media"
+    (folder / "clip").mkdir(parents=True)
+    (folder / "clip" / "1.png").write_bytes(picture())
+    (folder / "clip" / "2.png").symlink_to(media.parent / "outside.png")
+    (folder / "a.png").write_bytes(picture())
+    (folder / "ring.png").symlink_to("ring.png")
+    bad = [video_r1(1, path="ring.png"), video_r1(2, path="x" * 5000 + ".png"), video_r1(3, path="\ud800.png"),
+           video_r1(4, path="clip", data_type="video"), video_r1(5, path="a\0.png"), video_r1(6, path="/etc/passwd")]
+    (tmp_path / "a.json").write_text(json.dumps([*bad, video_r1(7, path="a.png")]))
+    assert make_shards.main(arguments(tmp_path / "a.json", folder, tmp_path / "out", material)) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {(reject["key"], reject["reason"]) for reject in rejects} == {(str(number), "refused_path") for number in range(1, 7)}
+    assert [entry["__key__"] for entry in shard_entries(sorted(map(str, (tmp_path / "out").glob("*.tar"))))] == ["7"]
+
+
+def test_frames_are_in_the_order_of_their_numbers(material, tmp_path):
+    (tmp_path / "media" / "clip").mkdir(parents=True)
+    shown = [(10 * number, 0, 0) for number in range(12)]
+    for number, colour in enumerate(shown):
+        (tmp_path / "media" / "clip" / f"f{number}.png").write_bytes(picture(colour=colour))
+    (tmp_path / "a.jsonl").write_text(json.dumps({**FRAMES, "fps": 1.0}))
+    assert make_shards.main(arguments(tmp_path / "a.jsonl", tmp_path / "media", tmp_path / "out", material)) == 0
+    [entry] = shard_entries(list(map(str, (tmp_path / "out").glob("*.tar"))))
+    frames = parse_sample(entry).videos[0].pictures
+    assert [Image.open(io.BytesIO(frame)).getpixel((0, 0)) for frame in frames] == shown
+
+
+def test_what_the_command_line_says_of_records_that_do_not(material, media, tmp_path):
+    """MME: two questions of a picture with one id."""
+    records = [{"question_id": "pos/1.png", "image": "wide.jpg", "question": question, "answer": answer, **more}
+               for question, answer, more in (("Is it red?", "No", {}), ("Is it blue?", "Yes", {"problem_type": "exact"}))]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert make_shards.main(arguments(tmp_path / "a.json", media, tmp_path / "out", material, "--keys", "number",
+                                      "--problem-type", "yes/no", "--category", "position", "--group-field", "question_id")) == 0
+    samples = [parse_sample(entry) for entry in shard_entries(list(map(str, (tmp_path / "out").glob("*.tar"))))]
+    assert [(sample.problem_type, sample.category, sample.question_group) for sample in samples] == [
+        ("yes/no", "position", "pos/1.png"), ("exact", "position", "pos/1.png")]
+
+
 @pytest.mark.parametrize("text, said", [("{", "no JSON in UTF-8"), ('{"a": 1}', "must hold a list")])
 def test_input_that_is_no_list_of_records(text, said, media, material, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text)
@@ -225,3 +328,22 @@ def test_inspection_counts_and_draws(made, capsys, tmp_path):
     red = {(x, y) for x in range(280) for y in range(280) if cell.getpixel((x, y)) == (255, 0, 0)}
     # 90 x 40 pixels three times enlarged, in the middle of a cell of 280; the box is [2, 3, 12, 23]
     assert red and {x for x, _ in red} <= set(range(5 + 6, 5 + 37)) and {y for _, y in red} <= set(range(80 + 9, 80 + 70))
+
+
+def test_inspection_draws_no_bomb_and_starts_no_foreign_decoder(monkeypatch):
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **more: opened.append(more["formats"]) or open_image(*args, **more))
+    for data in (pixel_bomb(), pixel_bomb(12000), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n"):
+        sample = parse_sample({"__key__": "k", "__url__": "s", "png": data, "json": json.dumps(
+            {"problem": "p", "solution": "7"}).encode()})
+        assert inspect_shards.draw_sample(sample).getpixel((10, 200)) == (211, 211, 211), "a grey cell with the reason"
+    assert opened == [("PNG", "JPEG", "WEBP")] * 4
+
+
+def test_inspection_frames_the_annotated_part_of_a_video():
+    record = {"problem": "p", "solution": "7", "fps": 1.0, "target_frames": [{"seconds": [5, 6], "boxes": [[8, 8, 40, 40]]}]}
+    members = {f"frames/{number}.png": picture(64, 64, colour="black") for number in range(12)}
+    cell = inspect_shards.draw_sample(parse_sample({"__key__": "k", "__url__": "s", **members,
+                                                    "json": json.dumps(record).encode()}))
+    assert sum(count for count, (red, green, blue) in cell.getcolors(2**16) if red > 120 and green < 60 and blue < 60) > 50

@@ -4,9 +4,8 @@
 
 One process, supervised steps of a model of the given size. A period is --steps steps and one save; the periods of the
 three modes take turns, and the cost of a mode is its shortest period less the shortest without a save (other work on the
-machine only adds). Printed are the bytes of a
-checkpoint, what one step takes, what a save takes in each mode and of that the time inside `save`; the last lines are
-`ratio checkpoint_at_once` and `ratio checkpoint_in_thread`, the cost of a save over one step.
+machine only adds). Printed are the bytes of a checkpoint, what one step takes, what a save takes in each mode and of that
+the time inside `save`; `ratio checkpoint_at_once` and `ratio checkpoint_in_thread` are the cost of a save over one step.
 """
 
 import argparse

@@ -1,0 +1,88 @@
+"""Held-out prompts: decoded when they are reached, counted where they cannot be used; what is said before an evaluation."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from megatron_ral.config.sections import RewardConfig
+from megatron_ral.data.loader import open_sources
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.rollout import evaluation
+from megatron_ral.rollout.evaluation import PromptSet, read_prompts, say_what_is_scored
+from megatron_ral.rollout.scoring import unused_rules
+from tests.distributed.cases import make_config
+from tests.unit.shard_faults import picture
+from tests.unit.test_data import good, write_shard
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Eleven samples in two shards; three cannot be used, the last one by its name."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "a.tar", [good(f"a{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == 2 else {}))
+                                   for index in range(6)])
+    key, members = good("b0")
+    write_shard(folder / "b.tar", [(key, {**members, "png": picture()[:60]}), good("b1"), good("b2"), good("b3"),
+                                   ("../b4", members)])
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+@pytest.fixture(scope="module")
+def processor(material):
+    return PromptProcessor(str(material["tiny"]), 128)
+
+
+def keys(prompts) -> list[str]:
+    return [prompt.sample.key for prompt in prompts]
+
+
+def test_unusable_samples_are_counted_and_told_of_once(shards, processor, caplog):
+    prompts = PromptSet(shards, processor, 100)
+    for _ in range(2):
+        assert keys(prompts) == ["a0", "a1", "a3", "a4", "a5", "b1", "b2", "b3"]
+    assert Counter(prompts.left_out.values()) == {"target_box": 1, "broken_image": 1}
+    assert caplog.text.count("left out of the evaluation") == 2
+    [source] = open_sources([(shards[0].replace("a.tar", "*.tar"), 0)], "data.eval_shards")
+    assert prompts.size(source) == 10
+
+
+@pytest.mark.parametrize("limit", [7, 100])
+def test_ranks_share_the_set(shards, processor, limit):
+    whole = keys(read_prompts(shards, processor, limit))
+    shares = [keys(PromptSet(shards, processor, limit, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    assert sorted(key for share in shares for key in share) == sorted(whole) and max(map(len, shares)) <= 4
+    assert len(whole) == {7: 5, 100: 8}[limit]
+
+
+def test_a_picture_is_decoded_when_its_prompt_is_reached(shards, processor, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(evaluation, "parse_sample", lambda entry, parse=evaluation.parse_sample: (
+        decoded.append(entry["__key__"]), parse(entry))[1])
+    prompts = iter(PromptSet(shards, processor, 100))
+    assert decoded == [] and next(prompts).sample.key == "a0" and decoded == ["a0"]
+    assert next(prompts).sample.key == "a1" and next(prompts).sample.key == "a3" and decoded == ["a0", "a1", "a2", "a3"]
+
+
+def test_a_decoder_that_fails_in_its_own_way_ends_no_evaluation(shards, processor):
+    def fails(sample):
+        if sample.key == "a1":
+            raise ZeroDivisionError("odd")
+        return processor(sample)
+
+    prompts = PromptSet(shards[:1], fails, 100)
+    assert keys(prompts) == ["a0", "a3", "a4", "a5"] and prompts.left_out[shards[0], "a1"] == "unusable"
+
+
+def test_what_an_evaluation_says_first(shards, material, caplog):
+    """The rule of numbers is not used, and the set is cut."""
+    config = make_config(str(material["tiny"]))
+    [source] = open_sources([(shards[0], 0)], "data.eval_shards")
+    say_what_is_scored(source, config)
+    assert "reward.accuracy=exact" in caplog.text and "rules of their own (numerical)" in caplog.text
+    assert "only the first" not in caplog.text
+    caplog.clear()
+    by_type = replace(config, reward=RewardConfig(accuracy="by_type"), logging=replace(config.logging, num_eval_prompts=5))
+    say_what_is_scored(source, by_type)
+    assert "only the first 5 of 6 samples" in caplog.text and "exact" not in caplog.text
+    assert unused_rules(["", "exact", "no such type", "VizWiz", "multiple-choice"], config) == ["VizWiz", "multiple-choice"]
