@@ -108,9 +108,11 @@ def check_like_straight(straight: Path, resumed: Path) -> None:
 CASES = {
     "tied, RL with average": (RL, "taught", (2, 1, 2), (1, 2, 1), ["loss.attention_target=ema"], [
         "rollout.generation_batch_size=2", "train.micro_batch_size=1"]),
-    "tied, vision trained": (SFT, "taught", (1, 2, 1), (2, 1, 2), [], ["train.micro_batch_size=1"]),
+    "tied, vision trained": (SFT, "taught", (1, 2, 1), (2, 1, 2), [], [
+        "train.micro_batch_size=1", "parallel.offload_optimizer=true"]),
     "untied": (SFT, "untied", (1, 1, 1), (2, 2, 2), ["model.train_vision=false"], [
-        "parallel.sequence_parallel=true", "train.micro_batch_size=1"]),
+        "parallel.sequence_parallel=true", "train.micro_batch_size=1", "parallel.recompute_activations=true",
+        "parallel.gather=layer"]),
 }
 
 
