@@ -56,7 +56,8 @@ def main() -> None:
 
     try:
         source = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0]
-        processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length)
+        processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length,
+                                    prompt_suffix=config.data.prompt_suffix)
     except (ConfigError, DataError) as error:
         fail(error)
 

@@ -5,4 +5,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/setup.sh"
 cd "$PROJECT"
 setup_environment
-exec "$PYTHON" -m pytest "${@:-tests}"
+if [ "$#" -eq 0 ]; then  # all of them: a file at a time on each of up to four workers
+    workers=$(nproc)
+    set -- --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile tests
+fi
+exec "$PYTHON" -m pytest "$@"

@@ -121,7 +121,7 @@ class ShardMaker:
         torch.set_num_threads(1)
         self.media, self.output, self.args = args.media.resolve(), args.output, args
         self.processor = PromptProcessor(args.model, args.max_prompt_length or UNLIMITED,
-                                         max_visual_tokens=args.max_visual_tokens)
+                                         max_visual_tokens=args.max_visual_tokens, prompt_suffix=args.prompt_suffix)
         self.fingerprint = self.processor.fingerprint()
 
     def build(self, number: int, records: list[tuple[str, Any]]) -> None:
@@ -291,6 +291,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     model = {name: blake2b((Path(args.model) / name).read_bytes(), digest_size=16).hexdigest() for name in
              ("config.json", "tokenizer.json", "preprocessor_config.json") if (Path(args.model) / name).is_file()}
     return {"input": digest.hexdigest(), "model": model, "shard_size": args.shard_size, "keys": args.keys,
+            "prompt_suffix": args.prompt_suffix,
             "max_prompt_length": args.max_prompt_length, "max_visual_tokens": args.max_visual_tokens,
             "problem_type": args.problem_type, "category": args.category, "group_field": args.group_field}
 
@@ -305,6 +306,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts")
     parser.add_argument("--shard-size", type=int, default=512, help="records per shard")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--prompt-suffix", default="", help="data.prompt_suffix of the runs that read the shards")
     parser.add_argument("--keys", choices=("id", "number"), default="id",
                         help="keys are the records' ids (where they have one), or their numbers")
     parser.add_argument("--max-prompt-length", type=int, default=0, help="reject longer prompts; 0: keep (a run filters)")

@@ -73,6 +73,8 @@ class DataConfig:
     shuffle: bool = True
     """Permute the shards, and the samples inside windows of shuffle_buffer samples, anew in each epoch."""
     shuffle_buffer: PositiveInt = 1000
+    prompt_suffix: str = ""
+    """Text after every question: how to answer, which a checkpoint that was not trained for the format must be told."""
     max_prompt_length: PositiveInt = 4096
     """Tokens, visual tokens included. A longer prompt is left out: by the index of its shard without being read, or
     quarantined under its key when it is decoded; it is never cut."""

@@ -61,6 +61,7 @@ class PromptProcessor:
         max_prompt_length: tokens, visual tokens included; a longer prompt raises SampleError.
         include_process: whether the reference response has the reasoning before the answer.
         max_visual_tokens: visual tokens of a prompt, likewise; 0: as many as max_prompt_length allows.
+        prompt_suffix: text after every question.
 
     Several threads may call one processor.
 
@@ -68,7 +69,8 @@ class PromptProcessor:
         ConfigError: no usable tokenizer or image processor in the folder.
     """
 
-    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True, max_visual_tokens: int = 0):
+    def __init__(self, path: str, max_prompt_length: int, include_process: bool = True, max_visual_tokens: int = 0,
+                 prompt_suffix: str = ""):
         try:
             config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -78,6 +80,7 @@ class PromptProcessor:
                               f"({' '.join(str(error).split())[:200]})") from None
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
+        self.prompt_suffix = prompt_suffix
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         self.image_token, self.video_token, self.vision_start, self.vision_end = \
@@ -149,8 +152,8 @@ class PromptProcessor:
         picture = {name: getattr(self.image_processor, name, None) for name in
                    ("do_resize", "patch_size", "temporal_patch_size", "merge_size")}
         size = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
-        rules = [1, self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, picture, size,
-                 asdict(self.video), self.timed_frames, self.image_token_id, self.video_token_id]
+        rules = [2, self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.prompt_suffix, picture,
+                 size, asdict(self.video), self.timed_frames, self.image_token_id, self.video_token_id]
         return blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def check_same(self, other: "PromptProcessor", key: str, other_key: str) -> None:
@@ -302,7 +305,7 @@ class PromptProcessor:
         content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
         with self._text_lock:
             text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem}]}], tokenize=False,
+                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem + self.prompt_suffix}]}], tokenize=False,
                 add_generation_prompt=True)
         expanded = ""
         for number, visual in enumerate(visuals):

@@ -61,7 +61,8 @@ class Inputs:
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
         processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                    config.data.include_process, config.data.max_visual_tokens)
+                                    config.data.include_process, config.data.max_visual_tokens,
+                                    config.data.prompt_suffix)
         if config.distills:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")

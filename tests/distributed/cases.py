@@ -150,14 +150,14 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
                          **loss)
     _, _, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, micro_batch_size, sequence_parallel, equal_rewards)
-    history = []
+    history, gradient = [], None
     before = full_weights(policy)
     for _ in range(num_steps):
         policy.forward_backward(minibatch, objective.only("attention"))
         attention_shards = policy.gradient_shards()
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.gradient_norm(policy.gradient_shards())
-        gradient = full_gradient(policy) if not history else gradient
+        gradient = gradient or full_gradient(policy)
         result = policy.step()
         history.append({**metrics, "own_norm": norm, "grad_norm": result.grad_norm,
                         "attention_norm": policy.gradient_norm(attention_shards)})

@@ -41,7 +41,7 @@ def _entry(rank: int, world_size: int, port: int, folder: str, function: Callabl
         os._exit(0)
 
 
-def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: float = 180.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: float = 420.0) -> list[Any]:
     """Results of function(*arguments) on ranks 0..world_size-1. The function must be importable (top level)."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

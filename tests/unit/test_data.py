@@ -13,10 +13,11 @@ from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
 from megatron_ral.data.faults import DataError
+from megatron_ral.data.index import open_index
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.pictures import patchify_image
 from megatron_ral.data.processor import PromptProcessor, SampleError
-from megatron_ral.data.shards import find_shards, open_shards, parse_sample
+from megatron_ral.data.shards import find_shards, open_shards, parse_sample, read_entry
 from megatron_ral.types import FramePictures, Sample
 from tests.unit.test_video import clip as mp4_clip
 
@@ -209,6 +210,16 @@ def test_patches_are_those_of_the_stock_processor_bit_for_bit(material, family):
                        small(images=[image.resize((400, 333))], return_tensors="pt")["pixel_values"])
     odd = type(stock)(**{**stock.to_dict(), "do_normalize": False})
     assert torch.equal(patchify_image(image, odd)[0], odd(images=[image], return_tensors="pt")["pixel_values"])
+
+
+def test_prompt_suffix_follows_the_question(processor, material, tmp_path):
+    write_shard(tmp_path / "s.tar", [good("k")])
+    sample = parse_sample(read_entry(open_index(tmp_path / "s.tar"), 0))
+    plain, told = processor, PromptProcessor(str(material["tiny"]), 128, prompt_suffix=" Answer in tags.")
+    texts = [each.tokenizer.decode(each(sample).input_ids) for each in (plain, told)]
+    assert texts[1] == texts[0].replace(sample.problem, sample.problem + " Answer in tags.") != texts[0]
+    assert told.lengths(sample).prompt_length == len(told(sample).input_ids) > plain.lengths(sample).prompt_length
+    assert told.fingerprint() != plain.fingerprint(), "an index without it has other lengths"
 
 
 def test_mismatch_of_tokens_and_features_is_caught_where_the_key_is_known(processor, tmp_path, monkeypatch):

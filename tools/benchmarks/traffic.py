@@ -35,7 +35,8 @@ def main() -> None:
         results = {gather: run_ranks(4, counted, str(policy), str(other), str(root / "data"), counts, gather, timeout=600)[2]
                    for gather in ("stage", "layer")}
     print("PP=2 x DP=2, last stage; calls, and bytes relative to its parameters")
-    print(f"{'parallel.gather':16}{'micro-batches':>14}{"all-gather":>26}{"reduce-scatter":>26}{'all-reduce':>14}")
+    heads = ("all-gather", "reduce-scatter")
+    print(f"{'parallel.gather':16}{'micro-batches':>14}{heads[0]:>26}{heads[1]:>26}{'all-reduce':>14}")
     for gather, result in results.items():
         for count in counts:
             cells = []
