@@ -186,8 +186,14 @@ def saves(path: str, overrides: list[str], output: str) -> dict:
         return {name: value.clone() for name, value in (*engines.policy.state(), *engines.average.state())}
 
     def whole() -> list[str]:
-        barrier()
-        found = [folder.name for folder in whole_checkpoints(output)]
+        return together(lambda: [folder.name for folder in whole_checkpoints(output)])
+
+    def names() -> list[str]:
+        return together(lambda: sorted(entry.name for entry in Path(output, "checkpoints").iterdir()))
+
+    def together(look):
+        barrier()  # no rank goes on while another looks
+        found = look()
         barrier()
         return found
 
@@ -215,13 +221,13 @@ def saves(path: str, overrides: list[str], output: str) -> dict:
         checkpoints.finish()
     except AgreedError as error:
         seen["full disk"] = str(error)
-    seen["after a failed save"] = whole(), sorted(entry.name for entry in Path(output, "checkpoints").iterdir())
+    seen["after a failed save"] = whole(), names()
     disk.broken = False
     random.seed(rank), np.random.seed(rank), torch.manual_seed(rank)
     checkpoints.save(5, wait=True)
     draws = random.random(), np.random.rand(), float(torch.rand(()))
     checkpoints.save(5)  # asked for twice, by the interval and by a signal
-    seen["in the end"] = sorted(entry.name for entry in Path(output, "checkpoints").iterdir())
+    seen["in the end"] = names()
     stop_groups()
     return {**seen, "draws": draws}
 
