@@ -246,9 +246,7 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: PositiveInt = 2
     async_checkpoint: bool = True
-    """Write checkpoints in a thread while training goes on: a save costs the step a copy of the rank's state to the host's
-    memory (where a second one is then held), and is whole one step later or more. false: it costs the step the writing.
-    The last save of a run always waits."""
+    """Write in a thread while training goes on; holds a copy of the state in the host's memory. See README.md."""
     export: bool = True
     """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
     max_skipped_steps: PositiveInt = 5
