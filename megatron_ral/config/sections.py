@@ -248,6 +248,8 @@ class TrainConfig:
     checkpoint_interval: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: PositiveInt = 2
+    async_checkpoint: bool = True
+    """Write in a thread while training goes on; holds a copy of the state in the host's memory. See README.md."""
     export: bool = True
     """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
     max_skipped_steps: PositiveInt = 5

@@ -1,13 +1,13 @@
 """The exponential average of past policies, as a frozen engine that follows the policy shard by shard."""
 
-from typing import Mapping
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.checkpoints import CheckpointError
+from megatron_ral.models.resharding import StateSource, fitting_shard
 
 
 class AverageEngine(FrozenEngine):
@@ -39,21 +39,18 @@ class AverageEngine(FrozenEngine):
             self._average[name].lerp_(master.view_as(self._average[name]), 1.0 - self.decay)
             self._followed[name].ds_tensor.data.copy_(self._average[name])
 
-    def state(self) -> dict[str, Tensor]:
-        """This rank's shards of the average."""
-        return {f"ema/{name}": average.clone() for name, average in self._average.items()}
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's shards of the average by `ema/<parameter>`; the next step changes them in place."""
+        for name, average in self._average.items():
+            yield f"ema/{name}", average
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state` in the same layout.
+    def load_state(self, state: StateSource) -> None:
+        """Inverse of `state`.
 
         Raises:
             CheckpointError: a shard is missing or of another size.
         """
         for name, average in self._average.items():
-            key = f"ema/{name}"
-            if key not in state or state[key].shape != average.shape:
-                raise CheckpointError(f"the checkpoint has no fitting shard '{key}'; resume with the layout it was "
-                                      "saved in")
-            average.copy_(state[key])
+            average.copy_(fitting_shard(state, f"ema/{name}", average.numel()).view_as(average))
             self._followed[name].ds_tensor.data.copy_(average)

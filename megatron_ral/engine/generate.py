@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_ral.engine.in_flight import BatchInFlight, SamplingSettings
 from megatron_ral.engine.stage import StageEngine
-from megatron_ral.parallel.collectives import broadcast_from_stage_, receive_from_stage, send_to_stage
+from megatron_ral.parallel.collectives import broadcast_from_stage_, receive_from_stage, send_to_stage, wait
 from megatron_ral.progress import tick
 from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts
 
@@ -158,7 +158,7 @@ class _Line:
         if here > 0:
             hidden = torch.empty(*batch.handed_on, self.engine.shape.hidden_size, dtype=stage.dtype,
                                  device=self.groups.device)
-            receive_from_stage(hidden, here - 1, self.groups).wait()
+            wait(receive_from_stage(hidden, here - 1, self.groups))
             stage.set_input_tensor(hidden)
         output = batch.forward(stage)
         if here == last:
@@ -174,5 +174,5 @@ class _Line:
     def _end_oldest_pass(self) -> None:
         oldest = self._under_way.popleft()
         for work in oldest.works:
-            work.wait()
+            wait(work)
         oldest.batch.take(oldest.token)

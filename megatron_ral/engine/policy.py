@@ -8,7 +8,7 @@ with one process on the whole batch.
 """
 
 import math
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
 from megatron_ral.models.group_layout import AttentionPass
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.checkpoints import CheckpointError
+from megatron_ral.models.resharding import StateSource, fitting_shard
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.types import TrainBatch, to_device
@@ -195,33 +195,31 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         return {name: zero.get_local_fp32_param(parameter, None) for name, parameter in self._trainable.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`."""
-        zero, result = self.deepspeed.optimizer, {}
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`, one after the other, flat
+        float32; the next step may change them in place."""
+        zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
-                value = zero.get_local_fp32_param(parameter, None if kind == "master" else kind)
-                result[f"{name}/{kind}"] = value.detach().clone()
-        result["adamw_step"] = torch.tensor(self._adamw_step())
-        return result
+                yield f"{name}/{kind}", zero.get_local_fp32_param(parameter, None if kind == "master" else kind).detach()
+        yield "adamw_step", torch.tensor(self._adamw_step())
 
-    def load_state(self, state: Mapping[str, Tensor], num_steps_taken: int) -> None:
-        """Inverse of `state` in the same layout.
+    def load_state(self, state: StateSource, num_steps_taken: int) -> None:
+        """Inverse of `state`; each key is asked for once.
 
         Raises:
-            CheckpointError: a shard is missing or of another size (another layout or model).
+            CheckpointError: a shard is missing or of another size.
         """
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
-                key = f"{name}/{kind}"
-                if key not in state or state[key].numel() != parameter.ds_tensor.numel():
-                    raise CheckpointError(f"the checkpoint has no fitting shard '{key}'; resume with the layout "
-                                          "it was saved in")
-                zero.set_local_hp_param(state[key], parameter, None if kind == "master" else kind)
-            parameter.ds_tensor.data.copy_(state[f"{name}/master"])
+                value = fitting_shard(state, f"{name}/{kind}", parameter.ds_tensor.numel())
+                zero.set_local_hp_param(value, parameter, None if kind == "master" else kind)
+                if kind == "master":
+                    parameter.ds_tensor.data.copy_(value)
+        step = fitting_shard(state, "adamw_step", 1)
         for flat in zero.fp32_partitioned_groups_flat:
-            zero.optimizer.state[flat]["step"].fill_(float(state["adamw_step"]))
+            zero.optimizer.state[flat]["step"].fill_(float(step))
         self.num_steps_taken = num_steps_taken
 
     def _make_optimizer_state(self) -> None:

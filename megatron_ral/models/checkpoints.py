@@ -9,6 +9,7 @@ same code on either. Only safetensors; nothing is unpickled.
 """
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -191,7 +192,10 @@ class SafetensorsWriter:
         self._file.write(memoryview(data.numpy()))
         return data.numel()
 
-    def close(self) -> None:
+    def close(self, sync: bool = False) -> None:
+        """Check that nothing is missing; `sync`: come back when the file is on the disk."""
         self._file.flush()
+        if sync:
+            os.fsync(self._file.fileno())
         self._file.close()
         assert self._next == len(self._expected), "not every announced tensor was written"

@@ -105,7 +105,7 @@ class MegatronWeights(Weights):
         self._shapes = expected_shapes(self.shape)
         self._where: dict[str, tuple[int, StageTensor]] = {}
         self._tied: dict[str, tuple[int, StageTensor]] = {}
-        for stage, table in _stages(self.shape, self.tensor_size, self.pipeline_size):
+        for stage, table in stage_tables(self.shape, self.tensor_size, self.pipeline_size):
             for tensor in table:
                 for source in tensor.sources:
                     places = self._tied if source in self._where else self._where
@@ -148,7 +148,7 @@ def shard_file(tensor_rank: int, stage: int) -> str:
     return f"tp_{tensor_rank:02d}_pp_{stage:02d}.safetensors"
 
 
-def _stages(shape: ModelShape, tensor_size: int, pipeline_size: int) -> Iterator[tuple[int, list[StageTensor]]]:
+def stage_tables(shape: ModelShape, tensor_size: int, pipeline_size: int) -> Iterator[tuple[int, list[StageTensor]]]:
     names = list(visual_shapes(shape))
     for stage in range(pipeline_size):
         layout = ParallelLayout(stage, pipeline_size, 1, pipeline_size)
@@ -173,7 +173,7 @@ def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeli
     check_weights(weights, shape)
     partial, moved = _begin(output), 0
     try:
-        for stage, table in _stages(shape, tensor_size, pipeline_size):
+        for stage, table in stage_tables(shape, tensor_size, pipeline_size):
             files = [SafetensorsWriter(partial / shard_file(rank, stage), _shard_entries(table, weights, shape, tensor_size))
                      for rank in range(tensor_size)]
             for tensor in table:

@@ -130,3 +130,8 @@ def raise_together(problem: Exception | None) -> None:
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def wait(work: dist.Work) -> None:
+    """Wait for something sent or received; the name tells the watchdog what the thread is at."""
+    work.wait()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from megatron_ral.parallel.groups import ParallelGroups
 from megatron_ral.progress import progress
 from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.scoring import ProblemLog, found_problems
-from megatron_ral.training.checkpoint import find_checkpoint, restore_checkpoint, save_checkpoint
 from megatron_ral.training.batch_files import replay_command, save_replay
 from megatron_ral.training.build import build_objective, build_teacher
+from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint_writer import CheckpointWriter
 from megatron_ral.training.metrics import RunLog
 from megatron_ral.training.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
@@ -65,7 +67,7 @@ class Inputs:
         if config.distills:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
-        checkpoint = find_checkpoint(config, resume)
+        checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)
 
@@ -107,6 +109,7 @@ class Trainer:
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
+        self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
 
     @property
     def prompts_per_step(self) -> int:
@@ -118,10 +121,11 @@ class Trainer:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
-        if self.inputs.checkpoint is not None:
+        checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
+        if checkpoint is not None:
             with progress.within("restore", is_long=True):
-                first = restore_checkpoint(self.inputs.checkpoint, self.engines, self.loader)
-            self._say(f"resumed from {self.inputs.checkpoint}: {first} of {config.train.num_steps} steps done")
+                first = restore_checkpoint(checkpoint, self.engines, self.loader)
+            self._say(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_setting_warnings(config):
             if self.is_main:
@@ -163,9 +167,10 @@ class Trainer:
             done += 1
             self._look(log, probes, done)
             stop, interval = self.stopping.agreed(self.groups), self.config.train.checkpoint_interval
-            if done == end or stop or (interval and done % interval == 0):
-                with progress.within("checkpoint", is_long=True):
-                    save_checkpoint(self.config, self.engines, self.loader, done)
+            with progress.within("checkpoint", is_long=True):
+                self.checkpoints.poll()
+                if done == end or stop or (interval and done % interval == 0):
+                    self.checkpoints.save(done, wait=bool(done == end or stop))
         return done, stop if done < end else None
 
     def _one_step(self, step: int) -> StepReport:

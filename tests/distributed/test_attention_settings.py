@@ -229,7 +229,7 @@ def followed(path, other, data, tensor):
         policy.step()
         average.follow(policy)
         history.append((full_weights(policy), full_weights(average)))
-    state = average.state()
+    state = dict(average.state())
     again = AverageEngine(policy, 0.9)
     again.load_state(state)
     restored = full_weights(again)
