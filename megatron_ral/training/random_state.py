@@ -1,7 +1,8 @@
 """The global random generators of a process.
 
 Training itself draws from none of them: its streams are functions of (seed, step, prompt). A reward function of the
-user's own may, so their states are part of a checkpoint and are put back on the same ranks of the same layout.
+user's own may, so they are seeded, their states are part of a checkpoint and are put back on the same ranks of the same
+layout.
 """
 
 import base64
@@ -10,6 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def seed_random_state(seed: int, rank: int) -> None:
+    """Start the generators of one rank where every run with this seed starts them."""
+    number = (seed * 1_000_003 + rank) % 2**32
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def random_state() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from megatron_ral.training.build import build_objective, build_teacher
 from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint_writer import CheckpointWriter
 from megatron_ral.training.metrics import RunLog
+from megatron_ral.training.random_state import seed_random_state
 from megatron_ral.training.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
 from megatron_ral.training.stopping import StopRequests
@@ -121,6 +122,7 @@ class Trainer:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
         first = 0
+        seed_random_state(config.seed, self.layout.rank)
         checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
         if checkpoint is not None:
             with progress.within("restore", is_long=True):
