@@ -4,8 +4,8 @@
 
 Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and
 generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model in any layout. Prints a
-table by category with standard errors and what was left out, writes it to --output, and every response with the parts of its reward to a file
-of JSON lines beside it.
+table by category with standard errors and what was left out, writes it to --output, and every response with the parts of
+its reward to a file of JSON lines beside it.
 """
 
 import dataclasses

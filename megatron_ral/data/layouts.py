@@ -27,7 +27,8 @@ _IMAGE_FIELDS = ("image", "images", "image_list", "image_path", "imgname")
 _VIDEO_FIELDS = ("video", "videos", "video_path")
 _OPTION_FIELDS = ("options", "candidates", "choices")
 _MEDIA_NAME = re.compile(r"\S{1,1000}\.(?:png|jpe?g|webp|bmp|tiff?|mp4|m4v|mov|webm|mkv|avi|gif)", re.IGNORECASE)
-_TEXTS = {"problem", "question", "text", "query", "answer", "answers", "label", "solution", "process", *_OPTION_FIELDS, *_ID_FIELDS}
+_TEXTS = {"problem", "question", "text", "query", "answer", "answers", "label", "solution", "process", *_OPTION_FIELDS,
+          *_ID_FIELDS}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

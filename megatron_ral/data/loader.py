@@ -127,8 +127,8 @@ class PromptLoader:
 
     @property
     def quarantined(self) -> Mapping[str, str]:
-        """Shard name (with its folder where two are called alike) and key -> why the sample (or the rest of the shard) is not used; the same on every rank. A repeated
-        key has the number of its sample behind it."""
+        """Shard name (with its folder where two are called alike) and key -> why the sample (or the rest of the shard) is
+        not used; the same on every rank. A repeated key has the number of its sample behind it."""
         return {identity: fault.text for identity, fault in self._faults.items()}
 
     @property

@@ -1,8 +1,8 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target cells.
 
 The image processor's settings are those of Hugging Face's Qwen2-VL one (`pictures.py` does its work), the tokenizer is
-whatever the checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that a mismatch is
-found where the sample's key is known.
+whatever the checkpoint folder holds. Visual tokens are counted here, before any truncation could be thought of, so that
+a mismatch is found where the sample's key is known.
 """
 
 import json
@@ -304,9 +304,9 @@ class PromptProcessor:
     def _tokenize(self, sample: Sample, visuals: Sequence[_Visual]) -> list[int]:
         content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
         with self._text_lock:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [*content, {"type": "text", "text": sample.problem + self.prompt_suffix}]}], tokenize=False,
-                add_generation_prompt=True)
+            question = {"type": "text", "text": sample.problem + self.prompt_suffix}
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": [*content, question]}], tokenize=False,
+                                                      add_generation_prompt=True)
         expanded = ""
         for number, visual in enumerate(visuals):
             place = self.video_token if visual.is_video else self.image_token

@@ -97,7 +97,8 @@ def _readable(source: Source) -> int:
 def say_what_is_scored(source: Source, config: RunConfig) -> None:
     """Warn where the set is cut by its limit, or answers are matched as text though their types have rules."""
     if (held := _readable(source)) > (limit := config.logging.num_eval_prompts):
-        logger.warning("only the first %d of %d samples are evaluated; logging.num_eval_prompts=%d takes all", limit, held, held)
+        logger.warning("only the first %d of %d samples are evaluated; logging.num_eval_prompts=%d takes all", limit, held,
+                       held)
     types = []
     for entry in itertools.islice(shard_entries(source.shards), NUM_LOOKED_AT):
         try:
@@ -193,8 +194,8 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
 def _greedy_batches(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
                     layers: Sequence[int], keep: Callable[[AttentionRows, GroupBatch], Any]
                     ) -> Iterator[tuple[ResponseBatch, GroupBatch, Mapping[int, Any]]]:
-    """Greedy responses batch by batch, the same as groups of one, and what `keep` makes of the attention rows of those of `layers` that live on
-    this stage."""
+    """Greedy responses batch by batch, the same as groups of one, and what `keep` makes of the attention rows of those of
+    `layers` that live on this stage."""
     settings = SamplingSettings(1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
                                 temperature=0.0)
     sampled = sample_responses(engine, prompts, settings, config.rollout.generation_batch_size)

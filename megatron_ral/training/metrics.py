@@ -20,7 +20,8 @@ class RunLog:
         self._writer = None
         if active and config.logging.tensorboard:
             # purge_step hides what a killed run wrote after the checkpoint it is resumed from
-            self._writer = SummaryWriter(f"{config.train.output_dir}/tensorboard", purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(f"{config.train.output_dir}/tensorboard",
+                                         purge_step=first_step + 1 if first_step else None)
             self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

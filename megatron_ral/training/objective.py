@@ -71,7 +71,8 @@ class RalObjective:
     def row_kind(self) -> str:
         return self.term.row_kind
 
-    def only(self, parts: Literal["tokens", "attention", "distill_attention"], attention_coef: Optional[float] = None) -> "RalObjective":
+    def only(self, parts: Literal["tokens", "attention", "distill_attention"],
+             attention_coef: Optional[float] = None) -> "RalObjective":
         """Some of the terms; the attention term with another coefficient if one is given."""
         coef = self.attention_coef if attention_coef is None else attention_coef
         return replace(self, parts=parts, attention_coef=coef)

@@ -121,8 +121,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", str(folder / "model")], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", str(folder / "model")],
+                       check=True, stdout=subprocess.DEVNULL)
         make_data(folder, args.num_samples, width, height)
         ratio = measure(folder, args)
     print(f"ratio loader {ratio:.3f}")
