@@ -179,6 +179,7 @@ class Trainer:
         config = self.config
         with progress.within("data"):
             prompts = self.loader.take(self.prompts_per_step)
+            progress.tick([prompt.sample.identity for prompt in prompts])
         if config.train.algorithm == "sft":
             return sft_step(self.policy, prompts, self.processor, config)
         interval = config.logging.gradient_ratio_interval
