@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/setup.sh"
 cd "$PROJECT"
 setup_environment
 if [ "$#" -eq 0 ]; then  # all of them: a file at a time on each of up to four workers
-    workers=$(nproc)
+    workers=$(getconf _NPROCESSORS_ONLN)
     set -- --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile tests
 fi
 exec "$PYTHON" -m pytest "$@"
