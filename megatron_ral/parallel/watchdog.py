@@ -262,7 +262,9 @@ class Watchdog:
         """End this process by a verdict."""
         survivor = next((rank for rank in range(self.world_size) if rank not in verdict["ranks"]), 0)
         if self.rank in (0, survivor, verdict["by"]):
-            self._print(verdict["text"], self.rank == verdict["by"])
+            # A finder that is itself to blame may be killed by the survivor before it has written.
+            keeper = survivor if verdict["by"] in verdict["ranks"] else verdict["by"]
+            self._print(verdict["text"], self.rank == keeper)
         try:
             self._store.set(f"seen/{self.rank}", "")
             self._wait_until_seen(verdict["ranks"])

@@ -44,7 +44,7 @@ def steps(path, other, data, tensor, pipeline, spoils):
     for each in [objective, *([spoilt] if spoils else []), objective]:
         policy.forward_backward(minibatch, each)
         result = policy.step()
-        states.append(policy.state())
+        states.append({name: value.clone() for name, value in policy.state()})
         applied.append(result.applied)
         norms.append(result.grad_norm)
     stop_groups()

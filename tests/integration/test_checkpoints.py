@@ -24,7 +24,7 @@ from megatron_ral.parallel.groups import start_groups, stop_groups
 from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint_files import newest_checkpoint, read_manifest, whole_checkpoints
 from megatron_ral.training.checkpoint_writer import CheckpointWriter
-from megatron_ral.training.random_state import random_state
+from megatron_ral.training.random_state import random_state, seed_random_state
 from megatron_ral.training.trainer import Inputs, Trainer
 from tests.conftest import PROJECT
 from tests.distributed.runner import run_ranks
@@ -50,6 +50,7 @@ def run(path: str, overrides: list[str], again: str = "") -> bool:
         step = restore_checkpoint(trainer.inputs.checkpoint, trainer.engines, trainer.loader)
         config = load_config(path, [*overrides, f"train.output_dir={again}"])
         CheckpointWriter(config, trainer.engines, trainer.loader).save(step, wait=True)
+    seed_random_state(trainer.config.seed, trainer.layout.rank)  # as the run does
     before = random_state()
     trainer.run()
     after = random_state()
