@@ -33,8 +33,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from search_task import (  # noqa: E402
-    PALETTE, Split, add_split_sizes, answer, check_arguments, curriculum, digit_question, draw_puzzles, make_dataset,
-    make_parser, paint, think)
+    PALETTE, Split, add_split_sizes, answer, ask, check_arguments, curriculum, draw_puzzles, make_dataset, make_parser,
+    paint, think)
 
 
 def colour_question(cell: int) -> str:
@@ -72,10 +72,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     puzzles = draw_puzzles(rng, split, len(masks), colour_names, lambda cell: neighbour_of(cell, grid))
     for i, puzzle in enumerate(puzzles):
         colour, digit = puzzle.colours[puzzle.asked], int(digits[puzzle.scans[puzzle.read]])
-        if puzzle.asks_colour:
-            problem, problem_type, solution = colour_question(puzzle.asked + 1), "free-form", colour
-        else:
-            problem, problem_type, solution = digit_question(colour), "numerical", str(digit)
+        problem, problem_type, solution = ask(puzzle, digit, colour_question)
 
         key = f"{split.name}_{i:06d}"
         row, column = divmod(puzzle.asked, grid)

@@ -31,8 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from search_task import (  # noqa: E402
-    PALETTE, Split, add_split_sizes, answer, check_arguments, curriculum, digit_question, draw_puzzles, make_dataset,
-    make_parser, paint, think)
+    PALETTE, Split, add_split_sizes, answer, ask, check_arguments, curriculum, draw_puzzles, make_dataset, make_parser,
+    paint, think)
 
 QUALITY = {"preset": "veryfast", "crf": "18"}  # strokes and hues survive; see test_video_search.py
 
@@ -83,10 +83,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
         cells = rng.integers(args.grid**2, size=split.places)
         scenes = paint_scenes(masks[puzzle.scans], puzzle.colours, cells, args.grid)
         colour, digit = puzzle.colours[puzzle.asked], int(digits[puzzle.scans[puzzle.read]])
-        if puzzle.asks_colour:
-            problem, problem_type, solution = scene_question(puzzle.asked + 1), "free-form", colour
-        else:
-            problem, problem_type, solution = digit_question(colour), "numerical", str(digit)
+        problem, problem_type, solution = ask(puzzle, digit, scene_question)
 
         key = f"{split.name}_{i:06d}"
         start = puzzle.asked * args.scene_seconds

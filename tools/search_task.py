@@ -61,6 +61,15 @@ def digit_question(colour: str) -> str:
     return f"Which digit is {colour}?"
 
 
+def ask(puzzle: Puzzle, digit: int, colour_question: Callable[[int], str]) -> tuple[str, str, str]:
+    """(problem, problem type, what is the answer) of a puzzle whose answer's digit is `digit`; `colour_question`: asks for
+    the colour of a place, 1-based."""
+    colour = puzzle.colours[puzzle.asked]
+    if puzzle.asks_colour:
+        return colour_question(puzzle.asked + 1), "free-form", colour
+    return digit_question(colour), "numerical", str(digit)
+
+
 def think(colour: str, digit: int) -> str:
     """Thought before the answer, for supervised fine-tuning: colour and digit with nothing in between."""
     return f"<think>{colour}{digit}</think>"
