@@ -11,6 +11,7 @@ is put behind a question come from --config (a run's file) or from settings (rol
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,17 +41,16 @@ def read_settings(arguments: argparse.Namespace):
     """Configuration of one process. Without a file the defaults, in float32 where there is no accelerator."""
     import torch
 
-    from megatron_ral.config import RunConfig, load_config
+    from megatron_ral.config import load_config
     from megatron_ral.config.load import apply_overrides
     from megatron_ral.config.sections import ParallelConfig
 
-    overrides = list(arguments.overrides)
+    overrides = [*arguments.overrides, f"model.path={json.dumps(arguments.checkpoint)}"]
     if arguments.config is not None:
         config = load_config(arguments.config, overrides)
     else:
         config = apply_overrides({"model": {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
-                                  "train": {"algorithm": "sft"}}, overrides)
-    assert isinstance(config, RunConfig)
+                                  "data": {"train": [{"shards": arguments.shards}]}}, overrides)
     return replace(config, parallel=ParallelConfig())
 
 
