@@ -93,7 +93,7 @@ def _overview(samples: Sequence[PageSample]) -> str:
 def _section(number: int, sample: PageSample) -> str:
     components = "".join(f"<dt>{escape(name)}</dt><dd>{value:g}</dd>" for name, value in sample.components.items())
     tokens = "".join(f'<span class="token" tabindex="0">{escape(_visible(token))}</span>' for token in sample.tokens)
-    options = "".join(f"<option>{layer}</option>" for layer in sample.masses)
+    options = "".join(f"<option{' selected' * (layer == max(sample.masses))}>{layer}</option>" for layer in sample.masses)
     side = ONE_SIDE if sample.num_panels == 1 else MANY_SIDE
     shown = "" if len(sample.panels) == sample.num_panels else (
         f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at.</p>")
