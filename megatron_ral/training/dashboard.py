@@ -58,8 +58,8 @@ def method(config: RunConfig) -> str:
 
 
 def flat_settings(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """Every setting by dotted key, what is no scalar as text, and `method`."""
-    flat: dict[str, bool | int | float | str] = {"method": method(config)}
+    """Every setting by dotted key, what is no scalar as text, and `_method`, which sorts before them in HPARAMS."""
+    flat: dict[str, bool | int | float | str] = {"_method": method(config)}
 
     def walk(value: Any, key: str) -> None:
         if dataclasses.is_dataclass(value):

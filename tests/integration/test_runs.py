@@ -210,7 +210,7 @@ def test_runs_compare_by_settings_and_last_figures(finished):
     assert empty == {"utilisation"}
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert settings["method"].string_value == "ral" and settings["loss.attention_coef"].number_value == 1.0
+    assert settings["_method"].string_value == "ral" and settings["loss.attention_coef"].number_value == 1.0
     assert settings["rollout.group_size"].number_value == 3 and settings["data.train.0.shards"].string_value.endswith("rl-*.tar")
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     compared = {info.name.tag for info in plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos}

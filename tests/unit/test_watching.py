@@ -79,7 +79,7 @@ def test_peaks():
 def test_settings_are_flat_and_runs_have_a_method():
     config = make_config("m")
     flat = flat_settings(config)
-    assert flat["method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
+    assert flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
     assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
     assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
     grpo = replace(config, loss=LossConfig(attention_coef=0.0))
