@@ -1,7 +1,7 @@
 """The page that `attention_report.py` writes: one HTML file without anything from elsewhere.
 
-Masses travel as 16-bit numbers, a row of visual tokens for each response token and layer, scaled by the row's largest; a few
-lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over the picture.
+Masses travel as 16-bit numbers, a row of visual tokens for each response token and layer, scaled by the row's largest; a
+few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over the picture.
 """
 
 import base64
@@ -67,8 +67,8 @@ def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str
 def _overview(samples: Sequence[PageSample]) -> str:
     """Means over samples (of their means over tokens): of the reward, and of masses by layer."""
     names = list(samples[0].components)
-    rewards = "".join(f"<td>{np.mean(column):.3f}</td>" for column in
-                      [[sample.reward for sample in samples]] + [[sample.components[name] for sample in samples] for name in names])
+    columns = [[sample.reward for sample in samples], *([sample.components[name] for sample in samples] for name in names)]
+    rewards = "".join(f"<td>{np.mean(column):.3f}</td>" for column in columns)
     annotated = [sample for sample in samples if sample.target.any()]
     rows = []
     for layer in samples[0].masses:
@@ -93,10 +93,12 @@ def _overview(samples: Sequence[PageSample]) -> str:
 def _section(number: int, sample: PageSample) -> str:
     components = "".join(f"<dt>{escape(name)}</dt><dd>{value:g}</dd>" for name, value in sample.components.items())
     tokens = "".join(f'<span class="token" tabindex="0">{escape(_visible(token))}</span>' for token in sample.tokens)
-    options = "".join(f"<option{' selected' * (layer == max(sample.masses))}>{layer}</option>" for layer in sample.masses)
+    last = max(sample.masses)
+    options = "".join(f"<option{' selected' * (layer == last)}>{layer}</option>" for layer in sample.masses)
     side = ONE_SIDE if sample.num_panels == 1 else MANY_SIDE
     shown = "" if len(sample.panels) == sample.num_panels else (
-        f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at.</p>")
+        f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
+        "</p>")
     return f"""<section class="sample" id="sample-{number}">
 <h2>{number + 1}. {escape(sample.key)}</h2>
 <dl><dt>question</dt><dd class="question">{escape(sample.question)}</dd>
@@ -155,7 +157,8 @@ def _data(sample: PageSample) -> str:
     for layer, masses in sample.masses.items():
         peaks = masses.max(axis=1, initial=0.0)
         scaled = np.round(masses / np.maximum(peaks, 1e-30)[:, None] * 65535).astype("<u2")
-        layers[str(layer)] = {"peaks": [float(f"{peak:.6g}") for peak in peaks], "rows": base64.b64encode(scaled).decode()}
+        layers[str(layer)] = {"peaks": [float(f"{peak:.6g}") for peak in peaks],
+                              "rows": base64.b64encode(scaled).decode()}
     target = np.flatnonzero(sample.target).tolist()
     return json.dumps({"visual": len(sample.target), "target": target, "layers": layers}).replace("</", "<\\/")
 
@@ -172,7 +175,8 @@ dl.scores{display:flex;flex-wrap:wrap}dl.scores dd{margin-right:1em}
 dt{color:#666}dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.15em .6em;text-align:right}
 caption{text-align:left;color:#666}.wide{overflow-x:auto}
-.tokens{line-height:2}.token{font-family:monospace;border:1px solid #ccc;border-radius:3px;padding:.1em .2em;margin:1px;cursor:pointer}
+.tokens{line-height:2}
+.token{font-family:monospace;border:1px solid #ccc;border-radius:3px;padding:.1em .2em;margin:1px;cursor:pointer}
 .token.chosen{outline:2px solid #06c}
 .panels{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0}figcaption{text-align:center;color:#666;font-size:12px}
 figure.asked figcaption{color:#000;font-weight:bold}
@@ -196,7 +200,8 @@ for (const section of document.querySelectorAll('section.sample')) {
   let chosen = -1;                                   // -1: the mean of all tokens
   function draw(token) {
     const all = rows[select.value], everywhere = [...Array(data.visual).keys()];
-    const row = token >= 0 ? all[token] : Float32Array.from(everywhere, v => all.reduce((s, r) => s + r[v], 0) / all.length);
+    const mean = () => Float32Array.from(everywhere, v => all.reduce((total, row) => total + row[v], 0) / all.length);
+    const row = token >= 0 ? all[token] : mean();
     const peak = Math.max(...row, 1e-30);
     for (const canvas of section.querySelectorAll('canvas')) {
       const image = new ImageData(canvas.width, canvas.height), first = Number(canvas.dataset.first);
@@ -219,7 +224,7 @@ for (const section of document.querySelectorAll('section.sample')) {
     cell.addEventListener('click', () => { chosen = index; draw(index); });
     cell.addEventListener('mouseleave', () => draw(chosen));
   });
-  function tint() {                                  // redder tokens look more at the target (or, without one, the picture)
+  function tint() {  // redder tokens look more at the target (or, without one, the picture)
     const places = data.target.length ? data.target : [...Array(data.visual).keys()];
     const masses = rows[select.value].map(row => sum(row, places)), most = Math.max(...masses, 1e-30);
     tokens.forEach((cell, index) => { cell.style.background = `rgba(230,80,0,${0.6 * masses[index] / most})`; });

@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(page(samples, f"Attention of {arguments.checkpoint}", [
-        f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token to see where its row "
-        "looked, click to keep it. Colours run from black to white at the brightest cell of the token; tokens are tinted by "
+        f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token to see where "
+        "its row looked, click to keep it. Colours run from black to white at the brightest cell of the token; tokens are tinted by "
         "their mass on the target. Both frames of a temporal patch show that patch's mass."]), encoding="utf-8")
     print(f"{len(samples)} samples in {arguments.output} ({arguments.output.stat().st_size / 2**20:.2f} MiB)")
     return 0

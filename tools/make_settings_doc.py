@@ -89,14 +89,16 @@ def shown_default(value: ast.expr | None) -> str:
     default = ast.literal_eval(value)
     if isinstance(default, tuple):
         return f"`[{', '.join(map(str, default))}]`"
-    return {True: "`true`", False: "`false`"}[default] if isinstance(default, bool) else f"`{default}`" if default != "" else "empty"
+    if isinstance(default, bool):
+        return "`true`" if default else "`false`"
+    return "empty" if default == "" else f"`{default}`"
 
 
 def render() -> str:
     """The whole file."""
     sections = read_sections()
-    lines = ["# Settings", "", "Made by `python tools/make_settings_doc.py` from `megatron_ral/config/`; edit it there. In a file "
-             "`section: {key: value}`, on a command line `section.key=value`.", ""]
+    lines = ["# Settings", "", "Made by `python tools/make_settings_doc.py` from `megatron_ral/config/`; edit it there. In a "
+             "file `section: {key: value}`, on a command line `section.key=value`.", ""]
     top = sections["RunConfig"][1]
     plain = [setting for setting in top if not ast.unparse(setting.annotation).endswith("Config")]
     lines += ["## Outside the sections", "", *_table("", plain)]

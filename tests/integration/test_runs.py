@@ -103,9 +103,11 @@ def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
     settings = {"policy_loss": "gspo", "aggregation": "sequence_mean", "advantage_scale": "none", "kl_estimator": "k2",
                 "clip_low": 3e-4, "clip_high": 4e-4, "entropy_coef": 0.01, "filter_equal_rewards": "true"}
     run_ranks(2, run_training, path, overrides + [f"loss.{key}={value}" for key, value in settings.items()]
-              + [f"train.output_dir={tmp_path}/run"])
+              + [f"train.output_dir={tmp_path}/run", "logging.peak_tflops=0.5"])
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
+    flops, mfu = ([event.value for event in events.Scalars(f"throughput/{tag}")] for tag in ("model_tflops_per_rank", "mfu"))
+    assert mfu == pytest.approx([value / 0.5 for value in flops]) and min(mfu) > 0
     for tag in ("loss/policy", "loss/token", "loss/attention", "kl", "ratio", "entropy", "grad_norm"):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
