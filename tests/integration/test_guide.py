@@ -48,7 +48,7 @@ def test_what_the_guide_names_exists():
     sections = {key.split(".")[0] for key in known}
     named = {match for match in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", GUIDE) if match.split(".")[0] in sections
              and not match.endswith((".json", ".md", ".html", ".py"))}
-    assert len(named) > 30 and not named - known - {"data.train"}, named - known
+    assert len(named) > 30 and named - known <= {"model.generate", "watchdog.log"}, named - known  # a call, a file
     for path in re.findall(r"\b((?:tools|docs|launch_scripts|tests|pretrained_configs)/[\w./-]+\w)", GUIDE):
         assert (PROJECT / path).exists(), path
 
