@@ -101,6 +101,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: must be a mapping of sections, not {type(tree).__name__}")
+    return apply_overrides(tree, overrides, source)
+
+
+def apply_overrides(tree: dict, overrides: Sequence[str], source: str = "settings") -> RunConfig:
+    """The configuration of a mapping of sections with overrides, checked like a file.
+
+    Args:
+        tree: what a file would hold; changed in place.
+        overrides: as for `load_config`.
+        source: what errors name.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    origin = source
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
@@ -110,7 +125,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except (yaml.YAMLError, TypeError):
             value = text
         _set(tree, key, value, f"override '{override}'")
-        source = f"{path} with overrides"
+        source = f"{origin} with overrides"
     try:
         # As JSON, because there a mapping may become a section and a list a tuple while scalars stay strict.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
