@@ -129,6 +129,17 @@ def check_layout(config: RunConfig, world_size: int, training: bool = True) -> N
         raise ConfigError(f"{problem[0]} {problem[1]}")
 
 
+def flat_settings(config: RunConfig) -> dict[str, str]:
+    """Every resolved setting as text, by dotted key; a list is one value."""
+
+    def flat(tree: Any, prefix: str) -> dict[str, str]:
+        if not isinstance(tree, dict) or not tree:
+            return {prefix[:-1]: str(tree)}
+        return {key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()}
+
+    return flat(yaml.safe_load(dump_config(config)), "")
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
 
