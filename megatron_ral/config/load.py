@@ -54,7 +54,7 @@ def _sentence(error: dict, source: str) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{source}: unknown key '{key}'{hint}"
+        return f"{source}: unknown key '{key}' = {error['input']!r}{hint}"
     if error["type"] == "dataclass_exact_type" or error["type"] == "dataclass_type":
         return f"{source}: '{key}' must be a section (a mapping), not {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
