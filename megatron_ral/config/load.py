@@ -54,7 +54,7 @@ def _sentence(error: dict, source: str) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{source}: unknown key '{key}'{hint}"
+        return f"{source}: unknown key '{key}' = {error['input']!r}{hint}"
     if error["type"] == "dataclass_exact_type" or error["type"] == "dataclass_type":
         return f"{source}: '{key}' must be a section (a mapping), not {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -142,6 +142,17 @@ def check_layout(config: RunConfig, world_size: int, training: bool = True) -> N
     problem = config.layout_problem(world_size, training)
     if problem:
         raise ConfigError(f"{problem[0]} {problem[1]}")
+
+
+def flat_settings(config: RunConfig) -> dict[str, str]:
+    """Every resolved setting as text, by dotted key; a list is one value."""
+
+    def flat(tree: Any, prefix: str) -> dict[str, str]:
+        if not isinstance(tree, dict) or not tree:
+            return {prefix[:-1]: str(tree)}
+        return {key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()}
+
+    return flat(yaml.safe_load(dump_config(config)), "")
 
 
 def dump_config(config: RunConfig) -> str:

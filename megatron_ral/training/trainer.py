@@ -70,7 +70,6 @@ class Inputs:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
         checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
-        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)
 
 
@@ -123,6 +122,7 @@ class Trainer:
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
+        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         first = 0
         seed_random_state(config.seed, self.layout.rank)
         checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
@@ -276,8 +276,9 @@ class Trainer:
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:
             return
-        summary = {"algorithm": self.config.train.algorithm, "seconds": round(seconds, 2), "first_step": first,
-                   "last_step": end, "quarantined": self.loader.quarantined,
+        train = self.config.train
+        summary = {"algorithm": train.algorithm, "seconds": round(seconds, 2), "first_step": first,
+                   "last_step": end, "end_step": min(train.stop_after_step or train.num_steps, train.num_steps), "quarantined": self.loader.quarantined,
                    "quarantined_by_reason": self.loader.quarantined_by_reason, "filtered": self.loader.filtered,
                    "layout": {"tensor": self.layout.tensor_size, "pipeline": self.layout.pipeline_size,
                               "data": self.layout.data_size}}
