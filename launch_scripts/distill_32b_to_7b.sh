@@ -1,31 +1,13 @@
 #!/usr/bin/env bash
-# Qwen2.5-VL-7B learns from Qwen2.5-VL-32B: one node of 8 GPUs by default (student TP=4, DP=2; teacher TP=8).
+# Qwen2.5-VL-7B learns from Qwen2.5-VL-32B. One node of 8 GPUs (student TP=4, DP=2; teacher TP=8).
 #
 #   MODEL_DIR=/path/to/qwen2.5-vl-7b TEACHER_DIR=/path/to/qwen2.5-vl-32b \
-#       TRAIN_SHARDS='/path/train-*.tar' bash launch_scripts/distill_32b_to_7b.sh [dotted.key=value ...]
-#   bash launch_scripts/distill_32b_to_7b.sh --dry-run       # resolved configuration, layout of 8 ranks, parameters each holds
+#    TRAIN_SHARDS='/path/train-*.tar' bash launch_scripts/distill_32b_to_7b.sh [dotted.key=value ...]
+#   bash launch_scripts/distill_32b_to_7b.sh --dry-run
 #
-# Start it on every node with NODE_RANK=0..0 and one MASTER_ADDR; --resume is on, so a restart goes on from the
-# newest checkpoint. Not run on GPUs yet.
+# All variables and flags: launch_run in setup.sh. Not run on GPUs yet.
 set -euo pipefail
-
-# ---- yours to set ---------------------------------------------------------------------------------------------------
-MODEL_DIR="${MODEL_DIR:-}"           # Hugging Face or Megatron folder; --dry-run works without
-TEACHER_DIR="${TEACHER_DIR:-}"       # the same of the teacher
-TRAIN_SHARDS="${TRAIN_SHARDS:-}"     # glob of WebDataset shards
-EVAL_SHARDS="${EVAL_SHARDS:-}"       # glob of held-out shards, or empty
-OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/distill_32b_to_7b in the project; on a shared disk
-NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
 NNODES="${NNODES:-1}"
-NODE_RANK="${NODE_RANK:-0}"
-MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-29500}"
-# ---------------------------------------------------------------------------------------------------------------------
-
 # shellcheck source=launch_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [ -z "$TEACHER_DIR" ] && [[ " $* " != *" --dry-run "* ]]; then
-    echo "error: set TEACHER_DIR (a checkpoint folder of the teacher)" >&2
-    exit 2
-fi
-launch_run pretrained_configs/runs/distill_32b_to_7b.yaml pretrained_configs/models/qwen2.5-vl-7b "$@"
+launch_run distill_32b_to_7b qwen2.5-vl-7b "$@"

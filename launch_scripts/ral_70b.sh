@@ -1,25 +1,13 @@
 #!/usr/bin/env bash
-# RAL on Qwen2.5-VL-72B: 8 nodes of 8 GPUs by default (TP=8, PP=2, DP=4).
+# RAL on Qwen2.5-VL-72B. 8 nodes of 8 GPUs (TP=8, PP=2, DP=4).
 #
 #   MODEL_DIR=/path/to/qwen2.5-vl-72b TRAIN_SHARDS='/path/train-*.tar' bash launch_scripts/ral_70b.sh [dotted.key=value ...]
-#   bash launch_scripts/ral_70b.sh --dry-run       # resolved configuration, layout of 64 ranks, parameters each holds
+#   bash launch_scripts/ral_70b.sh --dry-run
 #
-# Start it on every node with NODE_RANK=0..7 and one MASTER_ADDR; --resume is on, so a restart goes on from the
-# newest checkpoint. Not run on GPUs yet.
+# Start it on every node with its NODE_RANK and one MASTER_ADDR, or by slurm.sbatch.
+# All variables and flags: launch_run in setup.sh. Not run on GPUs yet.
 set -euo pipefail
-
-# ---- yours to set ---------------------------------------------------------------------------------------------------
-MODEL_DIR="${MODEL_DIR:-}"           # Hugging Face or Megatron folder; --dry-run works without
-TRAIN_SHARDS="${TRAIN_SHARDS:-}"     # glob of WebDataset shards
-EVAL_SHARDS="${EVAL_SHARDS:-}"       # glob of held-out shards, or empty
-OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_70b in the project; on a shared disk
-NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
 NNODES="${NNODES:-8}"
-NODE_RANK="${NODE_RANK:-0}"
-MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-29500}"
-# ---------------------------------------------------------------------------------------------------------------------
-
 # shellcheck source=launch_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-launch_run pretrained_configs/runs/ral_70b.yaml pretrained_configs/models/qwen2.5-vl-72b "$@"
+launch_run ral_70b qwen2.5-vl-72b "$@"

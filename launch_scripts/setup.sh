@@ -53,14 +53,37 @@ launch() {
     "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvous[@]}" -m "$@"
 }
 
-# launch_run CONFIG SHAPE_DIR [dotted.key=value ...] [--dry-run]: one training run at real size. SHAPE_DIR holds the
-# published config.json, which is all that --dry-run needs.
+# launch_run NAME SHAPE [dotted.key=value ...] [FLAG]: the run pretrained_configs/runs/NAME.yaml, on this node one of
+# NNODES. SHAPE is a folder of pretrained_configs/models, whose config.json is all that --dry-run needs.
+#
+#   --dry-run      print the resolved configuration, the layout of all ranks and the parameters each holds
+#   --preflight    compare all nodes and what they see, and end; start it on every node
+#
+# A run without a flag resumes from its newest checkpoint. From the environment (relative paths: to where you stand):
+#
+#   MODEL_DIR       Hugging Face or Megatron folder
+#   TEACHER_DIR     the same of a teacher, where the run has one
+#   TRAIN_SHARDS    glob of WebDataset shards
+#   EVAL_SHARDS     glob of held-out shards, or empty
+#   OUTPUT_DIR      default: outputs/NAME in the project; on a disk that all nodes share
+#   NPROC_PER_NODE  GPUs of a node, 8
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    nodes, this one's number (0), the first one's address and port
 launch_run() {
-    local config="$1" shape="$2" dry_run="" argument name settings=()
+    local name="$1" config="pretrained_configs/runs/$1.yaml" shape="pretrained_configs/models/$2" dry_run="" argument
+    local settings=() flags=(--resume) variable
     shift 2
-    name="$(basename "$config" .yaml)"
+    NPROC_PER_NODE="${NPROC_PER_NODE:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
+    MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"
+    MODEL_DIR="${MODEL_DIR:-}" TRAIN_SHARDS="${TRAIN_SHARDS:-}" EVAL_SHARDS="${EVAL_SHARDS:-}"
     for argument in "$@"; do
-        if [ "$argument" = --dry-run ]; then dry_run=1; else settings+=("$argument"); fi
+        case "$argument" in
+            --dry-run) dry_run=1 ;;
+            --preflight) flags+=(--preflight) ;;
+            *) settings+=("$argument") ;;
+        esac
+    done
+    for variable in TRAIN_SHARDS EVAL_SHARDS; do
+        [ -z "${!variable}" ] || [[ "${!variable}" = /* ]] || printf -v "$variable" '%s/%s' "$PWD" "${!variable}"
     done
     [ -z "$MODEL_DIR" ] || MODEL_DIR="$(realpath -m "$MODEL_DIR")"
     [ -z "${TEACHER_DIR:-}" ] || settings=("teacher.path='$(realpath -m "$TEACHER_DIR")'" ${settings[@]+"${settings[@]}"})
@@ -76,6 +99,10 @@ launch_run() {
         echo "error: set MODEL_DIR (a checkpoint folder) and TRAIN_SHARDS (a glob of tar files)" >&2
         return 2
     fi
-    launch megatron_ral.train --resume --config "$config" "model.path='$MODEL_DIR'" "train.output_dir='$OUTPUT_DIR'" \
+    if grep -q '^teacher:' "$config" && [ -z "${TEACHER_DIR:-}" ]; then
+        echo "error: set TEACHER_DIR (a checkpoint folder of the teacher)" >&2
+        return 2
+    fi
+    launch megatron_ral.train "${flags[@]}" --config "$config" "model.path='$MODEL_DIR'" "train.output_dir='$OUTPUT_DIR'" \
         "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${settings[@]+"${settings[@]}"}
 }

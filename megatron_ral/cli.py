@@ -37,11 +37,20 @@ def fail(error: Exception, everywhere: bool = True) -> NoReturn:
     """
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or not everywhere:
-        print(f"error: {error}" if everywhere else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        say_error(str(error) if everywhere else f"rank {rank}: {error}")
+    leave(2)
+
+
+def say_error(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> NoReturn:
+    """End at once, whatever threads are alive."""
     # os._exit: with several ranks the launcher must see every one of them end, whatever threads are alive
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2)
+    os._exit(status)
 
 
 def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConfig:
@@ -72,4 +81,4 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
     return text
 
 
-__all__ = ["ConfigError", "dry_run", "fail", "parse_arguments", "quiet_third_parties", "read_config"]
+__all__ = ["ConfigError", "dry_run", "fail", "leave", "parse_arguments", "quiet_third_parties", "read_config", "say_error"]

@@ -1,4 +1,5 @@
-"""Train: `torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume] [--dry-run]`.
+"""Train: `torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume]
+[--dry-run | --preflight]`.
 
 Arguments -> configuration -> checks that need no memory -> build -> run.
 """
@@ -7,13 +8,14 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ral.cli import dry_run, fail, parse_arguments, quiet_third_parties, read_config
+from megatron_ral.cli import dry_run, fail, leave, parse_arguments, quiet_third_parties, read_config, say_error
 from megatron_ral.config import ConfigError, RunConfig
 
 
 def _extra(parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output_dir")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and layout, and exit")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks and what they see, and exit")
 
 
 def _check_models(config: RunConfig):
@@ -43,11 +45,15 @@ def main() -> None:
     started = time.monotonic()
     quiet_third_parties()
     arguments = parse_arguments(__doc__, _extra)
+    config = shape = teacher = None
+    problems: list[Exception] = []
     try:
         config = read_config(arguments)
         shape, teacher = _check_models(config)
     except ConfigError as error:
-        fail(error)
+        if int(os.environ.get("RANK", 0)) == 0 or arguments.dry_run:
+            fail(error)
+        problems.append(error)  # this rank may be the only one; the first one will say so
     if arguments.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print(dry_run(config, shape, teacher))
@@ -61,17 +67,27 @@ def main() -> None:
     from megatron_ral.parallel.collectives import AgreedError
     from megatron_ral.parallel.groups import start_groups, stop_groups
     from megatron_ral.planning.memory import check_fits
+    from megatron_ral.planning.preflight import PreflightError, check_launch
     from megatron_ral.progress import progress
     from megatron_ral.parallel.watchdog import Watchdog
     from megatron_ral.training.stopping import StopRequests
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
-    try:  # everything on disk is looked at before any memory is taken
-        if teacher is not None:
-            check_fits(config, shape, teacher)
-        inputs = Inputs.open(config, arguments.resume)
-    except (CheckpointError, ConfigError, DataError, OSError) as error:
-        fail(error)
+    if not problems:  # everything on disk is looked at, and all ranks are compared, before any memory is taken
+        for look in (lambda: teacher is None or check_fits(config, shape, teacher),
+                     lambda: Inputs.open(config, arguments.resume)):
+            try:
+                inputs = look()
+            except (CheckpointError, ConfigError, DataError, OSError) as error:
+                problems.append(error)
+    try:
+        line = check_launch(config, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
+    except PreflightError:
+        leave(2)
+    if int(os.environ.get("RANK", 0)) == 0 and (arguments.preflight or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        print(line, flush=True)
+    if arguments.preflight:
+        return
     groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
                           timeout_minutes=config.parallel.timeout_minutes)

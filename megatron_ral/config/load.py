@@ -54,7 +54,7 @@ def _sentence(error: dict, source: str) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{source}: unknown key '{key}'{hint}"
+        return f"{source}: unknown key '{key}' = {error['input']!r}{hint}"
     if error["type"] == "dataclass_exact_type" or error["type"] == "dataclass_type":
         return f"{source}: '{key}' must be a section (a mapping), not {error['input']!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -101,6 +101,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: must be a mapping of sections, not {type(tree).__name__}")
+    return apply_overrides(tree, overrides, source)
+
+
+def apply_overrides(tree: dict, overrides: Sequence[str], source: str = "settings") -> RunConfig:
+    """The configuration of a mapping of sections with overrides, checked like a file.
+
+    Args:
+        tree: what a file would hold; changed in place.
+        overrides: as for `load_config`.
+        source: what errors name.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    origin = source
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
@@ -110,7 +125,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except (yaml.YAMLError, TypeError):
             value = text
         _set(tree, key, value, f"override '{override}'")
-        source = f"{path} with overrides"
+        source = f"{origin} with overrides"
     try:
         # As JSON, because there a mapping may become a section and a list a tuple while scalars stay strict.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
@@ -127,6 +142,17 @@ def check_layout(config: RunConfig, world_size: int, training: bool = True) -> N
     problem = config.layout_problem(world_size, training)
     if problem:
         raise ConfigError(f"{problem[0]} {problem[1]}")
+
+
+def flat_settings(config: RunConfig) -> dict[str, str]:
+    """Every resolved setting as text, by dotted key; a list is one value."""
+
+    def flat(tree: Any, prefix: str) -> dict[str, str]:
+        if not isinstance(tree, dict) or not tree:
+            return {prefix[:-1]: str(tree)}
+        return {key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()}
+
+    return flat(yaml.safe_load(dump_config(config)), "")
 
 
 def dump_config(config: RunConfig) -> str:

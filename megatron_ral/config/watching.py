@@ -2,7 +2,7 @@
 
 from pydantic.dataclasses import dataclass
 
-from megatron_ral.config.fields import NonNegativeInt, PositiveInt, STRICT
+from megatron_ral.config.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, STRICT
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -20,6 +20,9 @@ class LoggingConfig:
     probe_interval: NonNegativeInt = 5
     """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
     num_probes: PositiveInt = 4
+    peak_tflops: NonNegativeFloat = 0.0
+    """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`; 0: of the device where it is known (bfloat16 on
+    A100, H100, H200), else no utilisation is logged."""
 
 
 @dataclass(frozen=True, config=STRICT)

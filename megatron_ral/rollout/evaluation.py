@@ -61,6 +61,20 @@ class ProbeView:
     """The same of the teacher's layer at that depth, reading the same response."""
 
 
+@dataclass(frozen=True)
+class TokenViews:
+    """One prompt, its greedy response with what that was worth, and where the row of every token looked."""
+
+    prompt: Prompt
+    token_ids: Tensor
+    """[R] int64, end-of-turn token included."""
+    text: str
+    reward: float
+    components: Mapping[str, float]
+    visual_attention: Mapping[int, Tensor]
+    """Layer -> [R, visual tokens] float32: policy mass of each response row."""
+
+
 class PromptSet:
     """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set does not
     depend on the number of ranks. Pictures and videos are decoded when a prompt is reached, anew in each pass, so that a
@@ -189,6 +203,29 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
             for b, prompt in enumerate(batch.prompts):
                 views.append(ProbeView(prompt, texts[b][0], *(mass[b][batch.visual_mask[b]] for mass in masses)))
     return views
+
+
+def view_tokens(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
+                layers: Sequence[int]) -> Iterator[TokenViews]:
+    """Greedy responses and the attention of each of their rows over the image, in one process.
+
+    Args:
+        layers: 0-based layers that are looked at.
+    """
+    assert engine.layout.world_size == 1, "the rows of a layer are on one rank only where there is one"
+
+    def over_prompt(rows: AttentionRows, groups: GroupBatch) -> Tensor:
+        return rows.policy()[:, 0, :, : groups.prompts.input_ids.shape[1]].cpu()
+
+    with engine.resident():
+        for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, over_prompt):
+            score, batch = score_responses(responses, processor, config, engine), responses.prompts
+            for b, prompt in enumerate(batch.prompts):
+                length = int(responses.response_lengths[b, 0])
+                yield TokenViews(prompt, responses.response_ids[b, 0, :length], score.texts[b][0],
+                                 float(score.rewards[b, 0]),
+                                 {name: float(values[b, 0]) for name, values in score.components.items()},
+                                 {layer: rows[b, :length][:, batch.visual_mask[b]] for layer, rows in attention.items()})
 
 
 def _greedy_batches(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,

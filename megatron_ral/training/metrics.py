@@ -1,33 +1,45 @@
 """TensorBoard, written by rank 0 alone; the same calls do nothing elsewhere."""
 
 import html
+from collections import defaultdict, deque
 from typing import Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.video import VideoSettings
 from megatron_ral.rollout.collect import ScoredGroups
 from megatron_ral.rollout.evaluation import Evaluation, ProbeView
+from megatron_ral.training.dashboard import FINAL, LAYOUT, flat_settings
 from megatron_ral.training.pictures import attention_picture
 
 
 class RunLog:
-    """Event files of one run under <output_dir>/tensorboard."""
+    """Event files of one run under <output_dir>/tensorboard: scalars, pictures and text, a page of charts (CUSTOM
+    SCALARS), and the settings with the run's last figures, by which runs under one --logdir compare (HPARAMS)."""
 
     def __init__(self, config: RunConfig, active: bool, first_step: int = 0):
         self.config = config
         self._writer = None
+        self._recent: dict[str, deque[float]] = defaultdict(deque)
+        """Tag -> the last values of what a run is compared by."""
         if active and config.logging.tensorboard:
             # purge_step hides what a killed run wrote after the checkpoint it is resumed from
             self._writer = SummaryWriter(f"{config.train.output_dir}/tensorboard",
                                          purge_step=first_step + 1 if first_step else None)
             self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
+            self._writer.add_custom_scalars(LAYOUT)
+            *start, self._end = hparams(flat_settings(config), {f"final/{tag}": 0.0 for tag in FINAL})
+            for summary in start:
+                self._writer.file_writer.add_summary(summary)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+                if name in FINAL:
+                    self._recent[name] = deque([*self._recent[name], value], FINAL[name])
 
     def completions(self, rollout: Sequence[ScoredGroups], step: int) -> None:
         """The first prompts of a rollout with all their responses and rewards."""
@@ -38,10 +50,14 @@ class RunLog:
             for b, prompt in enumerate(scored.groups.prompts.prompts):
                 if shown == self.config.logging.num_completions:
                     return
+                parts = scored.score.components
                 rows = [f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
-                        f"(key {html.escape(prompt.sample.key)})", "", "| reward | response |", "|---|---|"]
-                for text, reward in zip(scored.score.texts[b], scored.score.rewards[b].tolist()):
-                    rows.append(f"| {reward:.2f} | {html.escape(text).replace('|', '&#124;')} |")
+                        f"(key {html.escape(prompt.sample.key)})", "", f"| reward | {' | '.join(parts)} | response |",
+                        "|---" * (2 + len(parts)) + "|"]
+                for g, (text, reward) in enumerate(zip(scored.score.texts[b], scored.score.rewards[b].tolist())):
+                    values = " | ".join(f"{values[b, g]:.2f}" for values in parts.values())
+                    shown_text = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break ends a row
+                    rows.append(f"| {reward:.2f} | {values} | {shown_text} |")
                 self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
                 shown += 1
 
@@ -61,6 +77,10 @@ class RunLog:
             self._writer.add_text(f"probes/{index}", f"**{html.escape(view.prompt.sample.problem)}** — "
                                   f"{html.escape(view.prompt.sample.solution)}: {html.escape(view.text)}", step)
 
-    def close(self) -> None:
+    def close(self, step: int) -> None:
+        """What the run is compared by, after its last step (of this start), and the end of the files."""
         if self._writer is not None:
+            for tag, values in self._recent.items():
+                self._writer.add_scalar(f"final/{tag}", sum(values) / len(values), step)
+            self._writer.file_writer.add_summary(self._end)
             self._writer.close()

@@ -23,8 +23,8 @@ _GAP = 8
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """One image or sampled frame."""
+class Panel:
+    """One image or sampled frame of a prompt."""
 
     image: Image.Image
     label: str
@@ -39,11 +39,11 @@ class _Panel:
         """[rows, columns] of a value per visual token of the prompt."""
         return masses[self.first_token:self.first_token + self.rows * self.columns].reshape(self.rows, self.columns)
 
-    def scaled(self, side: int) -> "_Panel":
+    def scaled(self, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> "Panel":
         """The same with its longer side of `side` pixels."""
         scale = side / max(self.image.size)
         size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
-        return replace(self, image=self.image.resize(size, Image.Resampling.NEAREST),
+        return replace(self, image=self.image.resize(size, resample),
                        boxes=[tuple(value * scale for value in box) for box in self.boxes])
 
 
@@ -60,25 +60,30 @@ def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
         temporal patch show that patch's. Of more than 16 frames the targets and those most looked at are shown. A white
         frame marks each target box, a white label each frame with one.
     """
-    panels = list(_panels(view.prompt, settings))
+    panels = list(sample_panels(view.prompt, settings))
     shares = [_share(attention) for attention in (view.visual_attention, view.teacher_attention) if attention is not None]
     if len(panels) == 1 and not view.prompt.is_video.any():
         pictures = _pictures(panels[0].scaled(_SIDE), shares)
         return _joined(pictures, len(pictures))
-    chosen = sorted(range(len(panels)), reverse=True,
-                    key=lambda index: (bool(panels[index].boxes), panels[index].tokens(shares[0]).sum()))[:_SHEET_PANELS]
-    columns = [_column(panels[index].scaled(_SHEET_SIDE), shares) for index in sorted(chosen)]
+    columns = [_column(panel.scaled(_SHEET_SIDE), shares) for panel in most_looked_at(panels, shares[0])]
     return _joined(columns, _SHEET_COLUMNS)
 
 
-def _panels(prompt: Prompt, settings: VideoSettings) -> Iterator[_Panel]:
+def most_looked_at(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHEET_PANELS) -> list[Panel]:
+    """Those with targets, then those with the largest sum of `share` (a value per visual token), in their own order."""
+    chosen = sorted(range(len(panels)), reverse=True,
+                    key=lambda index: (bool(panels[index].boxes), panels[index].tokens(share).sum()))[:limit]
+    return [panels[index] for index in sorted(chosen)]
+
+
+def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
     """Images and sampled frames of a prompt in the order of their tokens."""
     sample, start = prompt.sample, 0
     for number, (grid, is_video) in enumerate(zip(prompt.grid_thw.tolist(), prompt.is_video.tolist())):
         rows, columns = (value // settings.merge_size for value in grid[1:])
         if not is_video:
             image = Image.open(io.BytesIO(sample.images[number])).convert("RGB")
-            yield _Panel(image, f"image {number + 1}", () if number else sample.target_boxes, start, rows, columns)
+            yield Panel(image, f"image {number + 1}", () if number else sample.target_boxes, start, rows, columns)
         else:
             clip = read_clip(sample.videos[number - len(sample.images)], settings)
             spans = sample.target_frames if number == len(sample.images) else ()
@@ -88,7 +93,7 @@ def _panels(prompt: Prompt, settings: VideoSettings) -> Iterator[_Panel]:
                 whole = (0.0, 0.0, *map(float, image.size))
                 boxes = [box for span, where in zip(spans, shown) if where[index] for box in span.boxes or (whole,)]
                 token = start + index // settings.temporal_patch_size * rows * columns
-                yield _Panel(image, f"{clip.timestamps[index]:.1f} s", boxes, token, rows, columns)
+                yield Panel(image, f"{clip.timestamps[index]:.1f} s", boxes, token, rows, columns)
         start += grid[0] * rows * columns
 
 
@@ -97,7 +102,7 @@ def _share(attention: Tensor) -> np.ndarray:
     return attention.numpy() / max(float(attention.sum()), 1e-30)
 
 
-def _pictures(panel: _Panel, shares: Sequence[np.ndarray]) -> list[Image.Image]:
+def _pictures(panel: Panel, shares: Sequence[np.ndarray]) -> list[Image.Image]:
     """The image and its heat maps, target boxes framed."""
     pictures = [panel.image] + [_overlay(panel.image, panel.tokens(share), float(share.max())) for share in shares]
     for picture in pictures:
@@ -107,7 +112,7 @@ def _pictures(panel: _Panel, shares: Sequence[np.ndarray]) -> list[Image.Image]:
     return pictures
 
 
-def _column(panel: _Panel, shares: Sequence[np.ndarray]) -> Image.Image:
+def _column(panel: Panel, shares: Sequence[np.ndarray]) -> Image.Image:
     """Label, image and heat maps under one another."""
     pictures = _pictures(panel, shares)
     column = Image.new("RGB", (_SHEET_SIDE, _LABEL + len(pictures) * (_SHEET_SIDE + 2)), "gray")
@@ -134,7 +139,7 @@ def _overlay(plain: Image.Image, share: np.ndarray, peak: float) -> Image.Image:
     """The image under the heat map of `share` [rows, columns], white at `peak`, with percentages where the cells are
     large enough."""
     rows, columns = share.shape
-    heat = Image.fromarray(_colour(share / max(peak, 1e-30))).resize(plain.size, Image.Resampling.NEAREST)
+    heat = Image.fromarray(colour(share / max(peak, 1e-30))).resize(plain.size, Image.Resampling.NEAREST)
     overlay = Image.blend(plain, heat, 0.6)
     draw = ImageDraw.Draw(overlay)
     if rows * columns <= 64:  # larger grids: the colours alone
@@ -145,7 +150,7 @@ def _overlay(plain: Image.Image, share: np.ndarray, peak: float) -> Image.Image:
     return overlay
 
 
-def _colour(level: np.ndarray) -> np.ndarray:
+def colour(level: np.ndarray) -> np.ndarray:
     """Black - red - yellow - white for 0..1."""
     channels = [np.clip(3 * level - offset, 0, 1) for offset in range(3)]
     return (np.stack(channels, axis=-1) * 255).astype(np.uint8)

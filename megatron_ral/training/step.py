@@ -49,6 +49,8 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     rollout: Sequence[ScoredGroups] = ()
+    supervised: Sequence[GroupBatch] = ()
+    """Micro-batches of a supervised step."""
     skipped: list["SkippedUpdate"] = field(default_factory=list)
 
     @contextmanager
@@ -67,7 +69,7 @@ def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptP
         batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
         totals = global_totals([batch.response_lengths for batch in batches], config.rollout.max_response_length,
                                policy.groups)
-        minibatch = [TrainBatch(batch, totals) for batch in batches]
+        minibatch, report.supervised = [TrainBatch(batch, totals) for batch in batches], batches
         sums = policy.forward_backward(minibatch, SftObjective())
         result = policy.step()
     report.metrics.update(finish_metrics(sums))

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -33,6 +33,7 @@ from megatron_ral.training.random_state import seed_random_state
 from megatron_ral.training.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
 from megatron_ral.training.stopping import StopRequests
+from megatron_ral.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,6 @@ class Inputs:
             processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
                                  "model.path", "teacher.path")
         checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
-        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         return cls(processor, sources, eval_shards, checkpoint)
 
 
@@ -111,6 +111,7 @@ class Trainer:
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
         self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
+        self.throughput = Throughput(config, shape, teacher_shape, groups)
 
     @property
     def prompts_per_step(self) -> int:
@@ -121,6 +122,7 @@ class Trainer:
     def run(self) -> None:
         """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
         started, config = time.perf_counter(), self.config
+        Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         first = 0
         seed_random_state(config.seed, self.layout.rank)
         checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
@@ -155,7 +157,7 @@ class Trainer:
         if config.train.export and done == config.train.num_steps:
             with progress.within("export", is_long=True), self.policy.resident():
                 export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
-        log.close()
+        log.close(done)
         self._summary(time.perf_counter() - started, first, done)
 
     def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
@@ -177,20 +179,25 @@ class Trainer:
 
     def _one_step(self, step: int) -> StepReport:
         config = self.config
+        started = time.perf_counter()
         with progress.within("data"):
             prompts = self.loader.take(self.prompts_per_step)
             progress.tick([prompt.sample.identity for prompt in prompts])
+        waited = time.perf_counter() - started
         if config.train.algorithm == "sft":
-            return sft_step(self.policy, prompts, self.processor, config)
+            report = sft_step(self.policy, prompts, self.processor, config)
+            return replace(report, seconds={"data": waited, **report.seconds})
         interval = config.logging.gradient_ratio_interval
         acts = config.attention_acts or (config.distills and config.distill.attention_coef > 0)
         measure = bool(interval) and acts and (step + 1) % interval == 0
-        return ral_step(self.engines, prompts, self.processor, self.objective, config, step, measure)
+        report = ral_step(self.engines, prompts, self.processor, self.objective, config, step, measure)
+        return replace(report, seconds={"data": waited, **report.seconds})
 
     def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
         seconds = sum(report.seconds.values())
         log.scalars(report.metrics, step + 1)
         log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
+        log.scalars(self.throughput.measure(report), step + 1)
         by_reason = self.loader.quarantined_by_reason
         log.scalars({"timing/step": seconds, "data/quarantined": float(by_reason.total()),
                      **{f"data/quarantined/{reason}": float(count) for reason, count in by_reason.items()}}, step + 1)
@@ -269,8 +276,9 @@ class Trainer:
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:
             return
-        summary = {"algorithm": self.config.train.algorithm, "seconds": round(seconds, 2), "first_step": first,
-                   "last_step": end, "quarantined": self.loader.quarantined,
+        train = self.config.train
+        summary = {"algorithm": train.algorithm, "seconds": round(seconds, 2), "first_step": first,
+                   "last_step": end, "end_step": min(train.stop_after_step or train.num_steps, train.num_steps), "quarantined": self.loader.quarantined,
                    "quarantined_by_reason": self.loader.quarantined_by_reason, "filtered": self.loader.filtered,
                    "layout": {"tensor": self.layout.tensor_size, "pipeline": self.layout.pipeline_size,
                               "data": self.layout.data_size}}

@@ -1,11 +1,16 @@
 """Shards -> steps -> checkpoint -> resume = straight run; what TensorBoard holds; what an exported folder is."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_ral.data.processor import PromptProcessor
@@ -98,9 +103,11 @@ def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
     settings = {"policy_loss": "gspo", "aggregation": "sequence_mean", "advantage_scale": "none", "kl_estimator": "k2",
                 "clip_low": 3e-4, "clip_high": 4e-4, "entropy_coef": 0.01, "filter_equal_rewards": "true"}
     run_ranks(2, run_training, path, overrides + [f"loss.{key}={value}" for key, value in settings.items()]
-              + [f"train.output_dir={tmp_path}/run"])
+              + [f"train.output_dir={tmp_path}/run", "logging.peak_tflops=0.5"])
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
+    flops, mfu = ([event.value for event in events.Scalars(f"throughput/{tag}")] for tag in ("model_tflops_per_rank", "mfu"))
+    assert mfu == pytest.approx([value / 0.5 for value in flops]) and min(mfu) > 0
     for tag in ("loss/policy", "loss/token", "loss/attention", "kl", "ratio", "entropy", "grad_norm"):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
@@ -160,6 +167,62 @@ def test_tensorboard_holds_what_a_user_looks_at(finished):
     assert (picture.width, picture.height) == (2 * 224 + 8, 224)
     texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
     assert {"config", "completions/0", "completions/1", "probes/0"} <= texts
+    for tag in tags["images"]:
+        for event in events.Images(tag):
+            Image.open(io.BytesIO(event.encoded_image_string)).verify()
+    assert [event.step for event in events.Images("attention/probe_0")] == [0, 2, 4], "a fixed cadence"
+    table = events.Tensors("completions/0/text_summary")[-1].tensor_proto.string_val[0].decode().splitlines()
+    assert table[2].startswith("| reward | unparsed | error | accuracy | format | response |") and len(table) == 4 + 3
+    for row in table[4:]:
+        reward, _, _, accuracy, form = map(float, row.split("|")[1:6])
+        assert reward == pytest.approx(0.9 * accuracy + 0.1 * form, abs=0.006)
+
+
+def test_tensorboard_says_how_fast_a_run_is(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+
+    def values(tag):
+        return [event.value for event in events.Scalars(tag)]
+
+    step, rollout, update = values("timing/step"), values("timing/rollout"), values("timing/update")
+    shares = [tag for tag in events.Tags()["scalars"] if tag.startswith("timing/share/")]
+    assert {"timing/share/data", "timing/share/rollout", "timing/share/update"} <= set(shares)
+    assert [sum(share) for share in zip(*map(values, shares))] == pytest.approx([1.0] * 4, abs=1e-5)
+    assert values("throughput/samples_per_second") == pytest.approx([24 / seconds for seconds in step], rel=1e-4)
+    tokens = values("completions/tokens")
+    for tag, phase in (("generated", rollout), ("trained", update)):
+        assert values(f"throughput/{tag}_tokens_per_second") == pytest.approx(
+            [count / seconds for count, seconds in zip(tokens, phase)], rel=1e-4)
+    assert all(0.1 < value < 100 for value in values("memory/host_gib"))
+    assert min(values("throughput/model_tflops_per_rank")) > 0
+    assert "throughput/mfu" not in events.Tags()["scalars"], "the peak of a CPU is not known"
+
+
+def test_runs_compare_by_settings_and_last_figures(finished):
+    """What the plugins read: the layout names curves that exist, HPARAMS every setting and tags that exist."""
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["reward", "attention", "policy", "throughput", "evaluation"]
+    empty = {chart.title for category in layout.category for chart in category.chart
+             if not any(re.search(tag, scalar) for tag in chart.multiline.tag for scalar in scalars)}
+    assert empty == {"utilisation"}
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["_method"].string_value == "ral" and settings["loss.attention_coef"].number_value == 1.0
+    assert settings["rollout.group_size"].number_value == 3 and settings["data.train.0.shards"].string_value.endswith("rl-*.tar")
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    compared = {info.name.tag for info in plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert compared == {tag for tag in scalars if tag.startswith("final/")} | {"final/loss"}, "supervised runs have that"
+    rewards = [event.value for event in events.Scalars("reward")]
+    assert events.Scalars("final/reward")[0].value == pytest.approx(sum(rewards) / 4)
+    assert events.Scalars("final/eval/accuracy")[0].value == events.Scalars("eval/accuracy")[-1].value
+    ended = plugin_data_pb2.HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content)
+    assert ended.HasField("session_end_info")
 
 
 def test_run_leaves_summary_resolved_config_and_two_checkpoints(finished):

@@ -1,0 +1,238 @@
+"""The page that `attention_report.py` writes: one HTML file without anything from elsewhere.
+
+Masses travel as 16-bit numbers, a row of visual tokens for each response token and layer, scaled by the row's largest; a
+few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over the picture.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from html import escape
+from typing import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from megatron_ral.training.pictures import Panel
+
+ONE_SIDE, MANY_SIDE = 448, 176
+"""Pixels of the longer side of a lone image, and of each of several."""
+
+
+@dataclass(frozen=True)
+class PageSample:
+    """One section of the page."""
+
+    key: str
+    question: str
+    reference: str
+    completion: str
+    reward: float
+    components: Mapping[str, float]
+    tokens: Sequence[str]
+    masses: Mapping[int, np.ndarray]
+    """Layer -> [tokens, visual tokens]: share of the row's attention."""
+    target: np.ndarray
+    """[visual tokens] bool."""
+    panels: Sequence[Panel]
+    """Those that are shown."""
+    num_panels: int
+    """Images and frames of the sample."""
+
+    def target_mass(self, layer: int) -> np.ndarray:
+        """[tokens]"""
+        return self.masses[layer][:, self.target].sum(axis=1)
+
+    def visual_mass(self, layer: int) -> np.ndarray:
+        """[tokens]"""
+        return self.masses[layer].sum(axis=1)
+
+
+def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str:
+    """The whole file.
+
+    Args:
+        samples: at least one, all with the same layers.
+        title: heading.
+        notes: sentences under it.
+    """
+    sections = "\n".join(_section(number, sample) for number, sample in enumerate(samples))
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
+            + "".join(f"<p>{escape(note)}</p>\n" for note in notes) + _overview(samples) + sections
+            + f"\n<script>{_SCRIPT}</script>\n</body></html>\n")
+
+
+def _overview(samples: Sequence[PageSample]) -> str:
+    """Means over samples (of their means over tokens): of the reward, and of masses by layer."""
+    names = list(samples[0].components)
+    columns = [[sample.reward for sample in samples], *([sample.components[name] for sample in samples] for name in names)]
+    rewards = "".join(f"<td>{np.mean(column):.3f}</td>" for column in columns)
+    annotated = [sample for sample in samples if sample.target.any()]
+    rows = []
+    for layer in samples[0].masses:
+        visual = np.mean([sample.visual_mass(layer).mean() for sample in samples])
+        cells = f"<th>{layer}</th><td>{visual:.4f}</td>"
+        if annotated:
+            mass = np.mean([sample.target_mass(layer).mean() for sample in annotated])
+            share = np.mean([(sample.target_mass(layer) / np.maximum(sample.visual_mass(layer), 1e-30)).mean()
+                             for sample in annotated])
+            chance = np.mean([sample.target.mean() for sample in annotated])
+            cells += f"<td>{mass:.4f}</td><td>{share:.4f}</td><td>{chance:.4f}</td>"
+        else:
+            cells += "<td>–</td>" * 3
+        rows.append(f"<tr>{cells}</tr>")
+    return (f'<table class="rewards"><caption>Mean over {len(samples)} samples</caption><tr><th>reward</th>'
+            + "".join(f"<th>{escape(name)}</th>" for name in names) + f"</tr><tr>{rewards}</tr></table>\n"
+            '<table class="overview"><caption>Attention, mean over response tokens, then over samples (target: over the '
+            f"{len(annotated)} annotated)</caption><tr><th>layer</th><th>visual mass</th><th>target mass</th>"
+            "<th>target / visual</th><th>target's share of visual tokens</th></tr>" + "".join(rows) + "</table>\n")
+
+
+def _section(number: int, sample: PageSample) -> str:
+    components = "".join(f"<dt>{escape(name)}</dt><dd>{value:g}</dd>" for name, value in sample.components.items())
+    tokens = "".join(f'<span class="token" tabindex="0">{escape(_visible(token))}</span>' for token in sample.tokens)
+    last = max(sample.masses)
+    options = "".join(f"<option{' selected' * (layer == last)}>{layer}</option>" for layer in sample.masses)
+    side = ONE_SIDE if sample.num_panels == 1 else MANY_SIDE
+    shown = "" if len(sample.panels) == sample.num_panels else (
+        f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
+        "</p>")
+    return f"""<section class="sample" id="sample-{number}">
+<h2>{number + 1}. {escape(sample.key)}</h2>
+<dl><dt>question</dt><dd class="question">{escape(sample.question)}</dd>
+<dt>reference</dt><dd class="reference">{escape(sample.reference)}</dd>
+<dt>completion</dt><dd class="completion">{escape(sample.completion)}</dd></dl>
+<dl class="scores"><dt>reward</dt><dd>{sample.reward:g}</dd>{components}</dl>
+<p><label>layer <select class="layer">{options}</select></label>
+<label>overlay <input class="opacity" type="range" min="0" max="100" value="60"></label>
+<button class="mean" type="button">mean of all tokens</button> <output></output></p>
+<p class="tokens">{tokens}</p>{shown}
+<div class="panels">{"".join(_figure(panel, side) for panel in sample.panels)}</div>
+<details><summary>mass per token and layer</summary><div class="wide">{_table(sample)}</div></details>
+<script type="application/json" class="masses">{_data(sample)}</script>
+</section>"""
+
+
+def _figure(panel: Panel, side: int) -> str:
+    """A picture as a data URI with its grid on top and its target boxes framed, in percent of the picture."""
+    width, height = panel.image.size
+    shown = panel.image if max(width, height) <= side else panel.scaled(side, Image.Resampling.LANCZOS).image
+    boxes = "".join(
+        f'<span class="target" style="left:{100 * x0 / width:.2f}%;top:{100 * y0 / height:.2f}%;'
+        f'width:{100 * (x1 - x0) / width:.2f}%;height:{100 * (y1 - y0) / height:.2f}%"></span>'
+        for x0, y0, x1, y1 in panel.boxes)
+    return (f'<figure class="{"asked" if panel.boxes else "plain"}" style="width:{round(side * min(1, width / height))}px">'
+            f'<div class="picture"><img alt="{escape(panel.label)}" src="{_data_uri(shown)}">'
+            f'<canvas width="{panel.columns}" height="{panel.rows}" data-first="{panel.first_token}"></canvas>{boxes}</div>'
+            f"<figcaption>{escape(panel.label)}</figcaption></figure>")
+
+
+def _data_uri(image: Image.Image) -> str:
+    """PNG where that is small (drawings), else JPEG."""
+    stream, kind = io.BytesIO(), "png"
+    image.save(stream, "PNG", optimize=True)
+    if stream.tell() > 30_000:
+        stream, kind = io.BytesIO(), "jpeg"
+        image.convert("RGB").save(stream, "JPEG", quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _table(sample: PageSample) -> str:
+    """A row per token: target mass and visual mass of each layer."""
+    head = "".join(f'<th colspan="2">layer {layer}</th>' for layer in sample.masses)
+    names = "<th>target</th><th>visual</th>" * len(sample.masses)
+    columns = [values for layer in sample.masses for values in (sample.target_mass(layer), sample.visual_mass(layer))]
+    rows = "".join(f"<tr><td>{escape(_visible(token))}</td>"
+                   + "".join(f"<td>{column[index]:.4f}</td>" for column in columns) + "</tr>"
+                   for index, token in enumerate(sample.tokens))
+    return f'<table class="tokens-by-layer"><tr><th rowspan="2">token</th>{head}</tr><tr>{names}</tr>{rows}</table>'
+
+
+def _data(sample: PageSample) -> str:
+    """Masses by layer as JSON: `peaks` [tokens], `rows` base64 of little-endian uint16 [tokens, visual tokens];
+    mass = rows * peak / 65535."""
+    layers = {}
+    for layer, masses in sample.masses.items():
+        peaks = masses.max(axis=1, initial=0.0)
+        scaled = np.round(masses / np.maximum(peaks, 1e-30)[:, None] * 65535).astype("<u2")
+        layers[str(layer)] = {"peaks": [float(f"{peak:.6g}") for peak in peaks],
+                              "rows": base64.b64encode(scaled).decode()}
+    target = np.flatnonzero(sample.target).tolist()
+    return json.dumps({"visual": len(sample.target), "target": target, "layers": layers}).replace("</", "<\\/")
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:1.5em auto;max-width:1180px;padding:0 1em;color:#1b1b1b;background:#fff}
+section{border-top:1px solid #bbb;margin-top:2em}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15em 1em;margin:.6em 0}
+dl.scores{display:flex;flex-wrap:wrap}dl.scores dd{margin-right:1em}
+dt{color:#666}dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.15em .6em;text-align:right}
+caption{text-align:left;color:#666}.wide{overflow-x:auto}
+.tokens{line-height:2}
+.token{font-family:monospace;border:1px solid #ccc;border-radius:3px;padding:.1em .2em;margin:1px;cursor:pointer}
+.token.chosen{outline:2px solid #06c}
+.panels{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0}figcaption{text-align:center;color:#666;font-size:12px}
+figure.asked figcaption{color:#000;font-weight:bold}
+.picture{position:relative;line-height:0}.picture img{width:100%;image-rendering:pixelated}
+.picture canvas{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated;opacity:.6}
+.target{position:absolute;box-sizing:border-box;border:3px solid #fff;outline:1px solid #000}
+label{margin-right:1.2em}
+"""
+
+_SCRIPT = """
+for (const section of document.querySelectorAll('section.sample')) {
+  const data = JSON.parse(section.querySelector('.masses').textContent);
+  const tokens = [...section.querySelectorAll('.token')], select = section.querySelector('.layer');
+  const rows = {};
+  for (const [layer, part] of Object.entries(data.layers)) {
+    const bytes = Uint8Array.from(atob(part.rows), c => c.charCodeAt(0)), view = new DataView(bytes.buffer);
+    rows[layer] = part.peaks.map((peak, t) => Float32Array.from({length: data.visual},
+      (_, v) => view.getUint16(2 * (t * data.visual + v), true) * peak / 65535));
+  }
+  const sum = (row, places) => places.reduce((total, place) => total + row[place], 0);
+  let chosen = -1;                                   // -1: the mean of all tokens
+  function draw(token) {
+    const all = rows[select.value], everywhere = [...Array(data.visual).keys()];
+    const mean = () => Float32Array.from(everywhere, v => all.reduce((total, row) => total + row[v], 0) / all.length);
+    const row = token >= 0 ? all[token] : mean();
+    const peak = Math.max(...row, 1e-30);
+    for (const canvas of section.querySelectorAll('canvas')) {
+      const image = new ImageData(canvas.width, canvas.height), first = Number(canvas.dataset.first);
+      for (let cell = 0; cell < canvas.width * canvas.height; cell++) {
+        const level = 3 * row[first + cell] / peak;  // black, red, yellow, white
+        for (let c = 0; c < 3; c++) image.data[4 * cell + c] = 255 * Math.min(Math.max(level - c, 0), 1);
+        image.data[4 * cell + 3] = 255;
+      }
+      canvas.getContext('2d').putImageData(image, 0, 0);
+    }
+    const percent = value => (100 * value).toFixed(2) + ' %';
+    section.querySelector('output').textContent = (token >= 0 ? 'token ' + (token + 1) : 'mean') + ': visual mass ' +
+      percent(sum(row, everywhere)) + (data.target.length ? ', target mass ' + percent(sum(row, data.target)) : '') +
+      ', brightest cell ' + percent(peak);
+    tokens.forEach((cell, index) => cell.classList.toggle('chosen', index === token));
+  }
+  tokens.forEach((cell, index) => {
+    cell.addEventListener('mouseenter', () => draw(index));
+    cell.addEventListener('focus', () => draw(index));
+    cell.addEventListener('click', () => { chosen = index; draw(index); });
+    cell.addEventListener('mouseleave', () => draw(chosen));
+  });
+  function tint() {  // redder tokens look more at the target (or, without one, the picture)
+    const places = data.target.length ? data.target : [...Array(data.visual).keys()];
+    const masses = rows[select.value].map(row => sum(row, places)), most = Math.max(...masses, 1e-30);
+    tokens.forEach((cell, index) => { cell.style.background = `rgba(230,80,0,${0.6 * masses[index] / most})`; });
+  }
+  select.addEventListener('change', () => { tint(); draw(chosen); });
+  section.querySelector('.mean').addEventListener('click', () => { chosen = -1; draw(-1); });
+  section.querySelector('.opacity').addEventListener('input', event =>
+    section.querySelectorAll('canvas').forEach(canvas => { canvas.style.opacity = event.target.value / 100; }));
+  tint(); draw(-1);
+}
+"""
