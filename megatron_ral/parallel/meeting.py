@@ -9,6 +9,11 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 
+_OPEN_STORES: list[dist.Store] = []
+"""Kept to the end of the process: without a launcher's agent the first rank holds the store, and the process groups meet
+on the same port. A store that closed in between would reset whoever connected early."""
+
+
 class MeetingError(RuntimeError):
     """Somebody did not come."""
 
@@ -36,6 +41,7 @@ class Meeting:
             raise MeetingError(f"MASTER_ADDR:MASTER_PORT = {where} cannot be used for a meeting of {self.world_size} ranks "
                                f"({' '.join(str(error).split())[:200]}); is the port free, and open between the nodes?"
                                ) from None
+        _OPEN_STORES.append(store)
         self._store = dist.PrefixStore("meeting", store)
 
     def gather(self, name: str, value: Any) -> Optional[list[Any]]:

@@ -40,6 +40,28 @@ def meet(path, overrides, changed) -> tuple[str, str]:
     return "\n".join(said), end
 
 
+def meet_and_part() -> bool:
+    """Whether the first rank still listens where the process groups will meet next."""
+    import gc
+    import socket
+
+    from megatron_ral.parallel.meeting import Meeting
+
+    meeting = Meeting(30.0)
+    meeting.announce("word", 1)
+    meeting.gather("heard", None)
+    del meeting
+    gc.collect()
+    with socket.socket() as client:
+        return client.connect_ex((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) == 0
+
+
+def test_port_stays_open_after_the_meeting():
+    """Else a rank that is early at the next meeting is reset, where no launcher's agent holds the store."""
+    assert run_ranks(1, meet_and_part) == [False], "a lone rank meets itself"
+    assert run_ranks(2, meet_and_part)[0]
+
+
 @pytest.fixture
 def run(material, tmp_path):
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
