@@ -91,7 +91,7 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
-            if not tag.startswith(("timing", "data"))}
+            if not tag.startswith(("timing", "data", "throughput", "memory", "final"))}
 
 
 def check_like_straight(straight: Path, resumed: Path) -> None:
