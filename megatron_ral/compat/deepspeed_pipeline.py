@@ -18,7 +18,7 @@ schedule, works with four adaptations kept here:
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -128,9 +128,9 @@ class EarlyReduction:
 
 
 @contextmanager
-def suspended_module_hooks(module: torch.nn.Module) -> Iterator[None]:
-    """Run `module` without forward hooks; for use while every parameter is resident."""
-    saved = [(child, child._forward_pre_hooks, child._forward_hooks) for child in module.modules()]
+def suspended_module_hooks(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Run each of `modules` without forward hooks; for use while every parameter is resident."""
+    saved = [(child, child._forward_pre_hooks, child._forward_hooks) for child in modules]
     for child, _, _ in saved:
         child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
     try:

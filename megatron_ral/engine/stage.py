@@ -114,6 +114,7 @@ class StageEngine:
                 config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
                                     offload_optimizer=offload_optimizer, overlap=overlap),
                 mpu=MegatronTopology(groups), dist_init_required=False)
+        self._modules, self._parameters = list(self.stage.modules()), list(self.stage.parameters())
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -124,15 +125,14 @@ class StageEngine:
                 yield
             return
         assert not self._ready, "a pass is under way"
-        parameters = list(self.stage.parameters())
-        Gather(parameters).wait()
+        Gather(self._parameters).wait()
         self._resident = True
         try:
-            with suspended_module_hooks(self.stage), self.groups.active():
+            with suspended_module_hooks(self._modules), self.groups.active():
                 yield
         finally:
             self._resident = False
-            release_parameters(parameters)
+            release_parameters(self._parameters)
 
     def traffic(self, recorded: Collection[int]) -> str:
         """What a training pass sends over the data-parallel group, in words."""
@@ -168,7 +168,7 @@ class StageEngine:
             return
         layers = self.stage.language.decoder.layers if self._gather == "stage" else self._passing(recorded)
         theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        rest = Gather([parameter for parameter in self.stage.parameters() if id(parameter) not in theirs])
+        rest = Gather([parameter for parameter in self._parameters if id(parameter) not in theirs])
         self._ready = True
         for layer in layers:
             layer.weights = (ArrivingWeights if self._gather == "stage" else LayerWeights)(layer)
@@ -177,14 +177,14 @@ class StageEngine:
                 layer.weights.ahead, following.weights.behind = following.weights, layer.weights
         try:
             rest.wait()
-            with suspended_module_hooks(self.stage), self.groups.active():
+            with suspended_module_hooks(self._modules), self.groups.active():
                 yield
         finally:
             self._ready = False
             for layer in layers:
                 layer.weights.settle()
                 layer.weights = None
-            release_parameters(list(self.stage.parameters()))
+            release_parameters(self._parameters)
 
     def local_layers(self, layers: Sequence[int]) -> list[int]:
         """Those of `layers` that live on this stage."""

@@ -97,11 +97,13 @@ def vocab_parallel_sample(logits_Xv: Tensor, uniform_X: Tensor, temperature: flo
     if temperature == 0:
         return vocab_parallel_argmax(logits, group)
     count = min(num_candidates, logits.shape[-1])
-    ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values  # of equal logits the lower id first
-    candidates = logits.gather(-1, ids)
-    least = torch.full_like(candidates[:, 0], float("-inf"))
     if count < logits.shape[-1]:
+        ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values  # of equal logits the lower id first
+        candidates = logits.gather(-1, ids)
         least = candidates.amin(dim=-1)  # what this rank holds back is not above it
+    else:
+        ids, candidates = torch.arange(count, device=logits.device).expand_as(logits), logits
+        least = torch.full_like(candidates[:, 0], float("-inf"))
     maximum = all_reduce_max_(candidates.amax(dim=-1), group)
     total = all_reduce_sum_(((logits.double() - maximum[:, None]) / temperature).exp_().sum(dim=-1), group)
     token, settled = sample_candidates(

@@ -1,0 +1,109 @@
+"""Where the time of a training step goes: phases, operators of torch, Python functions. One process.
+
+    bash launch_scripts/ral_tiny.sh
+    python tools/benchmarks/profile_step.py [--run outputs/ral_tiny] [--steps 4] [dotted.key=value ...]
+
+The RL steps of a finished tiny run from its weights after SFT, four times over: once to warm up, once plainly (seconds by
+phase of processor time; these are what to compare before and after a change), once under torch's profiler (own time of
+operators, with what the backward pass does), once under cProfile (own time of Python functions, which it makes several
+times slower: shares, not seconds). The last line is `ratio profile VALUE`: processor seconds per step over those of its
+matrix products alone.
+"""
+
+import argparse
+import cProfile
+import os
+import pstats
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+MATRICES = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def make_trainer(run: Path, folder: str, settings: list[str]):
+    """The RL run's trainer in this process alone, without what is written on the way."""
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
+    from megatron_ral.config import load_config
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.parallel.groups import start_groups
+    from megatron_ral.training.trainer import Inputs, Trainer
+
+    resolved = next(iter(sorted((run / "rl" / "checkpoints").glob("step_*/config.yaml"))), None)
+    if resolved is None:
+        raise SystemExit(f"error: --run {run} holds no rl/checkpoints; make it with `bash launch_scripts/ral_tiny.sh`")
+    config = load_config(resolved, [f"train.output_dir={folder}", "logging.tensorboard=false", "data.eval_shards=''",
+                                    "logging.gradient_ratio_interval=0", *settings])
+    groups = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed)
+    return Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, False))
+
+
+def steps(trainer, first: int, count: int) -> tuple[dict[str, float], float]:
+    """(wall seconds by phase, processor seconds) per step."""
+    phases, started = defaultdict(float), time.process_time()
+    for step in range(first, first + count):
+        for name, seconds in trainer._one_step(step).seconds.items():
+            phases[name] += seconds / count
+    return phases, (time.process_time() - started) / count
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=14, help="of each table")
+    parser.add_argument("settings", nargs="*")
+    arguments = parser.parse_args()
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = "0"
+    os.environ.update(WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29611"))
+    import torch
+
+    torch.set_num_threads(1)
+    count = arguments.steps
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(arguments.run, folder, arguments.settings)
+        steps(trainer, 0, 1)
+        phases, processor = steps(trainer, 1, count)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            steps(trainer, 1 + count, count)
+        python = cProfile.Profile()
+        python.enable()
+        steps(trainer, 1 + 2 * count, count)
+        python.disable()
+    wall = sum(phases.values())
+    print(f"torch {torch.__version__}, 1 thread, {count} steps of {trainer.config.rollout.num_prompts} prompts x "
+          f"{trainer.config.rollout.group_size} responses, {trainer.config.rollout.num_minibatches} updates")
+    print(f"\na step: {wall:.3f} s, {processor:.3f} s of processor time\n{'phase':12}{'s':>8}{'share':>8}")
+    for name, seconds in phases.items():
+        print(f"{name:12}{seconds:8.3f}{seconds / wall:8.1%}")
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in events)
+    print(f"\noperators, own time ({whole / count / 1e6:.3f} s a step)\n{'operator':60}{'calls':>8}{'ms':>9}{'share':>8}")
+    for event in events[:arguments.rows]:
+        print(f"{event.key[:58]:60}{event.count / count:8.0f}{event.self_cpu_time_total / count / 1e3:9.1f}"
+              f"{event.self_cpu_time_total / whole:8.1%}")
+    table = pstats.Stats(python).stats
+    total = sum(own for _, _, own, _, _ in table.values())
+    print(f"\nfunctions, own time\n{'function':60}{'calls':>8}{'share':>8}")
+    for (file, line, name), (_, calls, own, _, _) in sorted(table.items(), key=lambda item: -item[1][2])[:arguments.rows]:
+        place = name if file == "~" else f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"
+        print(f"{place[-58:]:60}{calls / count:8.0f}{own / total:8.1%}")
+    print(f"\nfunctions of this project, with what they call\n{'function':60}{'calls':>8}{'share':>8}")
+    ours = {key: value for key, value in table.items() if "megatron_ral" in Path(key[0]).parts}
+    for (file, line, name), (_, calls, _, whole_time, _) in sorted(ours.items(), key=lambda item: -item[1][3])[:3 * arguments.rows]:
+        print(f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"[-58:].ljust(60) + f"{calls / count:8.0f}{whole_time / total:8.1%}")
+    matrices = sum(event.self_cpu_time_total for event in events if event.key in MATRICES) / count / 1e6
+    print(f"ratio profile {processor / matrices:.2f}")
+
+
+if __name__ == "__main__":
+    main()
