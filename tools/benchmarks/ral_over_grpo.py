@@ -60,6 +60,7 @@ class Depth:
         from megatron_ral.training.build import build_objective
 
         self.num_layers, self.groups, self.clock = num_layers, groups, clock
+        self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # all of one layer is one layer
         model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
         lengths = [f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
                    f"rollout.max_response_length={args.length}"]
@@ -77,12 +78,12 @@ class Depth:
         self.rollout, self.old = None, {}
 
     def sample(self) -> None:
-        """A rollout, which all sides take."""
+        """A rollout; all steps of all sides take the first one."""
         from megatron_ral.rollout.collect import collect_rollout
 
         with self.clock.measure(f"{self.num_layers} rollout"):
             rollout = collect_rollout(self.policy, self.prompts, self.processor, self.configs["grpo"], 0, 1)
-        self.rollout = with_advantages(rollout)
+        self.rollout = self.rollout or with_advantages(rollout)
 
     def step(self, side: str) -> None:
         """What `ral_step` does after the rollout."""
@@ -113,7 +114,7 @@ def report(depths: list[Depth], clock: Clock) -> None:
     print(f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}{'step on the wall, s':>21}")
     for depth in depths:
         L = depth.num_layers
-        for side in SIDES:
+        for side in depth.sides:
             old, gradients, step = (clock.median(f"{L} {side}{part}", "cpu") for part in (" old", " gradients", ""))
             print(f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{step / clock.median(f'{L} grpo', 'cpu'):11.3f}"
                   f"{clock.median(f'{L} {side}', 'wall'):21.3f}")
@@ -130,8 +131,9 @@ def report(depths: list[Depth], clock: Clock) -> None:
 
     def more(side: str, recorded) -> float:
         """Seconds per recorded layer above bare GRPO, mean of both depths."""
-        return sum((clock.median(f"{L} {side}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
-                   for L in (few, many)) / 2
+        sides = {depth.num_layers: side if side in depth.sides else "ral" for depth in depths}
+        return sum((clock.median(f"{L} {name}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
+                   for L, name in sides.items()) / 2
 
     fixed, layer = line("bare grpo")
     first, decoding = line("rollout")
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8, help="responses to each prompt")
     parser.add_argument("--length", type=int, default=128, help="tokens of a response")
     parser.add_argument("--rounds", type=int, default=3, help="steps of every side at each depth; one more is not measured")
-    parser.add_argument("--rollouts", type=int, default=2, help="rollouts at each depth; one more is not measured")
+    parser.add_argument("--rollouts", type=int, default=2, help="rollouts at each depth, at most --rounds; one more")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process")
     args = parser.parse_args()
     args.layers.sort()
@@ -180,14 +182,13 @@ def main() -> None:
               + f", float32; {args.prompts} prompts, P = {args.prompt_length}, G = {args.group_size}, R = {args.length}")
         print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median of "
               f"{args.rounds}", flush=True)
-        for number in range(args.rollouts + 1):
-            for depth in depths:
-                depth.sample()
         for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
             if number == 1:
-                clock.drop_first()
+                clock.clear()
             for depth in depths:
-                for side in SIDES:
+                if number <= args.rollouts:
+                    depth.sample()
+                for side in depth.sides:
                     depth.step(side)
                 depth.move()
         report(depths, clock)

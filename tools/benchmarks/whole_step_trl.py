@@ -3,7 +3,7 @@
     python tools/benchmarks/whole_step_trl.py [--venv DIR] [--rounds 2] [--steps 1] [--threads 1] [--clock cpu]
 
 Not run by the tests: TRL is installed, with the torch and transformers of this environment, into an environment of its own
-that is made once under --venv (0.6 GB for the processor's torch; needs pip's index).
+that is made once under --venv (about a minute, 1 GB; needs pip's index).
 
 Makes a random Qwen2.5-VL in Hugging Face format and pictures of noise. Both sides load the same folder in float32 and do
 --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), as many updates per rollout
@@ -13,7 +13,7 @@ text's length, so that advantages are not 0):
     ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the paper
           on the last layer (coefficient 1); its own phases, with the clock of --clock
     trl   GRPOTrainer: one group of G responses per forward and backward pass, generation by transformers (no vLLM on a
-          processor), --attention for its attention. Nothing of the attention term. rollout: `_generate_and_score_completions`
+          processor), pictures read by the same class of transformers, attention as --attention says. Nothing of the attention term. rollout: `_generate_and_score_completions`
           without the pass for the old log-probabilities in it, which is timed apart; update: the rest of a step
 
 Sides run one after the other, never at once, each round in fresh processes; the first rollout of each process is not
@@ -142,16 +142,23 @@ def run_trl(args: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from PIL import Image
-    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessorFast, Qwen2VLVideoProcessor, TrainerCallback
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, TrainerCallback
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(args.threads)
     now = time.perf_counter if args.clock == "wall" else time.process_time
     folder, spent, phases, seen = Path(args.folder), {"rollout": 0.0, "old": 0.0}, [], {}
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast.from_pretrained(folder / "model"), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template)
+
+    class Processor(Qwen2_5_VLProcessor):
+        """Without videos, whose processor needs torchvision."""
+
+        def check_argument_for_proper_class(self, name, argument):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    processor = Processor(Qwen2VLImageProcessorPil.from_pretrained(folder / "model"), tokenizer, None,
+                          chat_template=tokenizer.chat_template)
 
     class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -221,7 +228,7 @@ def other_python(folder: Path) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         wanted = [f"{name}=={version(name)}" for name in ("torch", "transformers", "pillow")]
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}", "torchvision", *wanted], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}", *wanted], check=True)
         (folder / "complete").touch()
     return str(python)
 
@@ -261,7 +268,7 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="environment of TRL")
-    parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 192")
+    parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 384")
     parser.add_argument("--num-layers", type=int, default=6, help="layers of the language model and of the vision tower")
     parser.add_argument("--vocab-size", type=int, default=3584, help="rows of the word embeddings")
     parser.add_argument("--prompts", type=int, default=2, help="prompts and updates of a rollout")
@@ -281,8 +288,8 @@ def main() -> None:
     if args.child:
         {"ours": run_ours, "trl": run_trl}[args.child](args)
         return
-    if args.hidden_size % 192:
-        parser.error(f"--hidden-size must be a multiple of 192 (heads of 64, a vision tower of a third), got {args.hidden_size}")
+    if args.hidden_size % 384:
+        parser.error(f"--hidden-size must be a multiple of 384 (heads of 64, a vision tower of a third), got {args.hidden_size}")
     pythons = {"ours": sys.executable, "trl": other_python(args.venv)}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
