@@ -1,5 +1,5 @@
-"""Records of the named benchmarks, as published -> make_shards.py -> `megatron_ral.evaluate`: one table of all of them; and
-small runs of the project's own benchmarks of a training step, whose times mean nothing here."""
+"""Records of the named benchmarks, as published -> make_shards.py -> `megatron_ral.evaluate`: one table of all of them;
+and small runs of the project's own benchmarks of a training step, whose times mean nothing here."""
 
 import json
 import re

@@ -1,22 +1,22 @@
-"""The group layout [prompt | response 1 | ... | response G] against G separate sequences: the same code, weights, responses
-and loss, one after the other in one process.
+"""The group layout [prompt | response 1 | ... | response G] against G separate sequences: the same code, weights,
+responses and loss, one after the other in one process.
 
     python tools/benchmarks/group_layout.py [--scale 4] [--layers 2] [--rounds 3] [--threads 1]
 
-Separate sequences are the same engine's groups of one response: G prompts (the same one G times) of one response each, in
-one micro-batch. Timed for one group, in turns: the gradients of one update, and the pass without gradient that makes the
-old (or the reference's) log-probabilities. Both read visual embeddings that are there already, so that no vision tower
-runs, and the objective is GRPO with nothing recorded (the attention term is over response rows, as many on both sides).
-AdamW, the same on both sides and once per 16 groups in the published runs, is left out.
+Separate sequences are the same engine's groups of one response: G prompts (the same one G times) of one response
+each, in one micro-batch. Timed for one group, in turns: the gradients of one update, and the pass without gradient
+that makes the old (or the reference's) log-probabilities. Both read visual embeddings that are there already, so that
+no vision tower runs, and the objective is GRPO with nothing recorded (the attention term is over response rows, as
+many on both sides). AdamW, the same on both sides and once per 16 groups in the published runs, is left out.
 
-The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py); the vocabulary is cut to --layers / 28 of
-its share too, because the LM head reads the response rows alone and gains nothing from the layout: with the whole
-vocabulary beside a few layers it would hide what the layers gain. A layer's linear parts read P + G R tokens in place of
-G (P + R); attention over the prompt falls to 1 / G, that of the responses stays.
+The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py); the vocabulary is cut to --layers /
+28 of its share too, because the LM head reads the response rows alone and gains nothing from the layout: with the
+whole vocabulary beside a few layers it would hide what the layers gain. A layer's linear parts read P + G R tokens in
+place of G (P + R); attention over the prompt falls to 1 / G, that of the responses stays.
 
-Both sides must give the same gradient (the difference is printed). The vision tower is counted where it is
-called, over the rollout of --prompts prompts, the old pass and the update on it. Seconds that count are processor seconds
-of all threads, medians of --rounds; wall seconds stand beside them. The last lines:
+Both sides must give the same gradient (the difference is printed). The vision tower is counted where it is called,
+over the rollout of --prompts prompts, the old pass and the update on it. Seconds that count are processor seconds of
+all threads, medians of --rounds; wall seconds stand beside them. The last lines:
     ratio group_layout_tower    pictures that the tower encodes in all of that, per prompt
     ratio group_layout_old      speed-up of the old pass over the token ratio G (P + R) / (P + G R)
     ratio group_layout          speed-up of the update over the token ratio
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=1024, help="P: tokens of a prompt, nearly all visual")
     parser.add_argument("--group-size", type=int, default=8, help="G: responses to each prompt")
     parser.add_argument("--length", type=int, default=128, help="R: tokens of a response")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side; one more is not measured")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, and one more")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process")
     args = parser.parse_args()
     if min(args.layers, args.prompts, args.rounds, args.threads) < 1 or args.group_size < 2:
@@ -141,10 +141,10 @@ def main() -> None:
     groups, clock = start(args.threads), Clock()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder) / "model", groups, clock)
-        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, vocabulary "
-              f"{args.vocab_size}, float32; P = {P}, G = {G}, R = {R}")
-        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median of "
-              f"{args.rounds}", flush=True)
+        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, "
+              f"vocabulary {args.vocab_size}, float32; P = {P}, G = {G}, R = {R}")
+        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+              f"of {args.rounds}", flush=True)
         found, (calls, pictures) = bench.rollout()
         sides = {"group": found[:1], "separate": [separate(found[0], bench.processor.pad_token_id)]}
         difference = bench.difference(sides)  # the first time, which is not measured
@@ -158,11 +158,12 @@ def main() -> None:
             print(f"{name:10}{count:8}{seconds[0]:13.3f}{seconds[1]:11.3f}{seconds[2]:20.3f}{seconds[3]:11.3f}")
         ratio = tokens[1] / tokens[0]
         print(f"gradients of both sides differ by {difference:.1e} of their norm")
-        print(f"vision tower, over rollout, old pass and update of {args.prompts} prompts with {G} responses each: {calls} calls, "
-              f"{pictures} pictures")
+        print(f"vision tower, over rollout, old pass and update of {args.prompts} prompts with {G} responses each: "
+              f"{calls} calls, {pictures} pictures")
         speed = {part: clock.median(f"separate {part}", "cpu") / clock.median(f"group {part}", "cpu")
                  for part in ("old", "update")}
-        print(f"token ratio {ratio:.2f}; speed-up of the old pass {speed['old']:.2f}, of the update {speed['update']:.2f}")
+        print(f"token ratio {ratio:.2f}; speed-up of the old pass {speed['old']:.2f}, of the update "
+              f"{speed['update']:.2f}")
         print(f"ratio group_layout_tower {pictures / args.prompts:.2f}")
         print(f"ratio group_layout_old {speed['old'] / ratio:.3f}")
         print(f"ratio group_layout {speed['update'] / ratio:.3f}")

@@ -9,25 +9,26 @@ A step is the pass for the old log-probabilities and the gradients of one update
     ral             ral_7b.yaml: one recorded layer
     ral all layers  ral_7b.yaml with every layer recorded
 
-Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py), so that the term, which falls
-with the heads, weighs --scale times more against the layers than in the 7B. Not part of a step here: the reference pass
-and AdamW (the same on both sides, they would lower the ratio; AdamW, printed, is there once per 16 groups in the published
-runs) and recomputed activations (recorded layers are left out of them, which would favour RAL). Responses are all of the
-full length.
+Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py), so that the term, which
+falls with the heads, weighs --scale times more against the layers than in the 7B. Not part of a step here: the
+reference pass and AdamW (the same on both sides, they would lower the ratio; AdamW, printed, is there once per 16
+groups in the published runs) and recomputed activations (recorded layers are left out of them, which would favour
+RAL). Responses are all of the full length.
 
-A machine without an accelerator holds a few layers, beside which one recorded layer weighs far more than beside 28. So
-each side is timed at two depths, and
+A machine without an accelerator holds a few layers, beside which one recorded layer weighs far more than beside 28.
+So each side is timed at two depths, and
 
     step(L, recorded) = fixed + L * layer + recorded * term
 
 is solved: `layer` and `fixed` from bare GRPO at both depths, `term` (recording in the old pass, rows of both passes,
-divergence, metrics, backward pass) from what a side takes more per recorded layer, mean of both depths; `measured` is the
-term of GRPO, which forms no gradient. `fixed` is the LM head above all, whose share is that beside 28 layers. Printed are
-the ratios at the depths that were timed and, by this formula, at 28 layers. The second figure counts the rollout
-(generation, rewards; the same on both sides) too; its vision tower is that of a toy, so that the rollout is too cheap.
+divergence, metrics, backward pass) from what a side takes more per recorded layer, mean of both depths; `measured` is
+the term of GRPO, which forms no gradient. `fixed` is the LM head above all, whose share is that beside 28 layers.
+Printed are the ratios at the depths that were timed and, by this formula, at 28 layers. The second figure counts the
+rollout (generation, rewards; the same on both sides) too; its vision tower is that of a toy, so that the rollout is
+too cheap.
 
-Seconds that count are processor seconds of all threads (the machine may do other work), medians of --rounds; wall seconds
-stand beside them. The last lines, of 28 layers:
+Seconds that count are processor seconds of all threads (the machine may do other work), medians of --rounds; wall
+seconds stand beside them. The last lines, of 28 layers:
     ratio ral_over_grpo_bare               ral over bare grpo
     ratio ral_over_grpo_with_rollout       ral over grpo, rollout included
     ratio ral_over_grpo_all_layers_bare    ral all layers over bare grpo
@@ -111,12 +112,14 @@ class Depth:
 
 def report(depths: list[Depth], clock: Clock) -> None:
     """Tables, the parts of the formula, and the ratios."""
-    print(f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}{'step on the wall, s':>21}")
+    print(f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}"
+          f"{'step on the wall, s':>21}")
     for depth in depths:
         L = depth.num_layers
         for side in depth.sides:
             old, gradients, step = (clock.median(f"{L} {side}{part}", "cpu") for part in (" old", " gradients", ""))
-            print(f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{step / clock.median(f'{L} grpo', 'cpu'):11.3f}"
+            ratio = step / clock.median(f"{L} grpo", "cpu")
+            print(f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{ratio:11.3f}"
                   f"{clock.median(f'{L} {side}', 'wall'):21.3f}")
         for name in ("adamw", "rollout"):
             print(f"{name:16}{L:8}{'':27}{clock.median(f'{L} {name}', 'cpu'):10.3f}{'':11}"
@@ -139,14 +142,14 @@ def report(depths: list[Depth], clock: Clock) -> None:
     first, decoding = line("rollout")
     terms = {"grpo": more("grpo", lambda L: 1), "ral": more("ral", lambda L: 1),
              "ral all layers": more("ral all layers", lambda L: L)}
-    print(f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer {layer:.3f}, "
-          f"term {terms['ral']:.3f} (one layer), {terms['ral all layers']:.3f} (each of all), measured {terms['grpo']:.3f}; "
-          f"rollout(L) = {first:.3f} + L * {decoding:.3f}")
+    print(f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer "
+          f"{layer:.3f}, term {terms['ral']:.3f} (one layer), {terms['ral all layers']:.3f} (each of all), measured "
+          f"{terms['grpo']:.3f}; rollout(L) = {first:.3f} + L * {decoding:.3f}")
     bare = fixed + REAL_LAYERS * layer
     grpo, one, every = bare + terms["grpo"], bare + terms["ral"], bare + REAL_LAYERS * terms["ral all layers"]
     rollout = first + REAL_LAYERS * decoding
-    print(f"at {REAL_LAYERS} layers: bare grpo {bare:.2f} s, grpo {grpo:.2f} s, ral {one:.2f} s, ral all layers {every:.2f} s, "
-          f"rollout {rollout:.2f} s")
+    print(f"at {REAL_LAYERS} layers: bare grpo {bare:.2f} s, grpo {grpo:.2f} s, ral {one:.2f} s, ral all layers "
+          f"{every:.2f} s, rollout {rollout:.2f} s")
     print(f"ratio ral_over_grpo_bare {one / bare:.3f}")
     print(f"ratio ral_over_grpo_with_rollout {(rollout + one) / (rollout + grpo):.3f}")
     print(f"ratio ral_over_grpo_all_layers_bare {every / bare:.3f}")
@@ -164,7 +167,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt, nearly all of them visual")
     parser.add_argument("--group-size", type=int, default=8, help="responses to each prompt")
     parser.add_argument("--length", type=int, default=128, help="tokens of a response")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of every side at each depth; one more is not measured")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of every side at each depth, and one more")
     parser.add_argument("--rollouts", type=int, default=2, help="rollouts at each depth, at most --rounds; one more")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process")
     args = parser.parse_args()
@@ -177,11 +180,12 @@ def main() -> None:
     groups, clock = start(args.threads), Clock()
     with tempfile.TemporaryDirectory() as folder:
         depths = [Depth(L, args, Path(folder), groups, clock) for L in args.layers]
-        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary {args.vocab_size}; "
-              + " and ".join(f"{depth.num_layers} layers with {depth.num_parameters / 1e6:.1f} M parameters" for depth in depths)
-              + f", float32; {args.prompts} prompts, P = {args.prompt_length}, G = {args.group_size}, R = {args.length}")
-        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median of "
-              f"{args.rounds}", flush=True)
+        sizes = [f"{depth.num_layers} layers with {depth.num_parameters / 1e6:.1f} M parameters" for depth in depths]
+        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary "
+              f"{args.vocab_size}; {' and '.join(sizes)}, float32; {args.prompts} prompts, P = {args.prompt_length}, "
+              f"G = {args.group_size}, R = {args.length}")
+        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+              f"of {args.rounds}", flush=True)
         for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
             if number == 1:
                 clock.clear()

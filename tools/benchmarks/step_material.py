@@ -1,9 +1,10 @@
-"""What the benchmarks of a training step share: models with the proportions of Qwen2.5-VL-7B, prompts of an exact length
-about pictures of noise, the settings of the published runs, and a clock.
+"""What the benchmarks of a training step share: models with the proportions of Qwen2.5-VL-7B, prompts of an exact
+length about pictures of noise, the settings of the published runs, and a clock.
 
-Every width of the 7B is divided by one number (`scale`), heads keep their width. So is its vocabulary, whose LM head then
-costs as much beside 28 layers as in the 7B: a linear layer's work falls by the square of `scale` there as in the layers.
-What falls by `scale` alone (attention, and all that is element by element) weighs `scale` times more than in the 7B.
+Every width of the 7B is divided by one number (`scale`), heads keep their width. So is its vocabulary, whose LM head
+then costs as much beside 28 layers as in the 7B: a linear layer's work falls by the square of `scale` there as in the
+layers. What falls by `scale` alone (attention, and all that is element by element) weighs `scale` times more than in
+the 7B.
 """
 
 import io
@@ -39,7 +40,7 @@ def make_model(folder: Path, scale: int, num_layers: int, vocab_size: int, seed:
 
     disable_progress_bar()
     with redirect_stdout(io.StringIO()):
-        make_tiny_model.main(["--untied", *(str(part) for name, value in options.items() for part in (f"--{name}", value))])
+        make_tiny_model.main(["--untied", *(f"--{name}={value}" for name, value in options.items())])
     return str(folder)
 
 
@@ -69,8 +70,8 @@ def make_prompts(processor, count: int, length: int) -> list:
 
 
 def settings_of(run: str, model: str, overrides: Sequence[str]):
-    """Configuration of a published run on this model in float32 in one process, without what is the same for all sides or
-    needs more ranks: the reference model, recomputed activations, tensor parallelism."""
+    """Configuration of a published run on this model in float32 in one process, without what is the same for all sides
+    or needs more ranks: the reference model, recomputed activations, tensor parallelism."""
     from megatron_ral.config import load_config
 
     return load_config(PUBLISHED / f"runs/{run}.yaml", [
@@ -89,7 +90,7 @@ def open_processor(model: str):
 
 
 def with_advantages(rollout: Sequence) -> list:
-    """The rollout with advantages from -1 to 1 in each group: a random model's rewards are all equal and its losses 0."""
+    """The rollout with advantages from -1 to 1 in each group: a random model's rewards are equal and its losses 0."""
     import torch
 
     result = []
@@ -99,10 +100,14 @@ def with_advantages(rollout: Sequence) -> list:
     return result
 
 
+STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+"""Environment in which glibc keeps what is freed: otherwise a tenth to a third of the seconds are page faults, more or
+fewer by chance."""
+
+
 def start(threads: int):
-    """Process groups of one process that computes with so many threads. The process begins anew with an allocator that keeps
-    what is freed: otherwise a tenth to a third of the seconds are page faults, more or fewer by chance."""
-    steady = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 36), "OMP_NUM_THREADS": str(threads)}
+    """Process groups of one process with so many threads; the process begins anew with `STEADY` memory."""
+    steady = {**STEADY, "OMP_NUM_THREADS": str(threads)}
     if any(os.environ.get(name) != value for name, value in steady.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **steady})
     import torch

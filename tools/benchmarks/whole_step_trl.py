@@ -1,24 +1,26 @@
-"""A whole step (rollout, old log-probabilities, update) against TRL's GRPOTrainer on the same weights, pictures and cores.
+"""A whole step (rollout, old log-probabilities, update) against TRL's GRPOTrainer: same weights, pictures, cores.
 
-    python tools/benchmarks/whole_step_trl.py [--venv DIR] [--rounds 2] [--steps 1] [--threads 1] [--clock cpu]
+    python tools/benchmarks/whole_step_trl.py [--venv DIR] [--length 32] [--rounds 2] [--steps 1] [--clock cpu]
 
-Not run by the tests: TRL is installed, with the torch and transformers of this environment, into an environment of its own
-that is made once under --venv (about a minute, 1 GB; needs pip's index).
+Not run by the tests: TRL is installed, with the torch and transformers of this environment, into an environment of
+its own that is made once under --venv (about a minute, 1 GB; needs pip's index).
 
-Makes a random Qwen2.5-VL in Hugging Face format and pictures of noise. Both sides load the same folder in float32 and do
---steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), as many updates per rollout
-as there are prompts, AdamW, no reference model, no recomputed activations, frozen vision tower, the same rewards (of the
-text's length, so that advantages are not 0):
+Makes a random Qwen2.5-VL in Hugging Face format and pictures of noise. Both sides load the same folder in float32 and
+do --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), as many updates per
+rollout as there are prompts, AdamW, no reference model, no recomputed activations (but with --recompute), frozen
+vision tower, the same rewards (of the text's length, so that advantages are not 0):
 
-    ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the paper
-          on the last layer (coefficient 1); its own phases, with the clock of --clock
-    trl   GRPOTrainer: one group of G responses per forward and backward pass, generation by transformers (no vLLM on a
-          processor), pictures read by the same class of transformers, attention as --attention says. Nothing of the attention term. rollout: `_generate_and_score_completions`
-          without the pass for the old log-probabilities in it, which is timed apart; update: the rest of a step
+    ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the
+          paper on the last layer (coefficient 1); its own phases, with the clock of --clock
+    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass,
+          generation by transformers (no vLLM without an accelerator), attention as --attention says, pictures read
+          by the same class of transformers. rollout: `_generate_and_score_completions` less the pass for the old
+          log-probabilities in it, which is timed apart; update: the rest of a step
 
-Sides run one after the other, never at once, each round in fresh processes; the first rollout of each process is not
-counted. Shapes follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a share of
-the work, a vision tower narrower and shallower by as much. Memory is the peak of resident memory of the process.
+Sides run one after the other, never at once, each round in fresh processes, whose allocator keeps what is freed (page
+faults are a tenth of the seconds otherwise, on both sides); the first rollout of each process is not counted. Shapes
+follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a share of the work,
+a vision tower narrower and shallower by as much. Memory is the peak of resident memory of the process.
 
 The last lines:
     ratio whole_step_trl_memory    peak memory of TRL over ours
@@ -42,6 +44,8 @@ from types import SimpleNamespace
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
+from tools.benchmarks.step_material import STEADY, versions  # noqa: E402
+
 TRL = "1.16.0"
 QUESTION = "Which digit is red?"
 PHASES = ("data", "rollout", "old", "update")
@@ -59,10 +63,11 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    options = {"hidden-size": args.hidden_size, "intermediate-size": args.hidden_size * 16 // 3, "num-layers": args.num_layers,
-               "num-heads": args.hidden_size // 64, "num-kv-heads": 2, "vocab-size": args.vocab_size, "rope-theta": 10000,
-               "initializer-range": 0.02, "vision-hidden-size": args.hidden_size // 3, "vision-depth": args.num_layers,
-               "vision-intermediate-size": args.hidden_size * 8 // 9, "output": folder / "model"}
+    width = args.hidden_size
+    options = {"hidden-size": width, "intermediate-size": width * 16 // 3, "num-layers": args.num_layers,
+               "num-heads": width // 64, "num-kv-heads": 2, "vocab-size": args.vocab_size, "rope-theta": 10000,
+               "initializer-range": 0.02, "vision-hidden-size": width // 3, "vision-depth": args.num_layers,
+               "vision-intermediate-size": width * 8 // 9, "output": folder / "model"}
     subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--untied",
                     *(str(part) for name, value in options.items() for part in (f"--{name}", value))],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -120,6 +125,7 @@ def run_ours(args: argparse.Namespace) -> None:
         "data.shuffle=false", f"rollout.num_prompts={args.prompts}", f"rollout.num_minibatches={args.prompts}",
         f"rollout.group_size={args.group_size}", f"rollout.max_response_length={args.length}", "loss.kl_coef=0.0",
         "loss.attention_coef=1.0", "optimizer.learning_rate=1e-5", "train.micro_batch_size=1",
+        f"parallel.recompute_activations={str(args.recompute).lower()}",
         f"reward.functions={{length: {{path: '{module}:length_reward', weight: 1.0}}}}",
         f"train.num_steps={args.steps + 1}", f"train.output_dir={folder}/run-{os.getpid()}", "train.export=false",
         "logging.tensorboard=false", "logging.gradient_ratio_interval=0", "logging.completions_interval=0",
@@ -128,12 +134,11 @@ def run_ours(args: argparse.Namespace) -> None:
     inputs = trainer.Inputs.open(config, False)
     inputs.processor.end_token_id = -1  # no response ends before its length
     Timed(config, read_shape(config.model.path), groups, inputs).run()
-    [batch] = {tuple(scored.groups.response_ids.shape) for report in reports for scored in report.rollout}
-    [prompt] = {scored.groups.prompts.input_ids.shape[1] for report in reports for scored in report.rollout}
-    assert all(int(scored.groups.response_lengths.min()) == args.length for report in reports for scored in report.rollout)
-    visual = int(reports[0].rollout[0].groups.prompts.visual_mask.sum())
-    say([dict(report.seconds) for report in reports], prompt=prompt, response=batch[2], visual=visual,
-        loss=reports[-1].metrics["loss/attention"])
+    groups_seen = [scored.groups for report in reports for scored in report.rollout]
+    assert all(int(seen.response_lengths.min()) == args.length for seen in groups_seen)
+    assert "loss/attention" in reports[-1].metrics
+    say([dict(report.seconds) for report in reports], prompt=groups_seen[0].prompts.input_ids.shape[1],
+        response=groups_seen[0].response_ids.shape[2], visual=int(groups_seen[0].prompts.visual_mask.sum()))
     stop_groups()
 
 
@@ -178,7 +183,7 @@ def run_trl(args: argparse.Namespace) -> None:
         def _compute_loss(self, model, inputs):
             seen.update(prompt=inputs["prompt_ids"].shape[1], response=int(inputs["completion_mask"].sum(1).min()),
                         visual=int(inputs["image_grid_thw"][0].prod()) // 4, rows=len(inputs["prompt_ids"]),
-                        passes=int(inputs["old_per_token_logps"] is not None))
+                        old=inputs["old_per_token_logps"] is not None)
             return super()._compute_loss(model, inputs)
 
     class Steps(TrainerCallback):
@@ -194,16 +199,19 @@ def run_trl(args: argparse.Namespace) -> None:
                 spent.update(rollout=0.0, old=0.0)
 
     pictures = [Image.open(path).convert("RGB") for path in sorted((folder / "pictures").glob("*.png"))]
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": QUESTION}], "image": picture} for picture in pictures])
+    question = [{"role": "user", "content": QUESTION}]
+    data = Dataset.from_list([{"prompt": question, "image": picture} for picture in pictures])
+    rows = args.trl_batch or args.group_size
     stops = sorted({*tokenizer.all_special_ids, tokenizer.eos_token_id})
     settings = GRPOConfig(
-        output_dir=str(folder / f"trl-{os.getpid()}"), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        output_dir=str(folder / f"trl-{os.getpid()}"), use_cpu=True, bf16=False, gradient_checkpointing=args.recompute,
         model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
-        per_device_train_batch_size=args.group_size, gradient_accumulation_steps=1, steps_per_generation=args.prompts,
-        num_generations=args.group_size, max_completion_length=args.length, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
-        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops}, shuffle_dataset=False,
-        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.95, report_to=[],
-        max_steps=args.prompts * (args.steps + 1), logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0)
+        per_device_train_batch_size=rows, gradient_accumulation_steps=args.group_size // rows,
+        steps_per_generation=args.prompts * args.group_size // rows,
+        num_generations=args.group_size, max_completion_length=args.length, temperature=1.0, top_p=1.0, top_k=0,
+        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops}, shuffle_dataset=False, beta=0.0,
+        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.95, report_to=[], seed=0,
+        max_steps=args.prompts * (args.steps + 1), logging_strategy="no", save_strategy="no", disable_tqdm=True)
 
     def reward(completions, **unused):
         return [length_reward(completion[0]["content"]) for completion in completions]
@@ -214,7 +222,7 @@ def run_trl(args: argparse.Namespace) -> None:
         if "visual" in name:
             parameter.requires_grad_(False)
     trainer.train()
-    assert seen["response"] == args.length and seen["rows"] == args.group_size, seen
+    assert seen["response"] == args.length and seen["rows"] == rows and seen["old"], seen
     say(phases, **seen)
 
 
@@ -235,8 +243,10 @@ def other_python(folder: Path) -> str:
 
 def child(python: str, side: str, args: argparse.Namespace) -> dict:
     """What one process of a side reports."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name != "child"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+               if name not in ("child", "recompute")]
+    options += ["--recompute"] * args.recompute
+    environment = {**os.environ, **STEADY, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
                    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
                    "HF_HOME": f"{args.folder}/cache", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run([python, __file__, "--child", side, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -256,8 +266,8 @@ def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
         steps = sorted((phases for one in rounds for phases in one["phases"]), key=lambda phases: sum(phases.values()))
         middle = steps[(len(steps) - 1) // 2]
         rate[side], peak[side] = samples / sum(middle.values()), max(one["peak"] for one in rounds)
-        cells = [middle.get(name, 0.0) for name in PHASES]
-        print(f"{side:6}{cells[0]:9.2f}{cells[1]:12.2f}{cells[2]:9.2f}{cells[3]:11.2f}{sum(cells):9.2f}{rate[side]:11.3f}"
+        data, rollout, old, update = (middle.get(name, 0.0) for name in PHASES)
+        print(f"{side:6}{data:9.2f}{rollout:12.2f}{old:9.2f}{update:11.2f}{sum(middle.values()):9.2f}{rate[side]:11.3f}"
               f"{peak[side] / 2**20:18.0f}   (steps: {' '.join(f'{sum(step.values()):.1f}' for step in steps)})")
     print(f"ratio whole_step_trl_memory {peak['trl'] / peak['ours']:.2f}")
     print(f"ratio whole_step_trl {rate['ours'] / rate['trl']:.2f}")
@@ -269,27 +279,31 @@ def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="environment of TRL")
     parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 384")
-    parser.add_argument("--num-layers", type=int, default=6, help="layers of the language model and of the vision tower")
+    parser.add_argument("--num-layers", type=int, default=6, help="layers of language model and vision tower each")
     parser.add_argument("--vocab-size", type=int, default=3584, help="rows of the word embeddings")
     parser.add_argument("--prompts", type=int, default=2, help="prompts and updates of a rollout")
     parser.add_argument("--rows", type=int, default=32, help="visual tokens along a picture's height")
     parser.add_argument("--columns", type=int, default=32, help="visual tokens along a picture's width")
     parser.add_argument("--group-size", type=int, default=8, help="responses to each prompt")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a response")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a response")
     parser.add_argument("--steps", type=int, default=1, help="rollouts of a process that count")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, in turns")
     parser.add_argument("--threads", type=int, default=1, help="threads of either side")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu",
                         help="whose seconds count; cpu: of all threads of the process")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
+    parser.add_argument("--trl-batch", type=int, default=0, help="responses per pass of TRL; 0: a whole group")
+    parser.add_argument("--recompute", action="store_true", help="both sides compute activations again")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         {"ours": run_ours, "trl": run_trl}[args.child](args)
         return
+    if args.group_size % (args.trl_batch or 1):
+        parser.error(f"--trl-batch must divide --group-size = {args.group_size}, got {args.trl_batch}")
     if args.hidden_size % 384:
-        parser.error(f"--hidden-size must be a multiple of 384 (heads of 64, a vision tower of a third), got {args.hidden_size}")
+        parser.error(f"--hidden-size must be a multiple of 384 (a vision tower of a third), got {args.hidden_size}")
     pythons = {"ours": sys.executable, "trl": other_python(args.venv)}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
@@ -301,11 +315,13 @@ def main() -> None:
                 rounds.append(child(pythons[side], side, args))
         first, other = found["ours"][0], found["trl"][0]
         assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
-        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; {args.prompts} prompts "
-              f"and updates, P = {first['prompt']} with {first['visual']} visual tokens, G = {args.group_size}, R = {args.length}")
-        print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
-              + f", trl {TRL} ({args.attention}); {args.threads} threads, {len(os.sched_getaffinity(0))} cores; {args.clock} "
-              f"seconds, median step of {args.rounds} x {args.steps}")
+        P, G, R = first["prompt"], args.group_size, args.length
+        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
+              f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, R = {R}; "
+              f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}")
+        print(f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
+              f"threads, {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median step of {args.rounds} x "
+              f"{args.steps}" + ", activations computed again" * args.recompute)
         report(args, found)
 
 
