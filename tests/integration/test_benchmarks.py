@@ -79,8 +79,8 @@ SMALL = ["--prompt-length", "64", "--group-size", "2", "--length", "4", "--round
 
 
 def small_run(name: str, *arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments], capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -99,14 +99,14 @@ def test_ral_over_grpo_extrapolates_what_it_prints():
     ratios = dict(line.split()[1:] for line in lines if line.startswith("ratio "))
     assert lines[-1] == f"ratio ral_over_grpo {ratios['ral_over_grpo']}" and len(ratios) == 5
     for name, value in wanted.items():
-        assert float(ratios[f"ral_over_grpo{name}"]) == pytest.approx(value, abs=0.02)
+        assert float(ratios[f"ral_over_grpo{name}"]) == pytest.approx(value, abs=0.01)
 
 
 def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower():
     lines = small_run("group_layout.py", "--layers", "1", "--prompts", "3")
     table = {name: line.split()[1] for line in lines for name in ("group", "separate") if line.startswith(name + " ")}
     assert table == {"group": str(64 + 2 * 4), "separate": str(2 * (64 + 4))}
-    [difference] = [float(re.search(r"differ by (\S+) of", line)[1]) for line in lines if line.startswith("gradients of both")]
+    [difference] = [float(line.split()[6]) for line in lines if line.startswith("gradients of both sides differ by ")]
     assert 0 < difference < 1e-5
     assert any(line.endswith("3 prompts with 2 responses each: 3 calls, 3 pictures") for line in lines)
     assert lines[-3] == "ratio group_layout_tower 1.00" and lines[-2].startswith("ratio group_layout_old ")
