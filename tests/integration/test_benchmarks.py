@@ -1,11 +1,16 @@
-"""Records of the named benchmarks, as published -> make_shards.py -> `megatron_ral.evaluate`: one table of all of them."""
+"""Records of the named benchmarks, as published -> make_shards.py -> `megatron_ral.evaluate`: one table of all of them;
+and small runs of the project's own benchmarks of a training step, whose times mean nothing here."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.conftest import PROJECT
 from tests.integration.cases import RL, write_config
 from tests.integration.test_video_search import evaluate
 from tests.unit.shard_faults import picture
@@ -68,3 +73,41 @@ def test_one_table_over_all_kinds(shards, material, tmp_path, taught):
     assert all(line["visual_tokens"] > 0 for line in lines)
     [counted] = [line for line in lines if line["category"] == "Counting"]
     assert counted["visual_tokens"] == 3 and counted["problem"].startswith("[image 1] Which is red? [image 2]\nOptions:\nA. [image 3]")
+
+
+SMALL = ["--prompt-length", "64", "--group-size", "2", "--length", "4", "--rounds", "1"]
+
+
+def small_run(name: str, *arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_ral_over_grpo_extrapolates_what_it_prints():
+    lines = small_run("ral_over_grpo.py", "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
+    rows = [re.split(r"\s{2,}", line)[:2] for line in lines]
+    for layers, sides in ((1, ["grpo", "bare grpo", "ral"]), (2, ["grpo", "bare grpo", "ral", "ral all layers"])):
+        assert [name for name, *rest in rows if rest == [str(layers)]] == [*sides, "adamw", "rollout"]
+    [formula] = [line for line in lines if line.startswith("step(L, recorded)")]
+    part = {name: float(value) for name, value in re.findall(r"(fixed|layer|term|measured) (-?\d+\.\d+)", formula)}
+    every = float(re.search(r"([-\d.]+) \(each of all\)", formula)[1])
+    bare = part["fixed"] + 28 * part["layer"]
+    wanted = {"": (bare + part["term"]) / (bare + part["measured"]), "_bare": (bare + part["term"]) / bare,
+              "_all_layers": (bare + 28 * every) / (bare + part["measured"])}
+    ratios = dict(line.split()[1:] for line in lines if line.startswith("ratio "))
+    assert lines[-1] == f"ratio ral_over_grpo {ratios['ral_over_grpo']}" and len(ratios) == 5
+    for name, value in wanted.items():
+        assert float(ratios[f"ral_over_grpo{name}"]) == pytest.approx(value, abs=0.01)
+
+
+def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower():
+    lines = small_run("group_layout.py", "--layers", "1", "--prompts", "3")
+    table = {name: line.split()[1] for line in lines for name in ("group", "separate") if line.startswith(name + " ")}
+    assert table == {"group": str(64 + 2 * 4), "separate": str(2 * (64 + 4))}
+    [difference] = [float(line.split()[6]) for line in lines if line.startswith("gradients of both sides differ by ")]
+    assert 0 < difference < 1e-5
+    assert any(line.endswith("3 prompts with 2 responses each: 3 calls, 3 pictures") for line in lines)
+    assert lines[-3] == "ratio group_layout_tower 1.00" and lines[-2].startswith("ratio group_layout_old ")
+    assert re.fullmatch(r"ratio group_layout \d+\.\d{3}", lines[-1])

@@ -1,0 +1,176 @@
+"""The group layout [prompt | response 1 | ... | response G] against G separate sequences: the same code, weights,
+responses and loss, one after the other in one process.
+
+    python tools/benchmarks/group_layout.py [--scale 4] [--layers 2] [--rounds 3] [--threads 1]
+
+Separate sequences are the same engine's groups of one response: G prompts (the same one G times) of one response
+each, in one micro-batch. Timed for one group, in turns: the gradients of one update, and the pass without gradient
+that makes the old (or the reference's) log-probabilities. Both read visual embeddings that are there already, so that
+no vision tower runs, and the objective is GRPO with nothing recorded (the attention term is over response rows, as
+many on both sides). AdamW, the same on both sides and once per 16 groups in the published runs, is left out.
+
+The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py); the vocabulary is cut to --layers /
+28 of its share too, because the LM head reads the response rows alone and gains nothing from the layout: with the
+whole vocabulary beside a few layers it would hide what the layers gain. A layer's linear parts read P + G R tokens in
+place of G (P + R); attention over the prompt falls to 1 / G, that of the responses stays.
+
+Both sides must give the same gradient (the difference is printed). The vision tower is counted where it is called,
+over the rollout of --prompts prompts, the old pass and the update on it. Seconds that count are processor seconds of
+all threads, medians of --rounds; wall seconds stand beside them. The last lines:
+    ratio group_layout_tower    pictures that the tower encodes in all of that, per prompt
+    ratio group_layout_old      speed-up of the old pass over the token ratio G (P + R) / (P + G R)
+    ratio group_layout          speed-up of the update over the token ratio
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from tools.benchmarks.step_material import (  # noqa: E402
+    REAL, REAL_LAYERS, SCALES, Clock, make_model, make_prompts, open_processor, settings_of, start, versions,
+    with_advantages)
+
+
+@contextmanager
+def counted(tower) -> Iterator[list[int]]:
+    """[calls, pictures] of the vision tower inside."""
+    counts, forward = [0, 0], tower.forward
+
+    def count(pixels, grid_thw):
+        counts[0] += 1
+        counts[1] += len(grid_thw)
+        return forward(pixels, grid_thw=grid_thw)
+
+    tower.forward = count  # a hook would not be called: the engine suspends those of all modules
+    try:
+        yield counts
+    finally:
+        tower.forward = forward
+
+
+def separate(scored, pad_token_id: int):
+    """The G responses of one group as G groups of one response."""
+    from megatron_ral.types import GroupBatch, pad_prompts
+
+    groups = scored.groups
+    [prompt], G = groups.prompts.prompts, groups.response_ids.shape[1]
+    batch = GroupBatch(pad_prompts([prompt] * G, pad_token_id), groups.response_ids.transpose(0, 1),
+                       groups.response_lengths.transpose(0, 1), groups.visual_embeds * G)
+    return replace(scored, groups=batch, advantages=scored.advantages.transpose(0, 1))
+
+
+class Bench:
+    """The engine and what both sides do with it."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, groups, clock: Clock):
+        from megatron_ral.engine.policy import PolicyEngine
+        from megatron_ral.models.shape import read_shape
+        from megatron_ral.training.build import build_objective
+
+        self.groups, self.clock = groups, clock
+        model = make_model(folder, args.scale, args.layers, args.vocab_size)
+        self.config = settings_of("grpo_7b", model, [
+            f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
+            f"rollout.max_response_length={args.length}", "rollout.generation_batch_size=1"])
+        self.processor, shape = open_processor(model), read_shape(model)
+        self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
+        self.policy = PolicyEngine(shape, groups, self.config)
+        self.objective = build_objective(self.config, shape, groups, None).only("tokens")
+
+    def step(self, name: str, rollout: list) -> None:
+        """Old pass and gradients of these micro-batches."""
+        from megatron_ral.rollout.assemble import global_totals
+        from megatron_ral.training.step import accumulate_gradients
+        from megatron_ral.types import TrainBatch
+
+        batches = [scored.groups for scored in rollout]
+        with self.clock.measure(f"{name} old"):
+            old = self.policy.forward(batches)
+        totals = global_totals([batch.response_lengths for batch in batches], self.config.rollout.max_response_length,
+                               self.groups)
+        minibatch = [TrainBatch(scored.groups, totals, scored.advantages, output.tokens.logprobs)
+                     for scored, output in zip(rollout, old)]
+        with self.clock.measure(f"{name} update"), self.policy.ready():
+            accumulate_gradients(self.policy, minibatch, self.objective, self.config, False)
+
+    def difference(self, sides: dict[str, list]) -> float:
+        """|gradient of one side - that of the other| / |gradient|."""
+        found = []
+        for name, rollout in sides.items():
+            self.step(name, rollout)
+            found.append(self.policy.gradient_shards())
+        norm = self.policy.gradient_norm
+        return norm([one - other for one, other in zip(*found)]) / norm(found[1])
+
+    def rollout(self) -> tuple[list, list[int]]:
+        """A rollout with a whole step on it: its micro-batches, and [calls, pictures] of the vision tower."""
+        from megatron_ral.rollout.collect import collect_rollout
+
+        with counted(self.policy.stage.visual) as counts:
+            found = with_advantages(collect_rollout(self.policy, self.prompts, self.processor, self.config, 0, 1))
+            self.step("whole", found)
+        return found, counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
+    parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale * layers / 28")
+    parser.add_argument("--prompts", type=int, default=3, help="prompts of the rollout; the first one's group is timed")
+    parser.add_argument("--prompt-length", type=int, default=1024, help="P: tokens of a prompt, nearly all visual")
+    parser.add_argument("--group-size", type=int, default=8, help="G: responses to each prompt")
+    parser.add_argument("--length", type=int, default=128, help="R: tokens of a response")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, and one more")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the process")
+    args = parser.parse_args()
+    if min(args.layers, args.prompts, args.rounds, args.threads) < 1 or args.group_size < 2:
+        parser.error("--layers, --prompts, --rounds and --threads must be at least 1, --group-size at least 2")
+    args.vocab_size = args.vocab_size or max(REAL["vocab_size"] // args.scale * args.layers // REAL_LAYERS, 512)
+    P, G, R = args.prompt_length, args.group_size, args.length
+    tokens = P + G * R, G * (P + R)
+    groups, clock = start(args.threads), Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder) / "model", groups, clock)
+        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, "
+              f"vocabulary {args.vocab_size}, float32; P = {P}, G = {G}, R = {R}")
+        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+              f"of {args.rounds}", flush=True)
+        found, (calls, pictures) = bench.rollout()
+        sides = {"group": found[:1], "separate": [separate(found[0], bench.processor.pad_token_id)]}
+        difference = bench.difference(sides)  # the first time, which is not measured
+        clock.clear()
+        for number in range(args.rounds):  # sides take turns, so that noise meets both
+            for name, rollout in sides.items():
+                bench.step(name, rollout)
+        print(f"{'':10}{'tokens':>8}{'old pass, s':>13}{'update, s':>11}{'wall: old pass, s':>20}{'update, s':>11}")
+        for (name, _), count in zip(sides.items(), tokens):
+            seconds = [clock.median(f"{name} {part}", kind) for kind in ("cpu", "wall") for part in ("old", "update")]
+            print(f"{name:10}{count:8}{seconds[0]:13.3f}{seconds[1]:11.3f}{seconds[2]:20.3f}{seconds[3]:11.3f}")
+        ratio = tokens[1] / tokens[0]
+        print(f"gradients of both sides differ by {difference:.1e} of their norm")
+        print(f"vision tower, over rollout, old pass and update of {args.prompts} prompts with {G} responses each: "
+              f"{calls} calls, {pictures} pictures")
+        speed = {part: clock.median(f"separate {part}", "cpu") / clock.median(f"group {part}", "cpu")
+                 for part in ("old", "update")}
+        print(f"token ratio {ratio:.2f}; speed-up of the old pass {speed['old']:.2f}, of the update "
+              f"{speed['update']:.2f}")
+        print(f"ratio group_layout_tower {pictures / args.prompts:.2f}")
+        print(f"ratio group_layout_old {speed['old'] / ratio:.3f}")
+        print(f"ratio group_layout {speed['update'] / ratio:.3f}")
+    from megatron_ral.parallel.groups import stop_groups
+
+    stop_groups()
+
+
+if __name__ == "__main__":
+    main()

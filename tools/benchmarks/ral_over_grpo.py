@@ -1,0 +1,205 @@
+"""A RAL step over a GRPO step: the same code, weights and rollouts, one after the other in one process.
+
+    python tools/benchmarks/ral_over_grpo.py [--scale 4] [--layers 1 2] [--rounds 3] [--threads 1] [--rollouts 2]
+
+A step is the pass for the old log-probabilities and the gradients of one update; the sides take turns:
+
+    grpo            grpo_7b.yaml: coefficient 0, the term of the last layer is still formed, to be logged
+    bare grpo       the same with nothing recorded, which no setting gives: only to see what logging costs
+    ral             ral_7b.yaml: one recorded layer
+    ral all layers  ral_7b.yaml with every layer recorded
+
+Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py), so that the term, which
+falls with the heads, weighs --scale times more against the layers than in the 7B. Not part of a step here: the
+reference pass and AdamW (the same on both sides, they would lower the ratio; AdamW, printed, is there once per 16
+groups in the published runs) and recomputed activations (recorded layers are left out of them, which would favour
+RAL). Responses are all of the full length.
+
+A machine without an accelerator holds a few layers, beside which one recorded layer weighs far more than beside 28.
+So each side is timed at two depths, and
+
+    step(L, recorded) = fixed + L * layer + recorded * term
+
+is solved: `layer` and `fixed` from bare GRPO at both depths, `term` (recording in the old pass, rows of both passes,
+divergence, metrics, backward pass) from what a side takes more per recorded layer, mean of both depths; `measured` is
+the term of GRPO, which forms no gradient. `fixed` is the LM head above all, whose share is that beside 28 layers.
+Printed are the ratios at the depths that were timed and, by this formula, at 28 layers. The second figure counts the
+rollout (generation, rewards; the same on both sides) too; its vision tower is that of a toy, so that the rollout is
+too cheap.
+
+Seconds that count are processor seconds of all threads (the machine may do other work), medians of --rounds; wall
+seconds stand beside them. The last lines, of 28 layers:
+    ratio ral_over_grpo_bare               ral over bare grpo
+    ratio ral_over_grpo_with_rollout       ral over grpo, rollout included
+    ratio ral_over_grpo_all_layers_bare    ral all layers over bare grpo
+    ratio ral_over_grpo_all_layers         ral all layers over grpo
+    ratio ral_over_grpo                    ral over grpo
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from tools.benchmarks.step_material import (  # noqa: E402
+    REAL, REAL_LAYERS, SCALES, Clock, make_model, make_prompts, open_processor, settings_of, start, versions,
+    with_advantages)
+
+SIDES = ("grpo", "bare grpo", "ral", "ral all layers")
+
+
+class Depth:
+    """An engine of so many layers, a rollout of its own and the four steps on it."""
+
+    def __init__(self, num_layers: int, args: argparse.Namespace, folder: Path, groups, clock: Clock):
+        from megatron_ral.engine.policy import PolicyEngine
+        from megatron_ral.models.shape import read_shape
+        from megatron_ral.training.build import build_objective
+
+        self.num_layers, self.groups, self.clock = num_layers, groups, clock
+        self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # all of one layer is one layer
+        model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
+        lengths = [f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
+                   f"rollout.max_response_length={args.length}"]
+        self.processor = open_processor(model)
+        self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
+        every = [*lengths, f"loss.attention_layers={list(range(num_layers))}"]
+        self.configs = {"grpo": settings_of("grpo_7b", model, lengths), "ral": settings_of("ral_7b", model, lengths),
+                        "ral all layers": settings_of("ral_7b", model, every)}
+        self.configs["bare grpo"] = self.configs["grpo"]
+        shape = read_shape(model)
+        self.policy = PolicyEngine(shape, groups, self.configs["grpo"])
+        self.objectives = {name: build_objective(config, shape, groups, None) for name, config in self.configs.items()}
+        self.objectives["bare grpo"] = self.objectives["grpo"].only("tokens")
+        self.num_parameters = sum(parameter.ds_numel for parameter in self.policy.stage.parameters())
+        self.rollout, self.old = None, {}
+
+    def sample(self) -> None:
+        """A rollout; all steps of all sides take the first one."""
+        from megatron_ral.rollout.collect import collect_rollout
+
+        with self.clock.measure(f"{self.num_layers} rollout"):
+            rollout = collect_rollout(self.policy, self.prompts, self.processor, self.configs["grpo"], 0, 1)
+        self.rollout = self.rollout or with_advantages(rollout)
+
+    def step(self, side: str) -> None:
+        """What `ral_step` does after the rollout."""
+        from megatron_ral.rollout.assemble import assemble_minibatches
+        from megatron_ral.training.step import accumulate_gradients
+
+        config, objective, policy = self.configs[side], self.objectives[side], self.policy
+        batches = [scored.groups for scored in self.rollout]
+        with self.clock.measure(f"{self.num_layers} {side}"):
+            with self.clock.measure(f"{self.num_layers} {side} old"):
+                old = policy.forward(batches, sorted(objective.recorded_layers), keep=objective.term.keep)
+            before = self.old.get(side, old)  # off policy but in the first round: AdamW stands between
+            [minibatch] = assemble_minibatches(self.rollout, before, None, before, config, self.groups)
+            self.old[side] = old
+            with self.clock.measure(f"{self.num_layers} {side} gradients"), policy.ready():
+                accumulate_gradients(policy, minibatch, objective, config, False)
+
+    def move(self) -> None:
+        """AdamW with the gradient that is there."""
+        with self.clock.measure(f"{self.num_layers} adamw"):
+            result = self.policy.step()
+        if not result.applied:
+            sys.exit(f"{self.num_layers} layers: the gradient was not finite")
+
+
+def report(depths: list[Depth], clock: Clock) -> None:
+    """Tables, the parts of the formula, and the ratios."""
+    print(f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}"
+          f"{'step on the wall, s':>21}")
+    for depth in depths:
+        L = depth.num_layers
+        for side in depth.sides:
+            old, gradients, step = (clock.median(f"{L} {side}{part}", "cpu") for part in (" old", " gradients", ""))
+            ratio = step / clock.median(f"{L} grpo", "cpu")
+            print(f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{ratio:11.3f}"
+                  f"{clock.median(f'{L} {side}', 'wall'):21.3f}")
+        for name in ("adamw", "rollout"):
+            print(f"{name:16}{L:8}{'':27}{clock.median(f'{L} {name}', 'cpu'):10.3f}{'':11}"
+                  f"{clock.median(f'{L} {name}', 'wall'):21.3f}")
+    few, many = (depth.num_layers for depth in depths)
+
+    def line(name: str) -> tuple[float, float]:
+        """(at no layer, per layer)"""
+        low, high = (clock.median(f"{L} {name}", "cpu") for L in (few, many))
+        slope = (high - low) / (many - few)
+        return low - few * slope, slope
+
+    def more(side: str, recorded) -> float:
+        """Seconds per recorded layer above bare GRPO, mean of both depths."""
+        sides = {depth.num_layers: side if side in depth.sides else "ral" for depth in depths}
+        return sum((clock.median(f"{L} {name}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
+                   for L, name in sides.items()) / 2
+
+    fixed, layer = line("bare grpo")
+    first, decoding = line("rollout")
+    terms = {"grpo": more("grpo", lambda L: 1), "ral": more("ral", lambda L: 1),
+             "ral all layers": more("ral all layers", lambda L: L)}
+    print(f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer "
+          f"{layer:.3f}, term {terms['ral']:.3f} (one layer), {terms['ral all layers']:.3f} (each of all), measured "
+          f"{terms['grpo']:.3f}; rollout(L) = {first:.3f} + L * {decoding:.3f}")
+    bare = fixed + REAL_LAYERS * layer
+    grpo, one, every = bare + terms["grpo"], bare + terms["ral"], bare + REAL_LAYERS * terms["ral all layers"]
+    rollout = first + REAL_LAYERS * decoding
+    print(f"at {REAL_LAYERS} layers: bare grpo {bare:.2f} s, grpo {grpo:.2f} s, ral {one:.2f} s, ral all layers "
+          f"{every:.2f} s, rollout {rollout:.2f} s")
+    print(f"ratio ral_over_grpo_bare {one / bare:.3f}")
+    print(f"ratio ral_over_grpo_with_rollout {(rollout + one) / (rollout + grpo):.3f}")
+    print(f"ratio ral_over_grpo_all_layers_bare {every / bare:.3f}")
+    print(f"ratio ral_over_grpo_all_layers {every / grpo:.3f}")
+    print(f"ratio ral_over_grpo {one / grpo:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
+    parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="the two depths that are timed")
+    parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale")
+    parser.add_argument("--prompts", type=int, default=1, help="prompt groups of a step, one per micro-batch")
+    parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt, nearly all of them visual")
+    parser.add_argument("--group-size", type=int, default=8, help="responses to each prompt")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a response")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of every side at each depth, and one more")
+    parser.add_argument("--rollouts", type=int, default=2, help="rollouts at each depth, at most --rounds; one more")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the process")
+    args = parser.parse_args()
+    args.layers.sort()
+    if args.layers[0] < 1 or args.layers[0] == args.layers[1]:
+        parser.error(f"--layers must be two depths of at least one layer, got {args.layers}")
+    if args.rounds < 1 or args.rollouts < 1 or args.prompts < 1 or args.group_size < 2:
+        parser.error("--rounds, --rollouts and --prompts must be at least 1, --group-size at least 2")
+    args.vocab_size = args.vocab_size or REAL["vocab_size"] // args.scale
+    groups, clock = start(args.threads), Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        depths = [Depth(L, args, Path(folder), groups, clock) for L in args.layers]
+        sizes = [f"{depth.num_layers} layers with {depth.num_parameters / 1e6:.1f} M parameters" for depth in depths]
+        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary "
+              f"{args.vocab_size}; {' and '.join(sizes)}, float32; {args.prompts} prompts, P = {args.prompt_length}, "
+              f"G = {args.group_size}, R = {args.length}")
+        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+              f"of {args.rounds}", flush=True)
+        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
+            if number == 1:
+                clock.clear()
+            for depth in depths:
+                if number <= args.rollouts:
+                    depth.sample()
+                for side in depth.sides:
+                    depth.step(side)
+                depth.move()
+        report(depths, clock)
+    from megatron_ral.parallel.groups import stop_groups
+
+    stop_groups()
+
+
+if __name__ == "__main__":
+    main()

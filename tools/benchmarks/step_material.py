@@ -1,0 +1,152 @@
+"""What the benchmarks of a training step share: models with the proportions of Qwen2.5-VL-7B, prompts of an exact
+length about pictures of noise, the settings of the published runs, and a clock.
+
+Every width of the 7B is divided by one number (`scale`), heads keep their width. So is its vocabulary, whose LM head
+then costs as much beside 28 layers as in the 7B: a linear layer's work falls by the square of `scale` there as in the
+layers. What falls by `scale` alone (attention, and all that is element by element) weighs `scale` times more than in
+the 7B.
+"""
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Iterator, Sequence
+
+PROJECT = Path(__file__).resolve().parents[2]
+PUBLISHED = PROJECT / "pretrained_configs"
+REAL = json.loads((PUBLISHED / "models/qwen2.5-vl-7b/config.json").read_text())["text_config"]
+REAL_LAYERS = REAL["num_hidden_layers"]
+SCALES = (1, 2, 4)
+"""Divisors of the 7B's 28 heads and 4 key/value heads."""
+
+
+def make_model(folder: Path, scale: int, num_layers: int, vocab_size: int, seed: int = 0) -> str:
+    """Random Qwen2.5-VL of so many layers of the 7B's shape / scale, in Hugging Face format."""
+    sizes = {"hidden-size": "hidden_size", "intermediate-size": "intermediate_size", "num-heads": "num_attention_heads",
+             "num-kv-heads": "num_key_value_heads"}
+    options = {name: REAL[key] // scale for name, key in sizes.items()}
+    options |= {"num-layers": num_layers, "vocab-size": vocab_size, "rope-theta": 10000, "initializer-range": 0.02,
+                "seed": seed, "output": folder}
+    from transformers.utils.logging import disable_progress_bar
+
+    from tools import make_tiny_model
+
+    disable_progress_bar()
+    with redirect_stdout(io.StringIO()):
+        make_tiny_model.main(["--untied", *(f"--{name}={value}" for name, value in options.items())])
+    return str(folder)
+
+
+def make_prompts(processor, count: int, length: int) -> list:
+    """Prompts of exactly `length` tokens about one picture of noise each; the text is as short as it can be."""
+    import numpy as np
+    from PIL import Image
+
+    from megatron_ral.types import Sample
+
+    rng = np.random.default_rng(0)
+
+    def prompt(number: int, columns: int, rows: int, more: int):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (28 * rows, 28 * columns, 3), dtype=np.uint8)).save(stream, "PNG")
+        return processor(Sample(f"k{number}", "noise", "Which digit is red?" + "1" * more, "<answer>1</answer>", "", "",
+                                (stream.getvalue(),), ()))
+
+    room = length - (len(prompt(0, 1, 1, 0).input_ids) - 1)  # a digit is one token
+    if room < 1:
+        raise SystemExit(f"a prompt of {length} tokens has no room for a picture; take at least {length + 1 - room}")
+    columns = math.isqrt(room)
+    rows = room // columns
+    prompts = [prompt(number, columns, rows, room - columns * rows) for number in range(count)]
+    assert {len(item.input_ids) for item in prompts} == {length}
+    return prompts
+
+
+def settings_of(run: str, model: str, overrides: Sequence[str]):
+    """Configuration of a published run on this model in float32 in one process, without what is the same for all sides
+    or needs more ranks: the reference model, recomputed activations, tensor parallelism."""
+    from megatron_ral.config import load_config
+
+    return load_config(PUBLISHED / f"runs/{run}.yaml", [
+        f"model.path={model}", "model.dtype=float32", "parallel.tensor_model_parallel_size=1",
+        "parallel.sequence_parallel=false", "parallel.recompute_activations=false", "loss.kl_coef=0.0",
+        "optimizer.warmup_steps=0", "train.micro_batch_size=1", "rollout.num_minibatches=1", *overrides])
+
+
+def open_processor(model: str):
+    """A processor whose responses never end: all have the length of the limit."""
+    from megatron_ral.data.processor import PromptProcessor
+
+    processor = PromptProcessor(model, 1 << 14)
+    processor.end_token_id = -1
+    return processor
+
+
+def with_advantages(rollout: Sequence) -> list:
+    """The rollout with advantages from -1 to 1 in each group: a random model's rewards are equal and its losses 0."""
+    import torch
+
+    result = []
+    for scored in rollout:
+        advantages = torch.linspace(-1, 1, scored.advantages.shape[1]).expand_as(scored.advantages)
+        result.append(replace(scored, advantages=advantages, attention_advantages=advantages))
+    return result
+
+
+STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+"""Environment in which glibc keeps what is freed: otherwise a tenth to a third of the seconds are page faults, more or
+fewer by chance."""
+
+
+def start(threads: int):
+    """Process groups of one process with so many threads; the process begins anew with `STEADY` memory."""
+    steady = {**STEADY, "OMP_NUM_THREADS": str(threads)}
+    if any(os.environ.get(name) != value for name, value in steady.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **steady})
+    import torch
+
+    from megatron_ral.cli import quiet_third_parties
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    torch.set_num_threads(threads)
+    quiet_third_parties()
+    choose_deepspeed_accelerator()
+    from megatron_ral.parallel.groups import start_groups
+
+    return start_groups(tensor_size=1, pipeline_size=1, seed=0)
+
+
+def versions() -> str:
+    """Of what the time is spent in."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
+
+
+@dataclass
+class Clock:
+    """Seconds by name: one value for every time a name was measured."""
+
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {"cpu": {}, "wall": {}})
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Processor seconds of all threads of this process, and seconds on the wall."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds["cpu"].setdefault(name, []).append(time.process_time() - cpu)
+        self.seconds["wall"].setdefault(name, []).append(time.perf_counter() - wall)
+
+    def clear(self) -> None:
+        """Forget what was measured: the first time of everything, when memory is taken and code is loaded."""
+        self.seconds = {"cpu": {}, "wall": {}}
+
+    def median(self, name: str, clock: str) -> float:
+        values = sorted(self.seconds[clock][name])
+        middle = len(values) // 2
+        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -1,0 +1,329 @@
+"""A whole step (rollout, old log-probabilities, update) against TRL's GRPOTrainer: same weights, pictures, cores.
+
+    python tools/benchmarks/whole_step_trl.py [--venv DIR] [--length 32] [--rounds 2] [--steps 1] [--clock cpu]
+
+Not run by the tests: TRL is installed, with the torch and transformers of this environment, into an environment of
+its own that is made once under --venv (about a minute, 1 GB; needs pip's index).
+
+Makes a random Qwen2.5-VL in Hugging Face format and pictures of noise. Both sides load the same folder in float32 and
+do --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), as many updates per
+rollout as there are prompts, AdamW, no reference model, no recomputed activations (but with --recompute), frozen
+vision tower, the same rewards (of the text's length, so that advantages are not 0):
+
+    ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the
+          paper on the last layer (coefficient 1); its own phases, with the clock of --clock
+    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass,
+          generation by transformers (no vLLM without an accelerator), attention as --attention says, pictures read
+          by the same class of transformers. rollout: `_generate_and_score_completions` less the pass for the old
+          log-probabilities in it, which is timed apart; update: the rest of a step
+
+Sides run one after the other, never at once, each round in fresh processes, whose allocator keeps what is freed (page
+faults are a tenth of the seconds otherwise, on both sides); the first rollout of each process is not counted. Shapes
+follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a share of the work,
+a vision tower narrower and shallower by as much. Memory is the peak of resident memory of the process.
+
+The last lines:
+    ratio whole_step_trl_memory    peak memory of TRL over ours
+    ratio whole_step_trl           samples (responses trained on) per second, ours over TRL's
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
+
+from tools.benchmarks.step_material import STEADY, versions  # noqa: E402
+
+TRL = "1.16.0"
+QUESTION = "Which digit is red?"
+PHASES = ("data", "rollout", "old", "update")
+
+
+def length_reward(completion: str, solution: str = "", problem_type: str = "") -> float:
+    """A reward that differs between random responses."""
+    return len(completion) % 17 / 17
+
+
+# --- what both sides read ---------------------------------------------------------------------------------------------
+
+def make_inputs(folder: Path, args: argparse.Namespace) -> None:
+    """model/, pictures/*.png and the same pictures as the shard data.tar."""
+    import numpy as np
+    from PIL import Image
+
+    width = args.hidden_size
+    options = {"hidden-size": width, "intermediate-size": width * 16 // 3, "num-layers": args.num_layers,
+               "num-heads": width // 64, "num-kv-heads": 2, "vocab-size": args.vocab_size, "rope-theta": 10000,
+               "initializer-range": 0.02, "vision-hidden-size": width // 3, "vision-depth": args.num_layers,
+               "vision-intermediate-size": width * 8 // 9, "output": folder / "model"}
+    subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--untied",
+                    *(str(part) for name, value in options.items() for part in (f"--{name}", value))],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rng, text = np.random.default_rng(0), {"problem": QUESTION, "solution": "<answer>7</answer>", "data_type": "image"}
+    (folder / "pictures").mkdir()
+    with tarfile.open(folder / "data.tar", "w") as archive:
+        for number in range(args.prompts):
+            stream, path = io.BytesIO(), folder / f"pictures/k{number:03d}.png"
+            pixels = rng.integers(0, 255, (28 * args.rows, 28 * args.columns, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(stream, "PNG")
+            path.write_bytes(stream.getvalue())
+            for name, data in ((path.name, stream.getvalue()), (f"{path.stem}.json", json.dumps(text).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+# --- in the processes that measure ------------------------------------------------------------------------------------
+
+def say(phases: list[dict[str, float]], **more) -> None:
+    """One JSON line: seconds of every step's phases but the first's, and the peak of resident memory in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"phases": phases[1:], "peak": peak, **more}), flush=True)
+
+
+def run_ours(args: argparse.Namespace) -> None:
+    """`Trainer.run` on the folder."""
+    import torch
+
+    from megatron_ral.cli import quiet_third_parties
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    torch.set_num_threads(args.threads)
+    quiet_third_parties()
+    choose_deepspeed_accelerator()
+    from megatron_ral.config import load_config
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.training import step, trainer
+
+    clock = SimpleNamespace(perf_counter=time.perf_counter if args.clock == "wall" else time.process_time)
+    step.time = trainer.time = clock  # phases time themselves with `time.perf_counter`
+    reports = []
+
+    class Timed(trainer.Trainer):
+        def _log_step(self, log, report, number, bar):
+            super()._log_step(log, report, number, bar)
+            reports.append(report)
+
+    folder = Path(args.folder)
+    (folder / "run.yaml").write_text("model: {dtype: float32}\n")
+    module = "tools.benchmarks.whole_step_trl"
+    config = load_config(folder / "run.yaml", [
+        f"model.path={folder}/model", f"data.train=[{{shards: '{folder}/data.tar'}}]", "data.decode_workers=0",
+        "data.shuffle=false", f"rollout.num_prompts={args.prompts}", f"rollout.num_minibatches={args.prompts}",
+        f"rollout.group_size={args.group_size}", f"rollout.max_response_length={args.length}", "loss.kl_coef=0.0",
+        "loss.attention_coef=1.0", "optimizer.learning_rate=1e-5", "train.micro_batch_size=1",
+        f"parallel.recompute_activations={str(args.recompute).lower()}",
+        f"reward.functions={{length: {{path: '{module}:length_reward', weight: 1.0}}}}",
+        f"train.num_steps={args.steps + 1}", f"train.output_dir={folder}/run-{os.getpid()}", "train.export=false",
+        "logging.tensorboard=false", "logging.gradient_ratio_interval=0", "logging.completions_interval=0",
+        "logging.probe_interval=0"])
+    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    inputs = trainer.Inputs.open(config, False)
+    inputs.processor.end_token_id = -1  # no response ends before its length
+    Timed(config, read_shape(config.model.path), groups, inputs).run()
+    groups_seen = [scored.groups for report in reports for scored in report.rollout]
+    assert all(int(seen.response_lengths.min()) == args.length for seen in groups_seen)
+    assert "loss/attention" in reports[-1].metrics
+    say([dict(report.seconds) for report in reports], prompt=groups_seen[0].prompts.input_ids.shape[1],
+        response=groups_seen[0].response_ids.shape[2], visual=int(groups_seen[0].prompts.visual_mask.sum()))
+    stop_groups()
+
+
+def run_trl(args: argparse.Namespace) -> None:
+    """GRPOTrainer on the folder; runs under the other environment's python."""
+    import torch
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, TrainerCallback
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(args.threads)
+    now = time.perf_counter if args.clock == "wall" else time.process_time
+    folder, spent, phases, seen = Path(args.folder), {"rollout": 0.0, "old": 0.0}, [], {}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+    class Processor(Qwen2_5_VLProcessor):
+        """Without videos, whose processor needs torchvision."""
+
+        def check_argument_for_proper_class(self, name, argument):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    processor = Processor(Qwen2VLImageProcessorPil.from_pretrained(folder / "model"), tokenizer, None,
+                          chat_template=tokenizer.chat_template)
+
+    class Timed(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            started, before = now(), spent["old"]
+            result = super()._generate_and_score_completions(inputs)
+            spent["rollout"] += now() - started - (spent["old"] - before)
+            return result
+
+        def _get_per_token_logps_and_entropies(self, *positional, **named):
+            if torch.is_grad_enabled():
+                return super()._get_per_token_logps_and_entropies(*positional, **named)
+            started = now()
+            result = super()._get_per_token_logps_and_entropies(*positional, **named)
+            spent["old"] += now() - started
+            return result
+
+        def _compute_loss(self, model, inputs):
+            seen.update(prompt=inputs["prompt_ids"].shape[1], response=int(inputs["completion_mask"].sum(1).min()),
+                        visual=int(inputs["image_grid_thw"][0].prod()) // 4, rows=len(inputs["prompt_ids"]),
+                        old=inputs["old_per_token_logps"] is not None)
+            return super()._compute_loss(model, inputs)
+
+    class Steps(TrainerCallback):
+        """A step of ours is a rollout and its updates: args.prompts optimizer steps of TRL."""
+
+        def on_train_begin(self, settings, state, control, **unused):
+            self.started = now()
+
+        def on_step_end(self, settings, state, control, **unused):
+            if state.global_step % args.prompts == 0:
+                whole, self.started = now() - self.started, now()
+                phases.append({**spent, "update": whole - sum(spent.values())})
+                spent.update(rollout=0.0, old=0.0)
+
+    pictures = [Image.open(path).convert("RGB") for path in sorted((folder / "pictures").glob("*.png"))]
+    question = [{"role": "user", "content": QUESTION}]
+    data = Dataset.from_list([{"prompt": question, "image": picture} for picture in pictures])
+    rows = args.trl_batch or args.group_size
+    stops = sorted({*tokenizer.all_special_ids, tokenizer.eos_token_id})
+    settings = GRPOConfig(
+        output_dir=str(folder / f"trl-{os.getpid()}"), use_cpu=True, bf16=False, gradient_checkpointing=args.recompute,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
+        per_device_train_batch_size=rows, gradient_accumulation_steps=args.group_size // rows,
+        steps_per_generation=args.prompts * args.group_size // rows,
+        num_generations=args.group_size, max_completion_length=args.length, temperature=1.0, top_p=1.0, top_k=0,
+        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops}, shuffle_dataset=False, beta=0.0,
+        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.95, report_to=[], seed=0,
+        max_steps=args.prompts * (args.steps + 1), logging_strategy="no", save_strategy="no", disable_tqdm=True)
+
+    def reward(completions, **unused):
+        return [length_reward(completion[0]["content"]) for completion in completions]
+
+    trainer = Timed(model=str(folder / "model"), reward_funcs=reward, args=settings, train_dataset=data,
+                    processing_class=processor, callbacks=[Steps()])
+    for name, parameter in trainer.model.named_parameters():
+        if "visual" in name:
+            parameter.requires_grad_(False)
+    trainer.train()
+    assert seen["response"] == args.length and seen["rows"] == rows and seen["old"], seen
+    say(phases, **seen)
+
+
+# --- in the process that asks -----------------------------------------------------------------------------------------
+
+def other_python(folder: Path) -> str:
+    """Python of an environment with TRL, made where it is missing."""
+    python = folder / "bin/python"
+    if not (folder / "complete").exists():
+        print(f"making an environment for TRL {TRL} in {folder}", flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        wanted = [f"{name}=={version(name)}" for name in ("torch", "transformers", "pillow")]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"trl=={TRL}", *wanted], check=True)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def child(python: str, side: str, args: argparse.Namespace) -> dict:
+    """What one process of a side reports."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+               if name not in ("child", "recompute")]
+    options += ["--recompute"] * args.recompute
+    environment = {**os.environ, **STEADY, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
+                   "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+                   "HF_HOME": f"{args.folder}/cache", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([python, __file__, "--child", side, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=environment, cwd=args.folder)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
+    """A table of both sides and the ratios."""
+    samples = args.prompts * args.group_size
+    print(f"{'':6}{'data, s':>9}{'rollout, s':>12}{'old, s':>9}{'update, s':>11}{'step, s':>9}{'samples/s':>11}"
+          f"{'peak memory, MiB':>18}")
+    rate, peak = {}, {}
+    for side, rounds in found.items():
+        steps = sorted((phases for one in rounds for phases in one["phases"]), key=lambda phases: sum(phases.values()))
+        middle = steps[(len(steps) - 1) // 2]
+        rate[side], peak[side] = samples / sum(middle.values()), max(one["peak"] for one in rounds)
+        data, rollout, old, update = (middle.get(name, 0.0) for name in PHASES)
+        print(f"{side:6}{data:9.2f}{rollout:12.2f}{old:9.2f}{update:11.2f}{sum(middle.values()):9.2f}{rate[side]:11.3f}"
+              f"{peak[side] / 2**20:18.0f}   (steps: {' '.join(f'{sum(step.values()):.1f}' for step in steps)})")
+    print(f"ratio whole_step_trl_memory {peak['trl'] / peak['ours']:.2f}")
+    print(f"ratio whole_step_trl {rate['ours'] / rate['trl']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser.add_argument("--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="environment of TRL")
+    parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 384")
+    parser.add_argument("--num-layers", type=int, default=6, help="layers of language model and vision tower each")
+    parser.add_argument("--vocab-size", type=int, default=3584, help="rows of the word embeddings")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts and updates of a rollout")
+    parser.add_argument("--rows", type=int, default=32, help="visual tokens along a picture's height")
+    parser.add_argument("--columns", type=int, default=32, help="visual tokens along a picture's width")
+    parser.add_argument("--group-size", type=int, default=8, help="responses to each prompt")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a response")
+    parser.add_argument("--steps", type=int, default=1, help="rollouts of a process that count")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side, in turns")
+    parser.add_argument("--threads", type=int, default=1, help="threads of either side")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu",
+                        help="whose seconds count; cpu: of all threads of the process")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
+    parser.add_argument("--trl-batch", type=int, default=0, help="responses per pass of TRL; 0: a whole group")
+    parser.add_argument("--recompute", action="store_true", help="both sides compute activations again")
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        {"ours": run_ours, "trl": run_trl}[args.child](args)
+        return
+    if args.group_size % (args.trl_batch or 1):
+        parser.error(f"--trl-batch must divide --group-size = {args.group_size}, got {args.trl_batch}")
+    if args.hidden_size % 384:
+        parser.error(f"--hidden-size must be a multiple of 384 (a vision tower of a third), got {args.hidden_size}")
+    pythons = {"ours": sys.executable, "trl": other_python(args.venv)}
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = folder
+        make_inputs(Path(folder), args)
+        size = sum(path.stat().st_size for path in Path(folder, "model").glob("*.safetensors")) / 4e6
+        found: dict[str, list[dict]] = {"ours": [], "trl": []}
+        for _ in range(args.rounds):
+            for side, rounds in found.items():
+                rounds.append(child(pythons[side], side, args))
+        first, other = found["ours"][0], found["trl"][0]
+        assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
+        P, G, R = first["prompt"], args.group_size, args.length
+        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
+              f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, R = {R}; "
+              f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}")
+        print(f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
+              f"threads, {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median step of {args.rounds} x "
+              f"{args.steps}" + ", activations computed again" * args.recompute)
+        report(args, found)
+
+
+if __name__ == "__main__":
+    main()
