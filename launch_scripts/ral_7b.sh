@@ -3,13 +3,14 @@
 #
 #   MODEL_DIR=/path/to/qwen2.5-vl-7b TRAIN_SHARDS='/path/train-*.tar' bash launch_scripts/ral_7b.sh [dotted.key=value ...]
 #   bash launch_scripts/ral_7b.sh --dry-run       # resolved configuration, layout of 8 ranks, parameters each holds
+#   bash launch_scripts/ral_7b.sh --rehearse [WORLD_SIZE] [--search]   # memory, traffic, seconds of every rank, no GPU
 #
 # Start it on every node with NODE_RANK=0..0 and one MASTER_ADDR; --resume is on, so a restart goes on from the
 # newest checkpoint. Not run on GPUs yet.
 set -euo pipefail
 
 # ---- yours to set ---------------------------------------------------------------------------------------------------
-MODEL_DIR="${MODEL_DIR:-}"           # Hugging Face or Megatron folder; --dry-run works without
+MODEL_DIR="${MODEL_DIR:-}"           # Hugging Face or Megatron folder; --dry-run and --rehearse work without
 TRAIN_SHARDS="${TRAIN_SHARDS:-}"     # glob of WebDataset shards
 EVAL_SHARDS="${EVAL_SHARDS:-}"       # glob of held-out shards, or empty
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_7b in the project; on a shared disk

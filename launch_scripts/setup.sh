@@ -53,20 +53,38 @@ launch() {
     "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvous[@]}" -m "$@"
 }
 
-# launch_run CONFIG SHAPE_DIR [dotted.key=value ...] [--dry-run]: one training run at real size. SHAPE_DIR holds the
-# published config.json, which is all that --dry-run needs.
+# launch_run CONFIG SHAPE_DIR [dotted.key=value ...] [--dry-run | --rehearse [WORLD_SIZE] [--search]]: one training run at
+# real size. SHAPE_DIR holds the published config.json, which is all that --dry-run and --rehearse need.
 launch_run() {
-    local config="$1" shape="$2" dry_run="" argument name settings=()
+    local config="$1" shape="$2" dry_run="" rehearse="" argument name settings=() search=()
     shift 2
     name="$(basename "$config" .yaml)"
-    for argument in "$@"; do
-        if [ "$argument" = --dry-run ]; then dry_run=1; else settings+=("$argument"); fi
+    while [ $# -gt 0 ]; do
+        argument="$1"
+        shift
+        case "$argument" in
+            --dry-run) dry_run=1 ;;
+            --rehearse)
+                rehearse=$((NPROC_PER_NODE * NNODES))
+                if [[ "${1:-}" =~ ^[0-9]+$ ]]; then rehearse="$1" && shift; fi ;;
+            --search) search=(--search) ;;
+            *) settings+=("$argument") ;;
+        esac
     done
+    if [ "${#search[@]}" -gt 0 ] && [ -z "$rehearse" ]; then
+        echo "error: --search goes with --rehearse" >&2
+        return 2
+    fi
     [ -z "$MODEL_DIR" ] || MODEL_DIR="$(realpath -m "$MODEL_DIR")"
     [ -z "${TEACHER_DIR:-}" ] || settings=("teacher.path='$(realpath -m "$TEACHER_DIR")'" ${settings[@]+"${settings[@]}"})
     OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/$name}")"
     cd "$PROJECT" || return 1
     setup_environment || return 1
+    if [ -n "$rehearse" ]; then
+        "$PYTHON" tools/rehearse.py --config "$config" --world-size "$rehearse" ${search[@]+"${search[@]}"} \
+            "model.path='${MODEL_DIR:-$shape}'" ${settings[@]+"${settings[@]}"}
+        return
+    fi
     if [ -n "$dry_run" ]; then
         RANK=0 WORLD_SIZE=$((NPROC_PER_NODE * NNODES)) "$PYTHON" -m megatron_ral.train --config "$config" \
             "model.path='${MODEL_DIR:-$shape}'" ${settings[@]+"${settings[@]}"} --dry-run

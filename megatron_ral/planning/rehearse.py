@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
 from megatron_ral.config import ConfigError, RunConfig, check_layout
-from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.parallel.layout import ParallelLayout
 from megatron_ral.planning.hardware import Hardware
+from megatron_ral.planning.memory import HeldBytes, frozen_bytes
 from megatron_ral.planning.parameters import stage_parameters
 from megatron_ral.planning.played import Phase, PlayedRank, Workload, play
 from megatron_ral.planning.zero3 import ITEMSIZE, StageBytes
@@ -120,6 +121,7 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
     layout = check_possible(config, shape, world_size)
     work = Workload.of(config, layout.data_size, visual_tokens)
     recorded = set(shape.layer_indices(config.loss.attention_layers))
+    teacher = _teacher_bytes(config, world_size)
     reports = []
     for stages in distinct_stages(config, shape, layout):
         place = layout.with_rank(layout.rank_of(0, 0, stages[0]))
@@ -130,7 +132,7 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
             played.phases["vision"] = replace(played.phases["vision"], count=work.num_prompts)
         zero = StageBytes(played.parameters, layout.data_size, ITEMSIZE[config.model.dtype], config.parallel.gather,
                           recorded, config.parallel.offload_parameters)
-        reports.append(_report(RankReport(played, zero, stages), config, shape, work, hardware))
+        reports.append(_report(RankReport(played, zero, stages), config, shape, work, hardware, teacher))
     total = sum(stage.unique for stage in stage_parameters(shape, layout))
     result = Rehearsal(config, layout, work, hardware, reports, total)
     result.seconds = dict(_step_seconds(result))
@@ -141,9 +143,21 @@ def _without(kinds: Counter, *left_out: str) -> Counter:
     return Counter({kind: size for kind, size in kinds.items() if kind not in left_out and size > 0})
 
 
-def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Workload, hardware: Hardware) -> RankReport:
+def _teacher_bytes(config: RunConfig, world_size: int) -> HeldBytes:
+    """Of the teacher, whose passes are not played: its shards, and its stage while it reads."""
+    if not config.distills:
+        return HeldBytes(0, 0)
+    shape = read_shape(config.teacher.path, "teacher.path")
+    shape.check_layout(*config.teacher_layout, section="teacher")
+    moved = config.teacher.cpu_offload
+    held = frozen_bytes(shape, *config.teacher_layout, world_size, config.teacher.dtype, moved)
+    return replace(held, shard=0) if moved else held
+
+
+def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Workload, hardware: Hardware,
+            teacher: HeldBytes) -> RankReport:
     played, zero = report.rank, report.zero
-    held = Counter({kind: size for kind, size in zero.held(config).items() if size})
+    held = Counter({kind: size for kind, size in {**zero.held(config), "teacher": teacher.shard}.items() if size})
     features = (work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize
                 if played.layout.is_first_stage else 0)
     kept = sum(played.phases[name].held for name in PASSES if name in played.phases)
@@ -166,6 +180,8 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
     for name in PASSES:
         if name in phases:
             memory(name, zero.in_pass, phases[name], waiting)
+    if config.distills:
+        memory("teacher", 2 * teacher.gathered, None, waiting)
     ratio = config.logging.gradient_ratio_interval > 0 and config.attention_acts
     copies = Counter({"gradients": 4 * zero.trained_numel * (2 if config.loss.attention_grad_ratio > 0 else int(ratio))})
     memory("update", zero.in_pass, phases["update"], waiting, copies)

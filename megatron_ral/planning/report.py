@@ -5,7 +5,7 @@ from collections import Counter
 from megatron_ral.planning.rehearse import RankReport, Rehearsal
 
 GIB = 2 ** 30
-KINDS = ("parameters", "gathered stage", "reference", "average", "gradients", "optimizer state", "activations", "KV cache",
+KINDS = ("parameters", "gathered stage", "reference", "average", "teacher", "gradients", "optimizer state", "activations", "KV cache",
          "attention rows", "logits", "visual features")
 
 
@@ -64,6 +64,8 @@ def _job(rehearsal: Rehearsal) -> list[str]:
         f"{max(r.seconds['checkpoint'] for r in rehearsal.ranks):,.0f} s",
         f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, of which "
         f"{hardware.reserved_gib:g} are reserved: {verdict}"]
+    if rehearsal.config.distills:
+        lines.append("the teacher's shards and gathered stage are counted; its passes are not rehearsed")
     host = Counter()
     for rank in rehearsal.ranks:
         parallel, zero = rehearsal.config.parallel, rank.zero
