@@ -186,8 +186,9 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
     copies = Counter({"gradients": 4 * zero.trained_numel * (2 if config.loss.attention_grad_ratio > 0 else int(ratio))})
     memory("update", zero.in_pass, phases["update"], waiting, copies)
     whole_gradient = 4 * sum(parameter.numel for parameter in zero.trained)
+    # What moves to the bucket and is laid out for the collective there leaves the gradients.
     memory("reduce", zero.in_pass, None, waiting, copies,
-           Counter({"gradients": whole_gradient + (zero.bucket if zero.data_size > 1 else 0)}))
+           Counter({"gradients": whole_gradient + zero.bucket // zero.data_size}))
     largest = max((-(-parameter.numel // zero.data_size) for parameter in zero.trained), default=0)
     memory("optimizer", 0, None, waiting, Counter({"gradients": 16 * largest}))
     memory("checkpoint", 0, None, Counter({"optimizer state": 12 * zero.trained_numel

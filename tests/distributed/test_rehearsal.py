@@ -123,6 +123,53 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
             "stage": policy.layout.pipeline_rank}
 
 
+def real_memory(path: str, other: str, data: str, tensor: int, pipeline: int, settings: dict) -> dict:
+    """Most bytes that were alive at once, beyond what is held between uses, while the stage runs one optimizer step."""
+    from megatron_ral.planning.fakes import Watched
+
+    opened = open_policy(path, tensor, pipeline, num_groups=16, **settings)
+    _, _, _, policy, objective = opened
+    minibatch = fixed_minibatch(opened, other, data, 2, settings.get("sequence_parallel", False))
+    with Watched() as watched, watched.phase() as seen:
+        policy.accumulate(minibatch, objective)
+    prompts = minibatch[0].groups.prompts
+    return {"peak": seen.peak_bytes, "P": prompts.input_ids.shape[1], "visual": int(prompts.visual_mask[0].sum()),
+            "stage": policy.layout.pipeline_rank}
+
+
+def played_memory(path: str, tensor: int, pipeline: int, P: int, visual: int, settings: dict) -> dict:
+    """The same, rehearsed: gather, micro-batches, reduction."""
+    from megatron_ral.planning.rehearse import rehearse
+
+    config = make_config(path, tensor=tensor, pipeline=pipeline, num_groups=16, **settings)
+    config = replace(config, data=replace(config.data, max_prompt_length=P), rollout=replace(config.rollout, num_epochs=1),
+                     logging=replace(config.logging, gradient_ratio_interval=0))
+    result, peaks = rehearse(config, read_shape(path), 4, visual_tokens=visual, on_gpu=False), {}
+    for report in result.ranks:
+        held = sum(report.zero.held(config).values())
+        waiting = report.memory["update"]["visual features"]
+        rows = sum(report.rank.phases[name].held for name in ("old", "reference")) * result.work.passes
+        beside = held + waiting + rows
+        peak = max(sum(report.memory["gather"].values()) - held,
+                   *(sum(report.memory[name].values()) - beside for name in ("update", "reduce")))
+        peaks.update({stage: peak for stage in report.stages})
+    return peaks
+
+
+MEMORY_CASES = [(2, 2, {"sequence_parallel": True}), (1, 2, {}), (2, 1, {}), (1, 1, {}),
+                (1, 2, {"parallel": {"recompute_activations": True}})]
+
+
+@pytest.mark.parametrize("tensor, pipeline, settings", MEMORY_CASES)
+def test_memory_is_that_of_real_processes(material, tensor, pipeline, settings):
+    path = str(material["tiny"])
+    real = run_ranks(4, real_memory, path, str(material["tiny_other"]), str(material["data"]), tensor, pipeline, settings)
+    [played] = run_ranks(1, played_memory, path, tensor, pipeline, real[0]["P"], real[0]["visual"], settings)
+    print([(rank["stage"], rank["peak"], played[rank["stage"]]) for rank in real])
+    for rank in real:
+        assert abs(played[rank["stage"]] - rank["peak"]) <= 0.15 * rank["peak"], (rank, played)
+
+
 def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, settings: dict) -> dict:
     """The same, rehearsed."""
     from megatron_ral.planning.rehearse import rehearse
