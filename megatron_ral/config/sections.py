@@ -47,6 +47,9 @@ class ParallelConfig:
     """What is gathered from the data-parallel ranks at a time in a training pass. stage: the whole stage, once per
     optimizer step. layer: one layer after the other, in every pass of every micro-batch, which takes the memory of a few
     layers and sends (2 * micro-batches) times as much. Generation always gathers the stage, once per rollout."""
+    overlap_communication: bool = True
+    """Gather layers ahead of the pass that is on its way to them, and reduce their gradients while the last backward pass
+    goes on, in place of before and after it. The same bytes and numbers."""
     offload_optimizer: bool = False
     """Keep the policy's float32 weights, gradients and moments in the host's memory and update them there."""
     offload_parameters: bool = False

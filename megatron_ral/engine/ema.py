@@ -25,7 +25,7 @@ class AverageEngine(FrozenEngine):
         config = policy.config
         super().__init__(policy.shape, policy.groups, config.model.dtype, config.model.path,
                          config.parallel.sequence_parallel, config.parallel.offload_parameters,
-                         config.parallel.gather)
+                         config.parallel.gather, config.parallel.overlap_communication)
         self.decay = decay
         names = {name for name, parameter in policy.stage.named_parameters() if parameter.requires_grad}
         self._followed = {name: parameter for name, parameter in self.stage.named_parameters() if name in names}

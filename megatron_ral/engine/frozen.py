@@ -9,10 +9,11 @@ class FrozenEngine(StageEngine):
     """Frozen stage of one rank; it reads and generates, and never changes.
 
     Args:
-        shape, groups, dtype, path, sequence_parallel, cpu_offload, gather: as for StageEngine.
+        shape, groups, dtype, path, sequence_parallel, cpu_offload, gather, overlap: as for StageEngine.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str,
-                 sequence_parallel: bool = False, cpu_offload: bool = False, gather: str = "stage"):
+                 sequence_parallel: bool = False, cpu_offload: bool = False, gather: str = "stage",
+                 overlap: bool = False):
         super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload,
-                         gather=gather)
+                         gather=gather, overlap=overlap)

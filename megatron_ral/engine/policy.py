@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import use_gradient_norm
+from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, use_gradient_norm
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
@@ -78,7 +78,8 @@ class PolicyEngine(StageEngine):
                          sequence_parallel=config.parallel.sequence_parallel,
                          cpu_offload=config.parallel.offload_parameters,
                          offload_optimizer=config.parallel.offload_optimizer,
-                         recompute=config.parallel.recompute_activations, gather=config.parallel.gather)
+                         recompute=config.parallel.recompute_activations, gather=config.parallel.gather,
+                         overlap=config.parallel.overlap_communication)
         self.config = config
         self.num_steps_taken, self._losses_finite = 0, True
         use_gradient_norm(self.deepspeed.optimizer, self._own_norm)
@@ -87,6 +88,8 @@ class PolicyEngine(StageEngine):
                            if parameter.requires_grad}
         for parameter in self._trainable.values():
             parameter.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the model's precision
+        self._early = EarlyReduction(self.deepspeed.optimizer, self.stage.language.decoder.layers
+                                     if config.parallel.overlap_communication else ())
         self._partial = [parameter for parameter in self._trainable.values() if self.layout.tensor_size > 1
                          and getattr(parameter, "partial_over_tensor_ranks", False)]
         self._tied = [parameter for parameter in self._trainable.values()
@@ -112,12 +115,15 @@ class PolicyEngine(StageEngine):
         recorded = frozenset(self.local_layers(sorted(objective.recorded_layers)))
         scale = float(self.layout.data_size)  # cancels DeepSpeed's mean over data-parallel ranks
         metrics: dict[str, Tensor] = {}
+        to_come = len(batches)
 
         def add(values: Mapping[str, Tensor]) -> None:
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach()
 
         def forward_step(iterator, stage):
+            nonlocal to_come
+            to_come -= 1
             batch = to_device(next(iterator), self.groups.device)
             pass_ = AttentionPass(group_layout(batch.groups), recorded)
             output = stage(batch.groups, pass_)
@@ -129,6 +135,8 @@ class PolicyEngine(StageEngine):
                 add(values)
                 if loss is not None:
                     output = _AttachLoss.apply(output, loss, scale)
+            if to_come == 0:
+                self._early.begin_with_backward_of(output)
 
             def token_loss(logits):
                 loss, values = objective.token_loss(
@@ -140,8 +148,9 @@ class PolicyEngine(StageEngine):
 
         with self.ready(recorded), self.deepspeed.coalesce_grad_reduction():
             self.run_schedule(forward_step, batches, forward_only=False)
+            reduced = self._early.finish()
             for parameter in self._trainable.values():
-                if parameter.grad is None:  # an old gradient would be reused in its place
+                if parameter.grad is None and id(parameter) not in reduced:  # an old gradient would be reused in its place
                     parameter.grad = torch.zeros(parameter.ds_shape, device=self.groups.device, dtype=torch.float32)
         return metrics
 

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
-from megatron_ral.engine.gather import LayerWeights, gather_parameters, release_parameters
+from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_offload: bool = False,
-                 offload_optimizer: bool = False) -> dict[str, Any]:
+                 offload_optimizer: bool = False, overlap: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration, derived: nothing in it is set by a user directly.
 
     `gradient_accumulation_steps` is 1 because losses are sums over a global denominator already, and the persistence
@@ -51,8 +51,10 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_off
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": 3, "overlap_comm": False, "contiguous_gradients": True,
-            "reduce_bucket_size": max(largest, min(numel, 200_000_000)), "stage3_prefetch_bucket_size": 0,
+            "stage": 3, "overlap_comm": overlap, "contiguous_gradients": True,
+            # several, that something can be reduced while the rest is computed
+            "reduce_bucket_size": max(largest, min(numel // 4 if overlap else numel, 200_000_000)),
+            "stage3_prefetch_bucket_size": 0,
             "stage3_param_persistence_threshold": 0,
             **({"offload_param": host} if cpu_offload else {}),
             **({"offload_optimizer": host} if offload_optimizer else {}),
@@ -84,15 +86,16 @@ class StageEngine:
         offload_optimizer: keep master weights, gradients and moments there.
         recompute: compute activations of layers that are not recorded again in the backward pass.
         gather: "stage" or "layer", what a pass has whole at a time; "layer" recomputes.
+        overlap: gather and reduce while passes compute.
     """
 
     def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
                  train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False,
                  cpu_offload: bool = False, offload_optimizer: bool = False, recompute: bool = False,
-                 gather: str = "stage"):
+                 gather: str = "stage", overlap: bool = False):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.groups, self.layout = shape, groups, groups.layout
-        self._resident, self._ready, self._gather = False, False, gather
+        self._resident, self._ready, self._gather, self._overlap = False, False, gather, overlap
         with groups.active():
             self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel,
                                          recompute or gather == "layer")
@@ -109,7 +112,7 @@ class StageEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
                 config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
-                                    offload_optimizer=offload_optimizer),
+                                    offload_optimizer=offload_optimizer, overlap=overlap),
                 mpu=MegatronTopology(groups), dist_init_required=False)
 
     @contextmanager
@@ -120,8 +123,9 @@ class StageEngine:
             with self.groups.active():
                 yield
             return
+        assert not self._ready, "a pass is under way"
         parameters = list(self.stage.parameters())
-        gather_parameters(parameters)
+        Gather(parameters).wait()
         self._resident = True
         try:
             with suspended_module_hooks(self.stage), self.groups.active():
@@ -153,27 +157,32 @@ class StageEngine:
     @contextmanager
     def ready(self, recorded: Collection[int] = ()) -> Iterator[None]:
         """What a pass over micro-batches needs: `resident`, or with gather = "layer" all but the layers that are not in
-        `recorded` (a recorded layer is not recomputed, so that its weights stay). May be nested: several passes around
-        which it stands gather once."""
+        `recorded` (a recorded layer is not recomputed, so that its weights stay). With overlap layers arrive while the pass
+        is on its way to them. May be nested: several passes around which it stands gather once."""
         if self._ready:
             yield
             return
-        if self._resident or self._gather == "stage":
+        if self._resident or (self._gather == "stage" and not self._overlap):
             with self.resident():
                 yield
             return
-        passing = self._passing(recorded)
+        layers = self.stage.language.decoder.layers if self._gather == "stage" else self._passing(recorded)
+        theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        rest = Gather([parameter for parameter in self.stage.parameters() if id(parameter) not in theirs])
         self._ready = True
-        for layer in passing:
-            layer.weights = LayerWeights(layer)
-        theirs = {id(parameter) for layer in passing for parameter in layer.weights.parameters}
+        for layer in layers:
+            layer.weights = (ArrivingWeights if self._gather == "stage" else LayerWeights)(layer)
+        if self._gather == "layer" and self._overlap:
+            for layer, following in zip(layers, layers[1:]):
+                layer.weights.ahead, following.weights.behind = following.weights, layer.weights
         try:
-            gather_parameters([parameter for parameter in self.stage.parameters() if id(parameter) not in theirs])
+            rest.wait()
             with suspended_module_hooks(self.stage), self.groups.active():
                 yield
         finally:
             self._ready = False
-            for layer in passing:
+            for layer in layers:
+                layer.weights.settle()
                 layer.weights = None
             release_parameters(list(self.stage.parameters()))
 

@@ -106,7 +106,7 @@ class Trainer:
             reference = FrozenEngine(shape, groups, config.model.dtype,
                                      config.model.reference_path or config.model.path,
                                      config.parallel.sequence_parallel, config.parallel.offload_parameters,
-                                     config.parallel.gather)
+                                     config.parallel.gather, config.parallel.overlap_communication)
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)

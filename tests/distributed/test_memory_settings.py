@@ -10,14 +10,14 @@ from tests.distributed.runner import run_ranks
 
 
 class WatchedWeights(LayerWeights):
-    """Notes how many numbers of the stage are whole whenever a layer begins."""
+    """Notes how many numbers of the stage are whole, or on their way, whenever a layer begins."""
 
     stage, most = None, 0
 
     def enter(self, hidden):
         result = super().enter(hidden)
         whole = sum(parameter.ds_numel for parameter in self.stage.parameters()
-                    if parameter.ds_status == ZeroParamStatus.AVAILABLE)
+                    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE)
         WatchedWeights.most = max(WatchedWeights.most, whole)
         return result
 
@@ -45,11 +45,12 @@ def kept_bytes(path: str, other: str, data: str, parallel: dict) -> dict:
 
 def test_recomputation_keeps_less_and_layers_are_whole_one_at_a_time(material):
     arguments = (str(material["tiny"]), str(material["tiny_other"]), str(material["data"]))
-    plain, recomputed, layerwise = (run_ranks(2, kept_bytes, *arguments, parallel)[0] for parallel in (
-        {}, {"recompute_activations": True}, {"gather": "layer"}))
+    plain, recomputed, layerwise, ahead = (run_ranks(2, kept_bytes, *arguments, parallel)[0] for parallel in (
+        {}, {"recompute_activations": True}, {"gather": "layer", "overlap_communication": False}, {"gather": "layer"}))
     assert len(plain["layers"]) == 4 and plain["most"] == recomputed["most"] == 0
     # three of four layers keep their input alone; embedding, recorded layer, head and loss keep what they did
     assert recomputed["kept"] < 0.6 * plain["kept"]
     assert layerwise["kept"] < 0.6 * plain["kept"]
     one, all_passing = layerwise["layers"][0], sum(layerwise["layers"]) - layerwise["layers"][1]
     assert layerwise["most"] == layerwise["stage"] - all_passing + one
+    assert ahead["kept"] == layerwise["kept"] and ahead["most"] == layerwise["most"] + one, "one more is on its way"
