@@ -91,10 +91,6 @@ launch_run() {
             *) settings+=("$argument") ;;
         esac
     done
-    if [ "${#options[@]}" -gt 0 ] && [ -z "$rehearse" ]; then
-        echo "error: ${options[0]}: --dry-run, --preflight and --rehearse are known; other options go with --rehearse" >&2
-        return 2
-    fi
     for variable in TRAIN_SHARDS EVAL_SHARDS; do
         [ -z "${!variable}" ] || [[ "${!variable}" = /* ]] || printf -v "$variable" '%s/%s' "$PWD" "${!variable}"
     done
@@ -122,5 +118,5 @@ launch_run() {
         return 2
     fi
     launch megatron_ral.train "${flags[@]}" --config "$config" "model.path='$MODEL_DIR'" "train.output_dir='$OUTPUT_DIR'" \
-        "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${settings[@]+"${settings[@]}"}
+        "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${options[@]+"${options[@]}"} ${settings[@]+"${settings[@]}"}
 }

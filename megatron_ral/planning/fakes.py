@@ -32,7 +32,7 @@ def _known(value: Any) -> Optional[Tensor]:
 
 class KnownIntegers(TorchDispatchMode):
     """Integers of fake tensors that come from integers alone are computed for real; a number that is asked of an unknown
-    tensor is 1."""
+    tensor is 1, and no place of it is true (no draw of a token needs the whole vocabulary)."""
 
     def __init__(self, fake_mode: FakeTensorMode):
         super().__init__()
@@ -49,6 +49,8 @@ class KnownIntegers(TorchDispatchMode):
             with unset_fake_temporarily():
                 return _known(tensors[0]).item()
         if unknown:
+            if func is torch.ops.aten.nonzero.default:
+                return tensors[0].new_empty(0, tensors[0].dim(), dtype=torch.int64)
             if func is torch.ops.aten.index.Tensor:
                 args = (args[0], [self._as_places(index) for index in args[1]])
             result = func(*args, **kwargs)

@@ -35,8 +35,6 @@ class Hardware:
     """Share of all bandwidths that is reached: assumed."""
     launch_microseconds: float = 6.0
     """Of one kernel, not hidden where kernels are small: assumed."""
-    draw_nanoseconds: float = 115.0
-    """Of one CPU thread for one logit, where tokens are drawn on the host: measured on one core."""
     disk_gbps_per_node: float = 2.0
     """GB/s written to the shared disk: assumed."""
 

@@ -12,14 +12,18 @@ from typing import Any, Mapping, Optional
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from megatron_ral.compat.deepspeed_pipeline import EarlyReduction
 from megatron_ral.config import RunConfig
-from megatron_ral.engine.generate import SamplingSettings, _Decoder
+from megatron_ral.engine.generate import GenerationLine
+from megatron_ral.engine.in_flight import BatchInFlight, SamplingSettings
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.engine.stage import DTYPES
 from megatron_ral.functional.attention_targets import success_target
-from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupKVCache
+from megatron_ral.models.group_layout import AttentionPass, AttentionRecord
+from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.groups import ParallelGroups, play_rank
@@ -27,55 +31,9 @@ from megatron_ral.parallel.layout import ParallelLayout
 from megatron_ral.parallel.traffic import CountedTraffic, Traffic
 from megatron_ral.planning.fakes import Seen, Watched, fake_tensors, first_pieces
 from megatron_ral.training.attention_term import ROLLOUT_POLICY
-from megatron_ral.training.objective import RalObjective
-from megatron_ral.types import GroupBatch, Prompt, StepTotals, TrainBatch, pad_prompts
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Sizes of one RL step on one rank, at the limits that the configuration allows."""
-
-    prompt_length: int
-    grid: tuple[int, int]
-    """Visual tokens of a prompt as rows and columns of one picture; (0, 0): text only."""
-    response_length: int
-    group_size: int
-    generation_batch: int
-    """Prompts generated together."""
-    micro_batch: int
-    """Prompt groups of a micro-batch."""
-    num_prompts: int
-    """Prompts of a rollout on this rank."""
-    num_updates: int
-    """Optimizer steps on a rollout."""
-    micro_batches: int
-    """Of one optimizer step."""
-
-    @property
-    def visual_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def passes(self) -> int:
-        """Micro-batches of the whole rollout, each of which the passes without gradient read once."""
-        return self.num_prompts // self.micro_batch
-
-    @classmethod
-    def of(cls, config: RunConfig, data_size: int, visual_tokens: int = -1) -> "Workload":
-        """Prompts and responses as long as they may be.
-
-        Args:
-            visual_tokens: of each prompt; negative: as many as the limits allow.
-        """
-        length, rollout = config.data.max_prompt_length, config.rollout
-        visual = visual_tokens if visual_tokens >= 0 else min(config.data.max_visual_tokens or length, length - length // 64)
-        rows = next((rows for rows in range(int(visual ** 0.5), 0, -1) if visual % rows == 0), 0) if visual else 0
-        share = rollout.num_prompts // data_size
-        per_update = share // rollout.num_minibatches
-        micro = min(config.train.micro_batch_size, per_update)
-        return cls(length, (rows, visual // rows if rows else 0), rollout.max_response_length, rollout.group_size,
-                   min(rollout.generation_batch_size, share), micro, share, config.updates_per_rollout,
-                   per_update // micro)
+from megatron_ral.training.objective import RalObjective, SftObjective
+from megatron_ral.planning.workload import Workload, make_groups, make_prompt
+from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts
 
 
 @dataclass
@@ -126,18 +84,48 @@ class PlayedParameter:
 class _NamedCache(GroupKVCache):
     """The cache, counted as such from the moment it is made."""
 
-    def __init__(self, max_response_length: int, watched: Watched):
-        super().__init__(max_response_length)
-        self._watched = watched
+    def __init__(self, prompt_lengths: Tensor, group_size: int, watched: Watched):
+        super().__init__(prompt_lengths, group_size)
+        self.watched = watched
 
-    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
-        super().store_prompt(layer, key, value)
-        self._watched.call_it("KV cache", *self.prompt[layer])
+    def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
+        with self.watched.kind("KV cache"):
+            super().store_prompt(layer, key_BPkD, value_BPkD)
 
-    def append(self, layer: int, step: int, key_BGkD: Tensor, value_BGkD: Tensor) -> tuple[Tensor, Tensor]:
-        result = super().append(layer, step, key_BGkD, value_BGkD)
-        self._watched.call_it("KV cache", *self.response[layer])
-        return result
+    def _grown(self, held: Optional[Tensor], new: Tensor) -> Tensor:
+        with self.watched.kind("KV cache"):
+            return super()._grown(held, new)
+
+
+class _PlayedBatch(BatchInFlight):
+    """A batch that can be put at any step of its responses, where nobody has ended."""
+
+    def count_cache(self, watched: Watched) -> None:
+        """Before the first pass: its cache is counted as one."""
+        self._cache = _NamedCache(self._cache.prompt_lengths, self.settings.group_size, watched)
+
+    def go_to_last_growth(self) -> None:
+        """To the last step at which the cache grows, which is when it takes most."""
+        held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
+        self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
+        if held:
+            with self._cache.watched.kind("KV cache"):
+                for layer, parts in self._cache.prompt.items():
+                    self._cache.response[layer] = tuple(
+                        part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
+
+
+class _PlayedReduction:
+    """Of DeepSpeed's optimizer what `EarlyReduction` calls: a gradient that leaves for the bucket is gone."""
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Nothing to know here."""
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, parameter: Parameter) -> None:
+        parameter.grad = None
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """The bucket is arithmetic."""
 
 
 class PlayedPolicy(PolicyEngine):
@@ -152,7 +140,7 @@ class PlayedPolicy(PolicyEngine):
     def __init__(self, shape: ModelShape, groups: ParallelGroups, config: RunConfig, watched: Watched,
                  on_gpu: bool = True):
         self.shape, self.groups, self.layout, self.config, self.watched = shape, groups, groups.layout, config, watched
-        self._resident, self._ready, self._gather = True, False, config.parallel.gather
+        self._resident, self._ready, self._gather, self._overlap = True, False, config.parallel.gather, False
         self.deepspeed = SimpleNamespace(coalesce_grad_reduction=nullcontext)
         with groups.active():
             self.stage = MultimodalStage(shape, groups.layout, DTYPES[config.model.dtype], groups.device,
@@ -165,6 +153,8 @@ class PlayedPolicy(PolicyEngine):
             if parameter.requires_grad:
                 parameter.grad_dtype = torch.float32
                 parameter.register_post_accumulate_grad_hook(lambda p: watched.call_it("gradients", p.grad))
+        self._early = EarlyReduction(_PlayedReduction(), self.stage.language.decoder.layers
+                                     if config.parallel.overlap_communication else ())
         self._trainable = {name: parameter for name, parameter in self.stage.named_parameters() if parameter.requires_grad}
         watched.call_it("parameters", *self.stage.parameters(), *self.stage.buffers())
 
@@ -188,7 +178,7 @@ class PlayedPolicy(PolicyEngine):
 class _WatchedObjective:
     """An objective whose attention part is counted as attention rows."""
 
-    inner: RalObjective
+    inner: RalObjective | SftObjective
     watched: Watched
 
     def __getattr__(self, name: str) -> Any:
@@ -214,30 +204,6 @@ def _kind_of(shape: ModelShape, layout: ParallelLayout):
     return kind
 
 
-def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
-    """One prompt of the longest kind: a picture, then text."""
-    length, visual = work.prompt_length, work.visual_tokens
-    merge = shape.vision.spatial_merge_size
-    mask = torch.arange(length) < visual
-    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size ** 2
-    grids = [[1, work.grid[0] * merge, work.grid[1] * merge]] if visual else []
-    return Prompt(
-        sample=None, input_ids=torch.where(mask, shape.image_token_id, 1), position_ids=torch.arange(length).expand(3, -1),
-        next_position=length, pixel_values=torch.empty(visual * merge * merge, patch),
-        grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3), is_video=torch.zeros(len(grids), dtype=torch.bool),
-        seconds_per_grid=torch.zeros(len(grids)), visual_mask=mask, target_mask=torch.arange(length) < min(visual, 1),
-        response_ids=torch.zeros(0, dtype=torch.int64))
-
-
-def make_groups(shape: ModelShape, work: Workload, size: int, embeds: bool, dtype: torch.dtype) -> GroupBatch:
-    """`size` groups of the longest kind; embeds: with features of the vision tower."""
-    prompts = pad_prompts([make_prompt(shape, work)] * size, 0)
-    G, R = work.group_size, work.response_length
-    features = tuple(torch.empty(work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size, dtype=dtype)
-                     for _ in range(size)) if embeds else None
-    return GroupBatch(prompts, torch.ones(size, G, R, dtype=torch.int64), torch.full((size, G), R), features)
-
-
 class _Player:
     """One rank on its way through the phases."""
 
@@ -245,6 +211,9 @@ class _Player:
         self.engine, self.work, self.config, self.result = engine, work, config, result
         groups = engine.groups
         self.groups = {"tensor": groups.tensor, "pipeline": groups.pipeline, "data": groups.data}
+        if config.train.algorithm == "sft":
+            self.objective: RalObjective | SftObjective = SftObjective()
+            return
         self.objective = RalObjective(config.loss, frozenset(engine.shape.layer_indices(config.loss.attention_layers)),
                                       config.loss.attention_coef, config.rollout.temperature)
 
@@ -257,8 +226,9 @@ class _Player:
 
     def batches(self, count: int) -> list[GroupBatch]:
         engine = self.engine
-        batches = [make_groups(engine.shape, self.work, self.work.micro_batch, engine.layout.is_first_stage,
-                               engine.stage.dtype) for _ in range(count)]
+        features = engine.layout.is_first_stage and self.config.train.algorithm != "sft"  # which encodes in the update
+        batches = [make_groups(engine.shape, self.work, self.work.micro_batch, features, engine.stage.dtype)
+                   for _ in range(count)]
         for batch in batches:
             engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
         return batches
@@ -269,27 +239,19 @@ class _Player:
         self.phase("vision", self.work.num_prompts, lambda: self.engine.encode_visual(prompts))
 
     def generation(self) -> None:
+        """One batch of those in flight: its first pass, and the one that takes most memory, with what they send and draw."""
         engine, work = self.engine, self.work
         batch = make_groups(engine.shape, work, work.generation_batch, engine.layout.is_first_stage, engine.stage.dtype)
         settings = SamplingSettings(work.group_size, work.response_length, 0, 0, self.config.rollout.temperature,
                                     self.config.rollout.top_p)
         engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
-        decoder = _Decoder(engine, batch.prompts, settings)
-        decoder.cache = _NamedCache(work.response_length, engine.watched)
-        rollouts = -(-work.num_prompts // work.generation_batch)
+        playing = _PlayedBatch(batch.prompts, batch.visual_embeds, settings, engine.groups, ())
+        playing.count_cache(engine.watched)
+        line, batches = GenerationLine(engine), -(-work.num_prompts // work.generation_batch)
         with torch.no_grad(), engine.resident(), engine.stage.whole_sequences():
-            logits = self.phase("prefill", rollouts, lambda: decoder.prefill(batch.visual_embeds))
-            tokens = torch.ones(work.generation_batch, work.group_size, dtype=torch.int64)
-
-            logits = self.phase("token", rollouts * work.response_length,
-                                lambda: decoder.advance(tokens, max(work.response_length - 2, 0)))
-            uniform = torch.empty(work.generation_batch, work.group_size, dtype=torch.float64)
-
-            def draw():
-                with engine.watched.kind("host"):
-                    return decoder.draw(logits, uniform)
-
-            self.phase("draw", rollouts * work.response_length, draw)
+            self.phase("prefill", batches, lambda: line.start_pass(playing))
+            playing.go_to_last_growth()
+            self.phase("token", batches * (work.response_length - 1), lambda: line.start_pass(playing))
         self.result.cache_bytes = engine.watched.live["KV cache"]
 
     def passes(self) -> Optional[Mapping[int, Any]]:
@@ -339,7 +301,8 @@ class _Player:
 
 def play(shape: ModelShape, config: RunConfig, layout: ParallelLayout, work: Workload, on_gpu: bool = True,
          vision: bool = True) -> PlayedRank:
-    """One rank through the phases of an RL step: vision, prefill, one token, its draw, passes without gradient, update.
+    """One rank through the phases of an RL step: vision, prefill, one token, passes without gradient, update; of a
+    supervised step: the update.
 
     Args:
         shape: model.
@@ -357,8 +320,11 @@ def play(shape: ModelShape, config: RunConfig, layout: ParallelLayout, work: Wor
         player = _Player(engine, work, config, result)
         with watched, first_pieces(watched):
             engine.stage.eval()
-            if vision and layout.is_first_stage and work.visual_tokens:
+            if vision and layout.is_first_stage and work.visual_tokens and config.train.algorithm != "sft":
                 player.vision()
-            player.generation()
-            player.update(player.passes())
+            if config.train.algorithm == "sft":
+                player.update(None)
+            else:
+                player.generation()
+                player.update(player.passes())
         return result

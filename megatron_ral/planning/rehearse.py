@@ -10,7 +10,8 @@ from megatron_ral.parallel.layout import ParallelLayout
 from megatron_ral.planning.hardware import Hardware
 from megatron_ral.planning.memory import HeldBytes, frozen_bytes
 from megatron_ral.planning.parameters import stage_parameters
-from megatron_ral.planning.played import Phase, PlayedRank, Workload, play
+from megatron_ral.planning.played import Phase, PlayedRank, play
+from megatron_ral.planning.workload import Workload
 from megatron_ral.planning.zero3 import ITEMSIZE, StageBytes
 
 PASSES = ("old", "reference", "average")
@@ -29,6 +30,8 @@ class RankReport:
     """Phase -> bytes by (group, kind), of the whole phase of one RL step."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds of this rank's own work in one RL step, without waiting for other stages."""
+    update_share: float = 0.0
+    """Bytes of an optimizer step over data-parallel ranks, as multiple of one gather and one reduce-scatter; 0: none."""
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -64,7 +67,7 @@ class Rehearsal:
 
     @property
     def prompts_per_day(self) -> float:
-        return self.config.rollout.num_prompts * 86400 / self.step_seconds
+        return self.work.num_prompts * self.layout.data_size * 86400 / self.step_seconds
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -73,9 +76,14 @@ class Rehearsal:
         return per_data_rank * self.layout.tensor_size * self.layout.data_size
 
 
+def _recorded(config: RunConfig, shape: ModelShape) -> set[int]:
+    """0-based layers whose attention an update records."""
+    return set(shape.layer_indices(config.loss.attention_layers)) if config.train.algorithm == "ral" else set()
+
+
 def distinct_stages(config: RunConfig, shape: ModelShape, layout: ParallelLayout) -> list[list[int]]:
     """Stages that are alike, together; the first of each holds most micro-batches at a time."""
-    recorded = set(shape.layer_indices(config.loss.attention_layers))
+    recorded = _recorded(config, shape)
     found: dict[tuple, list[int]] = {}
     for stage in range(layout.pipeline_size):
         place = layout.with_rank(layout.rank_of(0, 0, stage))
@@ -95,8 +103,6 @@ def check_possible(config: RunConfig, shape: ModelShape, world_size: int) -> Par
     parallel = config.parallel
     shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
-    if config.train.algorithm != "ral":
-        raise ConfigError(f"train.algorithm = {config.train.algorithm} is not rehearsed; only ral is")
     return ParallelLayout(0, world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
 
 
@@ -119,19 +125,19 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
         ConfigError: the layout cannot work.
     """
     layout = check_possible(config, shape, world_size)
-    work = Workload.of(config, layout.data_size, visual_tokens)
-    recorded = set(shape.layer_indices(config.loss.attention_layers))
+    work = Workload.of(config, layout.data_size, layout.pipeline_size, visual_tokens)
+    recorded = _recorded(config, shape)
     teacher = _teacher_bytes(config, world_size)
     reports = []
     for stages in distinct_stages(config, shape, layout):
         place = layout.with_rank(layout.rank_of(0, 0, stages[0]))
         tower = (shape.path, work.grid, config.model.dtype)
         played = play(shape, config, place, work, on_gpu, vision=tower not in _towers)
-        if place.is_first_stage and work.visual_tokens:
+        if place.is_first_stage and work.visual_tokens and config.train.algorithm == "ral":
             played.phases["vision"] = _towers.setdefault(tower, played.phases.get("vision"))
             played.phases["vision"] = replace(played.phases["vision"], count=work.num_prompts)
         zero = StageBytes(played.parameters, layout.data_size, ITEMSIZE[config.model.dtype], config.parallel.gather,
-                          recorded, config.parallel.offload_parameters)
+                          recorded, config.parallel.offload_parameters, config.parallel.overlap_communication)
         reports.append(_report(RankReport(played, zero, stages), config, shape, work, hardware, teacher))
     total = sum(stage.unique for stage in stage_parameters(shape, layout))
     result = Rehearsal(config, layout, work, hardware, reports, total)
@@ -172,20 +178,24 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
 
     phases = played.phases
     memory("gather", 2 * zero.whole)
-    if "vision" in phases:
-        memory("vision", zero.whole, phases["vision"], Counter({"visual features": waiting["visual features"]}),
-               scale=work.generation_batch)
-    generating = max((phases["prefill"], phases["token"]), key=lambda phase: phase.seen.peak_bytes)
-    memory("generation", zero.whole, generating, Counter({"visual features": waiting["visual features"]}))
+    others = Counter({"KV cache": (work.in_flight - 1) * played.cache_bytes})
+    features_kept = Counter({"visual features": waiting["visual features"]})
+    if "vision" in phases:  # while the other batches run
+        memory("vision", zero.whole, phases["vision"], features_kept, others, scale=work.generation_batch)
+    if "token" in phases:
+        generating = max((phases["prefill"], phases["token"]), key=lambda phase: phase.seen.peak_bytes)
+        memory("generation", zero.whole, generating, features_kept, others)
     for name in PASSES:
         if name in phases:
             memory(name, zero.in_pass, phases[name], waiting)
     if config.distills:
         memory("teacher", 2 * teacher.gathered, None, waiting)
-    ratio = config.logging.gradient_ratio_interval > 0 and config.attention_acts
-    copies = Counter({"gradients": 4 * zero.trained_numel * (2 if config.loss.attention_grad_ratio > 0 else int(ratio))})
+    learns = config.train.algorithm == "ral"
+    ratio = learns and config.logging.gradient_ratio_interval > 0 and config.attention_acts
+    copies = Counter({"gradients": 4 * zero.trained_numel * (2 if learns and config.loss.attention_grad_ratio > 0 else int(ratio))})
     memory("update", zero.in_pass, phases["update"], waiting, copies)
-    whole_gradient = 4 * sum(parameter.numel for parameter in zero.trained)
+    whole_gradient = 4 * sum(parameter.numel for parameter in zero.trained
+                             if parameter.layer is None or not zero.overlap)  # layers' went before
     # What moves to the bucket and is laid out for the collective there leaves the gradients.
     memory("reduce", zero.in_pass, None, waiting, copies,
            Counter({"gradients": whole_gradient + zero.bucket // zero.data_size}))
@@ -205,11 +215,12 @@ def _count_traffic(report: RankReport, config: RunConfig, work: Workload) -> Non
         report.sent[name] = Counter({("pipeline" if group == "other" and kind in ("send", "receive") else group, kind): size
                                      for (group, kind), size in sent.items()})
     gather = ("data", "all-gather")
-    if zero.data_size > 1:
+    if zero.data_size > 1 and "prefill" in phases:
         report.sent["prefill"][gather] += zero.whole
         for name in PASSES:
             if name in phases:
                 report.sent[name][gather] += zero.sent(work.passes)[gather] - sum(zero.passing.values()) * work.passes
+    report.update_share = zero.sent_per_update(work.micro_batches) / max(zero.sent_share, 1)
     for key, size in zero.sent(work.micro_batches).items():
         report.sent["update"][key] += size * work.num_updates if zero.data_size > 1 or key[0] != "data" else 0
 
@@ -229,11 +240,13 @@ def _count_seconds(report: RankReport, config: RunConfig, work: Workload, hardwa
         if name == "token":
             cache = report.rank.cache_bytes
             own = max(own, hardware.memory_seconds(read + cache))
-        if name == "draw" and layout.is_last_stage:
-            own = _logits(report, work) * hardware.draw_nanoseconds * 1e-9
-        sending = sum(hardware.collective_seconds(kind, size, *spans[group])
-                      for (group, kind), size in report.sent[name].items())
-        report.seconds[name] = own * repeats + sending
+        sending = Counter()
+        for (group, kind), size in report.sent[name].items():
+            sending[group] += hardware.collective_seconds(kind, size, *spans[group])
+        hidden = 0.0
+        if config.parallel.overlap_communication and name not in ("prefill", "token"):
+            hidden = min(sending["data"], own * repeats)
+        report.seconds[name] = own * repeats + sum(sending.values()) - hidden
     moved = hardware.host_seconds if config.parallel.offload_optimizer else hardware.memory_seconds
     # gradients, master weights and moments are read, all but gradients written, and the shards in the model's precision
     report.seconds["optimizer"] = work.num_updates * moved(zero.trained_numel * (7 * 4 + zero.itemsize))
@@ -241,33 +254,28 @@ def _count_seconds(report: RankReport, config: RunConfig, work: Workload, hardwa
     report.seconds["checkpoint"] = 12 * zero.trained_numel * ranks_per_node / (hardware.disk_gbps_per_node * 1e9)
 
 
-def _logits(report: RankReport, work: Workload) -> float:
-    columns = max((parameter.numel for parameter in report.zero.parameters if parameter.layer is None
-                   and parameter.trained), default=0)
-    hidden = min((parameter.numel for parameter in report.zero.parameters if parameter.layer is None
-                  and parameter.trained), default=1)
-    return columns / hidden * report.rank.layout.tensor_size * work.generation_batch * work.group_size
-
-
 def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:
-    """Generation goes through the stages one after the other; micro-batches fill a pipeline."""
+    """Batches in flight and micro-batches fill a pipeline."""
     work, stages, ranks = rehearsal.work, rehearsal.layout.pipeline_size, rehearsal.ranks
 
-    def all_stages(name: str) -> float:
-        return sum(report.seconds.get(name, 0.0) * len(report.stages) for report in ranks)
+    def by_turns(name: str) -> float:
+        """A batch makes its next pass when it has been through all stages, and a stage does one pass at a time."""
+        every = sum(report.seconds.get(name, 0.0) * len(report.stages) for report in ranks)
+        return max(every / max(work.in_flight, 1), slowest(name))
 
     def slowest(name: str) -> float:
         return max(report.seconds.get(name, 0.0) for report in ranks)
 
-    yield "vision", slowest("vision")
-    yield "generation", all_stages("prefill") + all_stages("token") + slowest("draw")
+    if work.in_flight:
+        yield "vision", slowest("vision")
+        yield "generation", by_turns("prefill") + by_turns("token")
     for name in PASSES:
         if slowest(name):
             yield name, slowest(name) * (work.passes + stages - 1) / work.passes
     bubbles = (work.micro_batches + stages - 1) / work.micro_batches
     interval = rehearsal.config.logging.gradient_ratio_interval
-    extra = 1 / (interval * work.num_updates) if interval and rehearsal.config.attention_acts else 0.0
-    if rehearsal.config.loss.attention_grad_ratio > 0:
+    extra = 1 / (interval * work.num_updates) if interval and work.in_flight and rehearsal.config.attention_acts else 0.0
+    if work.in_flight and rehearsal.config.loss.attention_grad_ratio > 0:
         extra = 1.0
     yield "update", slowest("update") * bubbles * (1 + extra)
     yield "optimizer", slowest("optimizer")

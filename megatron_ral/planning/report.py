@@ -45,6 +45,8 @@ def _rank(report: RankReport, rehearsal: Rehearsal) -> list[str]:
                  and kind != "receive"]
         if cells:
             lines.append(f"{name:<12}" + "; ".join(cells))
+    if report.update_share:
+        lines.append(f"an optimizer step sends {report.update_share:.2f} times one gather and one reduce-scatter of the stage")
     return lines
 
 
@@ -84,6 +86,6 @@ def _row(rehearsal: Rehearsal) -> str:
     phase, size = max((report.peak for report in rehearsal.ranks), key=lambda peak: peak[1])
     return (f"| {rehearsal.total_parameters / 1e9:.1f} B | {layout.world_size} | {layout.tensor_size} x "
             f"{layout.pipeline_size} x {layout.data_size} | {', '.join(extras) or '-'} | {size / GIB:.1f} ({phase}) | "
-            f"{'yes' if rehearsal.fits else 'no'} | {rehearsal.seconds['generation']:,.0f} | "
+            f"{'yes' if rehearsal.fits else 'no'} | {rehearsal.seconds.get('generation', 0.0):,.0f} | "
             f"{rehearsal.seconds['update']:,.0f} | {rehearsal.step_seconds:,.0f} | {rehearsal.prompts_per_day:,.0f} | "
             f"{rehearsal.checkpoint_bytes / 1e9:,.0f} |")

@@ -28,6 +28,8 @@ class StageBytes:
     """Layers that a training pass does not gather one by one."""
     moved: bool
     """Shards wait in the host's memory."""
+    overlap: bool = False
+    """Layers arrive and gradients leave while passes compute."""
 
     def _shard(self, parameters: Sequence[PlayedParameter]) -> int:
         return sum(-(-parameter.numel // self.data_size) for parameter in parameters)
@@ -75,13 +77,19 @@ class StageBytes:
     def in_pass(self) -> int:
         """Bytes gathered at a time in a training pass."""
         passing = self.passing
-        return self.whole - sum(passing.values()) + max(passing.values(), default=0) if self.gathers else 0
+        at_a_time = (2 if self.overlap else 1) * max(passing.values(), default=0)  # one ahead
+        return self.whole - sum(passing.values()) + min(at_a_time, sum(passing.values())) if self.gathers else 0
 
     @property
     def bucket(self) -> int:
         """Bytes of the buffer through which gradients are reduced."""
         sizes = [parameter.numel for parameter in self.parameters]
-        return 4 * max(max(sizes), min(sum(sizes), 200_000_000))
+        return 4 * max(max(sizes), min(sum(sizes) // 4 if self.overlap else sum(sizes), 200_000_000))
+
+    @property
+    def sent_share(self) -> int:
+        """Bytes of one gather and one reduce-scatter of everything: the least that ZeRO-3 can do in an optimizer step."""
+        return self.whole + (4 * self.data_size * self.trained_numel if self.data_size > 1 else 0)
 
     def held(self, config: RunConfig) -> dict[str, int]:
         """Bytes on the device between uses."""
@@ -94,6 +102,10 @@ class StageBytes:
         if config.loss.attention_target == "ema":
             held["average"] = (0 if on_host else shard) + trained
         return held
+
+    def sent_per_update(self, micro_batches: int) -> int:
+        """Bytes of one optimizer step over data-parallel ranks."""
+        return sum(size for (group, _), size in self.sent(micro_batches).items() if group == "data")
 
     def sent(self, micro_batches: int) -> dict[tuple[str, str], int]:
         """Bytes of one optimizer step by (group, kind), `forward_backward` and `step`."""
