@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
-from megatron_ral.config import ConfigError, RunConfig, check_layout
+from megatron_ral.config import RunConfig, check_layout
 from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.parallel.layout import ParallelLayout
 from megatron_ral.planning.hardware import Hardware
