@@ -127,7 +127,7 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
     layout = check_possible(config, shape, world_size)
     work = Workload.of(config, layout.data_size, layout.pipeline_size, visual_tokens)
     recorded = _recorded(config, shape)
-    teacher = _teacher_bytes(config, world_size)
+    teacher = _teacher_bytes(config, shape, world_size)
     reports = []
     for stages in distinct_stages(config, shape, layout):
         place = layout.with_rank(layout.rank_of(0, 0, stages[0]))
@@ -149,15 +149,26 @@ def _without(kinds: Counter, *left_out: str) -> Counter:
     return Counter({kind: size for kind, size in kinds.items() if kind not in left_out and size > 0})
 
 
-def _teacher_bytes(config: RunConfig, world_size: int) -> HeldBytes:
-    """Of the teacher, whose passes are not played: its shards, and its stage while it reads."""
+def _teacher_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldBytes:
+    """Of the teacher, whose passes are not played: its shards and the copy of its head, and its stage while it reads."""
     if not config.distills:
         return HeldBytes(0, 0)
-    shape = read_shape(config.teacher.path, "teacher.path")
-    shape.check_layout(*config.teacher_layout, section="teacher")
+    teacher, tensor = read_shape(config.teacher.path, "teacher.path"), config.parallel.tensor_model_parallel_size
+    teacher.check_layout(*config.teacher_layout, section="teacher")
     moved = config.teacher.cpu_offload
-    held = frozen_bytes(shape, *config.teacher_layout, world_size, config.teacher.dtype, moved)
-    return replace(held, shard=0) if moved else held
+    held = frozen_bytes(teacher, *config.teacher_layout, world_size, config.teacher.dtype, moved)
+    head = shape.padded_vocab_size(tensor) // tensor * teacher.hidden_size * ITEMSIZE[config.teacher.dtype]
+    return replace(held, shard=head + (0 if moved else held.shard))
+
+
+def _teacher_seconds(rehearsal: Rehearsal) -> float:
+    """One reading of every sequence of the rollout, by the products with the teacher's parameters alone."""
+    config, work, hardware = rehearsal.config, rehearsal.work, rehearsal.hardware
+    teacher, layout = read_shape(config.teacher.path, "teacher.path"), rehearsal.layout
+    theirs = ParallelLayout(0, layout.world_size, *config.teacher_layout)
+    numel = sum(stage.unique for stage in stage_parameters(teacher, theirs))
+    tokens = work.num_prompts * layout.data_size * (work.prompt_length + work.group_size * work.response_length)
+    return hardware.compute_seconds(2.0 * numel * tokens / layout.world_size, 0, 0) * config.rollout.num_epochs
 
 
 def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Workload, hardware: Hardware,
@@ -165,7 +176,7 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
     played, zero = report.rank, report.zero
     held = Counter({kind: size for kind, size in {**zero.held(config), "teacher": teacher.shard}.items() if size})
     features = (work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize
-                if played.layout.is_first_stage else 0)
+                if played.layout.is_first_stage and work.in_flight else 0)  # a supervised step forms them in the update
     kept = sum(played.phases[name].held for name in PASSES if name in played.phases)
     waiting = Counter({"visual features": features * work.num_prompts, "attention rows": kept * (work.passes - 1)})
 
@@ -192,7 +203,8 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
         memory("teacher", 2 * teacher.gathered, None, waiting)
     learns = config.train.algorithm == "ral"
     ratio = learns and config.logging.gradient_ratio_interval > 0 and config.attention_acts
-    copies = Counter({"gradients": 4 * zero.trained_numel * (2 if learns and config.loss.attention_grad_ratio > 0 else int(ratio))})
+    num_copies = 2 if learns and config.loss.attention_grad_ratio > 0 else int(ratio)
+    copies = Counter({"gradients": 4 * zero.trained_numel * num_copies})
     memory("update", zero.in_pass, phases["update"], waiting, copies)
     whole_gradient = 4 * sum(parameter.numel for parameter in zero.trained
                              if parameter.layer is None or not zero.overlap)  # layers' went before
@@ -272,6 +284,8 @@ def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:
     for name in PASSES:
         if slowest(name):
             yield name, slowest(name) * (work.passes + stages - 1) / work.passes
+    if rehearsal.config.distills:
+        yield "teacher", _teacher_seconds(rehearsal)
     bubbles = (work.micro_batches + stages - 1) / work.micro_batches
     interval = rehearsal.config.logging.gradient_ratio_interval
     extra = 1 / (interval * work.num_updates) if interval and work.in_flight and rehearsal.config.attention_acts else 0.0

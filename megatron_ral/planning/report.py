@@ -5,8 +5,8 @@ from collections import Counter
 from megatron_ral.planning.rehearse import RankReport, Rehearsal
 
 GIB = 2 ** 30
-KINDS = ("parameters", "gathered stage", "reference", "average", "teacher", "gradients", "optimizer state", "activations", "KV cache",
-         "attention rows", "logits", "visual features")
+KINDS = ("parameters", "gathered stage", "reference", "average", "teacher", "gradients", "optimizer state", "activations",
+         "KV cache", "attention rows", "logits", "visual features")
 
 
 def describe(rehearsal: Rehearsal, row: bool = False) -> str:
@@ -67,7 +67,8 @@ def _job(rehearsal: Rehearsal) -> list[str]:
         f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, of which "
         f"{hardware.reserved_gib:g} are reserved: {verdict}"]
     if rehearsal.config.distills:
-        lines.append("the teacher's shards and gathered stage are counted; its passes are not rehearsed")
+        lines.append("of the teacher are counted: shards, head, gathered stage, and the products with its parameters; "
+                     "not: its activations and logits, and what is sent to it")
     host = Counter()
     for rank in rehearsal.ranks:
         parallel, zero = rehearsal.config.parallel, rank.zero
