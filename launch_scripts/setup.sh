@@ -54,9 +54,12 @@ launch() {
 }
 
 # launch_run NAME SHAPE [dotted.key=value ...] [FLAG]: the run pretrained_configs/runs/NAME.yaml, on this node one of
-# NNODES. SHAPE is a folder of pretrained_configs/models, whose config.json is all that --dry-run needs.
+# NNODES. SHAPE is a folder of pretrained_configs/models, whose config.json is all that --dry-run and
+# --rehearse need.
 #
 #   --dry-run      print the resolved configuration, the layout of all ranks and the parameters each holds
+#   --rehearse [WORLD_SIZE] [--search]   what every rank would hold, send and take, without GPUs (tools/rehearse.py);
+#                  --search tries layouts, --OPTION=VALUE passes other options of the tool
 #   --preflight    compare all nodes and what they see, and end; start it on every node
 #
 # A run without a flag resumes from its newest checkpoint. From the environment (relative paths: to where you stand):
@@ -70,15 +73,21 @@ launch() {
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    nodes, this one's number (0), the first one's address and port
 launch_run() {
     local name="$1" config="pretrained_configs/runs/$1.yaml" shape="pretrained_configs/models/$2" dry_run="" argument
-    local settings=() flags=(--resume) variable
+    local settings=() flags=(--resume) variable rehearse="" options=()
     shift 2
     NPROC_PER_NODE="${NPROC_PER_NODE:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
     MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"
     MODEL_DIR="${MODEL_DIR:-}" TRAIN_SHARDS="${TRAIN_SHARDS:-}" EVAL_SHARDS="${EVAL_SHARDS:-}"
-    for argument in "$@"; do
+    while [ $# -gt 0 ]; do
+        argument="$1"
+        shift
         case "$argument" in
             --dry-run) dry_run=1 ;;
             --preflight) flags+=(--preflight) ;;
+            --rehearse)
+                rehearse=$((NPROC_PER_NODE * NNODES))
+                if [[ "${1:-}" =~ ^[0-9]+$ ]]; then rehearse="$1" && shift; fi ;;
+            --*) options+=("$argument") ;;
             *) settings+=("$argument") ;;
         esac
     done
@@ -90,6 +99,11 @@ launch_run() {
     OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/$name}")"
     cd "$PROJECT" || return 1
     setup_environment || return 1
+    if [ -n "$rehearse" ]; then
+        "$PYTHON" tools/rehearse.py --config "$config" --world-size "$rehearse" ${options[@]+"${options[@]}"} \
+            "model.path='${MODEL_DIR:-$shape}'" ${settings[@]+"${settings[@]}"}
+        return
+    fi
     if [ -n "$dry_run" ]; then
         RANK=0 WORLD_SIZE=$((NPROC_PER_NODE * NNODES)) "$PYTHON" -m megatron_ral.train --config "$config" \
             "model.path='${MODEL_DIR:-$shape}'" ${settings[@]+"${settings[@]}"} --dry-run
@@ -104,5 +118,5 @@ launch_run() {
         return 2
     fi
     launch megatron_ral.train "${flags[@]}" --config "$config" "model.path='$MODEL_DIR'" "train.output_dir='$OUTPUT_DIR'" \
-        "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${settings[@]+"${settings[@]}"}
+        "data.train.0.shards='$TRAIN_SHARDS'" "data.eval_shards='$EVAL_SHARDS'" ${options[@]+"${options[@]}"} ${settings[@]+"${settings[@]}"}
 }

@@ -69,7 +69,7 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
         identity: what the random stream belongs to (seed, step); prompt key and response number are added.
     """
     batch = BatchInFlight(prompts, visual_embeds, settings, engine.groups, identity)
-    line = _Line(engine)
+    line = GenerationLine(engine)
     with engine.resident():
         line.advance(iter([batch]))
     return line.result(batch)
@@ -94,7 +94,7 @@ def sample_responses(engine: StageEngine, prompts: Iterable[Prompt], settings: S
                 batch = pad_prompts(taken[start:start + size], settings.pad_token_id)
                 yield BatchInFlight(batch, engine.encode_visual(batch), settings, engine.groups, identity)
 
-    line, waiting = _Line(engine), batches()
+    line, waiting = GenerationLine(engine), batches()
     while (batch := line.advance(waiting)) is not None:
         yield line.result(batch), batch.visual_embeds
 
@@ -111,7 +111,7 @@ class _Pass:
     """Kept until it has left."""
 
 
-class _Line:
+class GenerationLine:
     """The batches in flight on this stage."""
 
     def __init__(self, engine: StageEngine):
@@ -134,14 +134,14 @@ class _Line:
             while not (self._unfinished and self._unfinished[0].over):
                 while len(self._turns) < self.layout.pipeline_size and (batch := next(waiting, None)) is not None:
                     self._unfinished.append(batch)
-                    self._start_pass(batch)
+                    self.start_pass(batch)
                 if not self._turns:
                     return None
                 batch = self._turns.popleft()
                 while any(item.batch is batch for item in self._under_way):
                     self._end_oldest_pass()
                 if not batch.over:
-                    self._start_pass(batch)
+                    self.start_pass(batch)
             while self._under_way:
                 self._end_oldest_pass()
         return self._unfinished.popleft()
@@ -150,7 +150,7 @@ class _Line:
         """The responses of a batch that is over, on every rank of the model."""
         return batch.result(broadcast_from_stage_(batch.logprobs, -1, self.groups))
 
-    def _start_pass(self, batch: BatchInFlight) -> None:
+    def start_pass(self, batch: BatchInFlight) -> None:
         """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states
         have left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
         tick(batch.prompts.identities)

@@ -105,6 +105,13 @@ class PolicyEngine(StageEngine):
         Returns:
             Metrics summed over micro-batches, ranks and stages, the same on every rank.
         """
+        metrics = self.accumulate(batches, objective)
+        self._sum_gradients(self._partial, self.groups.tensor)
+        self._sum_gradients(self._tied, self.groups.embedding)
+        return sum_metrics(metrics, self.groups)
+
+    def accumulate(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, Tensor]:
+        """The part of `forward_backward` that runs the stage; returns this rank's metrics."""
         recorded = frozenset(self.local_layers(sorted(objective.recorded_layers)))
         scale = float(self.layout.data_size)  # cancels DeepSpeed's mean over data-parallel ranks
         metrics: dict[str, Tensor] = {}
@@ -145,12 +152,7 @@ class PolicyEngine(StageEngine):
             for parameter in self._trainable.values():
                 if parameter.grad is None and id(parameter) not in reduced:  # an old gradient would be reused in its place
                     parameter.grad = torch.zeros(parameter.ds_shape, device=self.groups.device, dtype=torch.float32)
-        self._sum_gradients(self._partial, self.groups.tensor)
-        self._sum_gradients(self._tied, self.groups.embedding)
-        sums = sum_metrics(metrics, self.groups)
-        if not all(math.isfinite(value) for name, value in sums.items() if name.startswith("loss")):
-            self._losses_finite = False
-        return sums
+        return metrics
 
     def step(self) -> StepResult:
         """Clip, AdamW on this rank's shard, next learning rate. Parameters stay sharded after. Where the gradient, or a loss

@@ -29,6 +29,9 @@ class InstrumentedAttention(torch.nn.Module):
     Rows beyond the group layout (sequence parallelism pads to a multiple of the tensor ranks) give zeros.
     """
 
+    equal_heads_with_mask: Optional[bool] = None
+    """Whether keys and values are repeated where there is a mask; None: on a GPU. Set by a rehearsal."""
+
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
                  attention_type: str, softmax_scale: Optional[float] = None, **unused):
         super().__init__()
@@ -72,7 +75,8 @@ class InstrumentedAttention(torch.nn.Module):
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """[B, L, heads, D] in and out."""
-        if "attn_mask" in mask and query.is_cuda and query.shape[2] != key.shape[2]:
+        repeat = query.is_cuda if self.equal_heads_with_mask is None else self.equal_heads_with_mask
+        if "attn_mask" in mask and repeat and query.shape[2] != key.shape[2]:
             # With a mask only the memory-efficient kernel serves, and it wants equal heads; the fallback would hold
             # the whole score matrix.
             repeats = query.shape[2] // key.shape[2]

@@ -1,10 +1,10 @@
 """Process groups: started once per process, held in one object per layout that is passed down."""
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -99,6 +99,23 @@ def stop_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def play_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size: int) -> Iterator[ParallelGroups]:
+    """The groups of one rank of a job that is not there: collectives return at once and move nothing. For rehearsals, in a
+    process without an accelerator that has joined no job."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_ral.compat import cpu_backend
+
+    assert not dist.is_initialized(), "a rank can be played only where no job was joined"
+    cpu_backend.install()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield _build(tensor_size, pipeline_size, torch.device("cpu"), 30)
+    finally:
+        stop_groups()
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_ral"
 FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "progress": 1, "parallel": 2, "data": 2, "compat": 3, "models": 3,
-         "engine": 4, "planning": 4, "rollout": 5, "training": 6, "evaluate": 7, "train": 7, "cli": 7, "replay": 7}
+         "engine": 4, "rollout": 5, "training": 6, "planning": 7, "evaluate": 8, "train": 8, "cli": 8, "replay": 8}
 MAY_IMPORT = {
     "torch.distributed": {"parallel", "compat"}, "deepspeed": {"engine", "compat"},
     "webdataset": {"data/shards.py"}, "tensorboard": {"training/metrics.py"},

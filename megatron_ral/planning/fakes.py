@@ -1,0 +1,254 @@
+"""Modes under which real code runs on tensors without memory, and what they see of it.
+
+`FakeTensorMode` gives every tensor a size and no contents. Two things are added. `KnownIntegers` computes small integer
+tensors for real beside their fakes, so that code which asks how many visual tokens there are, or which window comes first,
+gets its answer. `Watched` follows every storage from its first tensor to its last and counts arithmetic, so that a phase has
+a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
+"""
+
+import math
+import weakref
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Optional
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from megatron_ral.functional import attention_rows
+
+_KNOWN_NUMEL = 1 << 22
+"""Integer tensors up to so many elements are computed for real."""
+
+
+def _known(value: Any) -> Optional[Tensor]:
+    return getattr(value, "known_value", None) if isinstance(value, FakeTensor) else value
+
+
+class KnownIntegers(TorchDispatchMode):
+    """Integers of fake tensors that come from integers alone are computed for real; a number that is asked of an unknown
+    tensor is 1, and no place of it is true (no draw of a token needs the whole vocabulary)."""
+
+    def __init__(self, fake_mode: FakeTensorMode):
+        super().__init__()
+        self._fake_mode = fake_mode
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = tree_flatten((args, kwargs))
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        unknown = any(_known(tensor) is None for tensor in tensors)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if unknown:
+                return _some_number(tensors[0].dtype)
+            with unset_fake_temporarily():
+                return _known(tensors[0]).item()
+        if unknown:
+            if func is torch.ops.aten.nonzero.default:
+                return tensors[0].new_empty(0, tensors[0].dim(), dtype=torch.int64)
+            if func is torch.ops.aten.index.Tensor:
+                args = (args[0], [self._as_places(index) for index in args[1]])
+            result = func(*args, **kwargs)
+            if func._schema.is_mutable:
+                for tensor in tensors[:1]:  # what was known of it is so no more
+                    if isinstance(tensor, FakeTensor) and hasattr(tensor, "known_value"):
+                        del tensor.known_value
+            return result
+        if not self._is_small_integer_work(func, args, kwargs, tensors):
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            real_args, real_kwargs = tree_map(_known, (args, kwargs))
+            real = func(*real_args, **real_kwargs)
+        if func._schema.is_mutable:
+            return func(*args, **kwargs)
+        return tree_map(lambda value: self._fake(value) if isinstance(value, Tensor) else value, real) \
+            if any(isinstance(value, Tensor) for value in tree_flatten(real)[0]) else real
+
+    def _is_small_integer_work(self, func, args, kwargs, tensors: list[Tensor]) -> bool:
+        if func.namespace != "aten":
+            return False
+        if tensors:
+            return all(tensor.numel() <= _KNOWN_NUMEL for tensor in tensors) and not any(
+                tensor.is_floating_point() for tensor in tensors)
+        dtype = kwargs.get("dtype")
+        numbers = [value for value in tree_flatten(args)[0] if isinstance(value, (int, float))]
+        whole = not any(isinstance(value, float) for value in numbers)
+        if dtype is not None:
+            whole = not (dtype.is_floating_point or dtype.is_complex)
+        elif func._opname in ("zeros", "ones", "empty", "rand", "randn", "empty_strided"):
+            whole = False
+        size = math.prod(args[0]) if args and isinstance(args[0], (list, tuple)) else max(numbers, default=0)
+        return whole and size <= _KNOWN_NUMEL
+
+    def _fake(self, real: Tensor) -> Tensor:
+        fake = self._fake_mode.fake_tensor_converter.from_real_tensor(self._fake_mode, real)
+        fake.known_value = real
+        return fake
+
+    def _as_places(self, index: Optional[Tensor]) -> Optional[Tensor]:
+        """A known mask as the places it names: how many decides the size of what is chosen."""
+        known = _known(index) if index is not None else None
+        if known is None or known.dtype != torch.bool or known.dim() != 1:
+            return index
+        with unset_fake_temporarily():
+            places = known.nonzero()[:, 0]
+        return self._fake(places)
+
+
+def _some_number(dtype: torch.dtype) -> Any:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+@dataclass
+class Seen:
+    """What one phase did."""
+
+    peak: Counter = field(default_factory=Counter)
+    """Live bytes by kind when their sum was largest."""
+    flops: float = 0.0
+    wide_flops: float = 0.0
+    """Those in float32 or wider, which tensor cores do not serve."""
+    calls: float = 0.0
+    """Operations that make or change a tensor: kernels to launch, at least."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+class Watched(TorchDispatchMode):
+    """Live bytes by kind and FLOPs of what runs inside.
+
+    Args:
+        kind_of: says of a new tensor which kind of bytes it is; "activations" where it says nothing.
+    """
+
+    def __init__(self, kind_of: Callable[[Tensor], Optional[str]] = lambda tensor: None):
+        super().__init__()
+        self.seen, self.live, self._kind_of = Seen(), Counter(), kind_of
+        self.weight = 1.0
+        """What FLOPs and calls count for: more than 1 where some stand for many alike."""
+        self._total = self._largest = 0
+        self._held: dict[int, list] = {}
+        self._kind: Optional[str] = None
+
+    @contextmanager
+    def phase(self) -> Iterator[Seen]:
+        """A new count, from what is live now."""
+        self.seen, self._largest = Seen(Counter(self.live)), self._total
+        yield self.seen
+
+    @contextmanager
+    def kind(self, name: str) -> Iterator[None]:
+        """Tensors made inside are of this kind."""
+        before, self._kind = self._kind, name
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def call_it(self, name: str, *tensors: Optional[Tensor]) -> None:
+        """Tensors that exist are of this kind; followed from here on if they were not."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            self._follow(tensor, name)
+            entry = self._held[tensor.untyped_storage()._cdata]
+            self.live[entry[0]] -= entry[1]
+            entry[0] = name
+            self.live[name] += entry[1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if result is NotImplemented:
+            return result
+        made = func._schema.is_mutable
+        for value in (result if isinstance(result, (list, tuple)) else (result,)):
+            if isinstance(value, Tensor):
+                made |= self._follow(value, None)
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    if isinstance(item, Tensor):
+                        made |= self._follow(item, None)
+        if func.namespace == "aten":
+            self.seen.calls += made * self.weight
+            self._count(func, args, kwargs, result)
+        return result
+
+    def _follow(self, tensor: Tensor, kind: Optional[str]) -> bool:
+        """Whether its storage is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held:
+            return False
+        kind = kind or self._kind or self._kind_of(tensor) or "activations"
+        size = storage.nbytes()
+        self._held[key] = [kind, size, weakref.ref(storage, lambda _, key=key: self._gone(key))]
+        self.live[kind] += size
+        self._total += size
+        if self._total > self._largest:
+            self._largest, self.seen.peak = self._total, Counter(self.live)
+        return True
+
+    def _gone(self, key: int) -> None:
+        kind, size, _ = self._held.pop(key)
+        self.live[kind] -= size
+        self._total -= size
+
+    def _count(self, func, args, kwargs, result) -> None:
+        name, flops = func._opname, 0
+        if "scaled_dot_product" in name:
+            flops = _attention_flops(name, args, kwargs)
+        elif func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        if flops:
+            wide = args[-1].dtype in (torch.float32, torch.float64) if isinstance(args[-1], Tensor) else False
+            self.seen.flops += 0 if wide else flops * self.weight
+            self.seen.wide_flops += flops * self.weight if wide else 0
+
+
+def _attention_flops(name: str, args: tuple, kwargs: dict) -> int:
+    """Two products forward, five backward (the scores are formed again); half of them where attention is causal."""
+    backward = "backward" in name
+    query, key, value = args[1:4] if backward else args[:3]
+    *heads, rows, width = query.shape
+    product = 2 * math.prod(heads) * rows * key.shape[-2]
+    flops = product * (3 * width + 2 * value.shape[-1] if backward else width + value.shape[-1])
+    causal = kwargs.get("is_causal") or any(argument is True for argument in args)
+    return flops // 2 if causal else flops
+
+
+@contextmanager
+def first_pieces(watched: Watched, count: int = 2) -> Iterator[None]:
+    """Attention rows are formed in many boxes of one size, one after the other; inside, the first `count` stand for all of
+    them. Peaks are the same, since no two boxes are alive together."""
+    original = attention_rows.pieces
+
+    def pieces(*arguments: Any) -> Iterator[Any]:
+        every = list(original(*arguments))
+        before = watched.weight
+        for piece in every[:count]:
+            watched.weight = before * len(every) / len(every[:count])
+            yield piece
+        watched.weight = before
+
+    attention_rows.pieces = pieces
+    try:
+        yield
+    finally:
+        attention_rows.pieces = original
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Tensors made inside take no memory; integers made of integers are known."""
+    with ExitStack() as stack:
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(KnownIntegers(mode))
+        yield mode
