@@ -1,21 +1,24 @@
 """Triton kernels behind `attention_rows`: the same rows and gradients with tiles of scores in registers.
 
-    _row_statistics   rows of a tile against all keys: normaliser of every head's softmax and, in the backward pass, the
-                      slope's mean under it (scores formed once)
-    _head_mean        a tile of the map of rows: loop over heads                               (scores formed once)
-    _query_gradient   rows of a tile and a head: loop over keys              (scores once, and a product with the keys)
-    _key_gradient     a tile of keys of a key/value head: loop over its heads and all rows, of all responses where the keys
-                      are the prompt's                                    (scores once, and a product with the queries)
+    _row_statistics   rows of a tile and a head: loop over keys; normaliser of the softmax and, in the backward pass,
+                      the slope's mean under it (scores formed once, in each of the two passes)
+    _head_mean        a tile of the map of rows: loop over heads (scores once)
+    _query_gradient   rows of a tile and a head: loop over keys (scores once, and a product with the keys)
+    _key_gradient     a tile of keys of a key/value head: loop over its heads and all rows, of all responses where the
+                      keys are the prompt's (scores once, and a product with the queries)
 
-So forward and backward take 7 products of 2 x D x heads x rows x keys. Every output element belongs to one program, which
-adds up in a fixed order: no atomics, equal bits on every run. Held: per head and row two numbers, and maps of rows
-without a head dimension. Scores, softmax and sums are float32; products take the inputs' type. float16 has too little range
-for gradients of 1e-9 and takes them as tf32; float32 inputs take float32 products (`ieee`).
+So forward and backward take 7 products of 2 x D x heads x rows x keys. Every output element belongs to one program,
+which adds up in a fixed order: no atomics, equal bits on every run. Held: per head and row two numbers, and maps of
+rows without a head dimension. Scores, softmax and sums are float32. Products take the inputs' type; for that, gradients
+of scores are rounded to bfloat16, but not to float16, whose range is too small for gradients of 1e-9: they and the
+inputs become tf32. float32 inputs take float32 products (`ieee`).
 
-Tiles are 64 x 64 with 4 warps: at width 128 an accumulator of 64 x 128 and two score tiles are 128 float32 registers
-a thread, which leaves room for what a loop carries; larger tiles spill, as the gradient's accumulator is of full width. Two
-stages: the next keys are on the way while these are used. In float32 a product is made of plain multiply-adds whose
-operands sit in registers, hence 32 x 32 there. No value was tuned on a GPU yet.
+Tiles are 64 x 64 with 8 warps (two groups of four, which is what a product on Hopper takes): at width 128 an
+accumulator, scores and a tile of the slope are then 64 float32 registers a thread, and the compiler for compute
+capability 9.0 keeps all but some 150 bytes of the key gradient in registers; with 4 warps, or with 128 rows, it moves
+up to 660 bytes of every thread to memory. Two stages: the next keys are on the way while these are used. In float32 a
+product is made of plain multiply-adds whose operands sit in registers, hence 32 x 32 there. None of this has run on a
+GPU yet, or was tuned on one.
 
 Triton is imported here and nowhere else; `attention_rows` imports this module where the kernels run.
 """
@@ -51,14 +54,14 @@ def tile_of(dtype: torch.dtype, width: int) -> Tile:
     """For inputs of this type and head width."""
     side = 32 if dtype == torch.float32 else 64
     precision = "ieee" if dtype == torch.float32 else "tf32"
-    return Tile(side, side, max(16, triton.next_power_of_2(width)), precision, triton.knobs.runtime.interpret, 4, 2)
+    return Tile(side, side, max(16, triton.next_power_of_2(width)), precision, triton.knobs.runtime.interpret, 8, 2)
 
 
 @triton.jit
 def _load(pointer, start, stride, size, D: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr,
           WIDE: tl.constexpr):
-    """Vectors [COUNT, BLOCK_D] from number `start` on; 0 from `size` on and beyond D. Only the corner's place is 64 bits
-    wide: a tile of wide pointers would take twice the registers."""
+    """Vectors [COUNT, BLOCK_D] from number `start` on; 0 from `size` on and beyond D. Only the corner's place is 64
+    bits wide: a tile of wide pointers would take twice the registers."""
     local, columns = tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
     mask = (start + local[:, None] < size) & (columns[None, :] < D)
     corner = pointer + tl.cast(start, tl.int64) * stride
@@ -99,7 +102,8 @@ def _ends(rows, length, first_row, lag, T, PROMPT: tl.constexpr):
 @triton.jit
 def _row_statistics(query, prompt, response, lengths, slope, normaliser, inner, q_b, q_g, q_r, q_n, p_b, p_s, p_k, t_b,
                     t_g, t_s, t_k, G, R, P, T, N, shared, first_row, lag, scale, SLOPE: tl.constexpr, D: tl.constexpr,
-                    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+                    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+                    WIDE: tl.constexpr):
     """normaliser[b, g, h, r] = log sum_j exp(score), inner = sum_j softmax_j slope_j in the same pass."""
     head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, g, kv = z // G, z % G, head // shared
@@ -141,8 +145,7 @@ def _row_statistics(query, prompt, response, lengths, slope, normaliser, inner, 
 @triton.jit
 def _head_mean(query, keys, lengths, normaliser, result, q_b, q_g, q_r, q_n, k_b, k_g, k_s, k_k, G, R, P, T, N, shared,
                lag, scale, total_heads, PROMPT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                    WIDE: tl.constexpr):
+               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
     """result[b, g, r, column] over a tile of the prompt's keys or of the response's."""
     z = tl.program_id(2).to(tl.int64)
     b, g = z // G, z % G
@@ -172,10 +175,10 @@ def _score_gradient(vectors, key, slope, norm, mean, rows, columns, ends, R, sca
 
 
 @triton.jit
-def _query_gradient(query, prompt, response, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, p_b, p_s, p_k,
-                    t_b, t_g, t_s, t_k, o_b, o_g, o_r, o_n, G, R, P, T, N, shared, first_row, lag, scale, D: tl.constexpr,
-                    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                    WIDE: tl.constexpr):
+def _query_gradient(query, prompt, response, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, p_b, p_s,
+                    p_k, t_b, t_g, t_s, t_k, o_b, o_g, o_r, o_n, G, R, P, T, N, shared, first_row, lag, scale,
+                    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+                    PRECISION: tl.constexpr, WIDE: tl.constexpr):
     """result[b, g, r, h] = scale * sum_j dE_j k_j."""
     head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, g, kv = z // G, z % G, head // shared
@@ -200,15 +203,15 @@ def _query_gradient(query, prompt, response, lengths, slope, normaliser, inner, 
             scores = _score_gradient(vectors, key, places, norm, mean, rows, columns, ends, R, scale, PRECISION)
             gradient += _product(scores, key, PRECISION)
     width = tl.arange(0, BLOCK_D)
-    place = result + b * o_b + g * o_g + tl.cast(head, tl.int64) * o_n + rows.to(tl.int64)[:, None] * o_r + width[None, :]
-    tl.store(place, gradient * scale, mask=(rows[:, None] < R) & (width[None, :] < D))
+    place = result + b * o_b + g * o_g + tl.cast(head, tl.int64) * o_n + rows.to(tl.int64)[:, None] * o_r
+    tl.store(place + width[None, :], gradient * scale, mask=(rows[:, None] < R) & (width[None, :] < D))
 
 
 @triton.jit
-def _key_gradient(query, keys, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, k_b, k_g, k_s, k_k, o_b, o_g,
-                  o_s, o_k, G, R, P, T, N, shared, first_row, lag, scale, PROMPT: tl.constexpr, D: tl.constexpr,
+def _key_gradient(query, keys, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, k_b, k_g, k_s, k_k, o_b,
+                  o_g, o_s, o_k, G, R, P, T, N, shared, first_row, lag, scale, PROMPT: tl.constexpr, D: tl.constexpr,
                   ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                    WIDE: tl.constexpr):
+                  WIDE: tl.constexpr):
     """result[b, (g,) j, k] += scale * sum over heads of k, rows (and responses, for the prompt's keys) of dE_j q."""
     kv, outer = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first_key = tl.program_id(0) * KEYS
@@ -305,12 +308,13 @@ def head_mean_rows(qk: "RowQK") -> Tensor:
         for is_prompt, keys, strides in inputs.segments():
             size = keys.shape[1 if is_prompt else 2]
             grid = (triton.cdiv(size, inputs.tile.KEYS), triton.cdiv(R, inputs.tile.ROWS), B * G)
-            _head_mean[grid](inputs.query, keys, inputs.lengths, normaliser, result, *inputs.query.stride()[:4], *strides,
-                             *inputs.sizes, qk.lag, qk.scale, qk.num_heads, PROMPT=is_prompt, **inputs.constants)
+            _head_mean[grid](inputs.query, keys, inputs.lengths, normaliser, result, *inputs.query.stride()[:4],
+                             *strides, *inputs.sizes, qk.lag, qk.scale, qk.num_heads, PROMPT=is_prompt, **inputs.constants)
     return result
 
 
-def add_gradients(qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice], grads: tuple[Tensor, Tensor, Tensor]) -> None:
+def add_gradients(qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice],
+                  grads: tuple[Tensor, Tensor, Tensor]) -> None:
     """Gradients of the rows in `piece`, which are all of a batch's responses or some of one response's.
 
     Args:
@@ -332,10 +336,11 @@ def add_gradients(qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice],
             **inputs.constants)
         for is_prompt, keys, strides in inputs.segments():
             result = grads[1][b][:, None] if is_prompt else grads[2][b, g]
-            grid = (triton.cdiv(keys.shape[1 if is_prompt else 2], inputs.tile.KEYS), keys.shape[-2], B if is_prompt else B * G)
+            tiles = triton.cdiv(keys.shape[1 if is_prompt else 2], inputs.tile.KEYS)
+            grid = (tiles, keys.shape[-2], B if is_prompt else B * G)
             _key_gradient[grid](inputs.query, keys, inputs.lengths, slope, normaliser, inner, result,
-                                *inputs.query.stride()[:4], *strides, *result.stride()[:4], *inputs.sizes, r.start, qk.lag,
-                                qk.scale, PROMPT=is_prompt, **inputs.constants)
+                                *inputs.query.stride()[:4], *strides, *result.stride()[:4], *inputs.sizes, r.start,
+                                qk.lag, qk.scale, PROMPT=is_prompt, **inputs.constants)
 
 
 def _device_of(tensor: Tensor) -> ContextManager:

@@ -14,12 +14,12 @@ target, plus the layer's output times a fixed cotangent. Forward and backward to
     term          ours alone: `head_mean_attention` + `row_divergence`, to q (R rows) and k
     eager rows    the loss alone by autograd through a softmax over heads x R x S
 
-Repetitions of all are interleaved; the least time counts. Memory is the peak above the inputs, counted by the allocator in
-a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra` is without them. Where
+Repetitions of all are interleaved; the least time counts. Memory is the peak above the inputs, counted by the allocator
+in a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra` is without them. Where
 the eager layer needs more than `--eager-memory` GiB it runs with fewer key/value heads (and the query heads that share
-them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is compared with the floor of its
-matrix products too. The last line is `ratio attention_term VALUE`: time of the term over that of the eager layer, the
-largest over the shapes.
+them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is compared with the floor of
+its matrix products too. The last line is `ratio attention_term VALUE`: time of the term over that of the eager layer,
+the largest over the shapes.
 """
 
 import argparse
@@ -175,8 +175,8 @@ def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
     part = fitting[0] if fitting else 0
     layer, few = make_layer(S, R, KEY_HEADS, device), make_layer(S, R, part, device) if part else None
     qk = layer.rows()
-    cases = {"eager layer": lambda: eager_layer(few), "our layer": lambda: our_layer(layer), "SDPA": lambda: sdpa(layer),
-             "term": lambda: term(qk, layer), "eager rows": lambda: eager_rows(layer)}
+    cases = {"eager layer": lambda: eager_layer(few), "our layer": lambda: our_layer(layer),
+             "SDPA": lambda: sdpa(layer), "term": lambda: term(qk, layer), "eager rows": lambda: eager_rows(layer)}
     if not part:
         del cases["eager layer"]
     map_bytes, inputs = R * S * 4, {"term": qk[:3], "eager layer": (few or layer)[:3], "eager rows": layer[:2]}
