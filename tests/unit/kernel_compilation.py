@@ -36,7 +36,7 @@ def compiled(name: str, flags: dict, dtype: torch.dtype, width: int):
             kind = {"lengths": "*i64", "slope": "*fp32", "normaliser": "*fp32", "inner": "*fp32", "result": "*fp32",
                     "scale": "fp32"}.get(argument, "i32")
         signature[argument] = kind
-        if kind.startswith("*") or argument[1] == "_":
+        if kind.startswith("*") or argument[1:2] == "_":
             facts[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, facts)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
