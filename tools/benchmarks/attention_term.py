@@ -1,6 +1,6 @@
 """Time and memory of the attention term at the last layer of Qwen2.5-VL 7B, against eager attention with autograd.
 
-    python tools/benchmarks/attention_term.py [--shapes 4096x512 8192x1024] [--repeats 3]
+    python tools/benchmarks/attention_term.py [--shapes 4096x512 8192x1024] [--repeats 3] [--clock cpu]
     python tools/benchmarks/attention_term.py --device cuda [--shapes 8192x1024 32768x4096] [--peak-tflops 989]
 
 One sequence of S tokens, the last R of them the response; 28 heads, 4 key/value heads of width 128; float32 on CPU,
@@ -14,11 +14,12 @@ target, plus the layer's output times a fixed cotangent. Forward and backward to
     term          ours alone: `head_mean_attention` + `row_divergence`, to q (R rows) and k
     eager rows    the loss alone by autograd through a softmax over heads x R x S
 
-Repetitions of all are interleaved; the least time counts. Memory is the peak above the inputs, counted by the allocator
-in a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra` is without them. Where
-the eager layer needs more than `--eager-memory` GiB it runs with fewer key/value heads (and the query heads that share
-them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is compared with the floor of
-its matrix products too. The last line is `ratio attention_term VALUE`: time of the term over that of the eager layer,
+Repetitions of all are interleaved; the least time counts. On a machine that does other work too, `--clock cpu`
+(processor seconds of all threads) with OMP_NUM_THREADS=1 is the steadier measure. Memory is the peak above the inputs,
+counted by the allocator in a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra`
+is without them. Where the eager layer needs more than `--eager-memory` GiB it runs with fewer key/value heads (and the
+query heads that share them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is
+compared with the floor of its matrix products too. The last line is `ratio attention_term VALUE`: time of the term over that of the eager layer,
 the largest over the shapes.
 """
 
@@ -38,6 +39,7 @@ sys.path.insert(0, str(PROJECT))
 from megatron_ral.functional.attention_rows import RowKeys, RowQK, attention_policy, head_mean_attention, row_divergence
 
 HEADS, KEY_HEADS, WIDTH = 28, 4, 128
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MAPS = 5
 """Maps of heads x S x S in float32 that the eager layer holds at its peak, about."""
 
@@ -136,15 +138,15 @@ def our_layer(layer: Layer) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * layer.cotangent).sum() + loss, layer[:3])
 
 
-def seconds(function: Callable, device: str) -> float:
+def seconds(function: Callable, device: str, clock: Callable[[], float]) -> float:
     """Of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(function: Callable, device: str) -> int:
@@ -188,7 +190,7 @@ def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
     times = {name: [] for name in cases}
     for _ in range(arguments.repeats):
         for name, case in cases.items():
-            times[name].append(seconds(case, device))
+            times[name].append(seconds(case, device, CLOCKS[arguments.clock]))
     print(f"S={S} R={R}: {HEADS} heads, {KEY_HEADS} key/value heads, width {WIDTH}, {layer.query.dtype}; a map of rows "
           f"(R x S x 4) is {map_bytes / 1e6:.1f} MB")
     print(f"{'':14}{'least s':>10}{'most s':>10}{'peak MB':>12}{'gradients MB':>14}{'extra MB':>12}{'extra, maps':>13}")
@@ -222,13 +224,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", help="S x R, such as 4096x512")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--eager-memory", type=float, default=10.0, help="GiB that the eager layer may take")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of dense bfloat16 products, for the floor")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and arguments.clock != "wall":
+        parser.error("--clock cpu: kernels on a GPU take no processor time; use --clock wall")
     shapes = arguments.shapes or (["4096x512", "8192x1024"] if arguments.device == "cpu" else
                                   ["4096x512", "8192x1024", "16384x2048", "32768x4096"])
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {name}, {arguments.repeats} repetitions\n")
+    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {name}, {arguments.repeats} repetitions, "
+          f"{arguments.clock} clock\n")
     ratios = [measure(*map(int, shape.split("x")), arguments) for shape in shapes]
     print(f"ratio attention_term {max(ratios):.3f}")
 
