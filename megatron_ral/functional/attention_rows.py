@@ -244,6 +244,12 @@ def _compared(mass: Tensor, target: Tensor) -> Tensor:
     return (mass > 0) & (target.sum(dim=-1) > 0)
 
 
+def _box_for_kernels(elements: int) -> int:
+    """Elements that formulas of a row take at once beside kernels: few launches, and several temporaries that are small
+    beside the map."""
+    return max(_LARGE_PIECE, elements // 16)
+
+
 class _RowDivergence(torch.autograd.Function):
     """Divergence of every row's policy from its target; gradient to queries and keys in closed form.
 
@@ -261,7 +267,8 @@ class _RowDivergence(torch.autograd.Function):
         ctx.save_for_backward(query, prompt_key, response_key, attention, target, mass)
         ctx.keys, ctx.kind, ctx.rest, ctx.kernels = keys, kind, tuple(qk)[3:], kernels
         result = torch.empty(attention.shape[:3], dtype=attention.dtype, device=attention.device)
-        for piece in pieces(attention.shape[:3], attention.shape[3]):
+        size = _box_for_kernels(attention.numel()) if kernels else None
+        for piece in pieces(attention.shape[:3], attention.shape[3], size):
             value = DIVERGENCES[kind].value(policy_part(attention, mass, keys, piece), target[piece])
             result[piece] = torch.where(_compared(mass[piece], target[piece]), value, 0.0)
         return result
@@ -303,15 +310,14 @@ class _RowDivergence(torch.autograd.Function):
 
     @staticmethod
     def _by_kernels(qk: RowQK, slope_of: Callable[[tuple], Tensor], grads: tuple[Tensor, ...]) -> None:
-        """The same by the Triton kernels, for which the slope is written down: at most `_KERNEL_PIECE` elements, formed
-        in sixteenths or less because the formulas take several temporaries."""
+        """The same by the Triton kernels, for which the slope is written down: at most `_KERNEL_PIECE` elements."""
         from megatron_ral.functional.attention_kernels import add_gradients
 
         S = qk.num_keys
         for piece in pieces(qk.query_BGRnD.shape[:3], S, _KERNEL_PIECE):
             shape, starts = [part.stop - part.start for part in piece], [part.start for part in piece]
             slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
-            for box in pieces(shape, S, max(_LARGE_PIECE, slope.numel() // 16)):
+            for box in pieces(shape, S, _box_for_kernels(slope.numel())):
                 slope[box] = slope_of(tuple(slice(part.start + start, part.stop + start)
                                             for part, start in zip(box, starts)))
             add_gradients(qk, slope, piece, grads)

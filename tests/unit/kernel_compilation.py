@@ -17,8 +17,10 @@ EVERY = [("_row_statistics", {"SLOPE": False}), ("_row_statistics", {"SLOPE": Tr
          ("_head_mean", {"PROMPT": False}), ("_query_gradient", {}), ("_key_gradient", {"PROMPT": True}),
          ("_key_gradient", {"PROMPT": False})]
 LARGEST = [("_query_gradient", {}), ("_key_gradient", {"PROMPT": True})]
+ONES = [(name, {**flags, **dict.fromkeys(("G", "R", "N", "shared", "lag", "total_heads"), 1)}) for name, flags in EVERY]
+"""Triton makes constants of arguments that are 1: one response of one row (`last_prompt`), one head."""
 WANTED = [(torch.bfloat16, 128, EVERY), (torch.bfloat16, 80, LARGEST), (torch.float16, 128, LARGEST[1:]),
-          (torch.float16, 64, LARGEST), (torch.float32, 128, LARGEST[1:])]
+          (torch.float16, 64, LARGEST + ONES), (torch.float32, 128, LARGEST[1:])]
 """The gradients' kernels need the most memory; each takes seconds, so not every type has all."""
 
 
@@ -26,7 +28,8 @@ def compiled(name: str, flags: dict, dtype: torch.dtype, width: int):
     """For compute capability 9.0, with strides and addresses divisible by 16 as in a model."""
     tile, function = kernels.tile_of(dtype, width)._asdict(), getattr(kernels, name)
     options = {option: tile.pop(option) for option in ("num_warps", "num_stages")}
-    constants, signature, facts = {**flags, **tile, "D": width}, {}, {}
+    known = {**flags, **tile, "D": width}
+    constants, signature, facts = {key: known[key] for key in function.arg_names if key in known}, {}, {}
     for place, argument in enumerate(function.arg_names):
         if argument in constants:
             kind = "constexpr"
