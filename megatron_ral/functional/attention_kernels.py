@@ -309,7 +309,8 @@ def head_mean_rows(qk: "RowQK") -> Tensor:
             size = keys.shape[1 if is_prompt else 2]
             grid = (triton.cdiv(size, inputs.tile.KEYS), triton.cdiv(R, inputs.tile.ROWS), B * G)
             _head_mean[grid](inputs.query, keys, inputs.lengths, normaliser, result, *inputs.query.stride()[:4],
-                             *strides, *inputs.sizes, qk.lag, qk.scale, qk.num_heads, PROMPT=is_prompt, **inputs.constants)
+                             *strides, *inputs.sizes, qk.lag, qk.scale, qk.num_heads, PROMPT=is_prompt,
+                             **inputs.constants)
     return result
 
 

@@ -49,6 +49,6 @@ if __name__ == "__main__":
     for dtype, width, these in WANTED:
         for name, flags in these:
             made = compiled(name, flags, dtype, width)
-            print(json.dumps({**flags, "kernel": name, "type": NAMES[dtype], "width": width, "shared": made.metadata.shared,
-                              "cubin": len(made.asm["cubin"]), "products": made.asm["ptx"].count("wgmma.mma_async")}),
-                  flush=True)
+            print(json.dumps({**flags, "kernel": name, "type": NAMES[dtype], "width": width,
+                              "shared": made.metadata.shared, "cubin": len(made.asm["cubin"]),
+                              "products": made.asm["ptx"].count("wgmma.mma_async")}), flush=True)

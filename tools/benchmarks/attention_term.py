@@ -19,8 +19,8 @@ Repetitions of all are interleaved; the least time counts. On a machine that doe
 counted by the allocator in a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra`
 is without them. Where the eager layer needs more than `--eager-memory` GiB it runs with fewer key/value heads (and the
 query heads that share them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is
-compared with the floor of its matrix products too. The last line is `ratio attention_term VALUE`: time of the term over that of the eager layer,
-the largest over the shapes.
+compared with the floor of its matrix products too. The last line is `ratio attention_term VALUE`: time of the
+term over that of the eager layer, the largest over the shapes.
 """
 
 import argparse
