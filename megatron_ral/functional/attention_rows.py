@@ -2,21 +2,31 @@
 
 Fused attention kernels return no weights, and eager ones keep a map per head. Here neither happens: rows are formed from
 recorded queries and keys, piece by piece, and only their average over heads is kept. The gradient is the closed form of
-`_RowDivergence.backward`, which forms the pieces again; no tensor of size heads x rows x keys is ever alive.
+`_RowDivergence`, whose backward pass forms the pieces again; no tensor of size heads x rows x keys is ever alive. On
+CUDA Triton kernels do both (`attention_kernels`), elsewhere PyTorch does; `kernels_for` chooses.
 
 Under tensor parallelism `head_mean_attention` gives the part of this rank's heads; the sum over ranks is the one
 collective, and the backward pass needs none.
 """
 
+import functools
+import importlib.util
+import logging
 import math
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_ral.functional.divergence import DIVERGENCES
 
+logger = logging.getLogger(__name__)
+
 _SMALL_PIECE, _LARGE_PIECE = 1 << 16, 1 << 18
+_KERNEL_PIECE = 1 << 26
+"""Elements of the slope map that kernels read at once (256 MB)."""
+_KERNEL_WIDTH = 128
+"""Widest head of the kernels: their tiles are of full width."""
 
 
 class RowQK(NamedTuple):
@@ -127,16 +137,50 @@ def _weights(qk: RowQK, piece: tuple, heads: _Heads) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
+def kernels_for(device: torch.device, dtype: torch.dtype, width: int) -> tuple[bool, str]:
+    """Whether rows of such tensors are formed by the Triton kernels, and what to say about it."""
+    if device.type != "cuda":
+        return False, f"PyTorch, as the device is {device.type}"
+    if width > _KERNEL_WIDTH:
+        return False, f"PyTorch, as heads are {width} wide and the kernels take at most {_KERNEL_WIDTH}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False, f"PyTorch, as the kernels do not take {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "PyTorch, as triton is not installed (it comes with CUDA builds of torch)"
+    return True, "Triton kernels"
+
+
+@functools.cache
+def _chosen(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    kernels, why = kernels_for(device, dtype, width)
+    level = logging.WARNING if device.type == "cuda" and not kernels else logging.INFO
+    logger.log(level, "attention rows on %s: %s", device, why)
+    return kernels
+
+
+def _with_kernels(qk: RowQK, wanted: Optional[bool]) -> bool:
+    query = qk.query_BGRnD
+    return _chosen(query.device, query.dtype, query.shape[4]) if wanted is None else wanted
+
+
 @torch.no_grad()
-def head_mean_attention(qk: RowQK) -> Tensor:
+def head_mean_attention(qk: RowQK, kernels: Optional[bool] = None) -> Tensor:
     """Attention of every row, summed over this rank's heads and divided by the heads of all ranks.
 
         out[b, g, r, j] = 1 / num_heads * sum_h softmax_j(scale * q[b, g, r, h] . k[b, g, j, h])
+
+    Args:
+        qk: rows and the keys they see.
+        kernels: by the Triton kernels or by PyTorch; None: as `kernels_for` says.
 
     Returns:
         [B, G, R, S] float32 (float64 for float64 inputs) without gradient; the sum over tensor ranks has rows that sum
         to 1. Columns a row cannot see are exactly 0.
     """
+    if _with_kernels(qk, kernels):
+        from megatron_ral.functional.attention_kernels import head_mean_rows
+
+        return head_mean_rows(qk)
     B, G, R = qk.query_BGRnD.shape[:3]
     dtype = torch.promote_types(qk.query_BGRnD.dtype, torch.float32)
     result = torch.zeros(B, G, R, qk.num_keys, dtype=dtype, device=qk.query_BGRnD.device)
@@ -200,6 +244,12 @@ def _compared(mass: Tensor, target: Tensor) -> Tensor:
     return (mass > 0) & (target.sum(dim=-1) > 0)
 
 
+def _box_for_kernels(elements: int) -> int:
+    """Elements that formulas of a row take at once beside kernels: few launches, and several temporaries that are small
+    beside the map."""
+    return max(_LARGE_PIECE, elements // 16)
+
+
 class _RowDivergence(torch.autograd.Function):
     """Divergence of every row's policy from its target; gradient to queries and keys in closed form.
 
@@ -212,12 +262,13 @@ class _RowDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, prompt_key: Tensor, response_key: Tensor, attention: Tensor, target: Tensor,
-                keys: RowKeys, kind: str, qk: RowQK) -> Tensor:
+                keys: RowKeys, kind: str, qk: RowQK, kernels: bool) -> Tensor:
         mass = key_mass(attention, keys)
         ctx.save_for_backward(query, prompt_key, response_key, attention, target, mass)
-        ctx.keys, ctx.kind, ctx.rest = keys, kind, tuple(qk)[3:]
+        ctx.keys, ctx.kind, ctx.rest, ctx.kernels = keys, kind, tuple(qk)[3:], kernels
         result = torch.empty(attention.shape[:3], dtype=attention.dtype, device=attention.device)
-        for piece in pieces(attention.shape[:3], attention.shape[3]):
+        size = _box_for_kernels(attention.numel()) if kernels else None
+        for piece in pieces(attention.shape[:3], attention.shape[3], size):
             value = DIVERGENCES[kind].value(policy_part(attention, mass, keys, piece), target[piece])
             result[piece] = torch.where(_compared(mass[piece], target[piece]), value, 0.0)
         return result
@@ -228,13 +279,20 @@ class _RowDivergence(torch.autograd.Function):
         query, prompt_key, response_key, attention, target, mass = ctx.saved_tensors
         qk = RowQK(query, prompt_key, response_key, *ctx.rest)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        grads = tuple(torch.zeros_like(tensor, dtype=dtype) for tensor in qk[:3])
+        grads = tuple(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in qk[:3])
+        slope_of = functools.partial(_RowDivergence._reaching, attention, mass, target, ctx.keys, ctx.kind,
+                                     grad / qk.num_heads)
+        (_RowDivergence._by_kernels if ctx.kernels else _RowDivergence._by_pieces)(qk, slope_of, grads)
+        return *(part.to(tensor.dtype) for part, tensor in zip(grads, qk[:3])), None, None, None, None, None, None
+
+    @staticmethod
+    def _by_pieces(qk: RowQK, slope_of: Callable[[tuple], Tensor], grads: tuple[Tensor, ...]) -> None:
+        """Add to the gradients of query, prompt and response keys; `slope_of`: `_reaching` of a piece."""
         grad_query, grad_prompt, grad_response = grads
-        P = prompt_key.shape[1]
+        P = qk.prompt_key_BPkD.shape[1]
         for piece in _weight_pieces(qk):
             b, g, r = piece
-            slope = _RowDivergence._slope(attention, mass, target[piece], ctx.keys, ctx.kind, piece)
-            slope = (slope * (grad[piece][..., None] / qk.num_heads))[:, None, :, None]  # [b, 1, g, 1, r, S]
+            slope = slope_of(piece)[:, None, :, None]  # [b, 1, g, 1, r, S]
             for heads in _heads(qk, piece):
                 weights = _weights(qk, piece, heads)
                 inner = (weights * slope).sum(dim=-1, keepdim=True)
@@ -249,7 +307,26 @@ class _RowDivergence(torch.autograd.Function):
                     for head, (matrix, vectors) in enumerate(zip(matrices, rows)):
                         part[:, head].addmm_(matrix.mT, vectors)
                 grad_response[b, g, :, h] += (own.mT @ heads.query).permute(0, 2, 3, 1, 4)
-        return *(part.to(tensor.dtype) for part, tensor in zip(grads, qk[:3])), None, None, None, None, None
+
+    @staticmethod
+    def _by_kernels(qk: RowQK, slope_of: Callable[[tuple], Tensor], grads: tuple[Tensor, ...]) -> None:
+        """The same by the Triton kernels, for which the slope is written down: at most `_KERNEL_PIECE` elements."""
+        from megatron_ral.functional.attention_kernels import add_gradients
+
+        S = qk.num_keys
+        for piece in pieces(qk.query_BGRnD.shape[:3], S, _KERNEL_PIECE):
+            shape, starts = [part.stop - part.start for part in piece], [part.start for part in piece]
+            slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
+            for box in pieces(shape, S, _box_for_kernels(slope.numel())):
+                slope[box] = slope_of(tuple(slice(part.start + start, part.stop + start)
+                                            for part, start in zip(box, starts)))
+            add_gradients(qk, slope, piece, grads)
+
+    @staticmethod
+    def _reaching(attention: Tensor, mass: Tensor, target: Tensor, keys: RowKeys, kind: str, grad: Tensor, piece: tuple
+                  ) -> Tensor:
+        """Slope of a piece times `grad` [B, G, R], which reaches the rows."""
+        return _RowDivergence._slope(attention, mass, target[piece], keys, kind, piece).mul_(grad[piece][..., None])
 
     @staticmethod
     def _slope(attention: Tensor, mass: Tensor, target: Tensor, keys: RowKeys, kind: str, piece: tuple) -> Tensor:
@@ -263,7 +340,8 @@ class _RowDivergence(torch.autograd.Function):
         return slope.clamp_(-bound, bound).mul_(chosen_keys(keys, piece))
 
 
-def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str = "jsd") -> Tensor:
+def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str = "jsd",
+                   kernels: Optional[bool] = None) -> Tensor:
     """Divergence of every row's attention policy from its target, with gradient to the queries and keys of `qk`.
 
     Args:
@@ -273,6 +351,7 @@ def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys:
             from fewer rows.
         keys: what the policy is made of.
         kind: a name of `divergence.DIVERGENCES`.
+        kernels: as for `head_mean_attention`.
 
     Returns:
         [B, G, R] in nats, >= 0; 0 with zero gradient for rows without mass on their keys and for rows without a target
@@ -281,4 +360,5 @@ def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys:
     Source: RAL paper eq. (3); closed form derived in this project and checked against autograd.
     """
     shape = attention_BGRS.shape
-    return _RowDivergence.apply(*qk[:3], attention_BGRS.detach(), target_BGRS.detach().expand(shape), keys, kind, qk)
+    return _RowDivergence.apply(*qk[:3], attention_BGRS.detach(), target_BGRS.detach().expand(shape), keys, kind, qk,
+                                _with_kernels(qk, kernels))

@@ -272,6 +272,8 @@ class Trainer:
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
         recorded = self.policy.local_layers(sorted(self.objective.recorded_layers))
         self._say(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
+        if self.objective.recorded_layers:
+            self._say(f"attention rows: {self.policy.row_path}")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:

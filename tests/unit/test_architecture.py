@@ -9,6 +9,7 @@ FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "progress": 1, 
 MAY_IMPORT = {
     "torch.distributed": {"parallel", "compat"}, "deepspeed": {"engine", "compat"},
     "webdataset": {"data/shards.py"}, "tensorboard": {"training/metrics.py"},
+    "triton": {"functional/attention_kernels.py"},
     "torch.utils.tensorboard": {"training/metrics.py"},
 }
 

@@ -477,6 +477,7 @@ def test_memory_is_that_of_three_maps_of_rows():
     peak = peak_bytes(ours)
     gradients_alone = sum(tensor.numel() * 4 for tensor in qk[:3])
     assert gradients_alone + 512 * 4096 * 4 < peak <= 3 * 512 * 4096 * 4, peak
+    assert peak - gradients_alone <= 2 * 512 * 4096 * 4, "without the gradients themselves"
     qk, keys, target = memory_case(32)
 
     def eager():

@@ -1,0 +1,99 @@
+"""Cases of test_attention_kernels.py, run with TRITON_INTERPRET=1 in a process of their own: Triton reads that variable
+when it is imported, and torch imports Triton on its own account.
+
+    python -m tests.unit.kernel_cases FILE     saves {case: {name: (ours, wanted)}}
+"""
+
+import sys
+import time
+
+import torch
+
+from megatron_ral.functional import attention_rows
+from megatron_ral.functional.attention_rows import RowKeys, attention_policy, head_mean_attention, row_divergence
+from tests.unit.test_attention_rows import another_policy, head_shard, random_qk, random_weights, row_keys
+
+
+def both(qk, keys, target, kind) -> dict:
+    """Rows, values and gradients by the kernels and by PyTorch."""
+    found, weights = [], random_weights(qk).float()
+    for kernels in (True, False):
+        attention = head_mean_attention(qk, kernels)
+        value = row_divergence(qk, attention, target, keys, kind, kernels)
+        found.append((attention, value, *torch.autograd.grad((value * weights).sum(), qk[:3])))
+    return dict(zip(("rows", "values", "query", "prompt_key", "response_key"), zip(*found)))
+
+
+def compared(rows="token", kind="jsd", columns="all", own=True, **shape) -> dict:
+    qk = random_qk(rows, **{"B": 2, "G": 2, "R": 3, "k": 2, "m": 2, "dtype": torch.float32, **shape})
+    keys = row_keys(qk, rows, columns, own)
+    return both(qk, keys, another_policy(qk, keys, rows), kind)
+
+
+def several_tiles(dtype=torch.float32, R=40, P=70, length=50, **options) -> dict:
+    """More rows and keys than a tile has, a tile of prompt keys that is padding, a query with foreign strides."""
+    qk = random_qk(B=1, R=R, P=P, D=80, k=1, m=2, dtype=dtype, **options)
+    query = qk.query_BGRnD.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    qk = qk._replace(query_BGRnD=query, prompt_lengths_B=torch.tensor([length]), scale=0.1)
+    keys = RowKeys(torch.ones(1, P + R, dtype=torch.bool), P + torch.arange(R)[None])
+    other = random_qk(B=1, R=R, P=P, D=80, k=1, m=2, dtype=dtype, seed=1, **options)._replace(
+        prompt_lengths_B=torch.tensor([length]), scale=0.1)
+    return both(qk, keys, attention_policy(head_mean_attention(other), keys)[0], "jsd")
+
+
+def pieces_of_rows() -> dict:
+    """The slope's map in three parts."""
+    whole, attention_rows._KERNEL_PIECE = attention_rows._KERNEL_PIECE, 20 * 50
+    try:
+        return several_tiles(P=10, length=8, G=1)
+    finally:
+        attention_rows._KERNEL_PIECE = whole
+
+
+def head_shards() -> dict:
+    """Two tensor ranks: parts are summed before the divergence, gradients are slices."""
+    qk = random_qk(B=1, G=2, R=3, k=2, m=2, dtype=torch.float32)
+    keys, weights = row_keys(qk), random_weights(qk).float()
+    target = another_policy(qk, keys)
+    wanted = both(qk, keys, target, "jsd")
+    shards = [head_shard(qk, rank, 2) for rank in range(2)]
+    attention = sum(head_mean_attention(shard, True) for shard in shards)
+    values = [row_divergence(shard, attention, target, keys, "jsd", True) for shard in shards]
+    found = [torch.cat(parts, dim=-2) for parts in zip(*(torch.autograd.grad((value * weights).sum(), shard[:3])
+                                                         for value, shard in zip(values, shards)))]
+    return {name: (ours, wanted[name][1]) for name, ours in zip(wanted, (attention, values[0], *found))}
+
+
+def silent() -> dict:
+    """The first group has no mass on its keys, the second's rows equal their target bit for bit."""
+    qk = random_qk(B=2, G=1, R=3, k=1, m=2, dtype=torch.float32)
+    keys = row_keys(qk)._replace(columns_BS=torch.tensor([[False] * 8, [True] * 8]))
+    target = attention_policy(head_mean_attention(qk, True), keys)[0]
+    target[0] = 1 / 8
+    result = both(qk, keys, target, "jsd")
+    return {name: (ours, ours if name == "rows" else torch.zeros_like(ours)) for name, (ours, _) in result.items()}
+
+
+CASES = {
+    "token": lambda: compared(),
+    "predictor": lambda: compared("predictor", "forward_kl", "visual"),
+    "prompt alone": lambda: compared("prompt alone", "reverse_kl", own=False),
+    "four heads of a key": lambda: compared("predictor", "jsd", "prompt", k=1, m=4, B=1, G=3),
+    "bfloat16": lambda: compared(dtype=torch.bfloat16, D=8, B=1),
+    "float16": lambda: compared(dtype=torch.float16, D=8, B=1),
+    "several tiles": lambda: several_tiles(G=2),
+    "pieces of rows": pieces_of_rows,
+    "head shards": head_shards,
+    "silent": silent,
+}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {}
+    for name, case in CASES.items():
+        start = time.perf_counter()
+        results[name] = case()
+        print(f"{name}: {time.perf_counter() - start:.1f} s")
+    torch.save({name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
+                for name, case in results.items()}, sys.argv[1])

@@ -1,0 +1,92 @@
+"""Triton kernels of the attention rows, without a GPU.
+
+Proven under Triton's interpreter: rows, values and gradients equal those of PyTorch (which test_attention_rows.py
+compares with the definition) for every kind of rows, keys and divergence, in bfloat16 and float16, for several tiles,
+padded prompts, strides, slope maps in parts and head shards; rows without mass and equal rows give exactly zero. All
+kernels compile to machine code of an H100 and fit its shared memory. And the path is chosen by what there is. Not
+shown here: that they run, and how fast, on a GPU (tests/gpu).
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_ral.functional import attention_rows
+from megatron_ral.functional.attention_rows import head_mean_attention, kernels_for
+from tests.conftest import PROJECT
+from tests.unit.test_attention_rows import random_qk
+
+pytest.importorskip("triton")
+
+CASES = ("token", "predictor", "prompt alone", "four heads of a key", "bfloat16", "float16", "several tiles",
+         "pieces of rows", "head shards", "silent")
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on compute capability 9.0."""
+
+
+def run_module(name: str, interpret: bool, *arguments: object) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    done = subprocess.run([sys.executable, "-m", f"tests.unit.{name}", *map(str, arguments)], cwd=PROJECT, text=True,
+                          capture_output=True, env={**environment, **({"TRITON_INTERPRET": "1"} if interpret else {})})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("kernels") / "results.pt"
+    run_module("kernel_cases", True, path)
+    found = torch.load(path)
+    assert sorted(found) == sorted(CASES)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_pytorch(results, case):
+    for name, (ours, wanted) in results[case].items():
+        assert ours.dtype == wanted.dtype and ours.shape == wanted.shape, name
+        ours, wanted = ours.float(), wanted.float()
+        if case == "silent":
+            assert torch.equal(ours, wanted) and (name == "rows") == bool(wanted.any()), name
+            continue
+        if not wanted.numel():
+            continue
+        assert wanted.abs().max() > 1e-2, "the case has no power"
+        coarse = name.endswith(("query", "key")) and case in ("bfloat16", "float16")  # one rounding of the gradient
+        bound = {"bfloat16": 2 ** -8, "float16": 2 ** -10}[case] if coarse else 2e-6
+        assert (ours - wanted).abs().max() <= bound * wanted.abs().max(), name
+        if name == "rows":
+            assert torch.equal(ours == 0, wanted == 0), "columns that a row cannot see must be exactly 0"
+
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    made = [json.loads(line) for line in run_module("kernel_compilation", False).splitlines() if line.startswith("{")]
+    assert len(made) == 20 and {entry["width"] for entry in made} == {64, 80, 128}
+    for entry in made:
+        assert entry["cubin"] > 0 and 0 < entry["shared"] <= SHARED, entry
+        # the tensor cores are used, but never for float32 inputs
+        assert (entry["products"] > 0) == (entry["type"] != "fp32"), entry
+
+
+def test_the_path_follows_device_type_and_width():
+    cuda = torch.device("cuda")
+    assert kernels_for(cuda, torch.bfloat16, 128) == (True, "Triton kernels")
+    assert [kernels_for(cuda, dtype, 80)[0] for dtype in (torch.float16, torch.float32)] == [True, True]
+    for arguments, word in (((torch.device("cpu"), torch.float32, 64), "cpu"), ((cuda, torch.float64, 64), "float64"),
+                            ((cuda, torch.float32, 256), "256")):
+        kernels, why = kernels_for(*arguments)
+        assert not kernels and word in why
+
+
+def test_one_line_says_which_path(caplog):
+    attention_rows._chosen.cache_clear()
+    with caplog.at_level(logging.INFO, logger=attention_rows.__name__):
+        for _ in range(2):
+            head_mean_attention(random_qk(dtype=torch.float32))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["attention rows on cpu: PyTorch, as the device is cpu"]
