@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Iterator, Mapping
 
+from tqdm import tqdm
+
 from megatron_ral.config import ConfigError, RunConfig
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.planning.hardware import Hardware
@@ -106,7 +108,9 @@ def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware:
                         layout = check_possible(changed, shape, world_size)
                     except ConfigError:
                         continue
-                    per_update = config.rollout.num_prompts // layout.data_size // config.rollout.num_minibatches
+                    of_update = (config.train.batch_size if config.train.algorithm == "sft" else
+                                 config.rollout.num_prompts // config.rollout.num_minibatches)
+                    per_update = of_update // layout.data_size
                     if micro > per_update:
                         continue
                     stage = max(stage.per_tensor_rank for stage in stage_parameters(shape, layout))
@@ -119,7 +123,7 @@ def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware:
 
 
 def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware, visual_tokens: int = -1,
-           tries: int = 16) -> str:
+           tries: int = 10) -> str:
     """The five layouts that fit and promise the most samples per day, as a table.
 
     Layouts whose parameters and gradients alone do not fit are left out by arithmetic; of the others the `tries` that a
@@ -127,9 +131,7 @@ def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hard
     """
     candidates = sorted(_candidates(config, shape, world_size, hardware), key=lambda candidate: candidate.promise)
     fitting, rehearsed = [], 0
-    for candidate in candidates:
-        if rehearsed == tries:
-            break
+    for candidate in tqdm(candidates[:tries], desc="layouts", unit="layout"):
         rehearsed += 1
         result = rehearse(candidate.config, shape, world_size, hardware, visual_tokens=visual_tokens)
         if result.fits:
