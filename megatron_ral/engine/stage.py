@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
-from megatron_ral.functional.attention_rows import kernels_for
+from megatron_ral.functional.attention_rows import chosen_path
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
@@ -267,7 +267,7 @@ class StageEngine:
     @property
     def row_path(self) -> str:
         """What forms attention rows here, in words."""
-        return kernels_for(self.groups.device, self.stage.dtype, self.shape.kv_channels)[1]
+        return chosen_path(self.groups.device, self.stage.dtype, self.shape.kv_channels)[1]
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
         """Rows of a kind of `ROW_KINDS` of one layer."""

@@ -3,7 +3,7 @@
 Fused attention kernels return no weights, and eager ones keep a map per head. Here neither happens: rows are formed from
 recorded queries and keys, piece by piece, and only their average over heads is kept. The gradient is the closed form of
 `_RowDivergence`, whose backward pass forms the pieces again; no tensor of size heads x rows x keys is ever alive. On
-CUDA Triton kernels do both (`attention_kernels`), elsewhere PyTorch does; `kernels_for` chooses.
+CUDA Triton kernels do both (`attention_kernels`), elsewhere PyTorch does; `chosen_path` chooses.
 
 Under tensor parallelism `head_mean_attention` gives the part of this rank's heads; the sum over ranks is the one
 collective, and the backward pass needs none.
@@ -151,16 +151,23 @@ def kernels_for(device: torch.device, dtype: torch.dtype, width: int) -> tuple[b
 
 
 @functools.cache
-def _chosen(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def chosen_path(device: torch.device, dtype: torch.dtype, width: int) -> tuple[bool, str]:
+    """`kernels_for`, and kernels that agree with PyTorch on this device; one log line each time the answer is new."""
     kernels, why = kernels_for(device, dtype, width)
+    if kernels:
+        from megatron_ral.functional.kernel_check import kernel_fault
+
+        fault = kernel_fault(device, dtype, width)
+        if fault:
+            kernels, why = False, f"PyTorch, as the Triton kernels are at fault here: {fault}"
     level = logging.WARNING if device.type == "cuda" and not kernels else logging.INFO
     logger.log(level, "attention rows on %s: %s", device, why)
-    return kernels
+    return kernels, why
 
 
 def _with_kernels(qk: RowQK, wanted: Optional[bool]) -> bool:
     query = qk.query_BGRnD
-    return _chosen(query.device, query.dtype, query.shape[4]) if wanted is None else wanted
+    return chosen_path(query.device, query.dtype, query.shape[4])[0] if wanted is None else wanted
 
 
 @torch.no_grad()
@@ -171,7 +178,7 @@ def head_mean_attention(qk: RowQK, kernels: Optional[bool] = None) -> Tensor:
 
     Args:
         qk: rows and the keys they see.
-        kernels: by the Triton kernels or by PyTorch; None: as `kernels_for` says.
+        kernels: by the Triton kernels or by PyTorch; None: as `chosen_path` says.
 
     Returns:
         [B, G, R, S] float32 (float64 for float64 inputs) without gradient; the sum over tensor ranks has rows that sum

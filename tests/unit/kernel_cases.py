@@ -1,7 +1,8 @@
 """Cases of test_attention_kernels.py, run with TRITON_INTERPRET=1 in a process of their own: Triton reads that variable
 when it is imported, and torch imports Triton on its own account.
 
-    python -m tests.unit.kernel_cases FILE     saves {case: {name: (ours, wanted)}}
+    python -m tests.unit.kernel_cases FILE     saves {case: {name: (ours, wanted)}}, and under "faults" what
+                                               `kernel_fault` says of kernels as they are, and damaged
 """
 
 import sys
@@ -74,6 +75,23 @@ def silent() -> dict:
     return {name: (ours, ours if name == "rows" else torch.zeros_like(ours)) for name, (ours, _) in result.items()}
 
 
+def faults() -> list:
+    """Of good kernels, of one that is off by 1 %, of one that raises."""
+    from megatron_ral.functional import attention_kernels
+    from megatron_ral.functional.kernel_check import kernel_fault
+
+    def refuses(qk):
+        raise RuntimeError("no such\ninstruction")
+
+    arguments, good = (torch.device("cpu"), torch.float32, 16), attention_kernels.head_mean_rows
+    found = [kernel_fault(*arguments)]
+    for damaged in (lambda qk: good(qk) * 1.01, refuses):
+        attention_kernels.head_mean_rows = damaged
+        found.append(kernel_fault(*arguments))
+    attention_kernels.head_mean_rows = good
+    return found
+
+
 CASES = {
     "token": lambda: compared(),
     "predictor": lambda: compared("predictor", "forward_kl", "visual"),
@@ -95,5 +113,5 @@ if __name__ == "__main__":
         start = time.perf_counter()
         results[name] = case()
         print(f"{name}: {time.perf_counter() - start:.1f} s")
-    torch.save({name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
-                for name, case in results.items()}, sys.argv[1])
+    torch.save({"faults": faults(), **{name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
+                for name, case in results.items()}}, sys.argv[1])

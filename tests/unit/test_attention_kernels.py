@@ -42,7 +42,7 @@ def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("kernels") / "results.pt"
     run_module("kernel_cases", True, path)
     found = torch.load(path)
-    assert sorted(found) == sorted(CASES)
+    assert sorted(found) == sorted((*CASES, "faults"))
     return found
 
 
@@ -62,6 +62,24 @@ def test_kernels_equal_pytorch(results, case):
         assert (ours - wanted).abs().max() <= bound * wanted.abs().max(), name
         if name == "rows":
             assert torch.equal(ours == 0, wanted == 0), "columns that a row cannot see must be exactly 0"
+
+
+def test_kernels_are_compared_with_pytorch_before_they_are_trusted(results):
+    nothing, wrong, raises = results["faults"]
+    assert nothing is None and "rows differ" in wrong and "1.0e-02" in wrong
+    assert raises == "they fail with RuntimeError: no such instruction"
+
+
+def test_a_fault_leads_back_to_pytorch(monkeypatch, caplog):
+    from megatron_ral.functional import kernel_check
+
+    monkeypatch.setattr(kernel_check, "kernel_fault", lambda *arguments: "they are wrong")
+    attention_rows.chosen_path.cache_clear()
+    with caplog.at_level(logging.INFO, logger=attention_rows.__name__):
+        assert attention_rows.chosen_path(torch.device("cuda"), torch.bfloat16, 128)[0] is False
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "they are wrong" in record.getMessage()
+    attention_rows.chosen_path.cache_clear()
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
@@ -84,7 +102,7 @@ def test_the_path_follows_device_type_and_width():
 
 
 def test_one_line_says_which_path(caplog):
-    attention_rows._chosen.cache_clear()
+    attention_rows.chosen_path.cache_clear()
     with caplog.at_level(logging.INFO, logger=attention_rows.__name__):
         for _ in range(2):
             head_mean_attention(random_qk(dtype=torch.float32))
