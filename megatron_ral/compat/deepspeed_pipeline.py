@@ -77,6 +77,18 @@ def use_gradient_norm(zero_optimizer, norm: Callable[[], torch.Tensor]) -> None:
     zero_optimizer._get_norm_groups = lambda: [norm()]
 
 
+@contextmanager
+def coalesced_reduction(engine) -> Iterator[None]:
+    """`engine.coalesce_grad_reduction()` that reduces nothing after an error: other ranks may be gone, and what went wrong
+    first must be what is seen. The engine is not to be used after one."""
+    with engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            raise
+
+
 class EarlyReduction:
     """Inside `coalesce_grad_reduction`: the gradients of a module are reduced as soon as the last backward pass of the step
     has added to all of them.

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, use_gradient_norm
+from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.protocol import Objective, StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
@@ -108,7 +108,10 @@ class PolicyEngine(StageEngine):
         metrics = self.accumulate(batches, objective)
         self._sum_gradients(self._partial, self.groups.tensor)
         self._sum_gradients(self._tied, self.groups.embedding)
-        return sum_metrics(metrics, self.groups)
+        sums = sum_metrics(metrics, self.groups)
+        if not all(math.isfinite(value) for name, value in sums.items() if name.startswith("loss")):
+            self._losses_finite = False
+        return sums
 
     def accumulate(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, Tensor]:
         """The part of `forward_backward` that runs the stage; returns this rank's metrics."""
@@ -146,7 +149,7 @@ class PolicyEngine(StageEngine):
 
             return output, token_loss
 
-        with self.ready(recorded), self.deepspeed.coalesce_grad_reduction():
+        with self.ready(recorded), coalesced_reduction(self.deepspeed):
             self.run_schedule(forward_step, batches, forward_only=False)
             reduced = self._early.finish()
             for parameter in self._trainable.values():

@@ -21,7 +21,9 @@ BLOCKS = re.findall(r"^```bash run\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL
 def ran(tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder and what each block printed."""
     folder = tmp_path_factory.mktemp("guide")
-    environment = {**os.environ, "OUT": str(folder), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
+    own = {name: value for name, value in os.environ.items()  # not what a group in this process has left there
+           if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment = {**own, "OUT": str(folder), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     printed = []
     for block in BLOCKS:
