@@ -45,11 +45,11 @@ class PromptResponses:
 
     @staticmethod
     def join(prompts: PromptBatch, rows: Sequence["PromptResponses"], pad_token_id: int) -> ResponseBatch:
-        """Inverse of `split`, for rows of different R."""
-        longest = max(row.response_ids.shape[1] for row in rows)
+        """Inverse of `split`; R is the longest response's."""
+        longest = max(int(row.response_lengths.max()) for row in rows)
 
         def pad(tensor: Tensor, value: float) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)
+            return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)  # or cut
 
         return ResponseBatch(
             prompts, torch.stack([pad(row.response_ids, pad_token_id) for row in rows]),

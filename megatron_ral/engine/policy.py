@@ -99,7 +99,7 @@ class PolicyEngine(StageEngine):
         """Gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
 
         Args:
-            batches: micro-batches of one optimizer step on this rank, of one shape.
+            batches: micro-batches of one optimizer step on this rank.
             objective: the loss.
 
         Returns:

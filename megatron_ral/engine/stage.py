@@ -13,12 +13,12 @@ from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Optio
 
 import deepspeed
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
+from megatron_ral.engine.schedule import run_schedule
 from megatron_ral.functional.attention_rows import chosen_path
 from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
@@ -208,7 +208,7 @@ class StageEngine:
         """Pass without gradient through megatron's schedule.
 
         Args:
-            batches: micro-batches of one shape (P, G, R, B).
+            batches: micro-batches.
             layers: 0-based layers whose attention rows are wanted.
             temperature: logits are divided by it before the log-probabilities.
             row_kind: which rows, one of `ROW_KINDS`.
@@ -243,21 +243,16 @@ class StageEngine:
                 for index, rows in enumerate(attention)]
 
     def run_schedule(self, forward_step, batches: Sequence[Any], *, forward_only: bool) -> None:
-        """megatron-core's pipeline schedule over micro-batches of one shape."""
-        first = getattr(batches[0], "groups", batches[0])
-        layout = group_layout(first)
-        for batch in batches:
-            other = group_layout(getattr(batch, "groups", batch))
-            assert (other.B, other.P, other.R) == (layout.B, layout.P, layout.R), "micro-batches differ in shape"
+        """megatron-core's pipeline schedule over micro-batches."""
         def taken() -> Iterator[Any]:
             for batch in batches:
                 tick(getattr(batch, "groups", batch).prompts.identities)
                 yield batch
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=taken(), model=self.stage,
-            num_microbatches=len(batches), seq_length=self.stage.padded_length(layout.sequence_length),
-            micro_batch_size=layout.B, forward_only=forward_only, collect_non_loss_data=forward_only)
+        layouts = [group_layout(getattr(batch, "groups", batch)) for batch in batches]
+        run_schedule(forward_step, taken(), self.stage,
+                     [self.stage.handed_on(layout.sequence_length, layout.B) for layout in layouts],
+                     forward_only=forward_only)
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
         """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""

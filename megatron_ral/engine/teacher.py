@@ -11,7 +11,7 @@ another depth has on another stage, and for prompts that ranks ask unequal numbe
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,15 +119,14 @@ class TeacherEngine(FrozenEngine):
         """
         match = {layer: self.matching_layer(layer) for layer in layers}
         work = self._assignment(len(batches))
-        outputs: dict[Item, ForwardOutput] = {}
-        received = self._receive_groups(work, batches)
+        received, taken = self._receive_groups(work, batches), work.taken()
+        results: list[ForwardOutput] = []
         with self.resident():
-            for chosen in _by_home(work.taken()):  # micro-batches of one home have one shape
-                results = self.forward([received[item] for item in chosen], sorted(set(match.values())),
+            if taken:  # ranks may ask for fewer micro-batches than there are replicas
+                results = self.forward([received[item] for item in taken], sorted(set(match.values())),
                                        row_kind=row_kind, hidden_states=True,  # never its logits
                                        keep=lambda rows, groups: keep(rows, groups).cpu())
-                outputs.update(zip(chosen, results))
-        return self._hand_back(work, batches, match, outputs, hidden_states)
+        return self._hand_back(work, batches, match, dict(zip(taken, results)), hidden_states)
 
     def answer(self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int,
                *identity: object) -> list[PromptResponses]:
@@ -193,8 +192,3 @@ class TeacherEngine(FrozenEngine):
                 else:
                     results[index].attention[name] = arrived.cpu()
         return results
-
-
-def _by_home(items: Sequence[Item]) -> Iterator[list[Item]]:
-    for home in sorted({data_rank for data_rank, _ in items}):
-        yield [item for item in items if item[0] == home]

@@ -103,6 +103,7 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
         masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
         pipeline_model_parallel_layout=_pipeline_layers(shape, layout),
         deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
+        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",  # the other kind, of no use here, refuses them
     )
 
 

@@ -56,9 +56,16 @@ class MultimodalStage(torch.nn.Module):
         self.language.set_input_tensor(input_tensor)
 
     def padded_length(self, length: int) -> int:
-        """Length of a sequence as the stages hand it on."""
-        parts = self.layout.tensor_size if self.config.sequence_parallel else 1
-        return -(-length // parts) * parts
+        """Length of a sequence that can be cut over tensor ranks."""
+        return -(-length // self._parts) * self._parts
+
+    def handed_on(self, length: int, size: int) -> tuple[int, int, int]:
+        """Shape of the hidden states that stages hand on of `size` sequences."""
+        return self.padded_length(length) // self._parts, size, self.shape.hidden_size
+
+    @property
+    def _parts(self) -> int:
+        return self.layout.tensor_size if self.config.sequence_parallel else 1
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:

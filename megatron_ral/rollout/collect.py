@@ -13,6 +13,7 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
+from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.rollout.scoring import score_responses
 from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
 
@@ -37,34 +38,38 @@ class ScoredGroups:
 
 def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
                     step: int, micro_batch_size: int, teacher: Optional[TeacherEngine] = None) -> list[ScoredGroups]:
-    """Rollout of this rank's prompts, cut into micro-batches of one shape.
+    """Rollout of this rank's prompts, cut into micro-batches of like lengths, each as wide as its longest (`longest_first`).
 
     Args:
         prompts: this data-parallel rank's prompts of the rollout.
         step: rollout number; part of every random stream.
-        micro_batch_size: prompt groups per micro-batch; divides len(prompts).
+        micro_batch_size: prompt groups per micro-batch; divides the prompts of one optimizer step.
         teacher: answers the share distill.teacher_rollouts of the prompts.
     """
     share = config.distill.teacher_rollouts if teacher is not None else 0.0
     asked = [share > 0 and float(uniform_stream(1, "teacher", config.seed, step, prompt.sample.identity)) < share
              for prompt in prompts]
     rows, embeds = _answers(engine, prompts, asked, processor, config, step, teacher)
-    width = max(len(prompt.input_ids) for prompt in prompts)
-    everything = PromptResponses.join(pad_prompts(prompts, processor.pad_token_id, width), rows, processor.pad_token_id)
+    order = longest_first([len(prompt.input_ids) + row.response_lengths.numel() * int(row.response_lengths.max())
+                           for prompt, row in zip(prompts, rows)], len(prompts) // config.rollout.num_minibatches)
+    prompts, rows, embeds, asked = ([values[index] for index in order] for values in (prompts, rows, embeds, asked))
+    pad_token_id = processor.pad_token_id
+    everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), rows, pad_token_id)
     score = score_responses(everything, processor, config, engine)
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         own = embeds[part]
-        groups = GroupBatch(pad_prompts(prompts[part], processor.pad_token_id, width), everything.response_ids[part],
-                            everything.response_lengths[part], None if own[0] is None else tuple(own))
+        responses = PromptResponses.join(pad_prompts(prompts[part], pad_token_id), rows[part], pad_token_id)
+        groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths,
+                            None if own[0] is None else tuple(own))
         scored = Score(score.rewards[part], {name: values[part] for name, values in score.components.items()},
                        score.texts[part], score.problems[part])
         advantages = group_advantages(scored.rewards, scale=config.loss.advantage_scale)
         shuffled = config.loss.attention_advantages == "shuffled"
         order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None
         batches.append(ScoredGroups(groups, scored, advantages, advantages.gather(1, order) if shuffled else advantages,
-                                    everything.rollout_logprobs[part], everything.finished[part],
+                                    responses.rollout_logprobs, responses.finished,
                                     torch.tensor(asked[part])))
     return batches
 
@@ -80,8 +85,8 @@ def _answers(engine: StageEngine, prompts: Sequence[Prompt], asked: Sequence[boo
     size, identity = config.rollout.generation_batch_size, (config.seed, step)
     rows: dict[int, PromptResponses] = {}
     embeds: dict[int, Optional[Tensor]] = {}
-    numbers = {by_teacher: [index for index, flag in enumerate(asked) if flag == by_teacher]
-               for by_teacher in (False, True)}
+    by_length = longest_first([len(prompt.input_ids) for prompt in prompts], len(prompts))
+    numbers = {by_teacher: [index for index in by_length if asked[index] == by_teacher] for by_teacher in (False, True)}
 
     def see(start: list[int], features: Optional[tuple[Tensor, ...]]) -> None:
         embeds.update(zip(start, features if features is not None else [None] * len(start)))

@@ -42,24 +42,23 @@ class RunLog:
                     self._recent[name] = deque([*self._recent[name], value], FINAL[name])
 
     def completions(self, rollout: Sequence[ScoredGroups], step: int) -> None:
-        """The first prompts of a rollout with all their responses and rewards."""
+        """Some prompts of a rollout, spread over its micro-batches (which are in order of length), with all their responses
+        and rewards."""
         if self._writer is None:
             return
-        shown = 0
-        for scored in rollout:
-            for b, prompt in enumerate(scored.groups.prompts.prompts):
-                if shown == self.config.logging.num_completions:
-                    return
-                parts = scored.score.components
-                rows = [f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
-                        f"(key {html.escape(prompt.sample.key)})", "", f"| reward | {' | '.join(parts)} | response |",
-                        "|---" * (2 + len(parts)) + "|"]
-                for g, (text, reward) in enumerate(zip(scored.score.texts[b], scored.score.rewards[b].tolist())):
-                    values = " | ".join(f"{values[b, g]:.2f}" for values in parts.values())
-                    shown_text = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break ends a row
-                    rows.append(f"| {reward:.2f} | {values} | {shown_text} |")
-                self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
-                shown += 1
+        everything = [(scored, b, prompt) for scored in rollout for b, prompt in enumerate(scored.groups.prompts.prompts)]
+        count = min(self.config.logging.num_completions, len(everything))
+        for shown in range(count):
+            scored, b, prompt = everything[shown * len(everything) // count]
+            parts = scored.score.components
+            rows = [f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
+                    f"(key {html.escape(prompt.sample.key)})", "", f"| reward | {' | '.join(parts)} | response |",
+                    "|---" * (2 + len(parts)) + "|"]
+            for g, (text, reward) in enumerate(zip(scored.score.texts[b], scored.score.rewards[b].tolist())):
+                values = " | ".join(f"{values[b, g]:.2f}" for values in parts.values())
+                shown_text = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break ends a row
+                rows.append(f"| {reward:.2f} | {values} | {shown_text} |")
+            self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
 
     def evaluation(self, result: Evaluation, step: int) -> None:
         self.scalars({"eval/accuracy": result.accuracy, "eval/format_rate": result.format_rate,

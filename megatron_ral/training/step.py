@@ -23,6 +23,7 @@ from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.progress import progress
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
+from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.training.attention_term import ROLLOUT_POLICY
 from megatron_ral.training.distillation import DistillTerm, shuffled_visual_columns
 from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
@@ -81,17 +82,17 @@ def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptP
 
 
 def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch_size: int) -> list[GroupBatch]:
-    """Reference responses as groups of one, padded to one shape."""
-    width = max(len(prompt.input_ids) for prompt in prompts)
-    longest = max(len(prompt.response_ids) for prompt in prompts)
+    """Reference responses as groups of one, in micro-batches of like lengths, each as wide as its longest."""
+    order = longest_first([len(prompt.input_ids) + len(prompt.response_ids) for prompt in prompts], len(prompts))
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
-        chosen = prompts[start:start + micro_batch_size]
+        chosen = [prompts[index] for index in order[start:start + micro_batch_size]]
+        longest = max(len(prompt.response_ids) for prompt in chosen)
         ids = torch.full((len(chosen), 1, longest), pad_token_id)
         for index, prompt in enumerate(chosen):
             ids[index, 0, : len(prompt.response_ids)] = prompt.response_ids
         lengths = torch.tensor([[len(prompt.response_ids)] for prompt in chosen])
-        batches.append(GroupBatch(pad_prompts(chosen, pad_token_id, width), ids, lengths))
+        batches.append(GroupBatch(pad_prompts(chosen, pad_token_id), ids, lengths))
     return batches
 
 

@@ -60,18 +60,17 @@ def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tup
 
 
 def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, pad_to: int = 0) -> list[ScoredGroups]:
-    """Groups cut into micro-batches; visual embeddings from the engine's frozen tower where one is given."""
-    width = max(pad_to, max(len(prompt.input_ids) for prompt, *_ in groups))
+    """Groups cut into micro-batches of different shapes, none of the prompts narrower than `pad_to`; visual embeddings from
+    the engine's frozen tower where one is given."""
     result = []
     for start in range(0, len(groups), size):
         prompts, ids, lengths, rewards = zip(*groups[start:start + size])
-        batch = pad_prompts(prompts, 0, width)
+        batch = pad_prompts(prompts, 0, pad_to)
         embeds = engine.encode_visual(batch) if engine is not None else None
-        rewards = torch.stack(rewards)
-        score = Score(rewards, {}, ())
-        result.append(ScoredGroups(GroupBatch(batch, torch.stack(ids), torch.stack(lengths), embeds), score,
-                                   group_advantages(rewards), group_advantages(rewards),
-                                   torch.zeros(rewards.shape + (LENGTH,)),
+        rewards, ids, lengths = torch.stack(rewards), torch.stack(ids), torch.stack(lengths)
+        ids, score = ids[..., :int(lengths.max())], Score(rewards, {}, ())
+        result.append(ScoredGroups(GroupBatch(batch, ids, lengths, embeds), score, group_advantages(rewards),
+                                   group_advantages(rewards), torch.zeros(ids.shape),
                                    torch.ones_like(rewards, dtype=torch.bool),
                                    torch.zeros(len(prompts), dtype=torch.bool)))
     return result

@@ -81,6 +81,8 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     start = groups.layout.data_rank * share
     prompts = [processor(sample) for sample in samples()[start:start + share]]
     rollout = collect_rollout(policy, prompts, processor, config, 0, 2)
+    widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]
+    assert len(set(widths)) > 1, widths  # micro-batches of different shapes in one pass, also between stages
     old = policy.forward([scored.groups for scored in rollout], [3])
     stop_groups()
     result = {}

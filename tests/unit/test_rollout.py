@@ -16,6 +16,7 @@ from megatron_ral.functional.attention_targets import mean_prompt_row, success_t
 from megatron_ral.rollout import collect
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
 from megatron_ral.rollout.collect import ScoredGroups, shuffled_order
+from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
 G, R = 2, 4
@@ -195,3 +196,46 @@ def test_every_place_is_as_likely():
     assert torch.equal(order.sort(dim=1).values, torch.arange(4).expand(4000, -1))
     shares = torch.nn.functional.one_hot(order, 4).double().mean(dim=0)
     assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+# --- micro-batches of like lengths ------------------------------------------------------------------------------------
+
+def test_longest_first_within_each_optimizer_step():
+    assert longest_first([3, 5, 4, 4, 9, 1], 3) == [1, 2, 0, 4, 3, 5]
+    assert longest_first([2, 2, 2], 3) == [0, 1, 2]  # equal ones keep their order
+
+
+def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
+    """Four prompts of one optimizer step, lengths of prompts and responses crossed, in micro-batches of two."""
+    lengths = {"prompt 0": 2, "prompt 1": 4, "prompt 2": 1, "prompt 3": 3}
+    prompts = [replace(prompt(key), input_ids=torch.full((3 + index,), index), position_ids=torch.zeros(3, 3 + index),
+                       visual_mask=torch.zeros(3 + index, dtype=torch.bool),
+                       target_mask=torch.zeros(3 + index, dtype=torch.bool)) for index, key in enumerate(lengths)]
+
+    def sample(engine, prompts, settings, *rest):
+        for start in (0, 2):  # batches of the generation are cut otherwise
+            batch = pad_prompts(prompts[start:start + 2], 0)
+            longest = torch.tensor([lengths[item.sample.key] for item in batch.prompts])
+            ids = longest[:, None, None].expand(-1, G, R).clone()
+            yield ResponseBatch(batch, ids, torch.stack([longest, torch.ones_like(longest)], dim=1), ids.float(),
+                                torch.ones(2, G, dtype=torch.bool)), None
+
+    def score(responses, *rest):
+        rewards = torch.tensor([[float(item.sample.key[-1]), 0.0] for item in responses.prompts.prompts])
+        return Score(rewards, {}, tuple(("", "") for _ in rewards), ())
+
+    monkeypatch.setattr(collect, "sample_responses", sample)
+    monkeypatch.setattr(collect, "score_responses", score)
+    engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
+    batches = collect.collect_rollout(engine, prompts, processor, config(), 0, 2)
+    keys = [item.sample.key for scored in batches for item in scored.groups.prompts.prompts]
+    assert keys == ["prompt 1", "prompt 3", "prompt 0", "prompt 2"]  # P + G * longest = 12, 12, 7, 7
+    assert [scored.groups.prompts.input_ids.shape[1] for scored in batches] == [6, 5]
+    assert [scored.groups.response_ids.shape[2] for scored in batches] == [4, 2]
+    for scored in batches:
+        for b, item in enumerate(scored.groups.prompts.prompts):
+            number = float(item.sample.key[-1])
+            assert scored.score.rewards[b].tolist() == [number, 0.0]
+            assert scored.groups.prompts.input_ids[b, :len(item.input_ids)].eq(number).all()
+            assert scored.groups.response_lengths[b].tolist() == [lengths[item.sample.key], 1]
+            assert scored.rollout_logprobs[b].eq(lengths[item.sample.key]).all()

@@ -1,0 +1,53 @@
+"""megatron-core's pipeline schedule over micro-batches of different lengths."""
+
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class KnownShapes(P2PCommunicator):
+    """Hidden states between stages, whose shapes the receiver knows.
+
+    With `variable_seq_lengths` megatron-core sends the shape of each tensor before the tensor, which costs a message and a
+    stop of the device. Here every stage reads the same micro-batches, and gets them in their order in both directions.
+
+    Args:
+        group: pipeline.
+        config: of the stage's model.
+        shapes: of what stages hand on, micro-batch by micro-batch.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup, config: Any, shapes: Sequence[Shape]):
+        super().__init__(group, config)
+        self._hidden, self._gradients = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(self, tensor_send_next: Optional[Tensor], tensor_send_prev: Optional[Tensor], recv_prev: bool,
+                            recv_next: bool) -> tuple[Optional[Shape], Optional[Shape]]:
+        return next(self._hidden) if recv_prev else None, next(self._gradients) if recv_next else None
+
+
+def run_schedule(forward_step: Callable, data: Iterator[Any], stage: torch.nn.Module, shapes: Sequence[Shape], *,
+                 forward_only: bool) -> None:
+    """One pass over micro-batches, and back, in the layout that megatron-core works in.
+
+    Args:
+        forward_step: as megatron-core's schedule calls it.
+        data: the micro-batches.
+        stage: this rank's.
+        shapes: (sequence on one rank, B, H) of each micro-batch's hidden states between stages.
+        forward_only: no backward pass.
+    """
+    arguments = {}
+    if stage.layout.pipeline_size > 1:
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "embd", "pos_embd", "dp_cp"])
+        arguments = {"p2p_communicator": KnownShapes(groups.pp, stage.config, shapes), "pg_collection": groups}
+    get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=data, model=stage, num_microbatches=len(shapes),
+        seq_length=shapes[0][0], micro_batch_size=shapes[0][1], forward_only=forward_only,
+        collect_non_loss_data=forward_only, **arguments)
