@@ -246,7 +246,14 @@ class TrainBatch:
     advantages: Optional[Tensor] = None
     """[B, G] float32."""
     old_logprobs: Optional[Tensor] = None
-    """[B, G, R] float32, from the training engine before the first update."""
+    """[B, G, R] float32, from the training engine before the first update; not where on_policy."""
+    on_policy: bool = False
+    """The policy is still the one that made the rollout: what old_logprobs and target_attention would be is the pass of the
+    update itself, without gradient."""
+    rollout_logprobs: Optional[Tensor] = None
+    """[B, G, R] float32 of the sampler; given where the policy is still its own and the two are to be compared."""
+    from_teacher: Optional[Tensor] = None
+    """[B] bool, with rollout_logprobs: responses of the teacher, which has its own."""
     ref_logprobs: Optional[Tensor] = None
     """[B, G, R] float32, from the frozen reference."""
     target_attention: Mapping[int, Any] = field(default_factory=dict)

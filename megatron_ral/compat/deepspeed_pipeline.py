@@ -6,19 +6,17 @@ schedule, works with four adaptations kept here:
 1. `MegatronTopology`: the `mpu` names DeepSpeed calls, which megatron-core no longer has.
 2. `use_gradient_norm`: DeepSpeed's own gradient norm counts the last stage's copy of tied embeddings a second time, and
    with an offloaded optimizer it is taken before the engine adds up what tensor ranks and tied copies share.
-3. `suspended_module_hooks`: DeepSpeed's per-module fetch and release hooks compare module order over all ranks (stages
-   differ, so they would hang) and gather parameters anew for every micro-batch. While all parameters of the stage are
-   resident they have nothing to do.
+3. `remove_module_hooks`: DeepSpeed's per-module fetch and release hooks compare module order over all ranks (stages
+   differ, so they would hang) and gather parameters anew for every micro-batch. The engine gathers in their place.
 4. `EarlyReduction`: `coalesce_grad_reduction` reduces everything after the last backward pass; layers can go while it is
    still on its way, on DeepSpeed's own stream (`overlap_comm`).
 
 `tests/distributed/test_layouts.py` covers each of them; `tests/unit/test_compat.py` tells when one is no longer needed.
 """
 
-from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator
 
 import torch
 
@@ -139,14 +137,9 @@ class EarlyReduction:
                 self._zero.reduce_independent_p_g_buckets_and_remove_grads(member)
 
 
-@contextmanager
-def suspended_module_hooks(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Run each of `modules` without forward hooks; for use while every parameter is resident."""
-    saved = [(child, child._forward_pre_hooks, child._forward_hooks) for child in modules]
-    for child, _, _ in saved:
-        child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for child, before, after in saved:
-            child._forward_pre_hooks, child._forward_hooks = before, after
+def remove_module_hooks(module: torch.nn.Module) -> None:
+    """Take the forward hooks off a module and all in it; for right after `deepspeed.initialize`."""
+    for child in module.modules():
+        for hooks in (child._forward_pre_hooks, child._forward_hooks, child._forward_pre_hooks_with_kwargs,
+                      child._forward_hooks_with_kwargs, child._forward_hooks_always_called):
+            hooks.clear()

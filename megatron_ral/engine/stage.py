@@ -1,8 +1,8 @@
 """What policy and frozen models share: a ZeRO-3-sharded stage that can be made resident and run forward.
 
 Between uses each data-parallel rank holds 1/DP of its stage. `resident()` gathers the whole stage with one coalesced
-all-gather and releases it after; inside, DeepSpeed's per-module hooks are suspended, so that a pass sends nothing over
-the data-parallel group however many micro-batches it has. `ready()` is what a pass needs: the same, or with
+all-gather and releases it after; inside, a pass sends nothing over the data-parallel group however many micro-batches it
+has (DeepSpeed's per-module hooks are removed). `ready()` is what a pass needs: the same, or with
 `gather="layer"` everything but the layers, which then are gathered one by one.
 """
 
@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, suspended_module_hooks
+from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, remove_module_hooks
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
 from megatron_ral.engine.schedule import run_schedule
@@ -115,7 +115,8 @@ class StageEngine:
                 config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
                                     offload_optimizer=offload_optimizer, overlap=overlap),
                 mpu=MegatronTopology(groups), dist_init_required=False)
-        self._modules, self._parameters = list(self.stage.modules()), list(self.stage.parameters())
+        remove_module_hooks(self.stage)
+        self._parameters = list(self.stage.parameters())
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -129,7 +130,7 @@ class StageEngine:
         Gather(self._parameters).wait()
         self._resident = True
         try:
-            with suspended_module_hooks(self._modules), self.groups.active():
+            with self.groups.active():
                 yield
         finally:
             self._resident = False
@@ -178,7 +179,7 @@ class StageEngine:
                 layer.weights.ahead, following.weights.behind = following.weights, layer.weights
         try:
             rest.wait()
-            with suspended_module_hooks(self._modules), self.groups.active():
+            with self.groups.active():
                 yield
         finally:
             self._ready = False

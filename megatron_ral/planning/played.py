@@ -257,7 +257,7 @@ class _Player:
     def passes(self) -> Optional[Mapping[int, Any]]:
         """Passes without gradient; returns what the attention is compared with."""
         engine, target, layers = self.engine, self.config.loss.attention_target, sorted(self.objective.term_layers)
-        sources = {"old": target in ROLLOUT_POLICY}
+        sources = {"old": target in ROLLOUT_POLICY} if self.work.passes > self.work.on_policy else {}
         if self.config.needs_reference:
             sources["reference"] = target == "reference"
         if target == "ema":
@@ -271,7 +271,8 @@ class _Player:
                     return self.objective.term.keep(rows, batch)
 
             before = engine.watched.live["attention rows"]
-            output, = self.phase(name, self.work.passes, lambda: engine.forward(
+            count = self.work.passes - (self.work.on_policy if name == "old" else 0)
+            output, = self.phase(name, count, lambda: engine.forward(
                 batches, layers if recorded else (), temperature=self.objective.temperature,
                 row_kind=self.config.loss.attention_row, keep=keep))
             if recorded:
@@ -291,7 +292,8 @@ class _Player:
             groups=groups, totals=StepTotals(1, 1, work.response_length), advantages=advantages,
             old_logprobs=tokens if last else None,
             ref_logprobs=tokens if last and self.config.needs_reference else None, target_attention=dict(kept or {}),
-            attention_advantages=advantages, takes_part=torch.ones(work.micro_batch, dtype=torch.bool))
+            attention_advantages=advantages, on_policy="old" not in self.result.phases,
+            takes_part=torch.ones(work.micro_batch, dtype=torch.bool))
             for groups in self.batches(played)]
         engine.stage.train()
         self.phase("update", work.micro_batches * work.num_updates,

@@ -177,8 +177,8 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
     held = Counter({kind: size for kind, size in {**zero.held(config), "teacher": teacher.shard}.items() if size})
     features = (work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize
                 if played.layout.is_first_stage and work.in_flight else 0)  # a supervised step forms them in the update
-    kept = sum(played.phases[name].held for name in PASSES if name in played.phases)
-    waiting = Counter({"visual features": features * work.num_prompts, "attention rows": kept * (work.passes - 1)})
+    kept = sum(int(phase.held * (phase.count - 1)) for name, phase in played.phases.items() if name in PASSES)
+    waiting = Counter({"visual features": features * work.num_prompts, "attention rows": kept})
 
     def memory(name: str, gathered: int, seen: Optional[Phase] = None, *more: Counter, scale: int = 1) -> None:
         kinds = held + Counter({"gathered stage": gathered}) + sum(more, Counter())
@@ -231,7 +231,8 @@ def _count_traffic(report: RankReport, config: RunConfig, work: Workload) -> Non
         report.sent["prefill"][gather] += zero.whole
         for name in PASSES:
             if name in phases:
-                report.sent[name][gather] += zero.sent(work.passes)[gather] - sum(zero.passing.values()) * work.passes
+                count = int(phases[name].count)
+                report.sent[name][gather] += zero.sent(count)[gather] - sum(zero.passing.values()) * count
     report.update_share = zero.sent_per_update(work.micro_batches) / max(zero.sent_share, 1)
     for key, size in zero.sent(work.micro_batches).items():
         report.sent["update"][key] += size * work.num_updates if zero.data_size > 1 or key[0] != "data" else 0
@@ -283,7 +284,8 @@ def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:
         yield "generation", by_turns("prefill") + by_turns("token")
     for name in PASSES:
         if slowest(name):
-            yield name, slowest(name) * (work.passes + stages - 1) / work.passes
+            count = ranks[0].rank.phases[name].count
+            yield name, slowest(name) * (count + stages - 1) / count
     if rehearsal.config.distills:
         yield "teacher", _teacher_seconds(rehearsal)
     bubbles = (work.micro_batches + stages - 1) / work.micro_batches

@@ -6,6 +6,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.rollout.assemble import on_policy_updates
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
 _SAMPLE = Sample("rehearsed", "", "", "", "", "", (), ())
@@ -32,6 +33,8 @@ class Workload:
     """Optimizer steps on a rollout."""
     micro_batches: int
     """Of one optimizer step."""
+    on_policy: int = 0
+    """Micro-batches that the pass of the old policy leaves out."""
 
     @property
     def visual_tokens(self) -> int:
@@ -39,7 +42,7 @@ class Workload:
 
     @property
     def passes(self) -> int:
-        """Micro-batches of the whole rollout, each of which the passes without gradient read once."""
+        """Micro-batches of the whole rollout, each of which the passes without gradient read once (but for `on_policy`)."""
         return self.num_prompts // self.micro_batch
 
     @classmethod
@@ -63,7 +66,8 @@ class Workload:
         micro = min(config.train.micro_batch_size, per_update)
         together = min(rollout.generation_batch_size, -(-share // pipeline_size))  # as `engine/generate.py` spreads them
         return cls(length, grid, rollout.max_response_length, rollout.group_size, together,
-                   min(pipeline_size, -(-share // together)), micro, share, config.updates_per_rollout, per_update // micro)
+                   min(pipeline_size, -(-share // together)), micro, share, config.updates_per_rollout, per_update // micro,
+                   on_policy_updates(config) * (per_update // micro))
 
 
 def make_prompt(shape: ModelShape, work: Workload) -> Prompt:

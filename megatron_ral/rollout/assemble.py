@@ -34,16 +34,24 @@ def groups_taking_part(scored: ScoredGroups, config: RunConfig) -> Tensor:
     return signal if config.loss.filter_equal_rewards else torch.ones_like(signal)
 
 
-def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardOutput],
-                         reference: Optional[Sequence[ForwardOutput]], target: Optional[Sequence[ForwardOutput]],
-                         config: RunConfig, groups: ParallelGroups) -> list[list[TrainBatch]]:
+def on_policy_updates(config: RunConfig) -> int:
+    """First optimizer steps of a rollout that need no pass of the old policy, because they are made on it: 1, or 0 where
+    their samples come back in another epoch, when it has moved."""
+    return int(config.rollout.num_epochs == 1)
+
+
+def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[Optional[ForwardOutput]],
+                         reference: Optional[Sequence[ForwardOutput]],
+                         target: Optional[Sequence[Optional[ForwardOutput]]], config: RunConfig,
+                         groups: ParallelGroups) -> list[list[TrainBatch]]:
     """Micro-batches of each optimizer step.
 
     Args:
         rollout: this rank's micro-batches, in order.
-        old: pass of the policy before the first update, one per micro-batch.
+        old: pass of the policy before the first update, one per micro-batch; None where the update is made on it.
         reference: pass of the frozen reference, or None where it is not needed.
-        target: pass whose attention the divergence is taken to, or None where it is made of no pass.
+        target: pass whose attention the divergence is taken to, or None where it is made of no pass; of single
+            micro-batches, where it is made of the update's own.
         config: `rollout.num_minibatches` optimizer steps are made of the rollout and divide the micro-batches;
             `loss.filter_equal_rewards` says which groups take part.
     """
@@ -57,16 +65,17 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[ForwardO
                                config.rollout.max_response_length, groups)
         step = []
         for index in indices:
-            scored, frozen = rollout[index], reference[index] if reference is not None else None
-            kept = target[index].attention if target is not None else {}
+            scored, before = rollout[index], old[index]
+            frozen, compared = (None if outputs is None else outputs[index] for outputs in (reference, target))
+            kept = compared.attention if compared is not None else {}
             if config.loss.attention_target in ("group", "hindsight"):
                 kept = {layer: success_target(rows, scored.attention_advantages.to(rows.device))
                         for layer, rows in kept.items()}
             step.append(TrainBatch(
                 groups=scored.groups, totals=totals, advantages=scored.advantages,
-                old_logprobs=old[index].tokens.logprobs if old[index].tokens else None,
+                old_logprobs=before.tokens.logprobs if before is not None and before.tokens else None,
                 ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention=dict(kept), takes_part=parts[index],
+                target_attention=dict(kept), takes_part=parts[index], on_policy=before is None,
                 attention_advantages=scored.attention_advantages))
         minibatches.append(step)
     return minibatches

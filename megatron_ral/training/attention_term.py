@@ -11,7 +11,7 @@ from megatron_ral.config.sections import LossConfig
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.functional.attention_rows import RowKeys, attention_policy
-from megatron_ral.functional.attention_targets import mean_prompt_row
+from megatron_ral.functional.attention_targets import mean_prompt_row, success_target
 from megatron_ral.models.group_layout import AttentionRecord
 from megatron_ral.types import GroupBatch, PromptBatch, TrainBatch
 
@@ -66,6 +66,9 @@ class AttentionTerm:
         """What is kept of the rows of a target's pass until the update."""
         if self.settings.attention_store == "qk":
             return rows.record.detached()
+        return self._kept_policy(rows, groups)
+
+    def _kept_policy(self, rows: AttentionRows, groups: GroupBatch) -> Tensor:
         policy = rows.policy(self.keys(rows, groups.prompts))
         if self.settings.attention_target in ("group", "hindsight"):
             return mean_prompt_row(policy, groups.response_mask, rows.layout.P)
@@ -90,7 +93,7 @@ class AttentionTerm:
             box = batch.groups.prompts.target_mask.to(rows.attention.dtype)
             row = box / box.sum(dim=-1, keepdim=True).clamp(min=1.0)
         else:
-            row = batch.target_attention[layer]
+            row = self._own_target(rows, batch) if self._is_own(batch) else batch.target_attention[layer]
             if isinstance(row, AttentionRecord):
                 return rows.of_record(row).policy(keys)
             if self.settings.attention_target not in ("group", "hindsight"):
@@ -100,6 +103,16 @@ class AttentionTerm:
         if self.row_kind == "token":
             return row
         return attention_policy(row.expand(-1, -1, rows.attention.shape[2], -1), keys)[0]
+
+    def _is_own(self, batch: TrainBatch) -> bool:
+        return batch.on_policy and self.settings.attention_target in ROLLOUT_POLICY
+
+    def _own_target(self, rows: AttentionRows, batch: TrainBatch) -> Tensor:
+        """What a pass of the policy before this update would have kept: it is this pass."""
+        kept = self._kept_policy(rows.of_kind(self.settings.attention_row), batch.groups)
+        if self.settings.attention_target == "old":
+            return kept
+        return success_target(kept, batch.attention_advantages)
 
     def _weights(self, batch: TrainBatch) -> Tensor:
         """Weight of every row, broadcasting to [B, G, R]; positive pulls towards the target."""

@@ -102,6 +102,8 @@ class RalObjective:
             metrics["kl"] = mean(kl)
         if settings.entropy_coef > 0:
             loss = loss - settings.entropy_coef * (outputs.entropy * weights).sum()
+        if batch.rollout_logprobs is not None:
+            metrics |= sampling_metrics(outputs.logprobs.detach(), batch)
         if self.distill is not None:
             distilled, measured = self.distill.token_loss(outputs, batch)
             loss, metrics = loss + distilled, {**metrics, **measured}
@@ -109,7 +111,8 @@ class RalObjective:
         return (loss if loss.requires_grad else loss + 0.0 * outputs.logprobs.sum()), metrics
 
     def _policy_loss(self, logprobs: Tensor, batch: TrainBatch, mask: Tensor) -> PolicyLoss:
-        settings, arguments = self.settings, (logprobs, batch.old_logprobs, batch.advantages, mask)
+        old = logprobs.detach() if batch.on_policy else batch.old_logprobs
+        settings, arguments = self.settings, (logprobs, old, batch.advantages, mask)
         bounds = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
         if settings.policy_loss == "cispo":
             return cispo_loss(*arguments, **bounds)
@@ -130,6 +133,15 @@ class RalObjective:
             metrics |= measured
         losses = [loss for loss in losses if loss is not None and loss.requires_grad]
         return (sum(losses[1:], losses[0]) if losses else None), metrics
+
+
+def sampling_metrics(logprobs_BGR: Tensor, batch: TrainBatch) -> Metrics:
+    """How far the sampler was from the training engine, over all responses that are the policy's."""
+    own = batch.groups.response_mask
+    if batch.from_teacher is not None:
+        own = own & ~batch.from_teacher[:, None, None]
+    difference = (logprobs_BGR - batch.rollout_logprobs).abs().masked_fill(~own, 0.0)
+    return {"sampling/logprob_difference:sum": difference.sum(), "sampling/logprob_difference:count": own.sum()}
 
 
 def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.progress import progress
-from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
+from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
 from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.training.attention_term import ROLLOUT_POLICY
@@ -131,12 +131,15 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size, engines.teacher)
     old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
     minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
-    report.metrics.update(rollout_metrics(report.rollout, old, policy, config.distills))
+    report.metrics.update(rollout_metrics(report.rollout, policy, config.distills))
 
     updates: list[dict[str, float]] = []
     for epoch in range(config.rollout.num_epochs):
         for index, minibatch in enumerate(minibatches):
             last = epoch == config.rollout.num_epochs - 1 and index == len(minibatches) - 1
+            if not updates:  # the policy is still the sampler's: do they agree?
+                minibatch = [replace(batch, rollout_logprobs=scored.rollout_logprobs, from_teacher=scored.from_teacher)
+                             for batch, scored in zip(minibatch, report.rollout)]
             if engines.teacher is not None:  # per update, so that its rows of a whole rollout need not be held
                 with report.timed("teacher"):
                     minibatch = taught(engines.teacher, minibatch, objective.distill, config, step)
@@ -163,25 +166,28 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
 
 def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, config: RunConfig,
             report: StepReport
-            ) -> tuple[Sequence[ForwardOutput], Optional[Sequence[ForwardOutput]], Optional[Sequence[ForwardOutput]]]:
+            ) -> tuple[Sequence[Optional[ForwardOutput]], Optional[Sequence[ForwardOutput]],
+                       Optional[Sequence[Optional[ForwardOutput]]]]:
     """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
-    average) the attention is compared with."""
+    average) the attention is compared with. The policy's leaves out (None) what the first update is made of."""
     target, layers = objective.settings.attention_target, sorted(objective.term_layers)
+    own = on_policy_updates(config) * (len(batches) // config.rollout.num_minibatches)
 
     def run(engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
             ) -> list[ForwardOutput]:
-        return engine.forward(batches, layers if recorded else (), temperature=objective.temperature,
-                              row_kind=objective.settings.attention_row, keep=objective.term.keep)
+        return [] if not batches else engine.forward(
+            batches, layers if recorded else (), temperature=objective.temperature,
+            row_kind=objective.settings.attention_row, keep=objective.term.keep)
 
     with report.timed("old"):
-        old = run(engines.policy, target in ROLLOUT_POLICY)
+        old = [None] * own + run(engines.policy, target in ROLLOUT_POLICY, batches[own:])
     reference = average = None
     if engines.reference is not None:
         with report.timed("reference"):
-            own = batches
+            theirs = batches
             if config.model.reference_path:  # another checkpoint may have another vision tower
-                own = [replace(batch, visual_embeds=None) for batch in batches]
-            reference = run(engines.reference, target == "reference", own)
+                theirs = [replace(batch, visual_embeds=None) for batch in batches]
+            reference = run(engines.reference, target == "reference", theirs)
     if engines.average is not None:
         with report.timed("average"):
             average = run(engines.average, True)
@@ -244,15 +250,14 @@ def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor
     return policy.gradient_norm(attention_shards) / token_norm if token_norm > 0 else 0.0
 
 
-def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: PolicyEngine,
-                    distills: bool = False) -> dict[str, float]:
-    """Rewards, lengths, share of groups without signal, and how far the sampler is from the training engine."""
+def rollout_metrics(rollout: Sequence[ScoredGroups], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
+    """Rewards, lengths, share of groups without signal."""
     sums: dict[str, float] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:
         sums[name] = sums.get(name, 0.0) + float(value)
 
-    for scored, output in zip(rollout, old):
+    for scored in rollout:
         rewards, lengths = scored.score.rewards, scored.groups.response_lengths
         if policy.layout.is_last_stage:
             add("responses", rewards.numel())
@@ -264,17 +269,11 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], old: Sequence, policy: Poli
             add("completions/clipped_ratio", (~scored.finished).sum())
             for name, values in scored.score.components.items():
                 add(f"rewards/{name}/mean", values.sum())
-            mask = scored.groups.response_mask
-            own = mask & ~scored.from_teacher[:, None, None]
-            difference = (output.tokens.logprobs.cpu() - scored.rollout_logprobs).abs() * own
-            add("sampling/logprob_difference", difference.sum())
-            add("own_tokens", own.sum())
             add("distill/teacher_rollouts", scored.from_teacher.sum())
-            add("tokens", mask.sum())
+            add("tokens", lengths.sum())
     total = sum_metrics(sums, policy.groups)
     responses, groups, tokens = total.pop("responses"), total.pop("groups"), total.pop("tokens")
-    per = {"reward_std": groups, "distill/teacher_rollouts": groups, "frac_reward_zero_std": groups,
-           "sampling/logprob_difference": max(total.pop("own_tokens"), 1.0)}
+    per = {"reward_std": groups, "distill/teacher_rollouts": groups, "frac_reward_zero_std": groups}
     if not distills:
         del total["distill/teacher_rollouts"]
     return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}

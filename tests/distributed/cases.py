@@ -131,8 +131,7 @@ def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int,
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
-    width = max(len(prompt.input_ids) for prompt, *_ in everything)
-    rollout = micro_batches(mine, min(micro_batch_size, share), policy, width)
+    rollout = micro_batches(mine, min(micro_batch_size, share), policy)
     reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
                                row_kind=config.loss.attention_row, keep=objective.term.keep)
     target = None if config.loss.attention_target == "oracle" else reference

@@ -583,3 +583,52 @@ def test_supervised_loss():
     assert float(loss) == pytest.approx(-float(new[REAL].sum()) / 32)
     assert torch.equal(torch.autograd.grad(loss, new)[0], -REAL.double() / 32)
     assert math.isclose(float(metrics["loss"]), float(loss))
+
+
+# --- the first update, which is made on the policy of the rollout ---------------------------------------------------------
+
+@pytest.mark.parametrize("store", ["rows", "qk"])
+@pytest.mark.parametrize("row", ["token", "predictor"])
+@pytest.mark.parametrize("target, keys", [case for case in COMPARED if case[0] in ("old", "group", "hindsight", "reference")])
+def test_on_policy_terms_are_those_of_a_pass_just_before(target, keys, row, store):
+    """Loss, gradient and metrics with `on_policy` equal those with what a pass of the same weights kept."""
+    if store == "qk" and target in ("group", "hindsight"):
+        pytest.skip("refused by the configuration")
+    objective = make_objective(attention_target=target, attention_keys=keys, attention_row=row, attention_store=store,
+                               policy_loss="cispo" if row == "token" else "grpo")
+    other = 2 if target == "reference" else 1  # 1 are the weights that are updated
+    before = train_batch(objective, other=other)
+    own = batch(16, attention_advantages=ADVANTAGES, on_policy=True,
+                target_attention=before.target_attention if target == "reference" else {})
+    wanted, gradients, metrics = attention_loss(objective, before)
+    loss, same, more = attention_loss(objective, own)
+    assert torch.equal(loss, wanted) and metrics.keys() == more.keys()
+    assert all(torch.equal(metrics[name], more[name]) for name in metrics)
+    for one, two in zip(gradients, same):
+        assert (one is None and two is None) or torch.equal(one, two)
+    if target == "old":  # exactly GRPO
+        assert float(loss) == 0 and not any(part.any() for part in same if part is not None)
+    else:
+        assert float(loss.detach().abs()) > 1e-4
+
+    new = (0.4 * rand(B, G, R, seed=1) - 2).requires_grad_()
+    outputs = TokenOutputs(new, torch.ones_like(new))
+    loss, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True))
+    wanted, more = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, old_logprobs=new.detach()))
+    gradient, = torch.autograd.grad(loss, new)
+    assert torch.equal(loss, wanted) and torch.equal(gradient, torch.autograd.grad(wanted, new)[0]) and gradient.any()
+    assert metrics.keys() == more.keys() and all(torch.equal(metrics[name], more[name]) for name in metrics)
+
+
+def test_sampler_and_engine_are_compared_where_the_sampler_is_given():
+    objective, new = make_objective(), 0.4 * rand(B, G, R, seed=1) - 2
+    sampler = new + 0.25
+    sampler[~REAL] = float("nan")
+    outputs = TokenOutputs(new, torch.ones_like(new))
+    for teacher, counted in ((None, REAL), (torch.tensor([True, False]), REAL & torch.tensor([False, True])[:, None, None])):
+        _, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True, from_teacher=teacher,
+                                                         rollout_logprobs=sampler))
+        assert int(metrics["sampling/logprob_difference:count"]) == int(counted.sum()) > 0
+        assert float(metrics["sampling/logprob_difference:sum"]) == pytest.approx(0.25 * int(counted.sum()))
+    _, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True))
+    assert not any(name.startswith("sampling") for name in metrics)

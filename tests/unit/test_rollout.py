@@ -14,7 +14,7 @@ from megatron_ral.engine.protocol import ForwardOutput, TokenOutputs
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.attention_targets import mean_prompt_row, success_target
 from megatron_ral.rollout import collect
-from megatron_ral.rollout.assemble import assemble_minibatches, global_totals
+from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
 from megatron_ral.rollout.collect import ScoredGroups, shuffled_order
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
@@ -78,6 +78,18 @@ def test_groups_with_equal_rewards_leave_masks_and_totals():
 def test_each_optimizer_step_has_its_own_totals():
     minibatches = assemble_minibatches(rollout(), passes(), None, passes(), config(2, filter_equal_rewards=True), ALONE)
     assert [step[0].totals for step in minibatches] == [StepTotals(5, 2, 9), StepTotals(3, 2, 9)]
+
+
+def test_the_first_update_needs_no_pass_before_it():
+    """Micro-batches without one are marked; those of another epoch never are."""
+    first, second = assemble_minibatches(rollout(), [None, passes()[1]], passes(), [None, passes(({}, {3: "rows"}))[1]],
+                                         config(2), ALONE)
+    assert [batch.on_policy for batch in (*first, *second)] == [True, False]
+    assert first[0].old_logprobs is None and first[0].target_attention == {} and first[0].ref_logprobs is not None
+    assert second[0].old_logprobs is not None and second[0].target_attention == {3: "rows"}
+    assert on_policy_updates(config(2)) == on_policy_updates(config(1)) == 1
+    again = config(2)
+    assert on_policy_updates(replace(again, rollout=replace(again.rollout, num_epochs=2))) == 0
 
 
 def test_a_step_without_any_signal_divides_by_one():
