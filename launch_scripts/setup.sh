@@ -7,6 +7,8 @@ export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
 # With more threads than free cores small operations become ten times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# Micro-batches differ in shape; without it the memory of a GPU falls into pieces that fit none of them.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 
 _is_python_311() {
     "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
