@@ -37,7 +37,6 @@ class SentGroups:
     samples: tuple[Sample, ...]
     response_ids: Tensor
     response_lengths: Tensor
-    prompt_width: int
 
 
 class TeacherHead:
@@ -152,15 +151,14 @@ class TeacherEngine(FrozenEngine):
         home = self.student.layout.data_rank
         mine = {(home, index): batch for index, batch in enumerate(batches)}
         packed = {item: SentGroups(tuple(prompt.sample for prompt in batch.prompts.prompts), batch.response_ids.clone(),
-                                   batch.response_lengths.clone(), batch.prompts.input_ids.shape[1])
+                                   batch.response_lengths.clone())
                   for item, batch in mine.items()}
         sent = carry_objects(work.inputs(), self.layout.rank, packed, self.groups.device)
         return {item: replace(mine[item], visual_embeds=None) if item in mine else self._unpack(sent[item])
                 for item in work.taken()}
 
     def _unpack(self, sent: SentGroups) -> GroupBatch:
-        prompts = pad_prompts([self.processor(sample) for sample in sent.samples], self.processor.pad_token_id,
-                              sent.prompt_width)
+        prompts = pad_prompts([self.processor(sample) for sample in sent.samples], self.processor.pad_token_id)
         return GroupBatch(prompts, sent.response_ids, sent.response_lengths)
 
     def _hand_back(self, work: Assignment, batches: Sequence[GroupBatch], match: Mapping[int, int],

@@ -292,7 +292,7 @@ class _Player:
             groups=groups, totals=StepTotals(1, 1, work.response_length), advantages=advantages,
             old_logprobs=tokens if last else None,
             ref_logprobs=tokens if last and self.config.needs_reference else None, target_attention=dict(kept or {}),
-            attention_advantages=advantages, on_policy="old" not in self.result.phases,
+            attention_advantages=advantages, on_policy=work.on_policy > 0,  # the first update forms rows of its own
             takes_part=torch.ones(work.micro_batch, dtype=torch.bool))
             for groups in self.batches(played)]
         engine.stage.train()

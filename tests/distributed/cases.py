@@ -59,16 +59,16 @@ def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tup
     return result
 
 
-def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, pad_to: int = 0) -> list[ScoredGroups]:
-    """Groups cut into micro-batches of different shapes, none of the prompts narrower than `pad_to`; visual embeddings from
-    the engine's frozen tower where one is given."""
-    result = []
+def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False) -> list[ScoredGroups]:
+    """Groups cut into micro-batches of different shapes, or `alike` of the widest; visual embeddings from the engine's frozen
+    tower where one is given."""
+    widest, result = max(len(prompt.input_ids) for prompt, *_ in groups), []
     for start in range(0, len(groups), size):
         prompts, ids, lengths, rewards = zip(*groups[start:start + size])
-        batch = pad_prompts(prompts, 0, pad_to)
+        batch = pad_prompts(prompts, 0, widest if alike else 0)
         embeds = engine.encode_visual(batch) if engine is not None else None
         rewards, ids, lengths = torch.stack(rewards), torch.stack(ids), torch.stack(lengths)
-        ids, score = ids[..., :int(lengths.max())], Score(rewards, {}, ())
+        ids, score = ids[..., :LENGTH if alike else int(lengths.max())], Score(rewards, {}, ())
         result.append(ScoredGroups(GroupBatch(batch, ids, lengths, embeds), score, group_advantages(rewards),
                                    group_advantages(rewards), torch.zeros(ids.shape),
                                    torch.ones_like(rewards, dtype=torch.bool),
@@ -121,9 +121,10 @@ def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
 
 
 def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int, sequence_parallel: bool = False,
-                    equal_rewards: tuple = ()) -> list[TrainBatch]:
+                    equal_rewards: tuple = (), alike: bool = False) -> list[TrainBatch]:
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
-    attention is compared with, are those of another model; groups `equal_rewards` have no signal."""
+    attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all micro-batches
+    have one shape."""
     config, groups, shape, policy, objective = opened
     frozen = FrozenEngine(shape, groups, config.model.dtype, other, sequence_parallel)
     everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
@@ -131,7 +132,7 @@ def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int,
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     share = len(everything) // groups.layout.data_size
     mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
-    rollout = micro_batches(mine, min(micro_batch_size, share), policy)
+    rollout = micro_batches(mine, min(micro_batch_size, share), policy, alike)
     reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
                                row_kind=config.loss.attention_row, keep=objective.term.keep)
     target = None if config.loss.attention_target == "oracle" else reference

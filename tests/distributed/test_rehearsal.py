@@ -126,7 +126,7 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
 
     opened = open_policy(path, tensor, pipeline, num_groups=16, **settings)
     _, groups, _, policy, objective = opened
-    minibatch = fixed_minibatch(opened, other, data, 2, settings.get("sequence_parallel", False))
+    minibatch = fixed_minibatch(opened, other, data, 2, settings.get("sequence_parallel", False), alike=True)
     named = {"tensor": groups.tensor, "pipeline": groups.pipeline, "data": groups.data}
     gc.collect()
     watched = Watched()
@@ -155,7 +155,8 @@ def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, sett
     assert (result.work.micro_batch, result.work.group_size, result.work.response_length) == (2, GROUP_SIZE, LENGTH)
     for report in result.ranks:
         held = sum(report.zero.held(config).values())
-        rows = sum(report.rank.phases[name].held for name in ("old", "reference")) * result.work.passes
+        rows = sum(phase.held for name, phase in report.rank.phases.items() if name in ("old", "reference"))
+        rows *= result.work.passes
         beside = held + report.memory["update"]["visual features"] + rows
         peak = max(sum(report.memory["gather"].values()) - held,
                    *(sum(report.memory[name].values()) - beside for name in ("update", "reduce")))

@@ -49,7 +49,7 @@ def counted(tower) -> Iterator[list[int]]:
         counts[1] += len(grid_thw)
         return forward(pixels, grid_thw=grid_thw)
 
-    tower.forward = count  # a hook would not be called: the engine suspends those of all modules
+    tower.forward = count
     try:
         yield counts
     finally:
