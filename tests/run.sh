@@ -5,8 +5,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/setup.sh"
 cd "$PROJECT"
 setup_environment
-if [ "$#" -eq 0 ]; then  # all of them: a file at a time on each of up to four workers
+if [ "$#" -eq 0 ]; then  # all, a file at a time on each of up to four workers; long files come first by name
     workers=$(getconf _NPROCESSORS_ONLN)
-    set -- --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile tests
+    set -- --numprocesses "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder tests
 fi
 exec "$PYTHON" -m pytest "$@"
