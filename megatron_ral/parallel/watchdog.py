@@ -24,6 +24,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import CodeType
 from typing import Mapping, NoReturn, Optional, Sequence
 
 import torch.distributed as dist
@@ -74,17 +75,27 @@ def _process_state(pid: int) -> tuple[str, str]:
 
 
 def main_thread_place() -> tuple[str, str]:
-    """(collective in which the main thread waits, or empty; innermost line of this package it is at)"""
+    """(collective in which the main thread waits, or empty; innermost line of this package it is at)
+
+    It waits where its innermost Python code does: a signal handler, say, that was called in a collective is no wait.
+    """
     frame = sys._current_frames().get(threading.main_thread().ident)
+    waits = frame is not None and _waits_for_ranks(frame.f_code)
     waits_in = place = ""
     while frame is not None and not place:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if name == "wait" or any(part in file for part in _WAITS_IN):
+        if waits and _waits_for_ranks(frame.f_code):
             waits_in = name if waits_in in ("", "wrapper", "wait") else waits_in
         if file.startswith(_PACKAGE):
             place = f"{file.removeprefix(_PACKAGE)}:{frame.f_lineno} in {name}"
         frame = frame.f_back
     return waits_in, place
+
+
+def _waits_for_ranks(code: CodeType) -> bool:
+    if code.co_filename == threading.__file__:  # for a thread of this process
+        return False
+    return code.co_name == "wait" or any(part in code.co_filename for part in _WAITS_IN)
 
 
 def comes_from_a_collective(error: BaseException) -> bool:

@@ -148,18 +148,18 @@ def _check(meeting: Meeting, config: Optional[RunConfig], shape: Optional[ModelS
         # everybody has looked; the file of each goes before anybody ends
         _remove(folder, f"{name}-{meeting.rank}")
         meeting.gather("removed", None)
+        line = f"preflight: {meeting.world_size} ranks agree on versions, settings, shards, model files and train.output_dir"
+        if verdict and meeting.rank == 0:
+            for path in made:
+                _remove(path.parent, path.name, is_folder=True)
+            say(verdict)
+        verdict = meeting.announce("verdict", verdict)
+        meeting.gather("heard", None)  # the first rank may hold the store
     finally:
-        if server is not None:
+        if server is not None:  # the verdict came when all nodes had tried to reach it
             server.close()
         if folder is not None:
             _remove(folder, f"{name}-{meeting.rank}")
-    line = f"preflight: {meeting.world_size} ranks agree on versions, settings, shards, model files and train.output_dir"
-    if verdict and meeting.rank == 0:
-        for path in made:
-            _remove(path.parent, path.name, is_folder=True)
-        say(verdict)
-    verdict = meeting.announce("verdict", verdict)
-    meeting.gather("heard", None)  # the first rank may hold the store
     if verdict:
         raise PreflightError(verdict)
     return line

@@ -1,6 +1,7 @@
 """Real processes that meet before a run: one has other settings, lacks a shard, cannot write, runs another version."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,13 @@ def meet(path, overrides, changed) -> tuple[str, str]:
     if "version" in own:  # another checkout: its sources are other ones
         preflight.source_digest = lambda folder: own["version"]
     if "clock" in own:
-        import time
-
         real = time.time
         preflight.time.time = lambda: real() + own["clock"]
+    if "node" in own:
+        os.environ.update(LOCAL_RANK="0", GROUP_RANK=str(own["node"]))
+    if "slow" in own:
+        looks = preflight._unreachable
+        preflight._unreachable = lambda ports: time.sleep(own["slow"]) or looks(ports)
     if "host" in own:
         preflight.socket.gethostname = lambda: own["host"]
     try:
@@ -77,6 +81,12 @@ def test_all_is_well(run):
     results = run_ranks(3, meet, path, overrides, {})
     assert all(said == "" and end.startswith("preflight: 3 ranks agree") for said, end in results)
     assert os.listdir(folder / "run/deep") == []
+
+
+def test_a_slow_node_still_finds_the_ports_of_the_others_open(run):
+    path, overrides, _ = run
+    results = run_ranks(3, meet, path, overrides, {rank: {"node": rank, "slow": 1.0 * (rank != 2)} for rank in range(3)})
+    assert all(said == "" and end.startswith("preflight: 3 ranks agree") for said, end in results), results
 
 
 def test_other_settings_on_one_rank_are_one_sentence(run):

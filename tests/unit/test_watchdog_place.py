@@ -1,0 +1,55 @@
+"""What the watchdog takes for waiting for other ranks: the innermost code counts, not what it was called from."""
+
+import signal
+import threading
+import time
+
+from megatron_ral.parallel.watchdog import main_thread_place
+
+
+def seen_during(action) -> tuple[str, str]:
+    """main_thread_place() as another thread sees it while this one is in `action`, which gets what ends it."""
+    found, end = [], threading.Event()
+
+    def look() -> None:
+        time.sleep(0.3)
+        found.append(main_thread_place())
+        end.set()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    action(end)
+    watcher.join()
+    return found[0]
+
+
+def in_file(name: str, line: str):
+    """A function `collective(call)` of a file of that name."""
+    space = {"time": time}
+    exec(compile(f"def collective(call):\n    {line}", name, "exec"), space)
+    return space["collective"]
+
+
+def test_a_collective_is_a_wait():
+    collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "time.sleep(0.6)")
+    assert seen_during(lambda end: collective(None))[0] == "collective"
+
+
+def test_what_a_collective_calls_is_none():
+    collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "call()")
+    assert seen_during(lambda end: collective(lambda: time.sleep(0.6)))[0] == ""
+
+
+def test_a_signal_handler_called_in_a_collective_is_none():
+    collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "[time.sleep(0.01) for _ in range(60)]")
+    before = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.6))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert seen_during(lambda end: collective(None))[0] == ""
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_waiting_for_a_thread_of_this_process_is_none():
+    assert seen_during(lambda end: end.wait())[0] == ""
