@@ -72,13 +72,14 @@ launch() {
 #   EVAL_SHARDS     glob of held-out shards, or empty
 #   OUTPUT_DIR      default: outputs/NAME in the project; on a disk that all nodes share
 #   NPROC_PER_NODE  GPUs of a node, 8
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    nodes, this one's number (0), the first one's address and port
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    nodes, this one's number (0), the first one's address and port (29500;
+#                   on one node a free one)
 launch_run() {
     local name="$1" config="pretrained_configs/runs/$1.yaml" shape="pretrained_configs/models/$2" dry_run="" argument
     local settings=() flags=(--resume) variable rehearse="" options=()
     shift 2
     NPROC_PER_NODE="${NPROC_PER_NODE:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
-    MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"
+    MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-}"
     MODEL_DIR="${MODEL_DIR:-}" TRAIN_SHARDS="${TRAIN_SHARDS:-}" EVAL_SHARDS="${EVAL_SHARDS:-}"
     while [ $# -gt 0 ]; do
         argument="$1"

@@ -18,7 +18,26 @@ def parse_arguments(description: str, extra: Callable[[argparse.ArgumentParser],
     parser.add_argument("--config", required=True, help="YAML file")
     extra(parser)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # settings may stand before and behind a flag
+
+
+def add_prompt_suffix(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE` and `--prompt-suffix TEXT` for tools that measure prompts as a run will; see `prompt_suffix`."""
+    suffix = parser.add_mutually_exclusive_group()
+    suffix.add_argument("--config", help="YAML file of the run that will read the shards, for its data.prompt_suffix")
+    suffix.add_argument("--prompt-suffix", default="", help="data.prompt_suffix itself; a run with another one does not use "
+                        "the indexes")
+
+
+def prompt_suffix(arguments: argparse.Namespace) -> str:
+    """What `add_prompt_suffix` asked for.
+
+    Raises:
+        ConfigError: --config cannot be read.
+    """
+    if not arguments.config:
+        return arguments.prompt_suffix
+    return load_config(arguments.config, ["model.path=unused", "data.train=[{shards: unused}]"]).data.prompt_suffix
 
 
 def quiet_third_parties() -> None:
@@ -81,4 +100,5 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
     return text
 
 
-__all__ = ["ConfigError", "dry_run", "fail", "leave", "parse_arguments", "quiet_third_parties", "read_config", "say_error"]
+__all__ = ["ConfigError", "add_prompt_suffix", "dry_run", "fail", "leave", "parse_arguments", "prompt_suffix",
+           "quiet_third_parties", "read_config", "say_error"]

@@ -3,9 +3,9 @@
 `torchrun ... -m megatron_ral.evaluate --config FILE --model HF_DIR --output FILE.json [--samples N] [dotted.key=value ...]`
 
 Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and
-generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model in any layout. Prints a
-table by category with standard errors and what was left out, writes it to --output, and every response with the parts of
-its reward to a file of JSON lines beside it.
+generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model, or else from
+model.path, in any layout. Prints a table by category with standard errors and what was left out, writes it to --output,
+and every response with the parts of its reward to a file of JSON lines beside it.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ def main() -> None:
     quiet_third_parties()
     arguments = parse_arguments(__doc__, _extra)
     try:
+        if arguments.model:  # last, so that it counts
+            arguments.overrides.append(f"model.path={json.dumps(arguments.model)}")
         config = read_config(arguments, training=False)
         if arguments.samples < 0:
             raise ConfigError(f"--samples must not be negative, got {arguments.samples}; 0 leaves sampling out")
@@ -38,8 +40,8 @@ def main() -> None:
         from megatron_ral.models.checkpoints import config_folder
         from megatron_ral.models.shape import read_shape
 
-        path = arguments.model or config.model.path
-        shape = read_shape(path, "--model")
+        path = config.model.path
+        shape = read_shape(path, "--model" if arguments.model else "model.path")
         shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
         layer = max(shape.layer_indices(config.loss.attention_layers))
         if not config.data.eval_shards:

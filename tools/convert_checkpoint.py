@@ -3,7 +3,10 @@
     python tools/convert_checkpoint.py to-megatron --hf DIR --output DIR --tensor-parallel N --pipeline-parallel M
     python tools/convert_checkpoint.py to-hf       --megatron DIR --output DIR
     python tools/convert_checkpoint.py reshard     --megatron DIR --output DIR --tensor-parallel N --pipeline-parallel M
+    python tools/convert_checkpoint.py from-run    --checkpoint OUTPUT_DIR/checkpoints/step_N --output DIR [--model DIR]
     python tools/convert_checkpoint.py verify      --hf DIR --megatron DIR [--skip-logits]
+
+`from-run` writes the Hugging Face folder of any step of a training run, whatever its layout.
 
 Tensors are read from safetensors one parameter at a time, so memory stays near the size of the largest few. The output
 appears under its name only when it is whole. Exit status: 0 done, 1 `verify` found a difference, 2 wrong input.
@@ -23,7 +26,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, cuts in (("to-megatron", "--hf", True), ("to-hf", "--megatron", False),
-                               ("reshard", "--megatron", True)):
+                               ("reshard", "--megatron", True), ("from-run", "--checkpoint", False)):
         command = commands.add_parser(name)
         command.add_argument(source, dest="source", required=True, metavar="DIR", help="folder to read")
         command.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
@@ -32,6 +35,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--pipeline-parallel", type=int, required=True, metavar="M")
         else:
             command.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="size of one output file")
+        if name == "from-run":
+            command.add_argument("--model", default="", metavar="DIR", help="folder the run started from (default: its model.path)")
     verify = commands.add_parser("verify")
     verify.add_argument("--hf", required=True, metavar="DIR")
     verify.add_argument("--megatron", required=True, metavar="DIR")
@@ -48,12 +53,16 @@ def convert(arguments: argparse.Namespace) -> int:
 
     from megatron_ral.models import conversion
     from megatron_ral.models.checkpoints import MANIFEST, CheckpointError
+    from megatron_ral.training.trained_weights import TrainedWeights
 
-    if arguments.command != "to-megatron" and not (Path(arguments.source) / MANIFEST).is_file():
+    if arguments.command in ("to-hf", "reshard") and not (Path(arguments.source) / MANIFEST).is_file():
         raise CheckpointError(f"--megatron '{arguments.source}' is not a Megatron folder (no {MANIFEST})")
     with tqdm(unit="B", unit_scale=True, desc=arguments.command, mininterval=0.5) as bar:
         if arguments.command == "to-hf":
             done = conversion.to_hf(arguments.source, arguments.output, arguments.max_shard_bytes, bar.update)
+        elif arguments.command == "from-run":
+            weights = TrainedWeights(arguments.source, arguments.model)
+            done = conversion.to_hf(weights.source, arguments.output, arguments.max_shard_bytes, bar.update, weights)
         else:
             done = conversion.to_megatron(arguments.source, arguments.output, arguments.tensor_parallel,
                                           arguments.pipeline_parallel, bar.update)

@@ -1,10 +1,10 @@
 """Write the index beside each shard that has none, a stale one, or one made for another model.
 
-    python tools/index_shards.py 'DIR/*.tar' --model HF_DIR [--force]
+    python tools/index_shards.py 'DIR/*.tar' --model HF_DIR [--config RUN.yaml] [--force]
 
-An index holds where each sample lies and how long its prompt is for the tokenizer and processor of --model, so that a run
-can filter by length, and make batches of similar length, without decoding. Nothing is decoded here either: lengths come
-from the sizes of pictures and the packets of videos.
+An index holds where each sample lies and how long its prompt is for the tokenizer and processor of --model and the
+data.prompt_suffix of --config, so that a run can filter by length, and make batches of similar length, without decoding.
+Nothing is decoded here either: lengths come from the sizes of pictures and the packets of videos.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ral.cli import add_prompt_suffix, prompt_suffix
 from megatron_ral.config import ConfigError
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.faults import DataError, SampleError, printable
@@ -45,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("shards", help="glob of tar files")
     parser.add_argument("--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts")
-    parser.add_argument("--prompt-suffix", default="", help="data.prompt_suffix of the runs that read the shards")
+    add_prompt_suffix(parser)
     parser.add_argument("--force", action="store_true", help="write every index anew")
     args = parser.parse_args(argv)
     try:
         shards, processor = find_shards(args.shards, "shards"), PromptProcessor(
-            args.model, 1, prompt_suffix=args.prompt_suffix)
+            args.model, 1, prompt_suffix=prompt_suffix(args))
         fingerprint, written, samples, problems = processor.fingerprint(), 0, 0, 0
         for shard in tqdm(shards, unit="shard", desc="index", mininterval=1.0):
             index = open_index(shard)

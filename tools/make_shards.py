@@ -1,6 +1,6 @@
 """Make WebDataset shards and their indexes from a JSON, JSONL or parquet file and a folder of media.
 
-    python tools/make_shards.py --input train.json --media DIR --output DIR --model HF_DIR [--workers 8]
+    python tools/make_shards.py --input train.json --media DIR --output DIR --model HF_DIR [--config RUN.yaml]
 
 Layouts (found by the fields present): Video-R1, chat `messages`, V*-style questions with boxes (megatron_ral/data/layouts.py).
 Every sample is decoded once and made a prompt by the real processor of --model; what cannot be used goes to
@@ -24,6 +24,8 @@ from typing import Any, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ral.cli import add_prompt_suffix, prompt_suffix
+from megatron_ral.config import ConfigError
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.faults import REASONS, SampleError, printable
 from megatron_ral.data.index import open_index, write_index
@@ -306,7 +308,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts")
     parser.add_argument("--shard-size", type=int, default=512, help="records per shard")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    parser.add_argument("--prompt-suffix", default="", help="data.prompt_suffix of the runs that read the shards")
+    add_prompt_suffix(parser)
     parser.add_argument("--keys", choices=("id", "number"), default="id",
                         help="keys are the records' ids (where they have one), or their numbers")
     parser.add_argument("--max-prompt-length", type=int, default=0, help="reject longer prompts; 0: keep (a run filters)")
@@ -316,6 +318,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-field", default="", help="field that questions which count together share (MME: "
                                                           "question_id, with --keys number)")
     args = parser.parse_args(argv)
+    try:
+        args.prompt_suffix = prompt_suffix(args)
+    except ConfigError as error:
+        parser.error(f"--config: {error}")
     if args.input.suffix not in (".json", ".jsonl", ".parquet") or not args.input.is_file():
         parser.error(f"--input {args.input} is no .json, .jsonl or .parquet file")
     if not args.media.is_dir():

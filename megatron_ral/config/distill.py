@@ -15,11 +15,13 @@ class TeacherConfig:
     path: str = ""
     """Hugging Face folder; empty: no teacher. Its tokenizer and its patches of a picture must be those of model.path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of its parameters and activations."""
     tensor_model_parallel_size: NonNegativeInt = 0
     """0: as section `parallel`."""
     pipeline_model_parallel_size: NonNegativeInt = 0
     """0: as section `parallel`."""
     sequence_parallel: bool = False
+    """As parallel.sequence_parallel."""
     cpu_offload: bool = False
     """Keep its shards in the host's memory between uses (without an accelerator they always are)."""
 
@@ -50,12 +52,17 @@ class DistillConfig:
     relative depth, and the term is their mean. Empty: all. The paper: [-1]. The teacher's rows of one optimizer step wait
     in the host's memory: 4 bytes x layers x response tokens x keys."""
     attention_row: Literal["token", "predictor"] = "token"
-    """As loss.attention_row, and so for the others."""
+    """As loss.attention_row."""
     attention_exclude_self: bool = True
+    """As loss.attention_exclude_self."""
     attention_keys: Literal["all", "visual", "prompt"] = "all"
+    """As loss.attention_keys."""
     attention_divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    """As loss.attention_divergence, the teacher in place of the target."""
     attention_normalizer: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """As loss.attention_normalizer."""
     attention_row_cap: NonNegativeFloat = 0.0
+    """As loss.attention_row_cap."""
     attention_rows: Literal["teacher", "shuffled"] = "teacher"
     """shuffled: a control, in which the teacher's mass on each picture's visual tokens is put in a random order."""
     teacher_rollouts: Fraction = 0.0

@@ -1,5 +1,5 @@
-"""The sections of a run's configuration; every default of the project lives here (those of a teacher in `distill.py`, of the
-log and the watchdog in `watching.py`).
+"""The sections of a run's configuration; every default of the project lives here (those of the
+objective in `loss.py`, of a teacher in `distill.py`, of the log and the watchdog in `watching.py`).
 
 Each section is a frozen dataclass that checks its own types (strictly: no string becomes a number) and its own
 impossible values. What concerns two sections at once is checked in `RunConfig`. Nothing here imports torch, so
@@ -9,12 +9,13 @@ that a configuration is checked in milliseconds on a login node.
 from dataclasses import field
 from typing import Annotated, Literal, Optional
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.loss import LossConfig, OptimizerConfig
 from megatron_ral.config.watching import LoggingConfig, WatchdogConfig
-from megatron_ral.config.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, STRICT
+from megatron_ral.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, STRICT
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,9 +23,10 @@ class ModelConfig:
     """Which weights, in which precision."""
 
     path: str = ""
-    """Hugging Face folder (config.json, safetensors, tokenizer, image processor) the run starts from."""
+    """Hugging Face folder (config.json, safetensors, tokenizer, image processor) or Megatron folder
+    (tools/convert_checkpoint.py) of any layout that the run starts from."""
     reference_path: str = ""
-    """Hugging Face folder of the frozen reference; empty: the same as `path`."""
+    """Such a folder of the frozen reference; empty: the same as `path`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of parameters and activations. Optimizer state and reductions are float32 in both."""
     train_vision: bool = False
@@ -36,7 +38,9 @@ class ParallelConfig:
     """How one model is cut over ranks. Data-parallel size is what remains: world / (tensor * pipeline)."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that each matrix is cut over; best those of one node, next to each other."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are cut into; they need not divide evenly."""
     sequence_parallel: bool = False
     """Cut the sequence over tensor ranks outside attention too: activations of norms and residuals shrink by the number
     of tensor ranks for the same traffic. No effect with one tensor rank; generation goes without."""
@@ -46,7 +50,8 @@ class ParallelConfig:
     gather: Literal["stage", "layer"] = "stage"
     """What is gathered from the data-parallel ranks at a time in a training pass. stage: the whole stage, once per
     optimizer step. layer: one layer after the other, in every pass of every micro-batch, which takes the memory of a few
-    layers and sends (2 * micro-batches) times as much. Generation always gathers the stage, once per rollout."""
+    layers and sends a layer 2 * micro-batches times in place of once (in all 3 times the bytes of a step at 4
+    micro-batches, docs/hardware.md). Generation always gathers the stage, once per rollout."""
     overlap_communication: bool = True
     """Gather layers ahead of the pass that is on its way to them, and reduce their gradients while the last backward pass
     goes on, in place of before and after it. The same bytes and numbers."""
@@ -73,11 +78,13 @@ class DataConfig:
     """Where samples come from and how long they may be."""
 
     train: tuple[SourceConfig, ...] = ()
+    """The training data; give at least one source."""
     eval_shards: str = ""
     """Glob of held-out shards; empty: no evaluation."""
     shuffle: bool = True
     """Permute the shards, and the samples inside windows of shuffle_buffer samples, anew in each epoch."""
     shuffle_buffer: PositiveInt = 1000
+    """Samples in one window of `shuffle`."""
     prompt_suffix: str = ""
     """Text after every question: how to answer, which a checkpoint that was not trained for the format must be told."""
     max_prompt_length: PositiveInt = 4096
@@ -112,8 +119,11 @@ class RolloutConfig:
     """Prompts generated together in one batch; bounds the KV cache, never changes the result. With S pipeline stages S
     batches are in flight, each stage holding the cache of its own layers."""
     max_response_length: PositiveInt = 512
+    """Tokens after which a response is cut off, `</answer>` or not."""
     temperature: PositiveFloat = 1.0
+    """Of sampling; log-probabilities in the losses are those of the same temperature."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample from the most likely tokens that together have this probability; 1: from all."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -135,104 +145,13 @@ class RewardConfig:
     """exact: the answer is the same text as the solution's (the paper, for every problem type). by_type: the rule of
     the sample's problem_type (`rewards/rules.py`), exact where it has none."""
     accuracy_weight: NonNegativeFloat = 0.9
+    """Of the accuracy, in [0, 1]."""
     format_weight: NonNegativeFloat = 0.1
+    """Of the format, 0 or 1."""
     require_think: bool = True
     """Format needs `<think>..</think>` before the answer (false: RAL-zero)."""
     functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
     """Further parts of the reward by name; the name, an identifier, is logged as `rewards/<name>/mean`."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class LossConfig:
-    """policy_coef * policy loss + kl_coef * KL - entropy_coef * entropy on tokens, + attention_coef * attention term
-    (+ what section `distill` adds where there is a teacher).
-
-    Of the GRPO family: DAPO (without refill and length penalty) is clip_high = 0.28, kl_coef = 0, filter_equal_rewards;
-    Dr. GRPO is aggregation = sequence_sum_norm, advantage_scale = none, kl_coef = 0; GSPO is policy_loss = gspo,
-    aggregation = sequence_mean, clip_low = 3e-4, clip_high = 4e-4, kl_coef = 0.
-    """
-
-    policy_coef: NonNegativeFloat = 1.0
-    """Weight of the policy loss. 0: rewards are only measured (distillation alone)."""
-    policy_loss: Literal["grpo", "gspo", "cispo"] = "grpo"
-    """grpo: the ratio of each token, clipped. gspo: the ratio of the whole response, clipped. cispo: the clipped ratio
-    of each token as a constant weight of its log-likelihood, so that no token loses its gradient."""
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
-    """How tokens are weighted, over the whole optimizer step: each alike (DAPO); each response alike (GRPO as
-    published); a sum over rollout.max_response_length per response (Dr. GRPO). The attention term is always a mean over
-    tokens."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """Whether advantages are divided by the standard deviation of their group (none: Dr. GRPO)."""
-    clip_low: PositiveFloat = 0.2
-    """Ratios are clipped below 1 - clip_low. 1 or more: not at all (cispo in its paper)."""
-    clip_high: PositiveFloat = 0.2
-    """Ratios are clipped above 1 + clip_high. TRL's cispo gives the bound itself: 5 there is 4 here."""
-    dual_clip: NonNegativeFloat = 0.0
-    """Upper bound of the ratio where the advantage is negative, more than 1 (verl: 3); 0: none. Not with cispo."""
-    kl_coef: NonNegativeFloat = 0.04
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """k3: never negative, unbiased in value. k2: unbiased in gradient. k1: measures, but its expected gradient is 0."""
-    kl_clamp: NonNegativeFloat = 0.0
-    """Bound of the estimate of one token (verl: 10), beyond which it gives no gradient; 0: none."""
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy of the tokens' distributions, as a bonus."""
-    filter_equal_rewards: bool = False
-    """Leave groups whose rewards are all equal out of every term and every denominator (the condition of DAPO's dynamic
-    sampling). They are dropped and *not* refilled: an optimizer step then has fewer groups, and one without any group
-    left has no gradient. Without it such groups have no advantage but count in the means, the KL and the entropy."""
-    attention_coef: NonNegativeFloat = 1.0
-    """lambda_attn of the paper (0.5, 1 or 5 there). 0: GRPO, the term is only measured."""
-    attention_coef_warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the coefficient rises from 0."""
-    attention_coef_decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How it falls to 0 over the rest of the run."""
-    attention_grad_ratio: NonNegativeFloat = 0.0
-    """More than 0: in place of attention_coef, choose the coefficient of every optimizer step so that |gradient of the
-    attention term| / |gradient of the token terms| is this. Costs one more backward pass per optimizer step."""
-    attention_target: Literal["old", "reference", "ema", "group", "hindsight", "oracle"] = "old"
-    """The distribution the divergence is taken to; see "Settings" in README.md."""
-    attention_ema_decay: Annotated[float, Gt(0), Lt(1)] = 0.99
-    """Target `ema`: share of the average that is kept at each rollout."""
-    attention_layers: tuple[int, ...] = (-1,)
-    """Recorded layers, 0-based; negative counts from the last. Any layer on any pipeline stage; the term is their
-    mean."""
-    attention_row: Literal["token", "predictor"] = "token"
-    """Row of the response token itself (the paper) or of the place before it, which predicts it."""
-    attention_exclude_self: bool = True
-    """Leave the row's own token out of its policy (the paper: keys before the token)."""
-    attention_keys: Literal["all", "visual", "prompt"] = "all"
-    """Keys the policy is renormalised over: all before the token (the paper), the visual tokens, or the prompt."""
-    attention_divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
-    """jsd: the paper. forward_kl: KL(target || policy). reverse_kl: KL(policy || target)."""
-    attention_normalizer: Literal["token_mean", "sequence_sum"] = "token_mean"
-    """Sum over rows divided by the response tokens, or by the responses, of the whole optimizer step."""
-    attention_row_cap: NonNegativeFloat = 0.0
-    """Divergence of a row beyond which it gives no gradient; 0: none."""
-    attention_negative_weight: NonNegativeFloat = 1.0
-    """Factor of rows with a negative advantage, which are pushed away from their target in no particular direction."""
-    attention_advantages: Literal["own", "shuffled"] = "own"
-    """shuffled: a control, in which the attention term gets the advantages of each group in a random order."""
-    attention_store: Literal["rows", "qk"] = "rows"
-    """What is kept of the target's pass until the update: its rows in float32 (4 bytes x rows x keys), or its queries and
-    keys, from which the same code forms them again (less memory for long sequences)."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class OptimizerConfig:
-    """AdamW with linear warm-up."""
-
-    learning_rate: PositiveFloat = 1.0e-5
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
-    eps: PositiveFloat = 1.0e-8
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad_norm: NonNegativeFloat = 1.0
-    """Global norm over all parameters of all stages; 0: no clipping."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    min_learning_rate_ratio: Fraction = 0.0
-    """Where the decay ends, as a share of `learning_rate`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -246,17 +165,19 @@ class TrainConfig:
     batch_size: PositiveInt = 32
     """sft: samples per optimizer step over all data-parallel ranks."""
     micro_batch_size: PositiveInt = 4
-    """Prompt groups per forward pass on one rank; changes memory and speed, never the result."""
+    """Prompt groups per forward pass on one rank; changes memory and speed, the result by rounding alone."""
     output_dir: str = "outputs/run"
+    """Checkpoints, TensorBoard files, the summary and the exported model; on a disk that all nodes share."""
     checkpoint_interval: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: PositiveInt = 2
+    """The newest so many stay."""
     async_checkpoint: bool = True
     """Write in a thread while training goes on; holds a copy of the state in the host's memory. See README.md."""
     export: bool = True
     """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
     max_skipped_steps: PositiveInt = 5
-    """Stop after this many steps in a row whose gradient was not finite (each is skipped with a warning)."""
+    """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped with a warning)."""
     stop_after_step: NonNegativeInt = 0
     """Checkpoint and stop after this step although num_steps is larger (schedules keep num_steps); 0: off."""
     time_limit_minutes: NonNegativeFloat = 0.0
@@ -273,6 +194,7 @@ class RunConfig:
     """One run. Saved, resolved, with every checkpoint."""
 
     seed: NonNegativeInt = 0
+    """Of the order of samples, of sampling and of the shuffled controls; no weight is drawn at random."""
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()

@@ -10,16 +10,22 @@ class LoggingConfig:
     """What TensorBoard gets, and how often."""
 
     tensorboard: bool = True
+    """Write <output_dir>/tensorboard (rank 0)."""
     gradient_ratio_interval: NonNegativeInt = 1
-    """Steps between measurements of |grad attention| / |grad tokens|; each costs one extra backward pass. 0: off."""
+    """Steps between measurements of |grad attention| / |grad tokens|; each costs one more forward
+    and backward pass over the samples of one optimizer step (with a teacher too: two). 0: off."""
     completions_interval: NonNegativeInt = 5
+    """Steps between texts of sampled responses with their rewards; 0: off."""
     num_completions: PositiveInt = 4
+    """Responses shown each time."""
     eval_interval: NonNegativeInt = 0
     """Steps between evaluations on data.eval_shards; 0: never during training."""
     num_eval_prompts: PositiveInt = 400
+    """Prompts of data.eval_shards that an evaluation takes at most, the first ones."""
     probe_interval: NonNegativeInt = 5
     """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
     num_probes: PositiveInt = 4
+    """Probe prompts."""
     peak_tflops: NonNegativeFloat = 0.0
     """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`; 0: of the device where it is known (bfloat16 on
     A100, H100, H200), else no utilisation is logged."""

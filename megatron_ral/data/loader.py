@@ -239,8 +239,8 @@ class PromptLoader:
             logger.warning("%s: the index of %d of %d shards is %s (first: '%s'); headers were read instead, %s", source.key,
                            len(unknown), len(source.indexes), unknown[0].note, unknown[0].shard, consequence)
         if foreign:
-            logger.warning("%s: the index of %d of %d shards was made with another tokenizer or image processor (first: "
-                           "'%s'); %s", source.key, len(foreign), len(source.indexes), foreign[0].shard, consequence)
+            logger.warning("%s: the index of %d of %d shards was made with another tokenizer, image "
+                           "processor or data.prompt_suffix (first: '%s'); %s", source.key, len(foreign), len(source.indexes), foreign[0].shard, consequence)
         for reason, count in filtered.items():
             logger.warning("%s: %d of %d samples are left out by their index: %s", source.key, count,
                            sum(map(len, source.indexes)), REASONS[reason])

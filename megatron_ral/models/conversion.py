@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -197,15 +197,18 @@ def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeli
 
 
 def to_hf(source: str | Path, output: str | Path, max_shard_bytes: int = 5_000_000_000,
-          progress: Progress = lambda num_bytes: None) -> Converted:
+          progress: Progress = lambda num_bytes: None, weights: Optional[Weights] = None) -> Converted:
     """Write `source` as a Hugging Face folder, sharded like the hub's with an index.
+
+    Args:
+        weights: what to write in place of the weights of `source`, which then gives all else.
 
     Raises:
         CheckpointError, ConfigError: as for `to_megatron`.
     """
     started = time.perf_counter()
     shape = read_shape(str(source), "the checkpoint")
-    weights = open_weights(source)
+    weights = open_weights(source) if weights is None else weights
     check_weights(weights, shape)
     plan: list[list[str]] = [[]]
     size_of = {name: weights.dtype_of(name).itemsize * torch.Size(weights.shape_of(name)).numel() for name in weights}

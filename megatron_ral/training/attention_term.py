@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ral.config.sections import LossConfig
+from megatron_ral.config.loss import LossConfig
 from megatron_ral.engine.protocol import AttentionRows
 from megatron_ral.functional.attention_mass import row_mass
 from megatron_ral.functional.attention_rows import RowKeys, attention_policy

@@ -7,7 +7,7 @@ from typing import Literal, Mapping, Optional
 import torch
 from torch import Tensor
 
-from megatron_ral.config.sections import LossConfig
+from megatron_ral.config.loss import LossConfig
 from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
 from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.kl import kl_estimate

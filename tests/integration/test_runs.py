@@ -15,10 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.functional.attention_rows import RowKeys, attention_policy
+from megatron_ral.models.conversion import differing_weights
 from megatron_ral.training.checkpoint_files import newest_checkpoint
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, run_training, write_config
+from tools.convert_checkpoint import main as convert_checkpoint
 
 
 def exported(folder) -> dict[str, torch.Tensor]:
@@ -46,6 +48,32 @@ def test_resumed_run_equals_straight_run_bit_for_bit(material, taught, tmp_path,
     assert moved > 1e-3, "the run must have changed the weights for the comparison to mean something"
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
+    check_written_from_a_checkpoint(tmp_path / "straight", tmp_path)
+
+
+def check_written_from_a_checkpoint(run, folder) -> None:
+    """What `convert_checkpoint.py from-run` makes of a run's last checkpoint is what the run exported."""
+    step = newest_checkpoint(str(run))
+    assert convert_checkpoint(["from-run", "--checkpoint", str(step), "--output", str(folder / "again")]) == 0
+    assert differing_weights(folder / "again", run / "hf") == []
+    assert {path.name for path in (folder / "again").glob("*.json")} >= {"config.json", "tokenizer.json"}
+
+
+def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, taught, tmp_path, capsys):
+    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+    run_ranks(2, run_training, path, [*overrides, f"train.output_dir={tmp_path}/run", "train.num_steps=2",
+                                      "model.dtype=bfloat16", "model.train_vision=false", "train.keep_checkpoints=2"])
+    check_written_from_a_checkpoint(tmp_path / "run", tmp_path)
+    first = str(tmp_path / "run/checkpoints/step_00000001")
+    assert convert_checkpoint(["from-run", "--checkpoint", first, "--output", str(tmp_path / "first")]) == 0
+    apart = differing_weights(tmp_path / "first", tmp_path / "again")
+    assert apart and not any("visual" in name for name in apart), "language moved from step 1 to 2, the tower did not"
+    capsys.readouterr()
+    for arguments, said in ((["--checkpoint", str(tmp_path / "run")], "is no whole checkpoint of a run"),
+                            (["--checkpoint", first, "--model", str(tmp_path / "gone")], "--model = '"),
+                            (["--checkpoint", first, "--model", str(material["untied"])], "another model")):
+        assert convert_checkpoint(["from-run", *arguments, "--output", str(tmp_path / "never")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "never").exists()
 
 
 def test_resume_refuses_other_settings_and_used_folders(material, taught, tmp_path):

@@ -328,7 +328,7 @@ def test_filters_read_nothing_but_the_index(tmp_path, processor, material, caplo
 
 @pytest.mark.parametrize("change, said", [
     ("missing", "the index of 1 of 1 shards is missing"), ("stale", "is stale"), ("cut", "is unreadable"),
-    ("foreign", "made with another tokenizer or image processor")])
+    ("foreign", "made with another tokenizer, image processor or data.prompt_suffix")])
 def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, material, caplog, change, said):
     several_lengths(tmp_path, 6)
     shard = tmp_path / "a.tar"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_ral.config import RunConfig
-from megatron_ral.config.sections import LossConfig, RolloutConfig
+from megatron_ral.config.loss import LossConfig
+from megatron_ral.config.sections import RolloutConfig
 from megatron_ral.engine.protocol import ForwardOutput, TokenOutputs
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.attention_targets import mean_prompt_row, success_target

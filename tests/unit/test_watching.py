@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from megatron_ral.config.sections import LossConfig, TrainConfig
+from megatron_ral.config.loss import LossConfig
+from megatron_ral.config.sections import TrainConfig
 from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.watching import LoggingConfig
 from megatron_ral.models.flops import group_flops, tower_flops_per_patch
