@@ -3,7 +3,7 @@
 #
 #   bash launch_scripts/study_tiny.sh [--seeds 0 1 2] [--grids 2 3] [--arms ARM ...] [--num-rollouts N]
 #
-# About an hour on two cores for the default 96 runs. Stop it at will: runs that are done are not run again.
+# More than an hour on two cores for the default 96 runs. Stop it at will: runs that are done are not run again.
 set -euo pipefail
 
 # ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------

@@ -198,7 +198,7 @@ class GroupBatch:
     response_lengths: Tensor
     """[B, G] int64."""
     visual_embeds: Optional[tuple[Tensor, ...]] = None
-    """Per prompt [visual tokens, hidden]: outputs of a frozen vision tower; None: encode the pixels in the pass."""
+    """Per prompt [visual tokens, 1 + D, H], as MultimodalStage.encode_visual has them: outputs of a frozen vision tower; None: encode the pixels in the pass."""
 
     @property
     def response_mask(self) -> Tensor:

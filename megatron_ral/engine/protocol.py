@@ -124,4 +124,4 @@ class StepResult:
     """Global norm before clipping, every parameter of every stage counted once."""
     learning_rate: float
     applied: bool
-    """False: the gradient was not finite and the step was skipped."""
+    """False: a loss or the gradient was not finite and the step was skipped."""

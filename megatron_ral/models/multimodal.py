@@ -127,8 +127,8 @@ class MultimodalStage(torch.nn.Module):
         embedding, then what each of the first D layers adds (D = 0 but for DeepStack). One call of the tower for the
         whole batch.
 
-        The tower runs even where no prompt has an image (on one blank patch group, result unused): under ZeRO-3 every
-        rank must use every module equally often.
+        The tower runs even where no prompt has an image (on one blank patch group, result unused), so that every rank
+        does the same.
         """
         pixels = torch.cat([prompt.pixel_values for prompt in prompts.prompts])
         grids = torch.cat([prompt.grid_thw for prompt in prompts.prompts])

@@ -61,7 +61,7 @@ def _job(rehearsal: Rehearsal) -> list[str]:
         f"{name} {seconds:,.1f}" for name, seconds in rehearsal.seconds.items() if seconds >= 0.05),
         f"{rehearsal.step_seconds:,.0f} s per step; {flops:.2e} FLOPs on all ranks, "
         f"{flops / rehearsal.step_seconds / layout.world_size / 1e12:,.0f} TFLOP/s per GPU; "
-        f"{rehearsal.prompts_per_day:,.0f} samples per day ({rehearsal.work.group_size} responses each)",
+        f"{rehearsal.prompts_per_day:,.0f} prompts per day ({rehearsal.work.group_size} responses each)",
         f"checkpoint: {rehearsal.checkpoint_bytes / 1e9:,.0f} GB, "
         f"{max(r.seconds['checkpoint'] for r in rehearsal.ranks):,.0f} s",
         f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, of which "

@@ -79,7 +79,7 @@ def way_out(result: Rehearsal, shape: ModelShape, visual_tokens: int = -1) -> st
     settings, other = find_way_out(result, shape, visual_tokens)
     if other.fits:
         return (f"it fits with {text(settings)}: {other.peak_bytes / 2 ** 30:.1f} GiB, "
-                f"{other.prompts_per_day:,.0f} samples per day")
+                f"{other.prompts_per_day:,.0f} prompts per day")
     tried = f" with {text(settings)} it still takes {other.peak_bytes / 2 ** 30:.1f} GiB;" if settings else ""
     return f"no setting that was tried makes it fit;{tried} take more ranks or shorter sequences"
 
@@ -124,7 +124,7 @@ def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware:
 
 def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware, visual_tokens: int = -1,
            tries: int = 10) -> str:
-    """The five layouts that fit and promise the most samples per day, as a table.
+    """The five layouts that fit and promise the most prompts per day, as a table.
 
     Layouts whose parameters and gradients alone do not fit are left out by arithmetic; of the others the `tries` that a
     rough estimate puts first are rehearsed.
@@ -139,7 +139,7 @@ def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hard
     lines = [f"{len(candidates)} layouts of {world_size} ranks can hold their parameters and gradients; {rehearsed} "
              f"rehearsed, {len(fitting)} fit"]
     for result, settings in sorted(fitting, key=lambda pair: -pair[0].prompts_per_day)[:5]:
-        lines.append(f"{result.prompts_per_day:>8,.0f} samples per day, {result.peak_bytes / 2 ** 30:5.1f} GiB: "
+        lines.append(f"{result.prompts_per_day:>8,.0f} prompts per day, {result.peak_bytes / 2 ** 30:5.1f} GiB: "
                      f"{text(settings)}")
     if not fitting:
         lines.append("none fits: take more ranks, shorter sequences, or parallel.offload_optimizer=true")

@@ -50,8 +50,8 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[Optional
         rollout: this rank's micro-batches, in order.
         old: pass of the policy before the first update, one per micro-batch; None where the update is made on it.
         reference: pass of the frozen reference, or None where it is not needed.
-        target: pass whose attention the divergence is taken to, or None where it is made of no pass; of single
-            micro-batches, where it is made of the update's own.
+        target: pass whose attention the divergence is taken to, None where the target needs none (`oracle`). A
+            micro-batch whose target is the update's own pass has None in its place.
         config: `rollout.num_minibatches` optimizer steps are made of the rollout and divide the micro-batches;
             `loss.filter_equal_rewards` says which groups take part.
     """

@@ -35,7 +35,8 @@ def row_keys(rows: AttentionRows, prompts: PromptBatch, kind: str, exclude_self:
 
 @dataclass(frozen=True)
 class AttentionTerm:
-    """loss = sum over rows of weight * D(policy of the row, target) / rows of the optimizer step, mean over layers.
+    """loss = sum over rows of weight * D(policy of the row, target) / rows (attention_normalizer = sequence_sum:
+    responses) of the optimizer step, mean over layers.
 
     | target | compared with | weight of a row |
     |---|---|---|

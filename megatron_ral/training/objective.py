@@ -136,7 +136,8 @@ class RalObjective:
 
 
 def sampling_metrics(logprobs_BGR: Tensor, batch: TrainBatch) -> Metrics:
-    """How far the sampler was from the training engine, over all responses that are the policy's."""
+    """How far the sampler was from the training engine, over all responses of a micro-batch that are the policy's, filtered
+    groups included."""
     own = batch.groups.response_mask
     if batch.from_teacher is not None:
         own = own & ~batch.from_teacher[:, None, None]

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class TooManySkippedSteps(RuntimeError):
-    """The gradient was not finite for train.max_skipped_steps steps in a row."""
+    """A loss or the gradient was not finite for train.max_skipped_steps steps in a row."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Trainer:
             self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
 
     def _watch_skipped(self, report: StepReport, step: int) -> None:
-        """Warn of steps whose gradient was not finite, and keep their batches; stop when that does not end."""
+        """Warn of steps whose loss or gradient was not finite, and keep their batches; stop when that does not end."""
         for skipped in report.skipped:
             with progress.within("replay", is_long=True):
                 kept = save_replay(self.policy, skipped, self.config, step + 1)
@@ -231,10 +231,10 @@ class Trainer:
                                "\n  %s", step + 1, skipped.update + 1, replay_command(kept, self.layout.world_size))
         self.num_skipped = self.num_skipped + 1 if report.metrics["skipped_steps"] > 0 else 0
         if self.num_skipped and self.is_main:
-            logger.warning("step %d: the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
+            logger.warning("step %d: a loss or the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
                            self.num_skipped)
         if self.num_skipped == self.config.train.max_skipped_steps:
-            raise TooManySkippedSteps(f"the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
+            raise TooManySkippedSteps(f"a loss or the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
                                       f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
                                       "resume from an earlier checkpoint")
 

@@ -36,12 +36,13 @@ def ran(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_commands_of_the_guide_run(ran):
     folder, printed = ran
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert printed[0].count("the model: ") == 2, "two layouts"
     assert "stopped after step 2" in printed[1] or (folder / "run" / "checkpoints" / "step_00000002").is_dir()
     assert "2 samples" in printed[2] and (folder / "report.html").is_file()
     assert "resumed from" in printed[3] and (folder / "run" / "hf" / "config.json").is_file()
     assert "4 prompts: accuracy" in printed[4] and (folder / "evaluation.json").is_file()
+    assert "from-run: " in printed[5] and (folder / "step_2" / "config.json").is_file()
 
 
 def test_what_the_guide_names_exists():

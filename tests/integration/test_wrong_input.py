@@ -181,8 +181,8 @@ def test_evaluate_refuses(good):
 
 def test_dry_run_prints_configuration_and_layout_and_trains_nothing(good):
     arguments, folder = good
-    result = command("megatron_ral.train", *arguments, "parallel.pipeline_model_parallel_size=2",
-                     f"train.output_dir={folder}/never", "--dry-run", world=4)
+    result = command("megatron_ral.train", *arguments, "parallel.pipeline_model_parallel_size=2", "--dry-run",
+                     f"train.output_dir={folder}/never", world=4)  # settings on both sides of a flag
     assert result.returncode == 0, result.stderr
     assert "pipeline_model_parallel_size: 2" in result.stdout
     assert "4 ranks = tensor 1 x pipeline 2 x data 2" in result.stdout

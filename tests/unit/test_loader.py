@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import threading
 from collections import Counter
 
 import psutil
@@ -107,9 +108,15 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, mo
     write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
     stream = loader(tmp_path / "a.tar", processor)
     patchify = processor_module.patchify_image
-    failures = [ZeroDivisionError("once")]
-    monkeypatch.setattr(processor_module, "patchify_image",
-                        lambda *args: (_ for _ in ()).throw(failures.pop()) if failures else patchify(*args))
+    failures, own = [ZeroDivisionError("once")], {thread.ident for thread in threading.enumerate()}
+
+    def fails_once(*args):
+        # threads that decode ahead for a test before are none of this one's
+        if failures and (threading.get_ident() not in own or threading.current_thread() is threading.main_thread()):
+            raise failures.pop()
+        return patchify(*args)
+
+    monkeypatch.setattr(processor_module, "patchify_image", fails_once)
     assert len(stream.take(3)) == 3
     [text] = stream.quarantined.values()
     assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}
@@ -324,6 +331,22 @@ def test_filters_read_nothing_but_the_index(tmp_path, processor, material, caplo
     assert not stream.filtered
     stream.take(1)
     assert stream.quarantined_by_reason == {"too_many_visual_tokens": 28}
+
+
+def test_an_index_made_for_a_run_is_believed_by_it(tmp_path, material, caplog):
+    from megatron_ral.config import load_config
+    from tools.index_shards import main
+
+    several_lengths(tmp_path, 6)
+    run = "pretrained_configs/runs/ral_7b.yaml"
+    suffix = load_config(run, ["model.path=unused"]).data.prompt_suffix
+    assert suffix
+    like_the_run = PromptProcessor(str(material["tiny"]), 256, prompt_suffix=suffix)
+    for arguments, believed in (["--config", run], True), (["--prompt-suffix", suffix], True), ([], False):
+        assert main([str(tmp_path / "a.tar"), "--model", str(material["tiny"]), *arguments]) == 0
+        caplog.clear()
+        assert len(loader(tmp_path / "a.tar", like_the_run).take(2)) == 2
+        assert ("data.prompt_suffix" in caplog.text) != believed
 
 
 @pytest.mark.parametrize("change, said", [
