@@ -61,7 +61,7 @@ def main() -> None:
         processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length,
                                     prompt_suffix=config.data.prompt_suffix)
     except (ConfigError, DataError) as error:
-        fail(error)
+        fail(error, everywhere=False)
 
     from tqdm import tqdm
 
@@ -79,7 +79,7 @@ def main() -> None:
     if is_main:
         say_what_is_scored(source, config)
     prompts = PromptSet(source.shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
-                        dp_size=layout.data_size)
+                        dp_size=layout.data_size, num_readers=layout.world_size)
     try:
         engine = FrozenEngine(shape, groups, config.model.dtype, path)
     except AgreedError as error:

@@ -37,7 +37,7 @@ class WatchdogConfig:
 
     timeout_seconds: NonNegativeInt = 60
     """A rank that died, was stopped, or whose main thread has done nothing (no micro-batch, no token, no sample, no phase)
-    has ended the job after so long; 0: off. With an accelerator a stall counts from when no rank gets on."""
+    has ended the job after so long; 0: off. One call of a reward function must take less. With an accelerator a stall counts from when no rank gets on."""
     long_timeout_seconds: PositiveInt = 1800
     """The same in phases that may be long without a sign of life: start-up, loading, checkpoints, export, and the first
     phase of each kind (kernels are compiled). A death is still seen at once on the same machine."""

@@ -117,6 +117,7 @@ class PromptLoader:
         self._faults: dict[str, Fault] = {}
         self._labels = shard_labels({index.shard for source in self.sources for index in source.indexes})
         self._unusable: set[Place] = set()
+        self._agreed = False
         self._ahead = DecodeAhead(self._decode, settings.decode_workers, settings.decode_ahead)
         fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
                                                      for index in source.indexes) else ""
@@ -140,8 +141,10 @@ class PromptLoader:
         """This rank's share of the next `count` usable prompts; every data-parallel rank calls it with the same count.
 
         Raises:
-            DataError: the sources are used up, a whole epoch held no usable sample, or a shard can no longer be read.
+            DataError: the sources are used up, a whole epoch held no usable sample, a shard can no longer be read, or
+                (first call) ranks have other orders.
         """
+        self._agree()
         mine: dict[int, Prompt] = {}
         pending, fruitless_epochs = list(range(count)), 0
         while pending:
@@ -164,6 +167,22 @@ class PromptLoader:
             pending = sorted(failed) + pending[len(drawn):]
         self._look_ahead(count)
         return [mine[slot] for slot in sorted(mine)]
+
+    def _agree(self) -> None:
+        """Once: all ranks found the same samples in the same order, or all of them end."""
+        if self._agreed:
+            return
+        for number, source in enumerate(self.sources):
+            told = self._exchange((self._identity(number), {index.shard: index.fingerprint + index.note
+                                                            for index in source.indexes}))
+            other = next((rank for rank, (identity, _) in enumerate(told) if identity != told[0][0]), None)
+            if other is not None:
+                shard = next((shard for shard, found in told[0][1].items() if told[other][1].get(shard) != found),
+                             source.shards[0])
+                raise DataError(f"{source.key}: rank {other} found other samples, or another order of them, than rank 0 (first "
+                                f"difference: the index of '{shard}'); is tools/index_shards.py at work, or a disk slow to show "
+                                "its files? Start again when all nodes see the same")
+        self._agreed = True
 
     def state(self) -> dict:
         """Position, for a checkpoint; the same on every rank."""
@@ -314,4 +333,6 @@ class PromptLoader:
         digest = blake2b(repr(settings).encode(), digest_size=16)
         for index, numbers in zip(source.indexes, order.numbers):
             digest.update(repr((PurePath(index.shard).name, len(index))).encode() + numbers.tobytes())
+        for part in order.lengths or ():
+            digest.update(part.tobytes())
         return digest.hexdigest()

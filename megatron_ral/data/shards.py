@@ -125,11 +125,14 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
     return entry
 
 
-def shard_entries(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Members of all samples of the shards in file order. A sample that cannot be read is left out with a warning.
+def shard_entries(shards: Sequence[str], num_readers: int = 1) -> Iterator[dict[str, Any]]:
+    """Members of all samples of the shards in file order. A sample that cannot be used is left out with a warning.
+
+    Args:
+        num_readers: processes that read the same and must find the same.
 
     Raises:
-        DataError: a shard is no tar archive.
+        DataError: a shard is no tar archive, or of several readers this one's disk fails.
     """
     for shard in shards:
         index = open_index(shard)
@@ -142,6 +145,8 @@ def shard_entries(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
                     raise SampleError(fault.text, fault.reason)
                 yield read_entry(index, number)
             except SampleError as error:
+                if error.reason == "cannot_read" and num_readers > 1:  # others may have read it
+                    raise DataError(f"{error}; evaluation has to read the same on all ranks") from None
                 logger.warning("left out of '%s': %s", shard, error)
 
 

@@ -23,6 +23,7 @@ from megatron_ral.models.conversion import expected_shapes, stage_tables
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.tensor_table import StageTensor
 from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.progress import tick
 
 MAX_OPEN_FILES = 64
 
@@ -208,6 +209,7 @@ def fitting_shard(state: StateSource, key: str, numel: int) -> Tensor:
     Raises:
         CheckpointError: there is none, or it has not `numel` numbers.
     """
+    tick()
     value = state.get(key)
     if value is None or value.numel() != numel:
         found = "none" if value is None else f"one of {value.numel():,}"

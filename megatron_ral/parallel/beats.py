@@ -72,6 +72,12 @@ class Judge:
             self._moved[rank] = now
         self.beats[rank] = beat
 
+    def skip(self, seconds: float) -> None:
+        """So many seconds counted for nobody: the judge itself was held up, maybe with all ranks."""
+        for times in (self._heard, self._moved):
+            for rank in times:
+                times[rank] += seconds
+
     def silent(self, now: float) -> Optional[tuple[list[int], str]]:
         """(ranks that send no beats, what to say of them), or None."""
         ranks = [rank for rank, beat in self._present() if now - self._heard[rank] > self.limits[beat.is_long]]

@@ -81,6 +81,9 @@ class Meeting:
     def _wait(self, key: str, seconds: float) -> bool:
         try:
             self._store.wait([key], timedelta(seconds=seconds))
-        except RuntimeError:
+        except dist.DistStoreError:  # the time is up
             return False
+        except RuntimeError as error:
+            raise MeetingError(f"the connection to MASTER_ADDR:MASTER_PORT was lost while waiting for '{key}' "
+                               f"({' '.join(str(error).split())[:200]}); did the first rank or the launcher end?") from None
         return True

@@ -192,11 +192,14 @@ class Watchdog:
             time.sleep(0.002)
 
     def _run(self) -> None:
-        checked = 0.0
+        checked, round_began = 0.0, time.monotonic()
         try:
             while True:
                 self._wake.wait(self.interval / 4)
                 self._wake.clear()
+                held_up, round_began = time.monotonic() - round_began, time.monotonic()
+                if held_up > 0.5 * self.timeout:  # a job that was suspended as a whole goes on: nobody is to blame
+                    self._judge.skip(held_up)
                 self._send()
                 if self.rank != 0:  # its last words, should the store go with it
                     self._judge.hear(0, self._read([0])[0], time.monotonic())
@@ -281,6 +284,10 @@ class Watchdog:
             self._wait_until_seen(verdict["ranks"])
         except dist.DistError:
             pass  # the first rank has gone ahead
+        deadline = time.monotonic() + max(3.0, 3 * self.interval)
+        while (self.rank not in verdict["ranks"] and 0 in verdict["ranks"] and 0 in self._neighbours
+               and not self._processes[0].is_gone() and time.monotonic() < deadline):
+            time.sleep(0.05)  # it holds the store until all have looked, and ends by itself
         self._end(verdict["ranks"])
 
     def _wait_until_seen(self, but: Sequence[int]) -> None:

@@ -123,13 +123,17 @@ def _check(meeting: Meeting, config: Optional[RunConfig], shape: Optional[ModelS
             report.wrote = unwritable is None
             findings += [unwritable] if unwritable else [Finding.of(error) for error in problems if isinstance(error, OSError)]
             report.settings = {**flat_settings(config), **{key: str(value) for key, value in options.items()}}
-            report.facts = _facts(config)
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                findings += _weight_findings(config, shape, teacher)
-                server, report.port = _listen()
-        if meeting.rank == 0 and report.wrote and shape is not None:
-            problem = disk_problem(config, shape, shutil.disk_usage(folder).free)
-            findings += [Finding.of(problem)] if problem else []
+            try:
+                report.facts = _facts(config)
+                if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                    findings += _weight_findings(config, shape, teacher)
+                    server, report.port = _listen()
+                if meeting.rank == 0 and report.wrote and shape is not None:
+                    problem = disk_problem(config, shape, shutil.disk_usage(folder).free)
+                    findings += [Finding.of(problem)] if problem else []
+            except OSError as error:  # the others wait for this report
+                findings.append(Finding("file", f"'{error.filename}'", f"could not be looked at ({error.strerror or error}); is "
+                                        "it changed, or its disk lost, while the job starts?"))
         report.findings = [asdict(finding) for finding in findings]
         first = meeting.gather("report", asdict(report))
         writers = [rank for rank, other in enumerate(first or []) if other["wrote"]]
@@ -145,6 +149,7 @@ def _check(meeting: Meeting, config: Optional[RunConfig], shape: Optional[ModelS
         verdict = None
         if second is not None:
             verdict = _judge([Report(**other) for other in first], second, sent, time.time(), task["writer"])
+        meeting.announce("looked")
         # everybody has looked; the file of each goes before anybody ends
         _remove(folder, f"{name}-{meeting.rank}")
         meeting.gather("removed", None)
@@ -196,7 +201,7 @@ def _models(config: RunConfig) -> dict[str, str]:
 def source_digest(folder: Path) -> str:
     """Short digest of every Python file below a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):  # an editor's lock may be a link to nothing
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

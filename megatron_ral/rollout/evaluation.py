@@ -78,20 +78,24 @@ class TokenViews:
 class PromptSet:
     """Of the first `limit` samples of the shards in file order every dp_size-th, starting at dp_rank: the whole set does not
     depend on the number of ranks. Pictures and videos are decoded when a prompt is reached, anew in each pass, so that a
-    benchmark never lies decoded in memory. Unusable samples are left out with a warning and counted."""
+    benchmark never lies decoded in memory. Unusable samples are left out with a warning and counted; what may be wrong on
+    one rank alone (its disk, its memory) is an error where `num_readers` ranks read the same samples."""
 
-    def __init__(self, shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0, dp_size: int = 1):
-        self.shards, self.processor, self.limit = shards, processor, limit
+    def __init__(self, shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0, dp_size: int = 1,
+                 num_readers: int = 1):
+        self.shards, self.processor, self.limit, self.num_readers = shards, processor, limit, num_readers
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.left_out: dict[tuple[str, str], str] = {}
         """(shard, key) -> one of faults.REASONS, as far as the set was read."""
 
     def __iter__(self) -> Iterator[Prompt]:
-        for index, entry in enumerate(itertools.islice(shard_entries(self.shards), self.limit)):
+        for index, entry in enumerate(itertools.islice(shard_entries(self.shards, self.num_readers), self.limit)):
             if index % self.dp_size == self.dp_rank:
                 try:
                     prompt = self.processor(parse_sample(entry))
                 except Exception as error:  # decoders of foreign bytes may raise anything
+                    if isinstance(error, MemoryError) and self.num_readers > 1:
+                        raise
                     place = (entry["__url__"], entry["__key__"])
                     if place not in self.left_out:
                         logger.warning("left out of the evaluation: %s", error)
@@ -135,9 +139,9 @@ def left_out_by_reason(source: Source, prompts: PromptSet, groups: ParallelGroup
 
 
 def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0,
-                 dp_size: int = 1) -> list[Prompt]:
+                 dp_size: int = 1, num_readers: int = 1) -> list[Prompt]:
     """All prompts of a PromptSet at once."""
-    return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size))
+    return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size, num_readers=num_readers))
 
 
 def evaluate_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,

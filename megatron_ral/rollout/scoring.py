@@ -39,8 +39,10 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
     samples = [prompt.sample for prompt in responses.prompts.prompts]
     scored = []
     for sample, group in zip(samples, texts):
-        tick([sample.identity])  # a function of the user's own may take long
-        scored.append([score_response(text, sample.solution, sample.problem_type, parts) for text in group])
+        scored.append([])
+        for text in group:
+            tick([sample.identity])  # a function of the user's own may take long
+            scored[-1].append(score_response(text, sample.solution, sample.problem_type, parts))
     components = {name: torch.tensor([[score.components[name] for score in row] for row in scored])
                   for name in scored[0][0].components}
     return Score(torch.tensor([[score.reward for score in row] for row in scored]), components, texts,

@@ -158,7 +158,7 @@ def begin_folder(root: Path, step: int) -> None:
     """An empty folder for the files of a save; those of saves that were cut off go."""
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob("*.partial"):
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        _remove(left)
     (root / f"{folder_name(step)}.partial").mkdir()
 
 
@@ -187,7 +187,15 @@ def _remove_old(root: Path, newest: Path, keep: int) -> None:
     oldest_kept = [*whole, newest][-keep:][0]
     for folder in older:
         if folder.name < oldest_kept.name:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """As far as the file system lets: what is left over does no harm, and the next save tries again."""
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        logger.warning("'%s' could not be removed (%s)", path, error)
 
 
 def write_synced(path: Path, text: str) -> int:

@@ -23,6 +23,7 @@ from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.models.checkpoints import CheckpointError, SafetensorsWriter
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
+from megatron_ral.progress import tick
 from megatron_ral.training.checkpoint_files import (CONFIG, Manifest, begin_folder, checkpoint_root, finish_folder,
                                                     folder_name, parameter_tables, position_file, state_file,
                                                     write_synced)
@@ -42,6 +43,8 @@ class _Saving:
     """Bytes of the files that this rank wrote, once they are on disk."""
     problem: Optional[Exception] = None
     thread: Optional[threading.Thread] = field(default=None, repr=False)
+    num_written: int = 0
+    """Tensors so far."""
 
     def write(self, state_name: str, state: Iterator[tuple[str, Tensor]],
               entries: list[tuple[str, torch.dtype, torch.Size]]) -> None:
@@ -52,6 +55,9 @@ class _Saving:
             try:
                 for name, value in state:
                     writer.add(name, value)
+                    self.num_written += 1
+                    if self.thread is None:
+                        tick()
             finally:
                 writer.close(sync=True)
             self.files = {**sizes, state_name: (self.partial / state_name).stat().st_size}
@@ -119,8 +125,12 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait until the save in flight is whole. Raises: as for `poll`."""
         if self._saving is not None:
-            if self._saving.thread is not None:
-                self._saving.thread.join()
+            thread, seen = self._saving.thread, -1
+            while thread is not None and thread.is_alive():
+                thread.join(1.0)
+                if self._saving.num_written != seen:  # a sign of life as long as it gets on
+                    seen = self._saving.num_written
+                    tick()
             self._settle(self._saving)
             assert self._saving is None, "every rank has joined its thread"
 

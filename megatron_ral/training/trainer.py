@@ -234,6 +234,8 @@ class Trainer:
             logger.warning("step %d: a loss or the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
                            self.num_skipped)
         if self.num_skipped == self.config.train.max_skipped_steps:
+            with progress.within("checkpoint", is_long=True):
+                self.checkpoints.finish()  # one that is being written is what to resume from
             raise TooManySkippedSteps(f"a loss or the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
                                       f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
                                       "resume from an earlier checkpoint")
@@ -242,7 +244,7 @@ class Trainer:
         settings = self.config.logging
         if not self.eval_shards or not settings.probe_interval or not settings.num_probes:
             return []
-        return read_prompts(self.eval_shards, self.processor, settings.num_probes)
+        return read_prompts(self.eval_shards, self.processor, settings.num_probes, num_readers=self.layout.world_size)
 
     def _look(self, log: RunLog, probes: list, step: int) -> None:
         """Evaluation and attention pictures where they are due after `step` steps."""
@@ -254,7 +256,8 @@ class Trainer:
             log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
             prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
-                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size)
+                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
+                                num_readers=self.layout.world_size)
             with progress.within("evaluation"):
                 result = evaluate_prompts(self.policy, prompts, self.processor, self.config, layer)
             log.evaluation(result, step)

@@ -26,6 +26,9 @@ def meet(path, overrides, changed) -> tuple[str, str]:
     if "clock" in own:
         real = time.time
         preflight.time.time = lambda: real() + own["clock"]
+    if "late" in own:
+        appears = preflight._appears
+        preflight._appears = lambda path: time.sleep(own["late"]) or appears(path, 1.0)
     if "node" in own:
         os.environ.update(LOCAL_RANK="0", GROUP_RANK=str(own["node"]))
     if "slow" in own:
@@ -87,6 +90,17 @@ def test_a_slow_node_still_finds_the_ports_of_the_others_open(run):
     path, overrides, _ = run
     results = run_ranks(3, meet, path, overrides, {rank: {"node": rank, "slow": 1.0 * (rank != 2)} for rank in range(3)})
     assert all(said == "" and end.startswith("preflight: 3 ranks agree") for said, end in results), results
+
+
+def test_the_file_of_another_writer_stays_until_all_have_looked(run):
+    """The first rank cannot write; the second, which can, does not wait for it or for the slow third to look."""
+    path, overrides, folder = run
+    (folder / "a_file").touch()
+    results = run_ranks(3, meet, path, overrides, {0: {"overrides": [f"train.output_dir={folder}/a_file/run"]},
+                                                   2: {"late": 1.0}})
+    said = results[0][0]
+    assert "cannot be written to" in said and "a_file" in said
+    assert not any(row.startswith("rank 2 (") for row in rows(said)), said
 
 
 def test_other_settings_on_one_rank_are_one_sentence(run):

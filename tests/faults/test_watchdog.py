@@ -19,6 +19,16 @@ def arguments(tmp_path, model, data, *more):
             "reward.functions={varied: {path: 'tests.faults.doom:varied', weight: 1.0}}", *more]
 
 
+def test_all_survivors_of_the_first_rank_hear_its_verdict(material, tmp_path):
+    """It holds the store: nobody ends it before the others have looked, and none of them takes it for dead."""
+    ended = run_job(3, tmp_path / "job", [*arguments(tmp_path, material["tiny"], material["data"]), "rollout.num_prompts=6"],
+                    {"rank": 0, "phase": "rollout", "entry": 2, "delay": 0.03, "how": "stall"})
+    assert ended.codes == [3, 3, 3]
+    assert "watchdog: rank 0 did not get on" in ended.output[0] + ended.output[1]
+    assert not any("died" in text or "does not answer" in text for text in ended.output), ended.output
+    assert (tmp_path / "run" / "watchdog.log").read_text().count("the job ends") == 1
+
+
 @pytest.mark.parametrize("how, rank, phase, entry, what", [
     ("kill", 1, "rollout", 2, "died"), ("kill", 0, "update", 3, "died"), ("kill", 1, "checkpoint", 2, "died"),
     ("stop", 1, "update", 3, "gave no sign of life"), ("stop", 0, "rollout", 2, "does not answer"),

@@ -132,8 +132,9 @@ def test_two_nodes_lose_one_and_go_on(material, tmp_path, nodes):
 def fake_slurm(folder: Path) -> Path:
     """The three commands of Slurm that the job file calls, for a job of one node; what is requeued is written down."""
     programs = {"scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "{folder}/requeued"; fi',
-                "squeue": "echo 1-00:05:30", "srun": 'while [[ "$1" = --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"'}
+                "squeue": f'[ -f "{folder}/busy" ] || {{ touch "{folder}/busy"; exit 1; }}; cat "{folder}/left"', "srun": 'while [[ "$1" = --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"'}
     (folder / "bin").mkdir()
+    (folder / "left").write_text("1-00:05:30\n")
     for name, text in programs.items():
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
@@ -143,7 +144,7 @@ def fake_slurm(folder: Path) -> Path:
 def test_slurm_job_stops_is_queued_again_and_ends(material, tmp_path):
     values = environment(PATH=f"{fake_slurm(tmp_path)}:{os.environ['PATH']}", SLURM_SUBMIT_DIR=PROJECT, SLURM_JOB_ID=4711,
                          SLURM_JOB_NUM_NODES=1, SLURM_JOB_NODELIST="node[1]", NPROC_PER_NODE=1, MASTER_PORT=free_port(),
-                         MODEL_DIR=material["tiny"], TRAIN_SHARDS=f"{material['data']}/rl-*.tar", OUTPUT_DIR=tmp_path / "run")
+                         MODEL_DIR=material["tiny"], TRAIN_SHARDS=f"{material['data']}/rl-*.tar", OUTPUT_DIR=tmp_path / "run", SQUEUE_PAUSE=0)
     values.pop("NNODES", None)
     (tmp_path / "asks.py").write_text(
         "import os, signal\n"
@@ -159,6 +160,10 @@ def test_slurm_job_stops_is_queued_again_and_ends(material, tmp_path):
         return subprocess.run(["bash", str(SCRIPTS / "slurm.sbatch"), "ral_7b", *settings, *more], capture_output=True,
                               text=True, env=values, timeout=200)
 
+    (tmp_path / "left").write_text("INVALID\n")
+    unknown = job()
+    assert unknown.returncode == 1 and "squeue does not say how long" in unknown.stderr, unknown.stderr
+    (tmp_path / "left").write_text("1-00:05:30\n")
     first = job("train.time_limit_minutes=0.0001")
     assert first.returncode == 1 and "no step was made" in first.stderr, first.stderr
     assert not (tmp_path / "requeued").exists()

@@ -64,6 +64,14 @@ def test_with_an_accelerator_a_stall_counts_once_nobody_gets_on():
     assert judge.stalled(61)[0] == [1]
 
 
+def test_time_in_which_the_judge_was_held_up_counts_for_nobody():
+    judge = Judge((10.0, 100.0), True)
+    told(judge, 0.0)
+    judge.skip(60.0)
+    assert judge.silent(69.0) is None and judge.stalled(69.0) is None
+    assert judge.silent(71.0) is not None and judge.stalled(71.0) is not None
+
+
 def test_a_rank_that_has_left_may_be_silent():
     judge = Judge(LIMITS, watches_waiting=True)
     for now in range(0, 30):

@@ -107,6 +107,23 @@ def test_old_ones_and_leftovers_go_and_damaged_ones_do_not_count(tmp_path):
     assert names(tmp_path) == ["latest", "step_00000004", "step_00000005", "step_00000006"]
 
 
+def test_an_old_one_that_cannot_be_removed_ends_no_run(tmp_path, caplog, monkeypatch):
+    save(tmp_path, 1)
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr("megatron_ral.training.checkpoint_files.shutil.rmtree", busy)
+    (checkpoint_root(str(tmp_path)) / "step_00000000.partial").mkdir()
+    save(tmp_path, 2, keep=1)
+    assert newest_checkpoint(str(tmp_path)).name == "step_00000002"
+    assert caplog.text.count("could not be removed ([Errno 39] Directory not empty)") == 2
+    monkeypatch.undo()
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["latest", "step_00000003"]
+
+
 def test_manifest_is_checked_against_the_model(material, tmp_path):
     shape = read_shape(str(material["tiny"]))
     tables = parameter_tables(shape, 2, 2, False)

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_ral.config.sections import RewardConfig
+from megatron_ral.data.faults import DataError
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.rollout import evaluation
@@ -72,6 +74,31 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_evaluation(shards, processo
 
     prompts = PromptSet(shards[:1], fails, 100)
     assert keys(prompts) == ["a0", "a3", "a4", "a5"] and prompts.left_out[shards[0], "a1"] == "unusable"
+
+
+@pytest.mark.parametrize("fault, expected", [(lambda path: path.unlink(), DataError), (None, MemoryError)])
+def test_what_one_rank_alone_may_meet_is_left_out_by_no_rank_alone(shards, processor, tmp_path, fault, expected):
+    """A disk or a memory that fails: alone it is counted, with others it ends the evaluation."""
+    shard = tmp_path / "b.tar"
+    shard.write_bytes(Path(shards[1]).read_bytes())
+
+    def read(num_readers):
+        def decode(sample):
+            if fault is None and sample.key == "b2":
+                raise MemoryError
+            return processor(sample)
+
+        prompts = PromptSet([str(shard)], decode, 100, num_readers=num_readers)
+        found = iter(prompts)
+        first = next(found).sample.key
+        if fault is not None and shard.exists():
+            fault(shard)
+        return [first, *keys(found)]
+
+    with pytest.raises(expected):
+        read(2)
+    shard.write_bytes(Path(shards[1]).read_bytes())
+    assert read(1) == (["b1"] if fault is not None else ["b1", "b3"])
 
 
 def test_what_an_evaluation_says_first(shards, material, caplog):

@@ -5,6 +5,7 @@ import json
 import tarfile
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -331,6 +332,19 @@ def test_filters_read_nothing_but_the_index(tmp_path, processor, material, caplo
     assert not stream.filtered
     stream.take(1)
     assert stream.quarantined_by_reason == {"too_many_visual_tokens": 28}
+
+
+def test_ranks_that_found_other_indexes_end_together(tmp_path, processor, material):
+    """An index that was written, or a disk that showed it, between the looks of two ranks."""
+    several_lengths(tmp_path, 8)
+    few = PromptProcessor(str(material["tiny"]), 128, max_visual_tokens=4)
+    ranks = Ranks(tmp_path / "a.tar", few, 2)
+    index_shard(str(tmp_path / "a.tar"), few)
+    ranks.loaders[1] = loader(tmp_path / "a.tar", few, 1, 2, exchange=lambda value: ranks.exchange(1, value))
+    with ThreadPoolExecutor(2) as pool:
+        for ended in [pool.submit(stream.take, 4) for stream in ranks.loaders]:
+            with pytest.raises(DataError, match=r"data.train: rank 1 found other samples.*index of '.*a.tar'"):
+                ended.result()
 
 
 def test_an_index_made_for_a_run_is_believed_by_it(tmp_path, material, caplog):
