@@ -90,6 +90,14 @@ class _Candidate:
     config: RunConfig
     promise: float
     """Rough cost: the share of time that is not lost to bubbles, recomputation and communication, upside down."""
+    certain: float
+    """Bytes of parameters, gradients and optimizer state, by arithmetic."""
+    kept: float
+    """What an update keeps of its passes, in layers x prompts of one rank; bytes of one are learnt from rehearsals."""
+
+    @property
+    def recomputes(self) -> bool:
+        return self.config.parallel.recompute_activations
 
 
 def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[_Candidate]:
@@ -119,7 +127,8 @@ def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware:
                         continue
                     micro_batches = per_update // micro
                     bubble = (micro_batches + pipeline - 1) / micro_batches
-                    yield _Candidate(settings, changed, bubble * (4 / 3 if recompute else 1) * (1 + 0.04 * tensor))
+                    kept = micro * min(pipeline, micro_batches) * shape.num_layers / pipeline / tensor
+                    yield _Candidate(settings, changed, bubble * (4 / 3 if recompute else 1) * (1 + 0.04 * tensor), certain, kept)
 
 
 def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware, visual_tokens: int = -1,
@@ -127,17 +136,29 @@ def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hard
     """The five layouts that fit and promise the most prompts per day, as a table.
 
     Layouts whose parameters and gradients alone do not fit are left out by arithmetic; of the others the `tries` that a
-    rough estimate puts first are rehearsed.
+    rough estimate puts first are rehearsed, without those that clearly cannot fit by what the ones before took.
     """
     candidates = sorted(_candidates(config, shape, world_size, hardware), key=lambda candidate: candidate.promise)
-    fitting, rehearsed = [], 0
-    for candidate in tqdm(candidates[:tries], desc="layouts", unit="layout"):
-        rehearsed += 1
-        result = rehearse(candidate.config, shape, world_size, hardware, visual_tokens=visual_tokens)
-        if result.fits:
-            fitting.append((result, candidate.settings))
+    fitting, rehearsed, hopeless = [], 0, 0
+    bytes_kept: dict[bool, float] = {}
+    with tqdm(total=min(tries, len(candidates)), desc="layouts", unit="layout") as bar:
+        for candidate in candidates:
+            least = candidate.certain + bytes_kept.get(candidate.recomputes, 0.0) * candidate.kept
+            if least > 1.1 * hardware.usable_bytes:
+                hopeless += 1
+                continue
+            if rehearsed == tries:
+                break
+            result = rehearse(candidate.config, shape, world_size, hardware, visual_tokens=visual_tokens)
+            rehearsed += 1
+            bar.update()
+            update = max(report.memory["update"].total() for report in result.ranks)
+            each = max(update - candidate.certain, 0.0) / candidate.kept
+            bytes_kept[candidate.recomputes] = min(each, bytes_kept.get(candidate.recomputes, each))
+            if result.fits:
+                fitting.append((result, candidate.settings))
     lines = [f"{len(candidates)} layouts of {world_size} ranks can hold their parameters and gradients; {rehearsed} "
-             f"rehearsed, {len(fitting)} fit"]
+             f"rehearsed, {len(fitting)} fit, {hopeless} left out because those before took too much"]
     for result, settings in sorted(fitting, key=lambda pair: -pair[0].prompts_per_day)[:5]:
         lines.append(f"{result.prompts_per_day:>8,.0f} prompts per day, {result.peak_bytes / 2 ** 30:5.1f} GiB: "
                      f"{text(settings)}")
