@@ -173,12 +173,11 @@ class PromptLoader:
         if self._agreed:
             return
         for number, source in enumerate(self.sources):
-            told = self._exchange((self._identity(number), {index.shard: index.fingerprint + index.note
-                                                            for index in source.indexes}))
-            other = next((rank for rank, (identity, _) in enumerate(told) if identity != told[0][0]), None)
+            told = self._exchange(self._identity(number))
+            other = next((rank for rank, identity in enumerate(told) if identity != told[0]), None)
             if other is not None:
-                shard = next((shard for shard, found in told[0][1].items() if told[other][1].get(shard) != found),
-                             source.shards[0])
+                found = self._exchange([(index.shard, index.fingerprint, index.note) for index in source.indexes])
+                shard = next((ours[0] for ours, theirs in zip(found[0], found[other]) if ours != theirs), source.shards[0])
                 raise DataError(f"{source.key}: rank {other} found other samples, or another order of them, than rank 0 (first "
                                 f"difference: the index of '{shard}'); is tools/index_shards.py at work, or a disk slow to show "
                                 "its files? Start again when all nodes see the same")
