@@ -10,6 +10,7 @@ and every response with the parts of its reward to a file of JSON lines beside i
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def main() -> None:
         processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length,
                                     prompt_suffix=config.data.prompt_suffix)
     except (ConfigError, DataError) as error:
-        fail(error, everywhere=False)
+        # the first process of each node speaks: a disk may be missing on one of them
+        fail(error, everywhere=os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0")
 
     from tqdm import tqdm
 
