@@ -261,7 +261,7 @@ class TrainBatch:
     and keys of another pass, or one row [B, P] for a whole group."""
     attention_advantages: Optional[Tensor] = None
     """[B, G] float32: `advantages`, or in a control the same in another order."""
-    takes_part: Optional[Tensor] = None
+    group_mask: Optional[Tensor] = None
     """[B] bool: groups that count in losses and totals; None: all of them."""
 
     teacher_hidden: Optional[Tensor] = None
@@ -273,4 +273,4 @@ class TrainBatch:
     def loss_mask(self) -> Tensor:
         """[B, G, R] bool, True at the response tokens that count."""
         mask = self.groups.response_mask
-        return mask if self.takes_part is None else mask & self.takes_part[:, None, None]
+        return mask if self.group_mask is None else mask & self.group_mask[:, None, None]

@@ -14,7 +14,7 @@ from typing import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from megatron_ral.training.pictures import Panel
+from megatron_ral.evaluation.attention_pictures import Panel
 
 ONE_SIDE, MANY_SIDE = 448, 176
 """Pixels of the longer side of a lone image, and of each of several."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ral.cli import quiet_third_parties  # noqa: E402
+from megatron_ral.commands.common import quiet_third_parties  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_third_parties()
     arguments = parse_arguments(argv)
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-    from megatron_ral.config import ConfigError
-    from megatron_ral.data.shards import DataError
-    from megatron_ral.models.checkpoints import CheckpointError
+    from megatron_ral.errors import CheckpointError, ConfigError, DataError
 
     choose_deepspeed_accelerator()
     try:
@@ -85,13 +83,14 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     from attention_page import PageSample
 
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.data.shards import DataError, find_shards, reference_answer
+    from megatron_ral.data.shards import find_shards, reference_answer
+    from megatron_ral.errors import DataError
     from megatron_ral.engine.frozen import FrozenEngine
-    from megatron_ral.models.checkpoints import config_folder
+    from megatron_ral.models.folder import config_folder
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.parallel.groups import start_groups, stop_groups
-    from megatron_ral.rollout.evaluation import read_prompts, view_tokens
-    from megatron_ral.training.pictures import most_looked_at, sample_panels
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.evaluation.evaluate import read_prompts, view_tokens
+    from megatron_ral.evaluation.attention_pictures import most_looked_at, sample_panels
 
     config, shape = read_settings(arguments), read_shape(arguments.checkpoint, "CHECKPOINT")
     layers = shape.layer_indices(arguments.layers, "--layers")
@@ -101,8 +100,8 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     if not prompts:
         raise DataError(f"none of the first {arguments.num_samples} samples of '{arguments.shards}' can be used; the "
                         "warnings above say why")
-    groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
-    engine = FrozenEngine(shape, groups, config.model.dtype, arguments.checkpoint)
+    process_groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
+    engine = FrozenEngine(shape, process_groups, config.model.dtype, arguments.checkpoint)
     for view in view_tokens(engine, prompts, processor, config, layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ral.cli import quiet_third_parties  # noqa: E402
+from megatron_ral.commands.common import quiet_third_parties  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -52,8 +52,9 @@ def convert(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megatron_ral.models import conversion
-    from megatron_ral.models.checkpoints import MANIFEST, CheckpointError
-    from megatron_ral.training.trained_weights import TrainedWeights
+    from megatron_ral.errors import CheckpointError
+    from megatron_ral.models.folder import MANIFEST
+    from megatron_ral.training.checkpoint.trained_weights import TrainedWeights
 
     if arguments.command in ("to-hf", "reshard") and not (Path(arguments.source) / MANIFEST).is_file():
         raise CheckpointError(f"--megatron '{arguments.source}' is not a Megatron folder (no {MANIFEST})")
@@ -71,7 +72,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from megatron_ral.models.conversion import differing_weights, open_weights
+    from megatron_ral.weights.conversion import differing_weights, open_weights
 
     apart = differing_weights(arguments.hf, arguments.megatron)
     print(f"weights: {len(open_weights(arguments.hf))} tensors, {len(apart)} differ")
@@ -92,19 +93,20 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     from transformers import AutoModelForImageTextToText
 
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.models.checkpoints import config_folder
-    from megatron_ral.models.group_layout import AttentionPass, GroupLayout
+    from megatron_ral.models.folder import config_folder
+    from megatron_ral.models.attention_pass import AttentionPass
+    from megatron_ral.attention.group_layout import GroupLayout
     from megatron_ral.models.multimodal import MultimodalStage
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.models.weights import load_stage
-    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.weights.stage_weights import load_stage
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.types import FramePictures, GroupBatch, Sample, pad_prompts, to_device
 
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     shape = read_shape(str(config_folder(megatron)))
-    stage = MultimodalStage(shape, groups.layout, torch.float32, groups.device)
+    stage = MultimodalStage(shape, process_groups.layout, torch.float32, process_groups.device)
     load_stage(stage, megatron)
-    stock = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).to(groups.device).eval()
+    stock = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).to(process_groups.device).eval()
     processor = PromptProcessor(hf, 10_000)
     result = {}
     video = FramePictures(tuple(test_picture(84, 112, frame) for frame in range(6)), fps=1.0)
@@ -117,12 +119,12 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
         prompt = processor(sample)
         ids = prompt.response_ids[None, None]
         batch = GroupBatch(pad_prompts([prompt], 0), ids, torch.tensor([[ids.shape[-1]]]))
-        batch = to_device(batch, groups.device)
+        batch = to_device(batch, process_groups.device)
         layout = GroupLayout(batch.prompts.prompt_lengths, batch.response_lengths, len(prompt.input_ids), ids.shape[-1])
         tokens = torch.cat([prompt.input_ids, prompt.response_ids])
         with torch.no_grad():
             ours = stage(batch, AttentionPass(layout))[0, 0]
-            stock_inputs = to_device(processor.stock_inputs(prompt, tokens), groups.device)
+            stock_inputs = to_device(processor.stock_inputs(prompt, tokens), process_groups.device)
             theirs = stock(**stock_inputs).logits[0, len(prompt.input_ids) - 1:-1]
         result[kind] = float((ours - theirs).abs().max())
     stop_groups()
@@ -147,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet_third_parties()
-    from megatron_ral.config import ConfigError
-    from megatron_ral.models.checkpoints import CheckpointError
+    from megatron_ral.errors import CheckpointError, ConfigError
 
     try:
         return verify(arguments) if arguments.command == "verify" else convert(arguments)

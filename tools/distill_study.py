@@ -45,7 +45,7 @@ class Arm:
 
 def _arms() -> dict[str, Arm]:
     no_tokens, no_attention = "distill.token_coef=0.0", "distill.attention_coef=0.0"
-    taught = {
+    add_teacher_outputs = {
         "tokens": Arm("tokens", (no_attention,)),
         # each at the better of two coefficients, 30 and 100, as tried on seed 0
         "tokens_last": Arm("tokens + attention, last layer", ("distill.attention_layers=[-1]", "distill.attention_coef=30.0")),
@@ -54,9 +54,9 @@ def _arms() -> dict[str, Arm]:
         "shuffled": Arm("tokens + shuffled attention, all layers", ("distill.attention_rows=shuffled", "distill.attention_coef=100.0")),
     }
     arms = {"sft": Arm("SFT on the teacher's outputs",
-                       ("distill.token_divergence=cross_entropy", "distill.teacher_rollouts=1.0", no_attention)), **taught}
+                       ("distill.token_divergence=cross_entropy", "distill.teacher_rollouts=1.0", no_attention)), **add_teacher_outputs}
     return arms | {"grpo": Arm("", (), teaches=False).with_rl(),
-                   **{f"{name}_rl": arm.with_rl() for name, arm in taught.items()}}
+                   **{f"{name}_rl": arm.with_rl() for name, arm in add_teacher_outputs.items()}}
 
 
 ARMS = _arms()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ral.cli import add_prompt_suffix, prompt_suffix
-from megatron_ral.config import ConfigError
+from megatron_ral.commands.common import add_prompt_suffix, prompt_suffix
+from megatron_ral.errors import ConfigError, DataError
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.data.faults import DataError, SampleError, printable
+from megatron_ral.data.issues import SampleError, printable
 from megatron_ral.data.index import index_of_scan, open_index, write_index
 from megatron_ral.data.shards import find_shards, parse_sample, read_entry
 

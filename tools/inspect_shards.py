@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ral.data.faults import REASONS, DataError, SampleError
+from megatron_ral.data.issues import REASONS, SampleError
+from megatron_ral.errors import DataError
 from megatron_ral.data.index import UNKNOWN, ShardIndex, open_index
 from megatron_ral.data.shards import find_shards, parse_sample, read_entry, reference_answer
 from megatron_ral.types import Box, Sample

@@ -24,10 +24,10 @@ from typing import Any, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ral.cli import add_prompt_suffix, prompt_suffix
-from megatron_ral.config import ConfigError
+from megatron_ral.commands.common import add_prompt_suffix, prompt_suffix
+from megatron_ral.errors import ConfigError
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.data.faults import REASONS, SampleError, printable
+from megatron_ral.data.issues import REASONS, SampleError, printable
 from megatron_ral.data.index import open_index, write_index
 from megatron_ral.data.layouts import Media, RawSample, read_record, record_id
 from megatron_ral.data.shards import IMAGE_SUFFIXES, parse_sample

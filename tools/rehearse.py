@@ -21,13 +21,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rehearsal takes nothing of a GPU
 
 def main() -> None:
     """Print the rehearsal."""
-    from megatron_ral.cli import fail, quiet_third_parties
+    from megatron_ral.commands.common import fail, quiet_third_parties
 
     quiet_third_parties()
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
-    from megatron_ral.config import ConfigError, load_config
+    from megatron_ral.config import load_config
+    from megatron_ral.errors import ConfigError
     from megatron_ral.models.shape import read_shape
     from megatron_ral.planning.hardware import Hardware
     from megatron_ral.planning.rehearse import rehearse

@@ -20,7 +20,7 @@ from typing import Callable, Iterable, Iterator
 
 import torch
 
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
 
 
 class MegatronTopology:
@@ -30,8 +30,8 @@ class MegatronTopology:
     a replicated parameter (a norm weight) only where that rank is 0, which must hold once per stage.
     """
 
-    def __init__(self, groups: ParallelGroups):
-        self._groups = groups
+    def __init__(self, process_groups: ProcessGroups):
+        self._groups = process_groups
 
     def get_data_parallel_world_size(self):
         return self._groups.layout.data_size

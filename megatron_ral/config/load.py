@@ -14,10 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_ral.config.sections import RunConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the file, the key, the value and the way out."""
+from megatron_ral.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Optional
 
-from megatron_ral.data.faults import DataError, Fault, printable
+from megatron_ral.data.issues import SampleIssue, printable
+from megatron_ral.errors import DataError
 
 FRAME_FOLDER = ".frames"
 MAX_SAMPLE_BYTES = 2 * 2**30
@@ -27,7 +28,7 @@ class SampleSpan:
     key: str
     offset: int
     size: int
-    fault: Optional[Fault] = None
+    fault: Optional[SampleIssue] = None
     """Why the sample cannot be used, as far as the headers tell."""
 
 
@@ -97,7 +98,7 @@ def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) 
         key, suffix = names
         cut = member.isreg() and member.offset_data + member.size > num_bytes
         if cut:
-            fault = Fault("truncated", f"sample '{printable(key)}' is cut short by the end of its shard")
+            fault = SampleIssue("truncated", f"sample '{printable(key)}' is cut short by the end of its shard")
         if spans and spans[-1].key == key and suffix not in suffixes:
             last = spans[-1]
             size = max(end, last.offset + last.size) - last.offset
@@ -111,19 +112,19 @@ def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) 
             return f"it is cut short in member '{printable(member.name)}' at byte {num_bytes}"
 
 
-def _member_fault(member: tarfile.TarInfo) -> Optional[Fault]:
+def _member_fault(member: tarfile.TarInfo) -> Optional[SampleIssue]:
     name, parts = member.name, member.name.split("/")
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
-        return Fault("unsafe_member", f"member '{printable(name)}' has a name that leads out of the archive")
+        return SampleIssue("unsafe_member", f"member '{printable(name)}' has a name that leads out of the archive")
     if not member.isreg() or member.issparse():
-        return Fault("unsafe_member", f"member '{printable(name)}' is a link, device or sparse file, not a plain one")
+        return SampleIssue("unsafe_member", f"member '{printable(name)}' is a link, device or sparse file, not a plain one")
     return None
 
 
-def _too_large(key: str, size: int) -> Optional[Fault]:
+def _too_large(key: str, size: int) -> Optional[SampleIssue]:
     if size <= MAX_SAMPLE_BYTES:
         return None
-    return Fault("unsafe_member", f"sample '{printable(key)}' of {size} bytes is larger than {MAX_SAMPLE_BYTES}")
+    return SampleIssue("unsafe_member", f"sample '{printable(key)}' of {size} bytes is larger than {MAX_SAMPLE_BYTES}")
 
 
 def _damage_at_end(path: str | Path, end: int) -> str:
@@ -141,7 +142,7 @@ def _without_repetition(spans: list[SampleSpan]) -> Iterator[SampleSpan]:
     seen: set[str] = set()
     for span in spans:
         if span.key in seen and span.fault is None:
-            fault = Fault("duplicate_key", f"sample '{printable(span.key)}' at byte {span.offset} has the key of an "
+            fault = SampleIssue("duplicate_key", f"sample '{printable(span.key)}' at byte {span.offset} has the key of an "
                                            "earlier sample of its shard")
             span = replace(span, fault=fault)
         seen.add(span.key)

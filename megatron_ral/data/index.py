@@ -14,7 +14,7 @@ from typing import Mapping, Optional
 import numpy as np
 
 from megatron_ral.data.archive import ArchiveScan, SampleSpan, scan_archive
-from megatron_ral.data.faults import REASONS, Fault
+from megatron_ral.data.issues import REASONS, SampleIssue
 
 FORMAT = 1
 UNKNOWN = -1
@@ -44,7 +44,7 @@ class ShardIndex:
     """[N] int64 bytes."""
     sizes: np.ndarray
     """[N] int64 bytes."""
-    faults: Mapping[int, Fault]
+    faults: Mapping[int, SampleIssue]
     """Sample number -> why it cannot be used."""
     damage: str = ""
     """What is wrong with the archive; empty: nothing."""
@@ -131,7 +131,7 @@ def _from_lines(shard: str, header: dict, lines: list[dict]) -> ShardIndex:
 
 def _span(line: dict, tar_bytes: int) -> SampleSpan:
     """One line. Raises ValueError, KeyError or TypeError where `write_index` cannot have written it."""
-    fault = Fault(line["reason"], line["text"]) if "reason" in line else None
+    fault = SampleIssue(line["reason"], line["text"]) if "reason" in line else None
     if not isinstance(line["key"], str) or fault and not (fault.reason in REASONS and isinstance(fault.text, str)):
         raise TypeError("'key', 'reason' and 'text' are texts")
     offset = _whole(line["offset"], 0, tar_bytes + 1)

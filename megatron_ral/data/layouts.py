@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional, Sequence
 
-from megatron_ral.data.faults import SampleError
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.shards import option_letter, reference_answer
 
 Media = str | bytes

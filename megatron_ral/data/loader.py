@@ -20,8 +20,9 @@ from typing import Any, Callable, Collection, Mapping, Optional, Sequence
 import numpy as np
 
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.data.ahead import DecodeAhead
-from megatron_ral.data.faults import REASONS, DataError, Fault, SampleError, printable
+from megatron_ral.data.prefetch import Prefetcher
+from megatron_ral.data.issues import REASONS, SampleIssue, SampleError, printable
+from megatron_ral.errors import DataError
 from megatron_ral.data.index import UNKNOWN, ShardIndex
 from megatron_ral.data.order import EpochOrder
 from megatron_ral.data.processor import PromptProcessor
@@ -114,11 +115,11 @@ class PromptLoader:
         self.position = Position()
         self.filtered: Counter[str] = Counter()
         self._exchange = exchange or (lambda value: [value])
-        self._faults: dict[str, Fault] = {}
+        self._faults: dict[str, SampleIssue] = {}
         self._labels = shard_labels({index.shard for source in self.sources for index in source.indexes})
         self._unusable: set[Place] = set()
         self._agreed = False
-        self._ahead = DecodeAhead(self._decode, settings.decode_workers, settings.decode_ahead)
+        self._ahead = Prefetcher(self._decode, settings.decode_workers, settings.decode_ahead)
         fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
                                                      for index in source.indexes) else ""
         self._orders, phase = [], 0
@@ -154,10 +155,10 @@ class PromptLoader:
                 raise self._fruitless()
             drawn = dict(zip(pending, places))
             results = self._ahead.get({slot: place for slot, place in drawn.items() if slot % self.dp_size == self.dp_rank})
-            failed: dict[int, Fault] = {}
+            failed: dict[int, SampleIssue] = {}
             if drawn:
-                bad = {slot: (result.reason, result.text) for slot, result in results.items() if isinstance(result, Fault)}
-                failed = {slot: Fault(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
+                bad = {slot: (result.reason, result.text) for slot, result in results.items() if isinstance(result, SampleIssue)}
+                failed = {slot: SampleIssue(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
             for slot in sorted(failed):
                 self._quarantine(drawn[slot], failed[slot])
             mine |= {slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed}
@@ -208,7 +209,7 @@ class PromptLoader:
                                 "the order (seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not "
                                 "those of the checkpoint, so its position means nothing in them; put them back, or start "
                                 "again from its exported weights")
-        self._faults = {name: Fault(*fault) for name, fault in state["quarantined"].items()}
+        self._faults = {name: SampleIssue(*fault) for name, fault in state["quarantined"].items()}
         self._unusable = {Place(*place) for place in state["unusable"]}
         self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
 
@@ -220,7 +221,7 @@ class PromptLoader:
                    and index.fingerprint != fingerprint]
         for shard, index in enumerate(source.indexes):
             if index.damage:
-                self._faults[self._labels[index.shard]] = Fault("truncated", f"shard '{index.shard}': {index.damage}")
+                self._faults[self._labels[index.shard]] = SampleIssue("truncated", f"shard '{index.shard}': {index.damage}")
             for sample, fault in index.faults.items():
                 repeated = f"#{sample}" if fault.reason == "duplicate_key" else ""
                 self._faults[self._name(Place(number, shard, sample)) + repeated] = fault
@@ -300,15 +301,15 @@ class PromptLoader:
             return
         self._ahead.begin([place for slot, place in enumerate(places) if slot % self.dp_size == self.dp_rank])
 
-    def _decode(self, place: Place) -> Prompt | Fault:
+    def _decode(self, place: Place) -> Prompt | SampleIssue:
         try:
             return self.processor(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
         except SampleError as error:
-            return Fault(error.reason, str(error))
+            return SampleIssue(error.reason, str(error))
         except Exception as error:  # decoders of foreign bytes may raise anything, and one sample must not end a run
-            return Fault("unusable", f"sample '{self._name(place)}': {type(error).__name__}: {error}")
+            return SampleIssue("unusable", f"sample '{self._name(place)}': {type(error).__name__}: {error}")
 
-    def _quarantine(self, place: Place, fault: Fault) -> None:
+    def _quarantine(self, place: Place, fault: SampleIssue) -> None:
         if fault.reason == "cannot_read":
             raise DataError(f"{self.sources[place.source].key}: {fault.text}")
         self._faults[self._name(place)] = fault

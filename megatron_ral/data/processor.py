@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_ral.config import ConfigError
-from megatron_ral.data.faults import SampleError
+from megatron_ral.errors import ConfigError
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.index import SampleLengths
 from megatron_ral.data.pictures import MAX_IMAGE_PIXELS, image_grid, open_image, patchify_image
 from megatron_ral.data.targets import TargetError, clip_cells, image_cells

@@ -18,7 +18,8 @@ from typing import Any, Iterator, Optional, Sequence
 from webdataset.tariterators import tar_file_expander
 
 from megatron_ral.data.archive import split_member
-from megatron_ral.data.faults import DataError, SampleError, printable
+from megatron_ral.data.issues import SampleError, printable
+from megatron_ral.errors import DataError
 from megatron_ral.data.index import ShardIndex, open_index
 from megatron_ral.data.targets import parse_boxes, parse_target_frames
 from megatron_ral.types import FramePictures, Sample

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_ral.config import ConfigError
+from megatron_ral.errors import ConfigError
 from megatron_ral.types import FramePictures
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.resharding import StateSource, fitting_shard
+from megatron_ral.weights.resharding import StateSource, fitting_shard
 
 
 class AverageEngine(FrozenEngine):
@@ -23,7 +23,7 @@ class AverageEngine(FrozenEngine):
 
     def __init__(self, policy: PolicyEngine, decay: float):
         config = policy.config
-        super().__init__(policy.shape, policy.groups, config.model.dtype, config.model.path,
+        super().__init__(policy.shape, policy.process_groups, config.model.dtype, config.model.path,
                          config.parallel.sequence_parallel, config.parallel.offload_parameters,
                          config.parallel.gather, config.parallel.overlap_communication)
         self.decay = decay

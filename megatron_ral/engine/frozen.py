@@ -2,7 +2,7 @@
 
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
 
 
 class FrozenEngine(StageEngine):
@@ -12,8 +12,8 @@ class FrozenEngine(StageEngine):
         shape, groups, dtype, path, sequence_parallel, cpu_offload, gather, overlap: as for StageEngine.
     """
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str,
+    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str,
                  sequence_parallel: bool = False, cpu_offload: bool = False, gather: str = "stage",
                  overlap: bool = False):
-        super().__init__(shape, groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload,
+        super().__init__(shape, process_groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload,
                          gather=gather, overlap=overlap)

@@ -66,9 +66,9 @@ class LayerWeights:
     that are gone by then.
     """
 
-    ahead: Optional["LayerWeights"] = None
+    next_forward: Optional["LayerWeights"] = None
     """Of the layer that a forward pass enters next; its gather begins while this layer computes. None: none does."""
-    behind: Optional["LayerWeights"] = None
+    next_backward: Optional["LayerWeights"] = None
     """The same of a backward pass."""
 
     def __init__(self, layer: torch.nn.Module):
@@ -84,7 +84,7 @@ class LayerWeights:
         """Gather before the layer reads `hidden`; returns what the layer has to read in its place."""
         self.fetch()
         self._gather.wait()
-        following = self.behind if _in_backward() else self.ahead
+        following = self.next_backward if _in_backward() else self.next_forward
         if following is not None:
             following.fetch()
         return _LetGo.apply(hidden, self) if torch.is_grad_enabled() and hidden.requires_grad else hidden

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
 from megatron_ral.config import RunConfig
-from megatron_ral.engine.protocol import Objective, StepResult
+from megatron_ral.objectives.base import Objective
+from megatron_ral.engine.outputs import StepResult
 from megatron_ral.engine.stage import StageEngine, group_layout
-from megatron_ral.models.group_layout import AttentionPass
+from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.resharding import StateSource, fitting_shard
+from megatron_ral.weights.resharding import StateSource, fitting_shard
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import TrainBatch, to_device
 
 
@@ -71,9 +72,9 @@ def _adamw(config: RunConfig, device: torch.device) -> Callable[[list], torch.op
 class PolicyEngine(StageEngine):
     """Trainable stage of one rank."""
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups, config: RunConfig):
-        super().__init__(shape, groups, config.model.dtype, config.model.path,
-                         optimizer=_adamw(config, groups.device), train_vision=config.model.train_vision,
+    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, config: RunConfig):
+        super().__init__(shape, process_groups, config.model.dtype, config.model.path,
+                         optimizer=_adamw(config, process_groups.device), train_vision=config.model.train_vision,
                          clip_grad_norm=config.optimizer.clip_grad_norm,
                          sequence_parallel=config.parallel.sequence_parallel,
                          cpu_offload=config.parallel.offload_parameters,
@@ -93,7 +94,7 @@ class PolicyEngine(StageEngine):
         self._partial = [parameter for parameter in self._trainable.values() if self.layout.tensor_size > 1
                          and getattr(parameter, "partial_over_tensor_ranks", False)]
         self._tied = [parameter for parameter in self._trainable.values()
-                      if shape.tie_word_embeddings and groups.embedding is not None and self._is_embedding(parameter)]
+                      if shape.tie_word_embeddings and process_groups.embedding is not None and self._is_embedding(parameter)]
 
     def forward_backward(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, float]:
         """Gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
@@ -106,9 +107,9 @@ class PolicyEngine(StageEngine):
             Metrics summed over micro-batches, ranks and stages, the same on every rank.
         """
         metrics = self.accumulate(batches, objective)
-        self._sum_gradients(self._partial, self.groups.tensor)
-        self._sum_gradients(self._tied, self.groups.embedding)
-        sums = sum_metrics(metrics, self.groups)
+        self._sum_gradients(self._partial, self.process_groups.tensor)
+        self._sum_gradients(self._tied, self.process_groups.embedding)
+        sums = sum_metrics(metrics, self.process_groups)
         if not all(math.isfinite(value) for name, value in sums.items() if name.startswith("loss")):
             self._losses_finite = False
         return sums
@@ -127,7 +128,7 @@ class PolicyEngine(StageEngine):
         def forward_step(iterator, stage):
             nonlocal to_come
             to_come -= 1
-            batch = to_device(next(iterator), self.groups.device)
+            batch = to_device(next(iterator), self.process_groups.device)
             pass_ = AttentionPass(group_layout(batch.groups), recorded)
             output = stage(batch.groups, pass_)
             for layer in sorted(recorded):
@@ -154,7 +155,7 @@ class PolicyEngine(StageEngine):
             reduced = self._early.finish()
             for parameter in self._trainable.values():
                 if parameter.grad is None and id(parameter) not in reduced:  # an old gradient would be reused in its place
-                    parameter.grad = torch.zeros(parameter.ds_shape, device=self.groups.device, dtype=torch.float32)
+                    parameter.grad = torch.zeros(parameter.ds_shape, device=self.process_groups.device, dtype=torch.float32)
         return metrics
 
     def step(self) -> StepResult:
@@ -186,13 +187,13 @@ class PolicyEngine(StageEngine):
                           0.0 if self._losses_finite else math.nan)
 
     def _norm(self, shards: Iterable[Tensor], start: float = 0.0) -> Tensor:
-        total = torch.full((), start, dtype=torch.float64, device=self.groups.device)
+        total = torch.full((), start, dtype=torch.float64, device=self.process_groups.device)
         for parameter, shard in zip(self._trainable.values(), shards):
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
             counts = not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0)
             total += shard.double().square().sum() * float(counts)  # not finite in a copy: not finite in all
-        all_reduce_sum_(total, self.groups.data)
-        all_reduce_sum_(total, self.groups.model)
+        all_reduce_sum_(total, self.process_groups.data)
+        all_reduce_sum_(total, self.process_groups.model)
         return total.sqrt().float()
 
     def set_gradient_shards(self, shards: Sequence[Tensor]) -> None:

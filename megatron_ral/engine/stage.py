@@ -17,18 +17,21 @@ from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, remove_module_hooks
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
-from megatron_ral.engine.protocol import AttentionRows, ForwardOutput, Heads, TokenOutputs
+from megatron_ral.attention.layer_rows import AttentionRows, Heads
+from megatron_ral.engine.outputs import ForwardOutput
+from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.engine.schedule import run_schedule
-from megatron_ral.functional.attention_rows import chosen_path
-from megatron_ral.models.group_layout import AttentionPass, AttentionRecord, GroupLayout
+from megatron_ral.attention.rows import chosen_path
+from megatron_ral.models.attention_pass import AttentionPass
+from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.checkpoints import CheckpointError
-from megatron_ral.models.weights import load_stage
+from megatron_ral.errors import CheckpointError
+from megatron_ral.weights.stage_weights import load_stage
 from megatron_ral.parallel.collectives import raise_together
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
-from megatron_ral.progress import tick
+from megatron_ral.runtime.progress import tick
 from megatron_ral.types import GroupBatch, PromptBatch, to_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,15 +93,15 @@ class StageEngine:
         overlap: gather and reduce while passes compute.
     """
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, optimizer=None,
+    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str, *, optimizer=None,
                  train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False,
                  cpu_offload: bool = False, offload_optimizer: bool = False, recompute: bool = False,
                  gather: str = "stage", overlap: bool = False):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        self.shape, self.groups, self.layout = shape, groups, groups.layout
+        self.shape, self.process_groups, self.layout = shape, process_groups, process_groups.layout
         self._resident, self._ready, self._gather, self._overlap = False, False, gather, overlap
-        with groups.active():
-            self.stage = MultimodalStage(shape, groups.layout, DTYPES[dtype], groups.device, sequence_parallel,
+        with process_groups.active():
+            self.stage = MultimodalStage(shape, process_groups.layout, DTYPES[dtype], process_groups.device, sequence_parallel,
                                          recompute or gather == "layer")
             problem = None
             try:
@@ -114,7 +117,7 @@ class StageEngine:
                 model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
                 config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
                                     offload_optimizer=offload_optimizer, overlap=overlap),
-                mpu=MegatronTopology(groups), dist_init_required=False)
+                mpu=MegatronTopology(process_groups), dist_init_required=False)
         remove_module_hooks(self.stage)
         self._parameters = list(self.stage.parameters())
 
@@ -123,14 +126,14 @@ class StageEngine:
         """Hold the whole stage while inside: one all-gather in, nothing out. megatron-core works in this engine's layout
         meanwhile. May be nested."""
         if self._resident:
-            with self.groups.active():
+            with self.process_groups.active():
                 yield
             return
         assert not self._ready, "a pass is under way"
         Gather(self._parameters).wait()
         self._resident = True
         try:
-            with self.groups.active():
+            with self.process_groups.active():
                 yield
         finally:
             self._resident = False
@@ -176,10 +179,10 @@ class StageEngine:
             layer.weights = (ArrivingWeights if self._gather == "stage" else LayerWeights)(layer)
         if self._gather == "layer" and self._overlap:
             for layer, following in zip(layers, layers[1:]):
-                layer.weights.ahead, following.weights.behind = following.weights, layer.weights
+                layer.weights.next_forward, following.weights.next_backward = following.weights, layer.weights
         try:
             rest.wait()
-            with self.groups.active():
+            with self.process_groups.active():
                 yield
         finally:
             self._ready = False
@@ -224,7 +227,7 @@ class StageEngine:
         last_stage: list[Any] = []
 
         def forward_step(iterator, stage):
-            batch = to_device(next(iterator), self.groups.device)
+            batch = to_device(next(iterator), self.process_groups.device)
             pass_ = AttentionPass(group_layout(batch), recorded, hidden_states=hidden_states)
             output = stage(batch, pass_)
             attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_, row_kind), batch)
@@ -252,22 +255,22 @@ class StageEngine:
 
         layouts = [group_layout(getattr(batch, "groups", batch)) for batch in batches]
         run_schedule(forward_step, taken(), self.stage,
-                     [self.stage.handed_on(layout.sequence_length, layout.B) for layout in layouts],
+                     [self.stage.boundary_shape(layout.sequence_length, layout.B) for layout in layouts],
                      forward_only=forward_only)
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
         """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""
         scaled = logits if temperature == 1.0 else logits.float() / temperature
-        return TokenOutputs(*vocab_parallel_logprobs(scaled, batch.response_ids, self.groups.tensor), logits)
+        return TokenOutputs(*vocab_parallel_logprobs(scaled, batch.response_ids, self.process_groups.tensor), logits)
 
     @property
     def row_path(self) -> str:
         """What forms attention rows here, in words."""
-        return chosen_path(self.groups.device, self.stage.dtype, self.shape.kv_channels)[1]
+        return chosen_path(self.process_groups.device, self.stage.dtype, self.shape.kv_channels)[1]
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
         """Rows of a kind of `ROW_KINDS` of one layer."""
-        heads = Heads(self.shape.kv_channels ** -0.5, self.shape.num_attention_heads, self.groups.tensor)
+        heads = Heads(self.shape.kv_channels ** -0.5, self.shape.num_attention_heads, self.process_groups.tensor)
         return AttentionRows.form(record, pass_.layout, kind, heads)
 
     def shard_bytes(self) -> dict[str, int]:

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
-from megatron_ral.engine.generate import PromptResponses, SamplingSettings, sample_responses
-from megatron_ral.engine.protocol import AttentionRows, ForwardOutput
+from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
+from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.engine.stage import DTYPES
-from megatron_ral.models.conversion import open_weights
+from megatron_ral.weights.conversion import open_weights
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.exchange import Assignment, Item, carry_objects, carry_tensors
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
 
@@ -50,7 +51,7 @@ class TeacherHead:
         dtype: "float32" or "bfloat16".
     """
 
-    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ParallelGroups, dtype: str):
+    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ProcessGroups, dtype: str):
         layout = student.layout
         columns = student_shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
         self.start = columns * layout.tensor_rank
@@ -87,10 +88,10 @@ class TeacherEngine(FrozenEngine):
         processor: makes prompts of samples; teacher and student agree on it.
     """
 
-    def __init__(self, shape: ModelShape, groups: ParallelGroups, dtype: str, path: str, *, student: ParallelGroups,
+    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str, *, student: ProcessGroups,
                  student_shape: ModelShape, processor: PromptProcessor, sequence_parallel: bool = False,
                  cpu_offload: bool = False):
-        super().__init__(shape, groups, dtype, path, sequence_parallel, cpu_offload)
+        super().__init__(shape, process_groups, dtype, path, sequence_parallel, cpu_offload)
         self.student, self.student_shape, self.processor = student, student_shape, processor
         self.head = (TeacherHead(shape, path, student_shape, student, dtype)
                      if student.layout.is_last_stage else None)
@@ -133,14 +134,14 @@ class TeacherEngine(FrozenEngine):
         likes), on every rank of the replica that asked."""
         work, rank = self._assignment(len(prompts)), self.layout.rank
         mine = {(self.student.layout.data_rank, index): prompt for index, prompt in enumerate(prompts)}
-        sent = carry_objects(work.inputs(), rank, {item: prompt.sample for item, prompt in mine.items()}, self.groups.device)
+        sent = carry_objects(work.inputs(), rank, {item: prompt.sample for item, prompt in mine.items()}, self.process_groups.device)
         taken = work.taken()
         own = [mine[item] if item in mine else self.processor(sent[item]) for item in taken]
         rows: list[PromptResponses] = []
         with self.resident():
             for responses, _ in sample_responses(self, own, settings, batch_size, *identity):
                 rows += PromptResponses.split(responses)
-        returned = carry_objects(work.answers(), rank, dict(zip(taken, rows)), self.groups.device)
+        returned = carry_objects(work.answers(), rank, dict(zip(taken, rows)), self.process_groups.device)
         return [returned[item] for item in sorted(mine)]
 
     def _assignment(self, count: int) -> Assignment:
@@ -153,7 +154,7 @@ class TeacherEngine(FrozenEngine):
         packed = {item: SentGroups(tuple(prompt.sample for prompt in batch.prompts.prompts), batch.response_ids.clone(),
                                    batch.response_lengths.clone())
                   for item, batch in mine.items()}
-        sent = carry_objects(work.inputs(), self.layout.rank, packed, self.groups.device)
+        sent = carry_objects(work.inputs(), self.layout.rank, packed, self.process_groups.device)
         return {item: replace(mine[item], visual_embeds=None) if item in mine else self._unpack(sent[item])
                 for item in work.taken()}
 
@@ -163,7 +164,7 @@ class TeacherEngine(FrozenEngine):
 
     def _hand_back(self, work: Assignment, batches: Sequence[GroupBatch], match: Mapping[int, int],
                    outputs: Mapping[Item, ForwardOutput], hidden_states: bool) -> list[ForwardOutput]:
-        home, device = self.student.layout, self.groups.device
+        home, device = self.student.layout, self.process_groups.device
         names = [(layer, self.layout.stage_of_layer(match[layer], self.shape.num_layers),
                   home.stage_of_layer(layer, self.student_shape.num_layers)) for layer in match]
         if hidden_states:

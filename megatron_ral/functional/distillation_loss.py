@@ -8,10 +8,10 @@ everything its gradient needs, is a sum over columns:
     `divergence_partials` -> sum    -> value and mean slope     (two numbers per row)
     `divergence_gradient`                                       (this shard's columns; no collective)
 
-The pure halves are here, the collectives in `parallel/distillation.py`. Work goes piece by piece over rows, in float32
+The pure halves are here, the collectives in `parallel/vocab_distillation.py`. Work goes piece by piece over rows, in float32
 (float64 where the logits are); besides what is returned nothing of size rows x v is ever alive.
 
-P is the teacher, Q the student, and names follow `functional/divergence.py` with the student as the policy:
+P is the teacher, Q the student, and names follow `attention/divergence.py` with the student as the policy:
 
     forward_kl  KL(P || Q)                                              covers the teacher's mass
     reverse_kl  KL(Q || P)                                              the paper's L_GKD: seeks the teacher's modes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class Surrogate:
     """Per-token results, all [B, G, R]."""
 
     loss: Tensor
@@ -27,7 +27,7 @@ class PolicyLoss:
 
 
 def grpo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> PolicyLoss:
+              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> Surrogate:
     """PPO's clipped surrogate with the group-relative advantages of GRPO.
 
         loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A),   r = exp(logprobs - old_logprobs)
@@ -54,7 +54,7 @@ def grpo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Ten
 
 
 def gspo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> PolicyLoss:
+              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> Surrogate:
     """Clipped surrogate with the importance ratio of the whole response (its geometric mean over tokens).
 
         s   = exp(mean_t (logprobs_t - old_logprobs_t))                     over the response's real tokens
@@ -84,7 +84,7 @@ def gspo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Ten
 
 
 def cispo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-               clip_low: float, clip_high: float, log_ratio_clamp: float = 20.0) -> PolicyLoss:
+               clip_low: float, clip_high: float, log_ratio_clamp: float = 20.0) -> Surrogate:
     """Log-likelihood weighted by the clipped importance ratio: every token keeps its gradient, a ratio only its size.
 
         loss = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs,   r = exp(logprobs - old_logprobs)
@@ -102,7 +102,7 @@ def cispo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Te
     ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_BG.detach()[..., None]
     loss = -weight * logprobs_BGR.masked_fill(~mask_BGR, 0.0)
-    return PolicyLoss(loss, ratio < 1.0 - clip_low, ratio > 1.0 + clip_high, ratio)
+    return Surrogate(loss, ratio < 1.0 - clip_low, ratio > 1.0 + clip_high, ratio)
 
 
 def _log_ratio(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, mask_BGR: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _log_ratio(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, mask_BGR: Tensor)
 
 
 def _clipped_surrogate(ratio_BGR: Tensor, advantages_BG: Tensor, clip_low: float, clip_high: float,
-                       dual_clip: float) -> PolicyLoss:
+                       dual_clip: float) -> Surrogate:
     if 0.0 < dual_clip <= 1.0:
         raise ValueError(f"dual_clip = {dual_clip} must be 0 (off) or more than 1")
     advantages = advantages_BG.detach()[..., None]
@@ -123,4 +123,4 @@ def _clipped_surrogate(ratio_BGR: Tensor, advantages_BG: Tensor, clip_low: float
     if dual_clip > 0.0:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
         clipped_high = clipped_high | (ratio > dual_clip) & (advantages < 0)
-    return PolicyLoss(loss, clipped_low, clipped_high, ratio)
+    return Surrogate(loss, clipped_low, clipped_high, ratio)

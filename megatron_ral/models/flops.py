@@ -9,7 +9,7 @@ of the group layout sees, and the LM head over the rows that predict a response 
 import math
 from typing import Sequence
 
-from megatron_ral.models.conversion import visual_shapes
+from megatron_ral.weights.conversion import visual_shapes
 from megatron_ral.models.shape import ModelShape
 
 

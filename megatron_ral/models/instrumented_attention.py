@@ -7,7 +7,7 @@ Takes the place of megatron-core's `DotProductAttention` through the layer spec.
 - grouped-query attention without repeating keys in memory where SDPA can do so.
 
 Softmax weights are not produced here: fused kernels do not return them. What is recorded are q and k of the response
-rows, from which `functional/attention_rows.py` forms the rows in float32.
+rows, from which `attention/rows.py` forms the rows in float32.
 """
 
 import math
@@ -19,7 +19,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ral.models.group_layout import AttentionPass, AttentionRecord
+from megatron_ral.models.attention_pass import AttentionPass
+from megatron_ral.attention.group_layout import AttentionRecord
 
 
 class InstrumentedAttention(torch.nn.Module):

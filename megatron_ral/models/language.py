@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.layout import ParallelLayout, stage_sizes
+from megatron_ral.parallel.rank_layout import RankLayout, stage_sizes
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -82,7 +82,7 @@ class LanguageStage(GPTModel):
         return self.embedding.word_embeddings(token_ids).transpose(0, 1).contiguous()
 
 
-def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+def transformer_config(shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
                        sequence_parallel: bool = False) -> TransformerConfig:
     """megatron-core configuration of a language model.
 
@@ -107,7 +107,7 @@ def transformer_config(shape: ModelShape, layout: ParallelLayout, dtype: torch.d
     )
 
 
-def _pipeline_layers(shape: ModelShape, layout: ParallelLayout) -> list[list[str]] | None:
+def _pipeline_layers(shape: ModelShape, layout: RankLayout) -> list[list[str]] | None:
     """Our split of the layers in megatron-core's terms; None without a pipeline."""
     if layout.pipeline_size == 1:
         return None
@@ -115,7 +115,7 @@ def _pipeline_layers(shape: ModelShape, layout: ParallelLayout) -> list[list[str
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def _stage_spec(shape: ModelShape, layout: ParallelLayout) -> TransformerBlockSubmodules:
+def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmodules:
     """Our modules in place of megatron-core's in every layer of this stage."""
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm))
     spec.module = StageLayer
@@ -127,7 +127,7 @@ def _stage_spec(shape: ModelShape, layout: ParallelLayout) -> TransformerBlockSu
     return TransformerBlockSubmodules([spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=RMSNorm)
 
 
-def build_language_stage(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+def build_language_stage(shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
                          sequence_parallel: bool = False) -> LanguageStage:
     """This rank's stage, weights uninitialised (`weights.load_stage` fills them)."""
     stage = LanguageStage(

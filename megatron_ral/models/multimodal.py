@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_ral.functional.positions import rotary_angles
 from megatron_ral.models.families import build_tower
-from megatron_ral.models.group_layout import AttentionPass, VisualFeatures
+from megatron_ral.models.attention_pass import AttentionPass, VisualFeatures
 from megatron_ral.models.language import build_language_stage
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.types import GroupBatch, PromptBatch
 
 
@@ -37,7 +37,7 @@ class MultimodalStage(torch.nn.Module):
         recompute: keep only the inputs of layers that are not recorded for the backward pass.
     """
 
-    def __init__(self, shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, device: torch.device,
+    def __init__(self, shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
                  sequence_parallel: bool = False, recompute: bool = False):
         super().__init__()
         self.shape, self.layout, self.dtype = shape, layout, dtype
@@ -59,7 +59,7 @@ class MultimodalStage(torch.nn.Module):
         """Length of a sequence that can be cut over tensor ranks."""
         return -(-length // self._parts) * self._parts
 
-    def handed_on(self, length: int, size: int) -> tuple[int, int, int]:
+    def boundary_shape(self, length: int, size: int) -> tuple[int, int, int]:
         """Shape of the hidden states that stages hand on of `size` sequences."""
         return self.padded_length(length) // self._parts, size, self.shape.hidden_size
 

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ral.parallel.groups import ParallelGroups
+from megatron_ral.errors import AgreedError
+from megatron_ral.parallel.process_groups import ProcessGroups
 
 
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -23,9 +24,9 @@ def all_reduce_max_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def largest_of_all(value: int, groups: ParallelGroups) -> int:
+def largest_of_all(value: int, process_groups: ProcessGroups) -> int:
     """Largest of every rank's small number, of the whole job."""
-    number = torch.tensor(value, dtype=torch.int32, device=groups.device)
+    number = torch.tensor(value, dtype=torch.int32, device=process_groups.device)
     return int(all_reduce_max_(number, dist.group.WORLD))
 
 
@@ -78,25 +79,25 @@ def gather_from_all(value: Any) -> list[Any]:
     return gather_objects(value, dist.group.WORLD)
 
 
-def broadcast_from_stage_(tensor: Tensor, stage: int, groups: ParallelGroups) -> Tensor:
+def broadcast_from_stage_(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> Tensor:
     """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
-    if groups.layout.pipeline_size > 1:
-        dist.broadcast(tensor, src=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
+    if process_groups.layout.pipeline_size > 1:
+        dist.broadcast(tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
     return tensor
 
 
-def send_to_stage(tensor: Tensor, stage: int, groups: ParallelGroups) -> dist.Work:
+def send_to_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
     """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The
     tensor must not change until the work is waited for."""
-    return dist.isend(tensor, dst=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
+    return dist.isend(tensor, dst=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
 
 
-def receive_from_stage(tensor: Tensor, stage: int, groups: ParallelGroups) -> dist.Work:
+def receive_from_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
     """Start filling `tensor` with what another pipeline stage sends; valid once the work is waited for."""
-    return dist.irecv(tensor, src=dist.get_process_group_ranks(groups.pipeline)[stage], group=groups.pipeline)
+    return dist.irecv(tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
 
 
-def sum_metrics(metrics: Mapping[str, Tensor | float], groups: ParallelGroups) -> dict[str, float]:
+def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGroups) -> dict[str, float]:
     """Sum named scalars over data-parallel ranks and pipeline stages, counting tensor-parallel copies once.
 
     A metric that only some stages produce (token losses on the last, attention on its layer's owner) counts as zero
@@ -104,15 +105,11 @@ def sum_metrics(metrics: Mapping[str, Tensor | float], groups: ParallelGroups) -
     """
     names = sorted(set().union(*gather_objects(sorted(metrics), dist.group.WORLD)))
     values = torch.tensor([float(metrics.get(name, 0.0)) for name in names], dtype=torch.float64)
-    if groups.device.type != "cpu":
-        values = values.to(groups.device)
-    all_reduce_sum_(values, groups.pipeline)
-    all_reduce_sum_(values, groups.data)
+    if process_groups.device.type != "cpu":
+        values = values.to(process_groups.device)
+    all_reduce_sum_(values, process_groups.pipeline)
+    all_reduce_sum_(values, process_groups.data)
     return dict(zip(names, values.tolist()))
-
-
-class AgreedError(ValueError):
-    """A problem that one rank or several found, raised on all of them alike."""
 
 
 def raise_together(problem: Exception | None) -> None:

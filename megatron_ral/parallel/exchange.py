@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 
 Item = tuple[int, int]
 """(data-parallel rank of the first layout, number of the item there)."""
@@ -35,8 +35,8 @@ class Assignment:
     replica that takes an item needs it.
     """
 
-    home: ParallelLayout
-    away: ParallelLayout
+    home: RankLayout
+    away: RankLayout
     counts: tuple[int, ...]
     """Items of each data-parallel rank of `home`."""
 
@@ -84,7 +84,7 @@ class Assignment:
         return _replica_ranks(self.away, data_rank)
 
 
-def _replica_ranks(layout: ParallelLayout, data_rank: int) -> list[int]:
+def _replica_ranks(layout: RankLayout, data_rank: int) -> list[int]:
     return [layout.rank_of(tensor, data_rank, stage) for stage in range(layout.pipeline_size)
             for tensor in range(layout.tensor_size)]
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from megatron_ral.functional import attention_rows
+from megatron_ral.attention import rows as attention_rows
 
 _KNOWN_NUMEL = 1 << 22
 """Integer tensors up to so many elements are computed for real."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_ral.config import ConfigError, RunConfig
-from megatron_ral.models.conversion import visual_shapes
+from megatron_ral.config import RunConfig
+from megatron_ral.errors import ConfigError
+from megatron_ral.weights.conversion import visual_shapes
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.parameters import stage_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -38,7 +39,7 @@ def frozen_bytes(shape: ModelShape, tensor_size: int, pipeline_size: int, world_
     Args:
         moved: its shards wait in another memory than the one it is used in (offload).
     """
-    layout = ParallelLayout(0, world_size, tensor_size, pipeline_size)
+    layout = RankLayout(0, world_size, tensor_size, pipeline_size)
     stages = stage_parameters(shape, layout)
     stage = max(stage.per_tensor_rank for stage in stages) * BYTES[dtype]
     return HeldBytes(max(stage.per_rank for stage in stages) * BYTES[dtype],
@@ -47,7 +48,7 @@ def frozen_bytes(shape: ModelShape, tensor_size: int, pipeline_size: int, world_
 
 def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldBytes:
     """The policy: parameters, and float32 gradient, master weights and two moments of those that are trained."""
-    layout = ParallelLayout(0, world_size, config.parallel.tensor_model_parallel_size,
+    layout = RankLayout(0, world_size, config.parallel.tensor_model_parallel_size,
                             config.parallel.pipeline_model_parallel_size)
     held = frozen_bytes(shape, layout.tensor_size, layout.pipeline_size, world_size, config.model.dtype)
     visual = 0 if config.model.train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())

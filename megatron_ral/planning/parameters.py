@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ral.models.conversion import expected_shapes, visual_shapes
+from megatron_ral.weights.conversion import expected_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.tensor_table import stage_tensors
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.weights.tensor_table import stage_tensors
+from megatron_ral.parallel.rank_layout import RankLayout
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class StageParameters:
     """Parameters of the model that live here first: cut ones over all tensor ranks, copies and padding not counted."""
 
 
-def stage_parameters(shape: ModelShape, layout: ParallelLayout) -> list[StageParameters]:
+def stage_parameters(shape: ModelShape, layout: RankLayout) -> list[StageParameters]:
     """Every stage of a layout; the sum of `unique` is the model's number of parameters."""
     names, sizes, seen, result = list(visual_shapes(shape)), expected_shapes(shape), set(), []
     for stage in range(layout.pipeline_size):
-        place = ParallelLayout(stage, layout.pipeline_size, 1, layout.pipeline_size)
+        place = RankLayout(stage, layout.pipeline_size, 1, layout.pipeline_size)
         layers = place.stage_layers(shape.num_layers)
         held = shard = unique = 0
         for tensor in stage_tensors(shape, layers, place.is_first_stage, place.is_last_stage, layout.tensor_size, names):
@@ -42,7 +42,7 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout) -> list[StagePar
     return result
 
 
-def describe_parameters(shape: ModelShape, layout: ParallelLayout) -> str:
+def describe_parameters(shape: ModelShape, layout: RankLayout) -> str:
     """Table of the stages and the total."""
     rows = [f"{'stage':>6} {'layers':>9} {'per tensor rank':>18} {'ZeRO-3 shard per rank':>23}"]
     stages = stage_parameters(shape, layout)

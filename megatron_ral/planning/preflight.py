@@ -24,11 +24,12 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import torch
 
 from megatron_ral.config import RunConfig, flat_settings
-from megatron_ral.data.shards import DataError, find_shards
-from megatron_ral.models.checkpoints import CheckpointError, config_folder
-from megatron_ral.models.conversion import check_weights, open_weights
+from megatron_ral.data.shards import find_shards
+from megatron_ral.errors import CheckpointError, DataError
+from megatron_ral.models.folder import config_folder
+from megatron_ral.weights.conversion import check_weights, open_weights
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.meeting import Meeting, MeetingError
+from megatron_ral.runtime.rendezvous import Rendezvous, RendezvousError
 from megatron_ral.planning.disk import disk_problem
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
@@ -41,7 +42,7 @@ class PreflightError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Finding:
+class LaunchIssue:
     """One thing that is wrong."""
 
     key: str
@@ -53,7 +54,7 @@ class Finding:
     """The whole as the sentence that it came in, where it did."""
 
     @classmethod
-    def of(cls, error: Exception) -> "Finding":
+    def of(cls, error: Exception) -> "LaunchIssue":
         """An error sentence of this project (`key = value ...`) in its parts."""
         text = " ".join(str(error).split())
         found = re.match(r"(?:rank \d+: )?'?([\w.-]+)'? = ('[^']*'|\[[^]]*\]|\S+?)[:;,]? (.*)", text)
@@ -101,27 +102,27 @@ def check_launch(config: Optional[RunConfig], shape: Optional[ModelShape], teach
         PreflightError: on every rank, with the same text.
     """
     try:
-        meeting = Meeting(60.0 * (config.parallel.timeout_minutes if config else 30))
+        meeting = Rendezvous(60.0 * (config.parallel.timeout_minutes if config else 30))
         return _check(meeting, config, shape, teacher, problems, options or {}, say)
-    except MeetingError as error:
+    except RendezvousError as error:
         say(f"rank {os.environ.get('RANK', 0)}: {error}")
         raise PreflightError(str(error)) from None
 
 
-def _check(meeting: Meeting, config: Optional[RunConfig], shape: Optional[ModelShape], teacher: Optional[ModelShape],
+def _check(meeting: Rendezvous, config: Optional[RunConfig], shape: Optional[ModelShape], teacher: Optional[ModelShape],
            problems: Sequence[Exception], options: Mapping[str, Any],
            say: Callable[[str], None]) -> str:
     folder = Path(config.train.output_dir) if config else None
     made = _missing_parents(folder) if folder and meeting.rank == 0 else []
     name = meeting.announce("probe", f".preflight-{secrets.token_hex(4)}")
     report = Report(socket.gethostname(), f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', 0)}")
-    findings = [Finding.of(problem) for problem in problems if not isinstance(problem, OSError)]
+    findings = [LaunchIssue.of(problem) for problem in problems if not isinstance(problem, OSError)]
     server = None
     try:
         if config is not None:
             unwritable = _write_probe(folder, f"{name}-{meeting.rank}")
             report.wrote = unwritable is None
-            findings += [unwritable] if unwritable else [Finding.of(error) for error in problems if isinstance(error, OSError)]
+            findings += [unwritable] if unwritable else [LaunchIssue.of(error) for error in problems if isinstance(error, OSError)]
             report.settings = {**flat_settings(config), **{key: str(value) for key, value in options.items()}}
             try:
                 report.facts = _facts(config)
@@ -130,9 +131,9 @@ def _check(meeting: Meeting, config: Optional[RunConfig], shape: Optional[ModelS
                     server, report.port = _listen()
                 if meeting.rank == 0 and report.wrote and shape is not None:
                     problem = disk_problem(config, shape, shutil.disk_usage(folder).free)
-                    findings += [Finding.of(problem)] if problem else []
+                    findings += [LaunchIssue.of(problem)] if problem else []
             except OSError as error:  # the others wait for this report
-                findings.append(Finding("file", f"'{error.filename}'", f"could not be looked at ({error.strerror or error}); is "
+                findings.append(LaunchIssue("file", f"'{error.filename}'", f"could not be looked at ({error.strerror or error}); is "
                                         "it changed, or its disk lost, while the job starts?"))
         report.findings = [asdict(finding) for finding in findings]
         first = meeting.gather("report", asdict(report))
@@ -212,7 +213,7 @@ def _listing(files) -> str:
     return f"{len(sizes)} files, {sum(size for _, size in sizes)} bytes, names and sizes {digest}"
 
 
-def _weight_findings(config: RunConfig, shape: Optional[ModelShape], teacher: Optional[ModelShape]) -> list[Finding]:
+def _weight_findings(config: RunConfig, shape: Optional[ModelShape], teacher: Optional[ModelShape]) -> list[LaunchIssue]:
     """Headers of the checkpoints against their config.json."""
     findings = []
     for key, path in _models(config).items():
@@ -223,7 +224,7 @@ def _weight_findings(config: RunConfig, shape: Optional[ModelShape], teacher: Op
         except CheckpointError as error:
             lines = str(error).splitlines()
             text = "; ".join(" ".join(line.split()) for line in lines[:4]) + f"; and {len(lines) - 4} more" * (len(lines) > 4)
-            findings.append(Finding(key, f"'{path}'", f"{text}; complete the folder or name another"))
+            findings.append(LaunchIssue(key, f"'{path}'", f"{text}; complete the folder or name another"))
     return findings
 
 
@@ -232,12 +233,12 @@ def _missing_parents(folder: Path) -> list[Path]:
     return [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
 
 
-def _write_probe(folder: Path, name: str) -> Optional[Finding]:
+def _write_probe(folder: Path, name: str) -> Optional[LaunchIssue]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(socket.gethostname())
     except OSError as error:
-        return Finding("train.output_dir", f"'{folder}'", f"cannot be written to ({error.strerror}); give a folder on a "
+        return LaunchIssue("train.output_dir", f"'{folder}'", f"cannot be written to ({error.strerror}); give a folder on a "
                        "disk that all nodes share and this user may write to")
     return None
 
@@ -292,10 +293,10 @@ def _judge(reports: Sequence[Report], second: Sequence[Mapping[str, Any]], sent:
 
     A clock is wrong for certain where its reading lies outside the time in which it was taken.
     """
-    found: dict[Finding, list[int]] = {}
+    found: dict[LaunchIssue, list[int]] = {}
 
     def add(rank: int, *parts: str) -> None:
-        found.setdefault(Finding(*parts), []).append(rank)
+        found.setdefault(LaunchIssue(*parts), []).append(rank)
 
     several = len({report.host for report in reports}) > 1
     usual = reports[0] if reports[0].settings else next((report for report in reports if report.settings), reports[0])

@@ -6,11 +6,11 @@ from typing import Iterator, Optional
 
 from megatron_ral.config import RunConfig, check_layout
 from megatron_ral.models.shape import ModelShape, read_shape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.hardware import Hardware
 from megatron_ral.planning.memory import HeldBytes, frozen_bytes
 from megatron_ral.planning.parameters import stage_parameters
-from megatron_ral.planning.played import Phase, PlayedRank, play
+from megatron_ral.planning.simulate import Phase, SimulatedRank, simulate
 from megatron_ral.planning.workload import Workload
 from megatron_ral.planning.zero3 import ITEMSIZE, StageBytes
 
@@ -21,7 +21,7 @@ PASSES = ("old", "reference", "average")
 class RankReport:
     """One rank that stands for `stages` stages."""
 
-    rank: PlayedRank
+    rank: SimulatedRank
     zero: StageBytes
     stages: list[int]
     memory: dict[str, Counter] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Rehearsal:
     """What a launch would take."""
 
     config: RunConfig
-    layout: ParallelLayout
+    layout: RankLayout
     work: Workload
     hardware: Hardware
     ranks: list[RankReport]
@@ -81,7 +81,7 @@ def _recorded(config: RunConfig, shape: ModelShape) -> set[int]:
     return set(shape.layer_indices(config.loss.attention_layers)) if config.train.algorithm == "ral" else set()
 
 
-def distinct_stages(config: RunConfig, shape: ModelShape, layout: ParallelLayout) -> list[list[int]]:
+def distinct_stages(config: RunConfig, shape: ModelShape, layout: RankLayout) -> list[list[int]]:
     """Stages that are alike, together; the first of each holds most micro-batches at a time."""
     recorded = _recorded(config, shape)
     found: dict[tuple, list[int]] = {}
@@ -93,7 +93,7 @@ def distinct_stages(config: RunConfig, shape: ModelShape, layout: ParallelLayout
     return list(found.values())
 
 
-def check_possible(config: RunConfig, shape: ModelShape, world_size: int) -> ParallelLayout:
+def check_possible(config: RunConfig, shape: ModelShape, world_size: int) -> RankLayout:
     """The layout of the job.
 
     Raises:
@@ -103,7 +103,7 @@ def check_possible(config: RunConfig, shape: ModelShape, world_size: int) -> Par
     parallel = config.parallel
     shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
-    return ParallelLayout(0, world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    return RankLayout(0, world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
 
 
 _towers: dict[tuple, Phase] = {}
@@ -132,7 +132,7 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
     for stages in distinct_stages(config, shape, layout):
         place = layout.with_rank(layout.rank_of(0, 0, stages[0]))
         tower = (shape.path, work.grid, config.model.dtype)
-        played = play(shape, config, place, work, on_gpu, vision=tower not in _towers)
+        played = simulate(shape, config, place, work, on_gpu, vision=tower not in _towers)
         if place.is_first_stage and work.visual_tokens and config.train.algorithm == "ral":
             played.phases["vision"] = _towers.setdefault(tower, played.phases.get("vision"))
             played.phases["vision"] = replace(played.phases["vision"], count=work.num_prompts)
@@ -165,7 +165,7 @@ def _teacher_seconds(rehearsal: Rehearsal) -> float:
     """One reading of every sequence of the rollout, by the products with the teacher's parameters alone."""
     config, work, hardware = rehearsal.config, rehearsal.work, rehearsal.hardware
     teacher, layout = read_shape(config.teacher.path, "teacher.path"), rehearsal.layout
-    theirs = ParallelLayout(0, layout.world_size, *config.teacher_layout)
+    theirs = RankLayout(0, layout.world_size, *config.teacher_layout)
     numel = sum(stage.unique for stage in stage_parameters(teacher, theirs))
     tokens = work.num_prompts * layout.data_size * (work.prompt_length + work.group_size * work.response_length)
     return hardware.compute_seconds(2.0 * numel * tokens / layout.world_size, 0, 0) * config.rollout.num_epochs

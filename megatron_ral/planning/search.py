@@ -5,7 +5,8 @@ from typing import Any, Iterator, Mapping
 
 from tqdm import tqdm
 
-from megatron_ral.config import ConfigError, RunConfig
+from megatron_ral.config import RunConfig
+from megatron_ral.errors import ConfigError
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.planning.hardware import Hardware
 from megatron_ral.planning.rehearse import Rehearsal, check_possible, rehearse

@@ -64,7 +64,7 @@ class Workload:
         share = rollout.num_prompts // data_size
         per_update = share // rollout.num_minibatches
         micro = min(config.train.micro_batch_size, per_update)
-        together = min(rollout.generation_batch_size, -(-share // pipeline_size))  # as `engine/generate.py` spreads them
+        together = min(rollout.generation_batch_size, -(-share // pipeline_size))  # as `engine/pipelined_decoder.py` spreads them
         return cls(length, grid, rollout.max_response_length, rollout.group_size, together,
                    min(pipeline_size, -(-share // together)), micro, share, config.updates_per_rollout, per_update // micro,
                    on_policy_updates(config) * (per_update // micro))

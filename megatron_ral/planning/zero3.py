@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Collection, Sequence
 
 from megatron_ral.config import RunConfig
-from megatron_ral.planning.played import PlayedParameter
+from megatron_ral.planning.simulate import SimulatedParameter
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -20,7 +20,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 class StageBytes:
     """One stage on one of `data_size` ranks."""
 
-    parameters: Sequence[PlayedParameter]
+    parameters: Sequence[SimulatedParameter]
     data_size: int
     itemsize: int
     gather: str
@@ -31,11 +31,11 @@ class StageBytes:
     overlap: bool = False
     """Layers arrive and gradients leave while passes compute."""
 
-    def _shard(self, parameters: Sequence[PlayedParameter]) -> int:
+    def _shard(self, parameters: Sequence[SimulatedParameter]) -> int:
         return sum(-(-parameter.numel // self.data_size) for parameter in parameters)
 
     @property
-    def trained(self) -> list[PlayedParameter]:
+    def trained(self) -> list[SimulatedParameter]:
         return [parameter for parameter in self.parameters if parameter.trained]
 
     @property

@@ -4,14 +4,12 @@ import importlib
 import inspect
 from typing import Callable
 
+from megatron_ral.errors import ConfigError
+
 RewardFunction = Callable[[str, str, str], float]
 """f(completion, solution, problem_type) -> float"""
 
 CALL = "f(completion, solution, problem_type) -> float"
-
-
-class RewardSettingsError(ValueError):
-    """Reward settings that cannot be used; the message names key, value and the way out."""
 
 
 def load_function(key: str, path: str) -> RewardFunction:
@@ -22,7 +20,7 @@ def load_function(key: str, path: str) -> RewardFunction:
         path: import path; imported as Python would, from PYTHONPATH or where the command is run.
 
     Raises:
-        RewardSettingsError: no such module or function, a module that fails, or something that cannot be called as
+        ConfigError: no such module or function, a module that fails, or something that cannot be called as
             f(completion, solution, problem_type).
     """
     function, reason = None, ""
@@ -33,7 +31,7 @@ def load_function(key: str, path: str) -> RewardFunction:
         function, reason = _find(module_name, name)
     reason = reason or _call_problem(function)
     if reason:
-        raise RewardSettingsError(f"{key} = '{path}' {reason}")
+        raise ConfigError(f"{key} = '{path}' {reason}")
     return function
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Mapping, Protocol
 
 from megatron_ral.rewards.answer import accuracy_reward, extract_answer, format_reward
-from megatron_ral.rewards.functions import RewardFunction, RewardSettingsError, load_function
+from megatron_ral.rewards.functions import RewardFunction, load_function
+from megatron_ral.errors import ConfigError
 
 UNPARSED, ERROR = "unparsed", "error"
 """Components that count responses and carry no weight."""
@@ -54,7 +55,7 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
     """The parts of the reward that a configuration asks for.
 
     Raises:
-        RewardSettingsError: a function of the user's own cannot be used.
+        ConfigError: a function of the user's own cannot be used.
     """
     accuracy = accuracy_reward
     if settings.accuracy == "by_type":
@@ -65,9 +66,9 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
                         settings.format_weight)]
     for name, own in settings.functions.items():
         if name in RESERVED:
-            raise RewardSettingsError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
+            raise ConfigError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
         if not name.isidentifier():
-            raise RewardSettingsError(f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
+            raise ConfigError(f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
                                       "with no digit; it becomes the tag rewards/<name>/mean")
         parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
     return tuple(parts)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from megatron_ral.config import RunConfig
-from megatron_ral.engine.protocol import ForwardOutput
+from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.functional.advantages import has_signal
-from megatron_ral.functional.attention_targets import success_target
+from megatron_ral.attention.targets.success import success_target
 from megatron_ral.parallel.collectives import all_reduce_sum_
-from megatron_ral.parallel.groups import ParallelGroups
-from megatron_ral.rollout.collect import ScoredGroups
+from megatron_ral.parallel.process_groups import ProcessGroups
+from megatron_ral.rollout.collect import RolloutBatch
 from megatron_ral.types import StepTotals, TrainBatch
 
 
-def global_totals(response_lengths: Sequence[Tensor], max_response_length: int, groups: ParallelGroups) -> StepTotals:
+def global_totals(response_lengths: Sequence[Tensor], max_response_length: int, process_groups: ProcessGroups) -> StepTotals:
     """Denominators of one optimizer step, summed over all data-parallel ranks.
 
     Args:
@@ -23,12 +23,12 @@ def global_totals(response_lengths: Sequence[Tensor], max_response_length: int, 
         max_response_length: limit of the generation.
     """
     counts = torch.tensor([sum(int(lengths.sum()) for lengths in response_lengths),
-                           sum(lengths.numel() for lengths in response_lengths)], device=groups.device)
-    num_tokens, num_sequences = all_reduce_sum_(counts, groups.data).tolist()
+                           sum(lengths.numel() for lengths in response_lengths)], device=process_groups.device)
+    num_tokens, num_sequences = all_reduce_sum_(counts, process_groups.data).tolist()
     return StepTotals(max(num_tokens, 1), max(num_sequences, 1), max_response_length)
 
 
-def groups_taking_part(scored: ScoredGroups, config: RunConfig) -> Tensor:
+def groups_taking_part(scored: RolloutBatch, config: RunConfig) -> Tensor:
     """[B] bool: all groups, or with `loss.filter_equal_rewards` those that have a signal."""
     signal = has_signal(scored.score.rewards)
     return signal if config.loss.filter_equal_rewards else torch.ones_like(signal)
@@ -40,10 +40,10 @@ def on_policy_updates(config: RunConfig) -> int:
     return int(config.rollout.num_epochs == 1)
 
 
-def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[Optional[ForwardOutput]],
+def assemble_minibatches(rollout: Sequence[RolloutBatch], old: Sequence[Optional[ForwardOutput]],
                          reference: Optional[Sequence[ForwardOutput]],
                          target: Optional[Sequence[Optional[ForwardOutput]]], config: RunConfig,
-                         groups: ParallelGroups) -> list[list[TrainBatch]]:
+                         process_groups: ProcessGroups) -> list[list[TrainBatch]]:
     """Micro-batches of each optimizer step.
 
     Args:
@@ -62,7 +62,7 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[Optional
         indices = range(start, start + per_step)
         parts = {index: groups_taking_part(rollout[index], config) for index in indices}
         totals = global_totals([rollout[index].groups.response_lengths[part] for index, part in parts.items()],
-                               config.rollout.max_response_length, groups)
+                               config.rollout.max_response_length, process_groups)
         step = []
         for index in indices:
             scored, before = rollout[index], old[index]
@@ -75,7 +75,7 @@ def assemble_minibatches(rollout: Sequence[ScoredGroups], old: Sequence[Optional
                 groups=scored.groups, totals=totals, advantages=scored.advantages,
                 old_logprobs=before.tokens.logprobs if before is not None and before.tokens else None,
                 ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention=dict(kept), takes_part=parts[index], on_policy=before is None,
+                target_attention=dict(kept), group_mask=parts[index], on_policy=before is None,
                 attention_advantages=scored.attention_advantages))
         minibatches.append(step)
     return minibatches

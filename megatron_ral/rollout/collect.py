@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ral.config import RunConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.generate import PromptResponses, SamplingSettings, sample_responses
+from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
@@ -19,7 +19,7 @@ from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
 
 
 @dataclass(frozen=True)
-class ScoredGroups:
+class RolloutBatch:
     """One micro-batch of a rollout."""
 
     groups: GroupBatch
@@ -37,7 +37,7 @@ class ScoredGroups:
 
 
 def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                    step: int, micro_batch_size: int, teacher: Optional[TeacherEngine] = None) -> list[ScoredGroups]:
+                    step: int, micro_batch_size: int, teacher: Optional[TeacherEngine] = None) -> list[RolloutBatch]:
     """Rollout of this rank's prompts, cut into micro-batches of like lengths, each as wide as its longest (`longest_first`).
 
     Args:
@@ -68,7 +68,7 @@ def collect_rollout(engine: StageEngine, prompts: Sequence[Prompt], processor: P
         advantages = group_advantages(scored.rewards, scale=config.loss.advantage_scale)
         shuffled = config.loss.attention_advantages == "shuffled"
         order = shuffled_order(groups.prompts.identities, advantages.shape[1], config.seed, step) if shuffled else None
-        batches.append(ScoredGroups(groups, scored, advantages, advantages.gather(1, order) if shuffled else advantages,
+        batches.append(RolloutBatch(groups, scored, advantages, advantages.gather(1, order) if shuffled else advantages,
                                     responses.rollout_logprobs, responses.finished,
                                     torch.tensor(asked[part])))
     return batches

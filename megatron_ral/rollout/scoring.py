@@ -11,7 +11,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import from_first_rank
 from megatron_ral.rewards.score import UNPARSED, reward_parts, score_response
-from megatron_ral.progress import tick
+from megatron_ral.runtime.progress import tick
 from megatron_ral.types import Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
     judge over the network, a random choice): with `engine` the first rank of its model copy calls them for all.
     """
     if engine is not None and config.reward.functions:
-        return from_first_rank(lambda: score_responses(responses, processor, config), engine.groups.model)
+        return from_first_rank(lambda: score_responses(responses, processor, config), engine.process_groups.model)
     parts, texts = reward_parts(config.reward), decode_responses(responses, processor)
     samples = [prompt.sample for prompt in responses.prompts.prompts]
     scored = []
@@ -68,7 +68,7 @@ def unused_rules(problem_types: Iterable[str], config: RunConfig) -> list[str]:
     return sorted({name for name in problem_types if has_rule(name) and RULES.get(rule_name(name)) is not exact})
 
 
-class Problem(NamedTuple):
+class ScoringIssue(NamedTuple):
     """A response that could not be scored as it should be."""
 
     kind: str
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
     line: str
 
 
-def found_problems(score: Score, prompts: Sequence[Prompt], unparsed: bool = True) -> Iterator[Problem]:
+def scoring_issues(score: Score, prompts: Sequence[Prompt], unparsed: bool = True) -> Iterator[ScoringIssue]:
     """The problems of a score with the sample and the end of the text.
 
     Args:
@@ -87,10 +87,10 @@ def found_problems(score: Score, prompts: Sequence[Prompt], unparsed: bool = Tru
             for problem in problems:
                 kind = problem.partition(":")[0]
                 if unparsed or kind != UNPARSED:
-                    yield Problem(kind, f"sample '{prompt.sample.identity}': {problem}: {text[-SHOWN_TEXT:]!r}")
+                    yield ScoringIssue(kind, f"sample '{prompt.sample.identity}': {problem}: {text[-SHOWN_TEXT:]!r}")
 
 
-class ProblemLog:
+class ScoringIssueLog:
     """Writes the first few problems of each kind to the log.
 
     Args:
@@ -101,7 +101,7 @@ class ProblemLog:
     def __init__(self, limit: int = 3, kinds: int = 20):
         self.limit, self.kinds, self._shown = limit, kinds, Counter()
 
-    def select(self, problems: Iterable[Problem]) -> list[Problem]:
+    def select(self, problems: Iterable[ScoringIssue]) -> list[ScoringIssue]:
         """Those that are still to be shown; they count as shown."""
         chosen = []
         for problem in problems:
@@ -111,6 +111,6 @@ class ProblemLog:
                 chosen.append(problem)
         return chosen
 
-    def write(self, problems: Iterable[Problem], prefix: str = "") -> None:
+    def write(self, problems: Iterable[ScoringIssue], prefix: str = "") -> None:
         for problem in self.select(problems):
             logger.warning("%s%s", prefix, problem.line)

@@ -11,9 +11,10 @@ from typing import Any, Mapping, Optional, Sequence
 from torch import Tensor
 
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.engine.protocol import AttentionRows, Objective, TokenOutputs
+from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.objectives.base import Objective, TokenOutputs
 from megatron_ral.parallel.collectives import gather_from_all
-from megatron_ral.training.objective import RalObjective
+from megatron_ral.objectives.objective import RalObjective
 from megatron_ral.types import TrainBatch
 
 SHOWN = 5

@@ -16,17 +16,17 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine, schedule_factor
-from megatron_ral.engine.protocol import ForwardOutput
+from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
-from megatron_ral.progress import progress
+from megatron_ral.runtime.progress import progress
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
-from megatron_ral.rollout.collect import ScoredGroups, collect_rollout
+from megatron_ral.rollout.collect import RolloutBatch, collect_rollout
 from megatron_ral.rollout.lengths import longest_first
-from megatron_ral.training.attention_term import ROLLOUT_POLICY
-from megatron_ral.training.distillation import DistillTerm, shuffled_visual_columns
-from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
+from megatron_ral.objectives.attention import ROLLOUT_POLICY
+from megatron_ral.objectives.distillation import DistillTerm, shuffled_visual_columns
+from megatron_ral.objectives.objective import RalObjective, SftObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Prompt, Score, TrainBatch, pad_prompts
 
 
@@ -49,7 +49,7 @@ class StepReport:
 
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    rollout: Sequence[ScoredGroups] = ()
+    rollout: Sequence[RolloutBatch] = ()
     supervised: Sequence[GroupBatch] = ()
     """Micro-batches of a supervised step."""
     skipped: list["SkippedUpdate"] = field(default_factory=list)
@@ -69,7 +69,7 @@ def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptP
     with report.timed("update"):
         batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
         totals = global_totals([batch.response_lengths for batch in batches], config.rollout.max_response_length,
-                               policy.groups)
+                               policy.process_groups)
         minibatch, report.supervised = [TrainBatch(batch, totals) for batch in batches], batches
         sums = policy.forward_backward(minibatch, SftObjective())
         result = policy.step()
@@ -130,7 +130,7 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
     with report.timed("rollout"):
         report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size, engines.teacher)
     old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
-    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.groups)
+    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.process_groups)
     report.metrics.update(rollout_metrics(report.rollout, policy, config.distills))
 
     updates: list[dict[str, float]] = []
@@ -142,7 +142,7 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
                              for batch, scored in zip(minibatch, report.rollout)]
             if engines.teacher is not None:  # per update, so that its rows of a whole rollout need not be held
                 with report.timed("teacher"):
-                    minibatch = taught(engines.teacher, minibatch, objective.distill, config, step)
+                    minibatch = add_teacher_outputs(engines.teacher, minibatch, objective.distill, config, step)
             with report.timed("update"):
                 with policy.ready(policy.local_layers(sorted(objective.recorded_layers))):
                     metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
@@ -195,7 +195,7 @@ def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjec
     return old, reference, source
 
 
-def taught(teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig,
+def add_teacher_outputs(teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig,
            step: int) -> list[TrainBatch]:
     """The micro-batches of one optimizer step with the teacher's view of them."""
     tokens = config.distill.token_divergence != "cross_entropy"
@@ -250,7 +250,7 @@ def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor
     return policy.gradient_norm(attention_shards) / token_norm if token_norm > 0 else 0.0
 
 
-def rollout_metrics(rollout: Sequence[ScoredGroups], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
+def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
     """Rewards, lengths, share of groups without signal."""
     sums: dict[str, float] = {}
 
@@ -271,7 +271,7 @@ def rollout_metrics(rollout: Sequence[ScoredGroups], policy: PolicyEngine, disti
                 add(f"rewards/{name}/mean", values.sum())
             add("distill/teacher_rollouts", scored.from_teacher.sum())
             add("tokens", lengths.sum())
-    total = sum_metrics(sums, policy.groups)
+    total = sum_metrics(sums, policy.process_groups)
     responses, groups, tokens = total.pop("responses"), total.pop("groups"), total.pop("tokens")
     per = {"reward_std": groups, "distill/teacher_rollouts": groups, "frac_reward_zero_std": groups}
     if not distills:

@@ -16,24 +16,24 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.checkpoints import config_folder
+from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.models.weights import export_stage
+from megatron_ral.weights.stage_weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
-from megatron_ral.parallel.groups import ParallelGroups
-from megatron_ral.progress import progress
-from megatron_ral.rollout.evaluation import PromptSet, evaluate_prompts, read_prompts, view_probes
-from megatron_ral.rollout.scoring import ProblemLog, found_problems
-from megatron_ral.training.batch_files import replay_command, save_replay
+from megatron_ral.parallel.process_groups import ProcessGroups
+from megatron_ral.runtime.progress import progress
+from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
+from megatron_ral.training.replay_files import replay_command, save_replay
 from megatron_ral.training.build import build_objective, build_teacher
-from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
-from megatron_ral.training.checkpoint_writer import CheckpointWriter
-from megatron_ral.training.metrics import RunLog
-from megatron_ral.training.random_state import seed_random_state
-from megatron_ral.training.silent_settings import silent_setting_warnings
+from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.writer import CheckpointWriter
+from megatron_ral.training.logging.tensorboard import RunLog
+from megatron_ral.runtime.random_state import seed_random_state
+from megatron_ral.config.silent_settings import silent_setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
-from megatron_ral.training.stopping import StopRequests
-from megatron_ral.training.throughput import Throughput
+from megatron_ral.runtime.stopping import StopRequests
+from megatron_ral.training.logging.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -85,25 +85,25 @@ class Trainer:
         stopping: what may end the run before its last step; None: train.time_limit_minutes from now.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, groups: ParallelGroups, inputs: Inputs,
+    def __init__(self, config: RunConfig, shape: ModelShape, process_groups: ProcessGroups, inputs: Inputs,
                  teacher_shape: Optional[ModelShape] = None, stopping: Optional[StopRequests] = None):
-        self.config, self.shape, self.groups, self.layout = config, shape, groups, groups.layout
-        self.is_main = groups.layout.rank == 0
+        self.config, self.shape, self.process_groups, self.layout = config, shape, process_groups, process_groups.layout
+        self.is_main = process_groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
         self.stopping = stopping or StopRequests(config.train.time_limit_minutes)
-        self.num_skipped, self.problems = 0, ProblemLog()
+        self.num_skipped, self.problems = 0, ScoringIssueLog()
         self.loader = PromptLoader(
             inputs.sources, self.processor, config.data, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
             seed=config.seed, batch_size=self.prompts_per_step, report=self.is_main,
             exchange=gather_from_all)
         teacher = None
         if teacher_shape is not None:
-            teacher = build_teacher(config, teacher_shape, shape, groups, self.processor)
-        self.objective = build_objective(config, shape, groups, teacher)
-        self.policy = PolicyEngine(shape, groups, config)
+            teacher = build_teacher(config, teacher_shape, shape, process_groups, self.processor)
+        self.objective = build_objective(config, shape, process_groups, teacher)
+        self.policy = PolicyEngine(shape, process_groups, config)
         reference = average = None
         if config.needs_reference:
-            reference = FrozenEngine(shape, groups, config.model.dtype,
+            reference = FrozenEngine(shape, process_groups, config.model.dtype,
                                      config.model.reference_path or config.model.path,
                                      config.parallel.sequence_parallel, config.parallel.offload_parameters,
                                      config.parallel.gather, config.parallel.overlap_communication)
@@ -111,7 +111,7 @@ class Trainer:
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
         self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
-        self.throughput = Throughput(config, shape, teacher_shape, groups)
+        self.throughput = Throughput(config, shape, teacher_shape, process_groups)
 
     @property
     def prompts_per_step(self) -> int:
@@ -156,13 +156,13 @@ class Trainer:
                          if done else "nothing to checkpoint; start again"))
         if config.train.export and done == config.train.num_steps:
             with progress.within("export", is_long=True), self.policy.resident():
-                export_stage(self.policy.stage, self.groups, config.model.path, f"{config.train.output_dir}/hf")
+                export_stage(self.policy.stage, self.process_groups, config.model.path, f"{config.train.output_dir}/hf")
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)
 
     def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
         """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped early)."""
-        done, stop = first, self.stopping.agreed(self.groups)
+        done, stop = first, self.stopping.agreed(self.process_groups)
         while done < end and not stop:
             progress.step = done + 1
             report = self._one_step(done)
@@ -170,7 +170,7 @@ class Trainer:
             self._watch_skipped(report, done)
             done += 1
             self._look(log, probes, done)
-            stop, interval = self.stopping.agreed(self.groups), self.config.train.checkpoint_interval
+            stop, interval = self.stopping.agreed(self.process_groups), self.config.train.checkpoint_interval
             with progress.within("checkpoint", is_long=True):
                 self.checkpoints.poll()
                 if done == end or stop or (interval and done % interval == 0):
@@ -216,8 +216,8 @@ class Trainer:
         if not report.rollout:
             return
         found = [problem for scored in report.rollout
-                 for problem in found_problems(scored.score, scored.groups.prompts.prompts)]
-        gathered = gather_objects(ProblemLog().select(found), self.groups.data)
+                 for problem in scoring_issues(scored.score, scored.groups.prompts.prompts)]
+        gathered = gather_objects(ScoringIssueLog().select(found), self.process_groups.data)
         if self.is_main:
             self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
 
@@ -267,7 +267,7 @@ class Trainer:
         for name, engine in (("layout", self.policy), ("teacher", self.engines.teacher)):
             if engine is None:
                 continue
-            held, layout = gather_objects(engine.shard_bytes(), engine.groups.data), engine.layout
+            held, layout = gather_objects(engine.shard_bytes(), engine.process_groups.data), engine.layout
             self._say(f"{name}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}; "
                       "bytes held between steps by the data-parallel ranks of stage 0:")
             for rank, parts in enumerate(held):

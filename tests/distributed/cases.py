@@ -15,11 +15,11 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_shards
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import assemble_minibatches
-from megatron_ral.rollout.collect import ScoredGroups
-from megatron_ral.rollout.evaluation import read_prompts
-from megatron_ral.training.objective import RalObjective, finish_metrics
+from megatron_ral.rollout.collect import RolloutBatch
+from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.objectives.objective import RalObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Score, TrainBatch, pad_prompts
 
 NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
@@ -59,31 +59,31 @@ def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tup
     return result
 
 
-def micro_batches(groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False) -> list[ScoredGroups]:
+def micro_batches(process_groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False) -> list[RolloutBatch]:
     """Groups cut into micro-batches of different shapes, or `alike` of the widest; visual embeddings from the engine's frozen
     tower where one is given."""
-    widest, result = max(len(prompt.input_ids) for prompt, *_ in groups), []
-    for start in range(0, len(groups), size):
-        prompts, ids, lengths, rewards = zip(*groups[start:start + size])
+    widest, result = max(len(prompt.input_ids) for prompt, *_ in process_groups), []
+    for start in range(0, len(process_groups), size):
+        prompts, ids, lengths, rewards = zip(*process_groups[start:start + size])
         batch = pad_prompts(prompts, 0, widest if alike else 0)
         embeds = engine.encode_visual(batch) if engine is not None else None
         rewards, ids, lengths = torch.stack(rewards), torch.stack(ids), torch.stack(lengths)
         ids, score = ids[..., :LENGTH if alike else int(lengths.max())], Score(rewards, {}, ())
-        result.append(ScoredGroups(GroupBatch(batch, ids, lengths, embeds), score, group_advantages(rewards),
+        result.append(RolloutBatch(GroupBatch(batch, ids, lengths, embeds), score, group_advantages(rewards),
                                    group_advantages(rewards), torch.zeros(ids.shape),
                                    torch.ones_like(rewards, dtype=torch.bool),
                                    torch.zeros(len(prompts), dtype=torch.bool)))
     return result
 
 
-def open_policy(path: str, tensor: int, pipeline: int, groups=None, **loss):
+def open_policy(path: str, tensor: int, pipeline: int, process_groups=None, **loss):
     """`groups`: process groups that are open already."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
-    groups = groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    process_groups = process_groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     shape = read_shape(path)
     objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
                              config.loss.attention_coef)
-    return config, groups, shape, PolicyEngine(shape, groups, config), objective
+    return config, process_groups, shape, PolicyEngine(shape, process_groups, config), objective
 
 
 def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
@@ -102,7 +102,7 @@ def full_gradient(policy: PolicyEngine) -> dict[str, torch.Tensor]:
 
 def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
     """`of` every parameter of every stage (None: nothing), joined over tensor ranks."""
-    from megatron_ral.models.weights import describe_stage
+    from megatron_ral.weights.stage_weights import describe_stage
     from megatron_ral.parallel.collectives import gather_objects
 
     mine = {}
@@ -112,12 +112,12 @@ def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
             part = of(parameters[tensor.name])
             if part is None:
                 continue
-            full = tensor.join(gather_shards(part, policy.groups.tensor), policy.layout.tensor_size)
+            full = tensor.join(gather_shards(part, policy.process_groups.tensor), policy.layout.tensor_size)
             if getattr(parameters[tensor.name], "shared", False):
                 mine["tied copy"] = full
                 continue
             mine.update({name: piece.clone() for name, piece in zip(tensor.sources, tensor.split(full))})
-    return {name: value for part in gather_objects(mine, policy.groups.pipeline) for name, value in part.items()}
+    return {name: value for part in gather_objects(mine, policy.process_groups.pipeline) for name, value in part.items()}
 
 
 def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int, sequence_parallel: bool = False,
@@ -125,27 +125,27 @@ def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int,
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
     attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all micro-batches
     have one shape."""
-    config, groups, shape, policy, objective = opened
-    frozen = FrozenEngine(shape, groups, config.model.dtype, other, sequence_parallel)
+    config, process_groups, shape, policy, objective = opened
+    frozen = FrozenEngine(shape, process_groups, config.model.dtype, other, sequence_parallel)
     everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
                   for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))]
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
-    share = len(everything) // groups.layout.data_size
-    mine = everything[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
+    share = len(everything) // process_groups.layout.data_size
+    mine = everything[process_groups.layout.data_rank * share:(process_groups.layout.data_rank + 1) * share]
     rollout = micro_batches(mine, min(micro_batch_size, share), policy, alike)
     reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
                                row_kind=config.loss.attention_row, keep=objective.term.keep)
     target = None if config.loss.attention_target == "oracle" else reference
-    [minibatch] = assemble_minibatches(rollout, reference, reference, target, config, groups)
+    [minibatch] = assemble_minibatches(rollout, reference, reference, target, config, process_groups)
     return minibatch
 
 
 def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
              num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False, equal_rewards: tuple = (),
-             groups=None, **loss) -> dict:
+             process_groups=None, **loss) -> dict:
     """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
     its gradient is far from zero. Returns metrics, norms, and all weights. `groups`: process groups that stay open."""
-    opened = open_policy(path, tensor, pipeline, groups, attention_layers=layers, sequence_parallel=sequence_parallel,
+    opened = open_policy(path, tensor, pipeline, process_groups, attention_layers=layers, sequence_parallel=sequence_parallel,
                          **loss)
     _, _, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, micro_batch_size, sequence_parallel, equal_rewards)
@@ -162,7 +162,7 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
                         "attention_norm": policy.gradient_norm(attention_shards)})
     weights = full_weights(policy)
     held = policy.shard_bytes()
-    if groups is None:
+    if process_groups is None:
         stop_groups()
     return {"history": history, "weights": weights, "bytes": held, "gradient": gradient,
             "changes": {name: weights[name] - before[name] for name in weights}}

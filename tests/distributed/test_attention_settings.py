@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_ral.engine.ema import AverageEngine
-from megatron_ral.models.group_layout import ROW_KINDS
-from megatron_ral.parallel.groups import start_groups, stop_groups
-from megatron_ral.training.objective import finish_metrics
+from megatron_ral.attention.group_layout import ROW_KINDS
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
+from megatron_ral.objectives.objective import finish_metrics
 from megatron_ral.training.step import accumulate_gradients
 from tests.distributed.cases import fixed_groups, fixed_minibatch, full_weights, micro_batches, one_step, open_policy
 from tests.distributed.runner import run_ranks
@@ -32,12 +32,12 @@ LAYOUTS = {"TP=2": (2, 2, 1, 2), "PP=2 DP=2": (4, 1, 2, 2)}
 
 
 def everything(path, other, data, tensor, pipeline, micro_batch_size) -> dict:
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     paths, layout = (path, other, data), (tensor, pipeline)
-    steps = {name: one_step(*paths, *layout, micro_batch_size, groups=groups, **settings)["history"][0]
+    steps = {name: one_step(*paths, *layout, micro_batch_size, process_groups=process_groups, **settings)["history"][0]
              for name, settings in SETTINGS.items()}
-    result = {"steps": steps, "ratio": by_ratio(*paths, *layout, micro_batch_size, groups),
-              "schedule": by_schedule(*paths, *layout, micro_batch_size, groups)}
+    result = {"steps": steps, "ratio": by_ratio(*paths, *layout, micro_batch_size, process_groups),
+              "schedule": by_schedule(*paths, *layout, micro_batch_size, process_groups)}
     stop_groups()
     return result
 
@@ -169,7 +169,7 @@ def test_scheduled_coefficient(alone, results):
 def on_policy(path, data):
     """The rollout's own policy as the target: nothing to take a ratio of."""
     opened = open_policy(path, 1, 1, attention_target="old", attention_grad_ratio=0.1, kl_coef=0.0)
-    config, groups, _, policy, objective = opened
+    config, process_groups, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, path, data, 4)
     (_, attention), (_, tokens) = parts_of_gradient(policy, minibatch, objective)
     metrics = accumulate_gradients(policy, minibatch, objective, config, True)
@@ -189,7 +189,7 @@ def test_ratio_of_nothing_is_coefficient_zero(material):
 
 def rows_of_every_kind(path, data, tensor):
     """Head-averaged rows of two layers. The model has 4 heads and 2 key/value heads."""
-    _, groups, _, policy, _ = open_policy(path, tensor, 1)
+    _, process_groups, _, policy, _ = open_policy(path, tensor, 1)
     [scored] = micro_batches(fixed_groups(path, data)[:3], 3, policy)
     found = {kind: policy.forward([scored.groups], [0, 3], row_kind=kind, keep=lambda rows, batch: rows.attention)
              for kind in ROW_KINDS}
@@ -221,7 +221,7 @@ def test_rows_are_the_mean_over_all_heads_on_every_tensor_rank(material):
 def followed(path, other, data, tensor):
     """Three updates, each followed by the average: whole weights of both after each."""
     opened = open_policy(path, tensor, 1, attention_target="ema")
-    config, groups, _, policy, objective = opened
+    config, process_groups, _, policy, objective = opened
     average, minibatch = AverageEngine(policy, 0.9), fixed_minibatch(opened, other, data, 4)
     history = [(full_weights(policy), full_weights(average))]
     for _ in range(3):

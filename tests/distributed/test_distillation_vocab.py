@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ral.functional import distillation_loss
 from megatron_ral.parallel.collectives import gather_shards
-from megatron_ral.parallel.distillation import (
+from megatron_ral.parallel.vocab_distillation import (
     vocab_parallel_divergence, vocab_parallel_top_divergence, vocab_parallel_top_tokens)
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from tests.distributed.runner import run_ranks
 from tests.unit.distillation_references import KINDS, NAMES, by_definition, of_logprobs, rand
 
@@ -42,24 +42,24 @@ def alone():
 
 
 def values_and_gradients(tensor: int):
-    groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
     own, results = alone(), {}
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = (logits(seed, dtype) for seed in (1, 2))
-        student_v, teacher_v = shard(student, groups).requires_grad_(), shard(teacher, groups).requires_grad_()
+        student_v, teacher_v = shard(student, process_groups).requires_grad_(), shard(teacher, process_groups).requires_grad_()
         for name, divergence in zip(NAMES, KINDS):
             tokens, tokens_alone, tokens_same = (
                 vocab_parallel_top_tokens(of, K, divergence.temperature, group)
-                for of, group in ((teacher_v, groups.tensor), (teacher, own), (student_v, groups.tensor)))
+                for of, group in ((teacher_v, process_groups.tensor), (teacher, own), (student_v, process_groups.tensor)))
             full = {"full": teacher_v, "zero": student_v.detach().clone()}
             top = {"top": tokens, "top_alone": tokens_alone, "zero_top": tokens_same}
-            values = {form: vocab_parallel_divergence(student_v, of, divergence, groups.tensor)
+            values = {form: vocab_parallel_divergence(student_v, of, divergence, process_groups.tensor)
                       for form, of in full.items()}
-            values |= {form: vocab_parallel_top_divergence(student_v, of, divergence, groups.tensor)
+            values |= {form: vocab_parallel_top_divergence(student_v, of, divergence, process_groups.tensor)
                        for form, of in top.items()}
-            results[name, dtype] = {form: gathered(value, student_v, groups) for form, value in values.items()}
+            results[name, dtype] = {form: gathered(value, student_v, process_groups) for form, value in values.items()}
             results[name, dtype]["tokens"] = tokens
-    empty = vocab_parallel_divergence(student_v[:0], teacher_v[:0], KINDS[0], groups.tensor)
+    empty = vocab_parallel_divergence(student_v[:0], teacher_v[:0], KINDS[0], process_groups.tensor)
     assert empty.shape == (0, 4) and vocab_parallel_top_tokens(student_v[:0], K, 1.0, own).logprobs.shape == (0, 4, K)
     stop_groups()
     return results
@@ -101,18 +101,18 @@ def test_values_and_gradients_equal_the_definition(tensor):
 
 
 def shapes_refused(tensor: int):
-    groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
-    teacher = vocab_parallel_top_tokens(torch.zeros(4, 6), 3, 1.0, groups.tensor)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
+    teacher = vocab_parallel_top_tokens(torch.zeros(4, 6), 3, 1.0, process_groups.tensor)
     for call, message in (
-            (lambda: vocab_parallel_divergence(torch.zeros(4, 6), torch.zeros(4, 12), KINDS[0], groups.tensor),
+            (lambda: vocab_parallel_divergence(torch.zeros(4, 6), torch.zeros(4, 12), KINDS[0], process_groups.tensor),
              r"\(4, 6\) of the student and \(4, 12\) of the teacher"),
-            (lambda: vocab_parallel_divergence(torch.zeros(1, 6), torch.zeros(4, 6), KINDS[0], groups.tensor),
+            (lambda: vocab_parallel_divergence(torch.zeros(1, 6), torch.zeros(4, 6), KINDS[0], process_groups.tensor),
              r"\(1, 6\) of the student and \(4, 6\) of the teacher"),
-            (lambda: vocab_parallel_top_divergence(torch.zeros(5, 6), teacher, KINDS[0], groups.tensor),
+            (lambda: vocab_parallel_top_divergence(torch.zeros(5, 6), teacher, KINDS[0], process_groups.tensor),
              r"\(5, 6\).*\(4, 3\)"),
             (lambda: vocab_parallel_top_divergence(torch.zeros(4, 6), teacher._replace(others=torch.zeros(3)), KINDS[0],
-                                                   groups.tensor), r"others \(3,\)"),
-            (lambda: vocab_parallel_top_tokens(torch.zeros(4, 6), 13, 1.0, groups.tensor), "k = 13 is not in 1 .. 12")):
+                                                   process_groups.tensor), r"others \(3,\)"),
+            (lambda: vocab_parallel_top_tokens(torch.zeros(4, 6), 13, 1.0, process_groups.tensor), "k = 13 is not in 1 .. 12")):
         with pytest.raises(ValueError, match=message):
             call()
     stop_groups()
@@ -146,16 +146,16 @@ class Alive(TorchDispatchMode):
 
 def elements(tensor: int):
     """Elements and bytes kept for the backward pass, and the most elements alive in each direction, for both forms."""
-    groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
     distillation_loss._PIECE = 1 << 10
     rows, columns, found = 256, 1024, {}
     for name, divergence in zip(NAMES, KINDS):
         student_v, teacher_v = (rand(rows, columns, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
         student_v.requires_grad_()
-        tokens = vocab_parallel_top_tokens(teacher_v, K, divergence.temperature, groups.tensor)
+        tokens = vocab_parallel_top_tokens(teacher_v, K, divergence.temperature, process_groups.tensor)
         for form, call in (
-                ("full", lambda: vocab_parallel_divergence(student_v, teacher_v, divergence, groups.tensor)),
-                ("top", lambda: vocab_parallel_top_divergence(student_v, tokens, divergence, groups.tensor))):
+                ("full", lambda: vocab_parallel_divergence(student_v, teacher_v, divergence, process_groups.tensor)),
+                ("top", lambda: vocab_parallel_top_divergence(student_v, tokens, divergence, process_groups.tensor))):
             saved, forward, backward = [], Alive(), Alive()
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor,
                                                           lambda tensor: tensor), forward:

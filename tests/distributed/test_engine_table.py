@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from tests.distributed.cases import one_step
 from tests.distributed.runner import run_ranks
 
@@ -35,13 +35,13 @@ def cases_of(tensor: int) -> list[tuple]:
 def run_cases(path: str, other: str, data: str, tensor: int, pipeline: int, data_size: int, dtype: str,
               cases: list[tuple]) -> list[dict]:
     """Results of all cases in one start of the processes."""
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     results = []
     for sequence_parallel, recompute, offload, layerwise, overlap, micro_batches in cases:
         parallel = {"recompute_activations": recompute, "offload_optimizer": offload, "offload_parameters": offload,
                     "gather": "layer" if layerwise else "stage", "overlap_communication": overlap}
         size = NUM_GROUPS // data_size // micro_batches
-        results.append(one_step(path, other, data, tensor, pipeline, size, 3, (-1, 1), sequence_parallel, (), groups,
+        results.append(one_step(path, other, data, tensor, pipeline, size, 3, (-1, 1), sequence_parallel, (), process_groups,
                                 parallel=parallel, dtype=dtype, num_groups=NUM_GROUPS, learning_rate=1e-4))
     stop_groups()
     return results

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine import in_flight
-from megatron_ral.engine.generate import PromptResponses, SamplingSettings, generate, sample_responses
+from megatron_ral.engine import decoding_batch as in_flight
+from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, generate, sample_responses
 from megatron_ral.engine.stage import group_layout
 from megatron_ral.functional.sampling import sample_tokens, uniform_stream
-from megatron_ral.models.group_layout import AttentionPass
+from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.parallel.collectives import gather_objects
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.parallel.vocab import vocab_parallel_sample
 from megatron_ral.types import GroupBatch, pad_prompts
 from tests.distributed.cases import open_policy
@@ -139,14 +139,14 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.passes, self.rows = [], 0
-        forward, watch = in_flight.BatchInFlight.forward, self
+        forward, watch = in_flight.DecodingBatch.forward, self
 
         def seen(batch, stage):
             watch.passes.append((batch.prompts.identities, batch.step))
             watch.rows += len(batch.rows) if batch.step else 0
             return forward(batch, stage)
 
-        monkeypatch.setattr(in_flight.BatchInFlight, "forward", seen)
+        monkeypatch.setattr(in_flight.DecodingBatch, "forward", seen)
 
 
 def generated(path, settings, tensor, pipeline, batch_size, block):
@@ -170,7 +170,7 @@ def generated(path, settings, tensor, pipeline, batch_size, block):
                 assert seen == len(mine)
                 found[name], notes[name] = rows, (watch.passes, watch.rows)
                 patch.undo()
-    everything = gather_objects(found, policy.groups.data)
+    everything = gather_objects(found, policy.process_groups.data)
     stop_groups()
     return {name: [row for part in everything for row in part[name]] for name in CASES}, notes
 
@@ -264,16 +264,16 @@ def test_the_simple_call_is_the_same(wanted):
 
 def draws(world):
     """Whether 300 rows, from flat to peaked, with ties, draw from tensor ranks' shares what the whole vocabulary draws."""
-    groups = start_groups(tensor_size=world, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=world, pipeline_size=1, seed=0)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(300, 48, generator=generator) * torch.linspace(0.1, 8, 300)[:, None] * 4).round() / 4
     uniform = torch.rand(300, generator=generator, dtype=torch.float64)
-    mine = logits.chunk(world, dim=1)[groups.layout.tensor_rank]
+    mine = logits.chunk(world, dim=1)[process_groups.layout.tensor_rank]
     result = {}
     for how in ((0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 20), (0.0, 1.0, 20), (1.0, 0.6, 30)):
         temperature, top_p, num_tokens = how
         wanted = sample_tokens(logits[:, : num_tokens or None], uniform, temperature, top_p)
-        found = [vocab_parallel_sample(mine, uniform, temperature, top_p, groups.tensor, num_tokens=num_tokens,
+        found = [vocab_parallel_sample(mine, uniform, temperature, top_p, process_groups.tensor, num_tokens=num_tokens,
                                        num_candidates=count) for count in (1, 4, 48)]
         result[how] = [torch.equal(token, wanted) for token in found], len(wanted.unique())
     stop_groups()

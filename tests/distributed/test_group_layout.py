@@ -4,9 +4,10 @@ was generated through the KV cache is what training computes."""
 import pytest
 import torch
 
-from megatron_ral.engine.generate import SamplingSettings, generate
-from megatron_ral.engine.protocol import AttentionRows, TokenOutputs
-from megatron_ral.parallel.groups import stop_groups
+from megatron_ral.engine.pipelined_decoder import SamplingSettings, generate
+from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.objectives.base import TokenOutputs
+from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
@@ -37,7 +38,7 @@ def separate(groups):
 
 
 def group_against_sequences(path, data):
-    config, groups, shape, policy, _ = open_policy(path, 1, 1)
+    config, process_groups, shape, policy, _ = open_policy(path, 1, 1)
     everything = fixed_groups(path, data)[:3]
     alone = separate(everything)
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(7))
@@ -73,7 +74,7 @@ def test_group_equals_separate_sequences(material):
 
 
 def generated_against_training(path, data, tensor, pipeline):
-    config, groups, shape, policy, _ = open_policy(path, tensor, pipeline)
+    config, process_groups, shape, policy, _ = open_policy(path, tensor, pipeline)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
     settings = SamplingSettings(group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8,
                                 top_p=0.9)
@@ -107,7 +108,7 @@ def test_generated_logprobs_are_training_logprobs(material, world, tensor, pipel
 
 def stop_token(path, data):
     """Generation with a stop token that is likely: lengths, padding and the finished flag."""
-    config, groups, shape, policy, _ = open_policy(path, 1, 1)
+    config, process_groups, shape, policy, _ = open_policy(path, 1, 1)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
     settings = SamplingSettings(group_size=6, max_response_length=12, end_token_id=-1, pad_token_id=0)
     with policy.resident():
@@ -136,14 +137,14 @@ def test_stop_token_ends_a_response_and_nothing_else(material):
 def zero_gradients(path, data):
     """Gradient of the attention term alone, and the term on policy with target `old`."""
     from megatron_ral.rollout.assemble import assemble_minibatches
-    from megatron_ral.training.objective import finish_metrics
+    from megatron_ral.objectives.objective import finish_metrics
 
-    config, groups, shape, policy, objective = open_policy(path, 1, 1, attention_target="old", kl_coef=0.0)
+    config, process_groups, shape, policy, objective = open_policy(path, 1, 1, attention_target="old", kl_coef=0.0)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     layers = sorted(objective.recorded_layers)
     old = policy.forward([scored.groups for scored in rollout], layers)
-    [minibatch] = assemble_minibatches(rollout, old, None, old, config, groups)
+    [minibatch] = assemble_minibatches(rollout, old, None, old, config, process_groups)
     policy.forward_backward(minibatch, objective.only("attention"))
     on_policy = dict(zip(names, policy.gradient_shards()))
     first = finish_metrics(policy.forward_backward(minibatch, objective))
@@ -178,14 +179,14 @@ def test_attention_term_is_exactly_zero_on_policy_and_acts_after_a_step(material
 def lm_head_gradient(path, data):
     from megatron_ral.rollout.assemble import assemble_minibatches
 
-    config, groups, shape, policy, objective = open_policy(path, 1, 1)
+    config, process_groups, shape, policy, objective = open_policy(path, 1, 1)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     batches = [scored.groups for scored in rollout]
     old = policy.forward(batches, [3])
     # a target away from the policy: every row's neighbour
     moved = [type(output)(output.tokens, {3: output.attention[3].roll(1, 0)}) for output in old]
-    [minibatch] = assemble_minibatches(rollout, old, moved, moved, config, groups)
+    [minibatch] = assemble_minibatches(rollout, old, moved, moved, config, process_groups)
     policy.forward_backward(minibatch, objective.only("attention"))
     gradients = dict(zip(names, policy.gradient_shards()))
     stop_groups()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ral.parallel.collectives import gather_shards
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
 from tests.distributed.cases import one_step
 from tests.distributed.runner import run_ranks
@@ -41,15 +41,15 @@ def test_layout_and_cut_equal_one_process(material, name):
 
 def gradients_of_logits(tensor: int):
     """Of log-probabilities, of the entropy, and of both together, from this rank's columns of the logits."""
-    groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
     generator = torch.Generator().manual_seed(0)
     logits, targets = 3 * torch.randn(5, 12, generator=generator), torch.randint(0, 12, (5,), generator=generator)
     weights = torch.randn(2, 5, generator=generator)
-    mine = logits.chunk(tensor, -1)[groups.layout.tensor_rank].contiguous().requires_grad_()
-    values = vocab_parallel_logprobs(mine, targets, groups.tensor)
+    mine = logits.chunk(tensor, -1)[process_groups.layout.tensor_rank].contiguous().requires_grad_()
+    values = vocab_parallel_logprobs(mine, targets, process_groups.tensor)
     found = [torch.autograd.grad(sum((weights[i] * values[i]).sum() for i in chosen), mine, retain_graph=True)[0]
              for chosen in ((0,), (1,), (0, 1))]
-    found = [torch.cat(gather_shards(gradient, groups.tensor), -1) for gradient in found]
+    found = [torch.cat(gather_shards(gradient, process_groups.tensor), -1) for gradient in found]
     stop_groups()
     return logits, targets, weights, found
 

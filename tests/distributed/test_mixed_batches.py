@@ -8,12 +8,12 @@ import torch
 from megatron_ral.config.sections import ModelConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.checkpoints import HuggingFaceWeights
+from megatron_ral.weights.folders import HuggingFaceWeights
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals
 from megatron_ral.rollout.collect import collect_rollout
-from megatron_ral.training.objective import SftObjective
+from megatron_ral.objectives.objective import SftObjective
 from megatron_ral.training.step import supervised_batches
 from megatron_ral.types import FramePictures, Sample, TrainBatch
 from tests.distributed.cases import full_weights, make_config
@@ -35,14 +35,14 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     """Two optimizer steps with a trainable tower, sequence parallel where there are tensor ranks."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, sequence_parallel=True)
     config = dataclasses.replace(config, model=ModelConfig(path=path, dtype="float32", train_vision=True))
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), groups, config)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    policy = PolicyEngine(read_shape(path), process_groups, config)
     processor = PromptProcessor(path, 128)
     prompts = [processor(sample) for sample in samples()]
-    share = len(prompts) // groups.layout.data_size
-    mine = prompts[groups.layout.data_rank * share:(groups.layout.data_rank + 1) * share]
+    share = len(prompts) // process_groups.layout.data_size
+    mine = prompts[process_groups.layout.data_rank * share:(process_groups.layout.data_rank + 1) * share]
     batches = supervised_batches(mine, processor.pad_token_id, min(micro_batch_size, share))
-    totals = global_totals([batch.response_lengths for batch in batches], 7, groups)
+    totals = global_totals([batch.response_lengths for batch in batches], 7, process_groups)
     losses, norms = [], []
     for _ in range(2):
         losses.append(policy.forward_backward([TrainBatch(batch, totals) for batch in batches],
@@ -74,11 +74,11 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     """Sequence parallel where there are tensor ranks: it is on in the training pass and off while generating."""
     config = make_config(path, tensor=tensor, pipeline=pipeline)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence_parallel=True))
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), groups, config)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    policy = PolicyEngine(read_shape(path), process_groups, config)
     processor = PromptProcessor(path, 128)
-    share = len(samples()) // groups.layout.data_size
-    start = groups.layout.data_rank * share
+    share = len(samples()) // process_groups.layout.data_size
+    start = process_groups.layout.data_rank * share
     prompts = [processor(sample) for sample in samples()[start:start + share]]
     rollout = collect_rollout(policy, prompts, processor, config, 0, 2)
     widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron_ral.parallel.groups import stop_groups
-from megatron_ral.training.objective import RalObjective
+from megatron_ral.parallel.process_groups import stop_groups
+from megatron_ral.objectives.objective import RalObjective
 from tests.distributed.cases import fixed_minibatch, open_policy
 from tests.distributed.runner import run_ranks
 
@@ -35,10 +35,10 @@ class Spoilt(RalObjective):
 def steps(path, other, data, tensor, pipeline, spoils):
     """Two steps, in between one that is spoilt on the last rank, and what the engine holds after each."""
     opened = open_policy(path, tensor, pipeline)
-    _, groups, _, policy, objective = opened
+    _, process_groups, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, 2)
     spoilt = objective
-    if groups.layout.rank == groups.layout.world_size - 1:
+    if process_groups.layout.rank == process_groups.layout.world_size - 1:
         spoilt = Spoilt(**objective.__dict__, spoils=spoils)
     states, applied, norms = [], [], []
     for each in [objective, *([spoilt] if spoils else []), objective]:

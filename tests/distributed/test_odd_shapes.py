@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_ral.parallel.layout import ParallelLayout, stage_sizes
+from megatron_ral.parallel.rank_layout import RankLayout, stage_sizes
 from tests.conftest import perturbed_copy
 from tests.distributed.cases import one_step
 from tests.distributed.runner import run_ranks
@@ -42,9 +42,9 @@ def odd(material, tmp_path_factory):
     (4, 2, [2, 2]), (5, 2, [3, 2]), (5, 3, [2, 2, 1]), (4, 3, [1, 2, 1]), (28, 8, [3, 4, 4, 4, 4, 3, 3, 3])])
 def test_stage_sizes(num_layers, stages, sizes):
     assert stage_sizes(num_layers, stages) == sizes and sum(sizes) == num_layers
-    covered = [layer for rank in range(stages) for layer in ParallelLayout(rank, stages, 1, stages).stage_layers(num_layers)]
+    covered = [layer for rank in range(stages) for layer in RankLayout(rank, stages, 1, stages).stage_layers(num_layers)]
     assert covered == list(range(num_layers))
-    layout = ParallelLayout(0, stages, 1, stages)
+    layout = RankLayout(0, stages, 1, stages)
     for layer in range(num_layers):
         owner = layout.stage_of_layer(layer, num_layers)
         assert layer in layout.with_rank(owner).stage_layers(num_layers)

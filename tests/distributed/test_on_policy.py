@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.parallel.groups import stop_groups
+from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.training import step as steps
 from tests.distributed.cases import fixed_groups, full_weights, open_policy
 from tests.distributed.runner import run_ranks

@@ -13,13 +13,13 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.models.checkpoints import common_name
-from megatron_ral.models.conversion import differing_weights
+from megatron_ral.weights.folders import common_name
+from megatron_ral.weights.conversion import differing_weights
 from megatron_ral.models.shape import read_shape
-from megatron_ral.models.weights import describe_stage, export_stage
+from megatron_ral.weights.stage_weights import describe_stage, export_stage
 from megatron_ral.parallel.collectives import gather_objects, gather_shards
-from megatron_ral.parallel.groups import start_groups, stop_groups
-from megatron_ral.training.objective import SftObjective
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
+from megatron_ral.objectives.objective import SftObjective
 from megatron_ral.types import FramePictures, GroupBatch, Sample, StepTotals, TrainBatch, pad_prompts
 from tests.conftest import perturbed_copy, run_tool
 from tests.distributed.cases import make_config
@@ -80,8 +80,8 @@ def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_paralle
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, dtype=dtype),
         parallel=dataclasses.replace(config.parallel, sequence_parallel=sequence_parallel))
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), groups, config)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    policy = PolicyEngine(read_shape(path), process_groups, config)
     _, prompts, ids, lengths = prompts_and_responses(path)
     batch = GroupBatch(pad_prompts(prompts, 0), ids, lengths)
     batch = dataclasses.replace(batch, visual_embeds=policy.encode_visual(batch.prompts))
@@ -91,7 +91,7 @@ def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_paralle
         """Keeps the logits that the last stage hands to its log-probabilities."""
 
         def __call__(self, logits, batch, temperature):
-            seen["logits"] = torch.cat(gather_shards(logits.detach(), groups.tensor), dim=-1).float()
+            seen["logits"] = torch.cat(gather_shards(logits.detach(), process_groups.tensor), dim=-1).float()
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
@@ -99,7 +99,7 @@ def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_paralle
     gradients = full_gradients(policy)
     if export:
         with policy.resident():
-            export_stage(policy.stage, groups, path, export)
+            export_stage(policy.stage, process_groups, path, export)
     stop_groups()
     return {"logits": seen.get("logits"), "gradients": gradients, "loss": metrics["loss"]}
 
@@ -114,11 +114,11 @@ def full_gradients(policy: PolicyEngine) -> dict[str, torch.Tensor]:
             continue
         shape = parameters[tensor.name].ds_shape
         local = shards[tensor.name].flatten()[: shape.numel()].view(shape)
-        copies = gather_shards(local, policy.groups.tensor)
+        copies = gather_shards(local, policy.process_groups.tensor)
         if tensor.cut_dim is None:
             assert all(torch.equal(copy, local) for copy in copies), f"copies of {tensor.name} got other gradients"
         mine.update(zip(tensor.sources, tensor.split(tensor.join(copies, policy.layout.tensor_size))))
-    parts = gather_objects(mine, policy.groups.pipeline)
+    parts = gather_objects(mine, policy.process_groups.pipeline)
     return {name: value.clone() for part in parts for name, value in part.items()}
 
 

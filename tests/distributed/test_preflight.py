@@ -14,7 +14,7 @@ from tests.integration.cases import RL, write_config
 
 def meet(path, overrides, changed) -> tuple[str, str]:
     """(what was said on this rank, how it ended); `changed`: rank -> overrides of it alone, `rank` in what its folder is."""
-    from megatron_ral.data.shards import DataError
+    from megatron_ral.errors import DataError
     from megatron_ral.planning import preflight
     from megatron_ral.training.trainer import Inputs
 
@@ -52,9 +52,9 @@ def meet_and_part() -> bool:
     import gc
     import socket
 
-    from megatron_ral.parallel.meeting import Meeting
+    from megatron_ral.runtime.rendezvous import Rendezvous
 
-    meeting = Meeting(30.0)
+    meeting = Rendezvous(30.0)
     meeting.announce("word", 1)
     meeting.gather("heard", None)
     del meeting

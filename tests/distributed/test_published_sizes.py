@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.parameters import stage_parameters
 from tests.distributed.runner import run_ranks
 
@@ -21,7 +21,7 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
 
     from megatron_ral.compat import cpu_backend
     from megatron_ral.models.multimodal import MultimodalStage
-    from megatron_ral.models.weights import describe_stage
+    from megatron_ral.weights.stage_weights import describe_stage
 
     cpu_backend.install()
     shape, world, counts = read_shape(path), tensor * pipeline, {}
@@ -29,7 +29,7 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
         with torch.device("meta"):
-            stage = MultimodalStage(shape, ParallelLayout(rank, world, tensor, pipeline), torch.bfloat16,
+            stage = MultimodalStage(shape, RankLayout(rank, world, tensor, pipeline), torch.bfloat16,
                                     torch.device("meta"))
         describe_stage(stage)  # the table names exactly the parameters that were built
         counts[rank] = sum(parameter.numel() for parameter in stage.parameters())
@@ -46,7 +46,7 @@ def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
     path = MODELS / size
     ranks = list(range(tensor * pipeline))
     counts = run_ranks(1, build_every_rank, str(path), tensor, pipeline, ranks)[0]
-    layout = ParallelLayout(0, tensor * pipeline, tensor, pipeline)
+    layout = RankLayout(0, tensor * pipeline, tensor, pipeline)
     stages = stage_parameters(read_shape(str(path)), layout)
     for rank in ranks:
         assert counts[rank] == stages[layout.with_rank(rank).pipeline_rank].per_tensor_rank
@@ -54,7 +54,7 @@ def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
 
 
 def test_zero3_shares_add_up_to_the_whole():
-    layout = ParallelLayout(0, 64, 8, 2)
+    layout = RankLayout(0, 64, 8, 2)
     for stage in stage_parameters(read_shape(str(MODELS / "qwen2.5-vl-72b")), layout):
         padding = layout.data_size * stage.per_rank - stage.per_tensor_rank
         assert 0 <= padding < layout.data_size * 2000

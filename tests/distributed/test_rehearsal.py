@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ral.config import ConfigError, load_config
+from megatron_ral.config import load_config
+from megatron_ral.errors import ConfigError
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.traffic import CountedTraffic
 from tests.distributed.cases import GROUP_SIZE, LENGTH, fixed_minibatch, make_config, open_policy
@@ -27,9 +28,9 @@ def published(size: str, *overrides: str):
 def held_stages(size: str, world_size: int) -> list[tuple]:
     """Every distinct stage, built: (stages, parameters of a tensor rank, shard, padding, of how many, trained shard). Runs in
     a process of its own: it plays ranks of jobs that are not there."""
-    from megatron_ral.parallel.groups import play_rank
+    from megatron_ral.parallel.process_groups import simulate_rank
     from megatron_ral.planning.fakes import Watched, fake_tensors
-    from megatron_ral.planning.played import PlayedPolicy
+    from megatron_ral.planning.simulate import SimulatedPolicy
     from megatron_ral.planning.rehearse import check_possible, distinct_stages
     from megatron_ral.planning.zero3 import StageBytes
 
@@ -37,9 +38,9 @@ def held_stages(size: str, world_size: int) -> list[tuple]:
     layout, result = check_possible(config, shape, world_size), []
     for stages in distinct_stages(config, shape, layout):
         rank = layout.rank_of(0, 0, stages[0])
-        with play_rank(rank, world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size) as groups, \
+        with simulate_rank(rank, world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size) as process_groups, \
                 fake_tensors():
-            parameters = PlayedPolicy(shape, groups, config, Watched()).parameters()
+            parameters = SimulatedPolicy(shape, process_groups, config, Watched()).parameters()
         zero = StageBytes(parameters, layout.data_size, 2, "stage", (), False)
         result.append((stages, sum(parameter.numel for parameter in parameters), zero.shard_numel, zero.padding,
                        len(parameters), zero.trained_numel))
@@ -125,20 +126,20 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
     from megatron_ral.planning.fakes import Watched
 
     opened = open_policy(path, tensor, pipeline, num_groups=16, **settings)
-    _, groups, _, policy, objective = opened
+    _, process_groups, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, 2, settings.get("sequence_parallel", False), alike=True)
-    named = {"tensor": groups.tensor, "pipeline": groups.pipeline, "data": groups.data}
+    named = {"tensor": process_groups.tensor, "pipeline": process_groups.pipeline, "data": process_groups.data}
     gc.collect()
     watched = Watched()
     watched.call_it("before", *(value for value in gc.get_objects() if isinstance(value, torch.Tensor)))
-    with CountedTraffic({**named, **({"embedding": groups.embedding} if groups.embedding else {})}) as traffic:
+    with CountedTraffic({**named, **({"embedding": process_groups.embedding} if process_groups.embedding else {})}) as traffic:
         with watched, watched.phase() as seen:
             policy.forward_backward(minibatch, objective)
         policy.step()
     prompts = minibatch[0].groups.prompts
     sent = {("pipeline" if kind == "send" else group, kind): size for (group, kind), size in traffic.sent_bytes.items()
             # Point-to-point calls do not always name their group; a group of one rank moves nothing.
-            if kind != "receive" and not (group == "data" and groups.layout.data_size == 1)}
+            if kind != "receive" and not (group == "data" and process_groups.layout.data_size == 1)}
     return {"sent": sent, "P": prompts.input_ids.shape[1], "micro_batches": len(minibatch),
             "visual": int(prompts.visual_mask[0].sum()), "held": policy.shard_bytes(),
             "peak": seen.peak_bytes - seen.peak["before"], "stage": policy.layout.pipeline_rank}

@@ -8,7 +8,7 @@ import torch
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.parallel.collectives import from_first_rank
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.scoring import score_responses
 from megatron_ral.types import ResponseBatch
 from tests.distributed.runner import run_ranks
@@ -19,7 +19,7 @@ def rank(completion: str, solution: str, problem_type: str) -> float:
 
 
 def score_on_a_rank(tensor: int, pipeline: int):
-    groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
+    process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     sample = SimpleNamespace(solution="7", problem_type="", identity="a/b")
     responses = ResponseBatch(SimpleNamespace(prompts=[SimpleNamespace(sample=sample)] * 2),
                               torch.arange(12).reshape(2, 2, 3), torch.full((2, 2), 3), torch.zeros(2, 2, 3),
@@ -27,7 +27,7 @@ def score_on_a_rank(tensor: int, pipeline: int):
     processor = SimpleNamespace(decode=lambda ids: str(ids.tolist()))
     own = {"rank": RewardFunctionConfig(f"{__name__}:rank", 1.0)}
     score = score_responses(responses, processor, RunConfig(reward=RewardConfig(functions=own)),
-                            SimpleNamespace(groups=groups))
+                            SimpleNamespace(groups=process_groups))
     stop_groups()
     return score.components["rank"], score.rewards, score.texts
 
@@ -47,9 +47,9 @@ def test_ranks_of_one_model_copy_get_the_same():
 
 
 def fails_on_the_first_rank():
-    groups = start_groups(tensor_size=2, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=2, pipeline_size=1, seed=0)
     try:
-        from_first_rank(lambda: [][0], groups.model)
+        from_first_rank(lambda: [][0], process_groups.model)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:

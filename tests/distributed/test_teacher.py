@@ -11,15 +11,15 @@ from transformers import AutoModelForImageTextToText
 from megatron_ral.config.distill import DistillConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.generate import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import SamplingSettings
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_objects
-from megatron_ral.parallel.groups import another_layout, start_groups, stop_groups
-from megatron_ral.rollout.evaluation import read_prompts
-from megatron_ral.training.distillation import DistillTerm
-from megatron_ral.training.objective import finish_metrics
-from megatron_ral.training.step import taught
+from megatron_ral.parallel.process_groups import another_layout, start_groups, stop_groups
+from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.objectives.distillation import DistillTerm
+from megatron_ral.objectives.objective import finish_metrics
+from megatron_ral.training.step import add_teacher_outputs
 from tests.distributed.cases import fixed_groups, fixed_minibatch, full_weights, open_policy
 from tests.distributed.runner import run_ranks
 from tests.distributed.test_layouts import close
@@ -42,28 +42,28 @@ LAYOUTS = {"student PP=2, teacher TP=2": (2, (1, 2), (2, 1), 2), "student TP=2, 
 
 def open_teacher(opened, path, layout, **settings):
     """Teacher and term for an open policy."""
-    config, groups, shape, policy, objective = opened
+    config, process_groups, shape, policy, objective = opened
     config = replace(config, distill=DistillConfig(**settings))
     processor = PromptProcessor(config.model.path, 128)
-    teacher = TeacherEngine(read_shape(path), another_layout(groups, tensor_size=layout[0], pipeline_size=layout[1]),
-                            "float32", path, student=groups, student_shape=shape, processor=processor)
+    teacher = TeacherEngine(read_shape(path), another_layout(process_groups, tensor_size=layout[0], pipeline_size=layout[1]),
+                            "float32", path, student=process_groups, student_shape=shape, processor=processor)
     layers = shape.layer_indices(config.distill.attention_layers) or range(shape.num_layers)
-    term = DistillTerm(config.distill, frozenset(layers), groups.tensor, teacher.head)
+    term = DistillTerm(config.distill, frozenset(layers), process_groups.tensor, teacher.head)
     return config, teacher, replace(objective, distill=term)
 
 
 def steps(paths, student, teacher_layout, micro_batch_size) -> dict:
     """One optimizer step per setting: losses, norms, and how the weights change."""
     path, other, teacher_path, data = paths
-    groups = start_groups(tensor_size=student[0], pipeline_size=student[1], seed=0)
+    process_groups = start_groups(tensor_size=student[0], pipeline_size=student[1], seed=0)
     result = {}
     for name, settings in SETTINGS.items():
-        opened = open_policy(path, *student, groups, attention_coef=0.5)
+        opened = open_policy(path, *student, process_groups, attention_coef=0.5)
         policy = opened[3]
         config, teacher, objective = open_teacher(opened, teacher_path, teacher_layout, **settings)
         minibatch = fixed_minibatch(opened, other, data, micro_batch_size)
         held = [parameter.ds_tensor.clone() for parameter in teacher.stage.parameters()]
-        minibatch = taught(teacher, minibatch, objective.distill, config, step=4)
+        minibatch = add_teacher_outputs(teacher, minibatch, objective.distill, config, step=4)
         assert not any(row.requires_grad for batch in minibatch for row in batch.teacher_attention.values())
         before, norms = full_weights(policy), {}
         for parts in ("distill_attention", "attention", "tokens"):
@@ -132,11 +132,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 def learn_from_itself(path, data, layout, top_tokens) -> dict:
-    groups = start_groups(tensor_size=layout[0], pipeline_size=layout[1], seed=0)
-    opened = open_policy(path, *layout, groups, kl_coef=0.0, attention_coef=0.0, policy_coef=0.0)
+    process_groups = start_groups(tensor_size=layout[0], pipeline_size=layout[1], seed=0)
+    opened = open_policy(path, *layout, process_groups, kl_coef=0.0, attention_coef=0.0, policy_coef=0.0)
     policy = opened[3]
     config, teacher, objective = open_teacher(opened, path, layout, top_tokens=top_tokens)
-    minibatch = taught(teacher, fixed_minibatch(opened, path, data, 4), objective.distill, config, step=0)
+    minibatch = add_teacher_outputs(teacher, fixed_minibatch(opened, path, data, 4), objective.distill, config, step=0)
     seen = {}
 
     class Spy:
@@ -175,10 +175,10 @@ def test_a_teacher_that_is_the_student_teaches_nothing(material, layout, top_tok
 # --- stock transformers -------------------------------------------------------------------------------------------------
 
 def measured(path, teacher_path, data, settings) -> dict:
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
-    opened = open_policy(path, 1, 1, groups, attention_coef=0.0)
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    opened = open_policy(path, 1, 1, process_groups, attention_coef=0.0)
     config, teacher, objective = open_teacher(opened, teacher_path, (1, 1), **settings)
-    minibatch = taught(teacher, fixed_minibatch(opened, path, data, 8), objective.distill, config, step=0)
+    minibatch = add_teacher_outputs(teacher, fixed_minibatch(opened, path, data, 8), objective.distill, config, step=0)
     result = finish_metrics(opened[3].forward_backward(minibatch, objective))
     stop_groups()
     return result
@@ -224,13 +224,13 @@ def test_divergences_equal_those_of_stock_transformers(material, paths, row):
 def answers(paths, student, teacher_layout) -> list:
     """The teacher's responses to 6 prompts, of which data rank 0 asks 5 where there are two."""
     path, _, teacher_path, data = paths
-    groups = start_groups(tensor_size=student[0], pipeline_size=student[1], seed=0)
-    opened = open_policy(path, *student, groups)
+    process_groups = start_groups(tensor_size=student[0], pipeline_size=student[1], seed=0)
+    opened = open_policy(path, *student, process_groups)
     _, teacher, _ = open_teacher(opened, teacher_path, teacher_layout)
     prompts = read_prompts(open_sources([(f"{data}/rl-*.tar", 0)], "data.train")[0].shards, PromptProcessor(path, 128), 6)
-    share = {1: [slice(0, 6)], 2: [slice(0, 5), slice(5, 6)]}[groups.layout.data_size][groups.layout.data_rank]
+    share = {1: [slice(0, 6)], 2: [slice(0, 5), slice(5, 6)]}[process_groups.layout.data_size][process_groups.layout.data_rank]
     rows = teacher.answer(prompts[share], SamplingSettings(2, 6, 319, 0), 4, "seed")
-    found = [row for part in gather_objects(rows, groups.data) for row in part]
+    found = [row for part in gather_objects(rows, process_groups.data) for row in part]
     stop_groups()
     return [(row.response_ids.tolist(), row.response_lengths.tolist(), row.finished.tolist()) for row in found]
 

@@ -21,7 +21,7 @@ def gathered_bytes(policy: PolicyEngine, recorded: int) -> tuple[int, int]:
 
 def counted(path: str, other: str, data: str, micro_batches: list[int], gather: str, overlap: bool = True) -> dict:
     opened = open_policy(path, 1, 2, num_groups=32, parallel={"gather": gather, "overlap_communication": overlap})
-    _, groups, shape, policy, objective = opened
+    _, process_groups, shape, policy, objective = opened
     result, begun = {}, []
     # The last gradient of the layers to come, with a bucket that holds about one layer.
     policy.stage.language.decoder.layers[0].input_layernorm.weight.register_post_accumulate_grad_hook(
@@ -29,12 +29,12 @@ def counted(path: str, other: str, data: str, micro_batches: list[int], gather: 
     for count in micro_batches:
         minibatch = fixed_minibatch(opened, other, data, 16 // count)
         assert len(minibatch) == count
-        with CountedTraffic({"zero": groups.data}) as traffic:
+        with CountedTraffic({"zero": process_groups.data}) as traffic:
             policy.forward_backward(minibatch, objective)
             policy.step()
         result[count] = traffic.of("zero")
     whole, layers = gathered_bytes(policy, shape.num_layers - 1)
-    trained = sum(parameter.ds_tensor.numel() * groups.layout.data_size * 4 for parameter in policy.stage.parameters()
+    trained = sum(parameter.ds_tensor.numel() * process_groups.layout.data_size * 4 for parameter in policy.stage.parameters()
                   if parameter.requires_grad)
     recorded = policy.local_layers(sorted(objective.recorded_layers))
     return {"text": policy.traffic(recorded), "counted": result, "whole": whole, "layers": layers, "trained": trained,

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_ral.progress import progress
+from megatron_ral.runtime.progress import progress
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "stall": signal.SIGUSR2, "ask": signal.SIGTERM}
 

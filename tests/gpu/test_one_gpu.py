@@ -29,8 +29,8 @@ def test_a_whole_run_in_bfloat16(material, tmp_path):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     """Rows, values, gradients, with grouped heads, padded prompts and several tiles; the same bits on a second run."""
-    from megatron_ral.functional.attention_rows import RowKeys, attention_policy, head_mean_attention, row_divergence
-    from megatron_ral.functional.attention_rows import RowQK
+    from megatron_ral.attention.rows import RowKeys, attention_distribution, head_mean_attention, row_divergence
+    from megatron_ral.attention.rows import RowQK
 
     B, G, R, P, k, n = 2, 2, 150, 300, 2, 14
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     own = torch.where(own < P, qk.prompt_lengths_B[:, None] - 1, own)
     keys = RowKeys(torch.ones(B, P + R, dtype=torch.bool, device="cuda"), own)
     other = head_mean_attention(qk._replace(query_BGRnD=make(B, G, R, n, width)), kernels=False)
-    target, weights = attention_policy(other, keys)[0], torch.rand(B, G, R, generator=generator).cuda()
+    target, weights = attention_distribution(other, keys)[0], torch.rand(B, G, R, generator=generator).cuda()
 
     def everything(kernels):
         attention = head_mean_attention(qk, kernels)

@@ -2,7 +2,7 @@
 
 from megatron_ral.config import load_config
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.groups import start_groups, stop_groups
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.training.trainer import Inputs, Trainer
 
 RL = """
@@ -37,8 +37,8 @@ def write_config(folder, text, model, data, train="search") -> str:
 
 def run_training(path: str, overrides: list[str], resume: bool = False) -> None:
     config = load_config(path, overrides)
-    groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
+    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
     teacher = read_shape(config.teacher.path) if config.distills else None
-    Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, resume), teacher).run()
+    Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume), teacher).run()
     stop_groups()

@@ -7,7 +7,7 @@ from tests.integration.cases import SFT, run_training, write_config
 
 
 @pytest.fixture(scope="session")
-def taught(material, tmp_path_factory):
+def add_teacher_outputs(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("taught")
     path, overrides = write_config(folder, SFT, material["root"] / "tiny", material["data"], "search")
     run_ranks(1, run_training, path, overrides + [

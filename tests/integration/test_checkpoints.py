@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ral.config import load_config
-from megatron_ral.models.conversion import stage_tables
-from megatron_ral.models.resharding import held_parameters
+from megatron_ral.weights.conversion import stage_tables
+from megatron_ral.weights.resharding import held_parameters
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.collectives import AgreedError, barrier
-from megatron_ral.parallel.groups import start_groups, stop_groups
-from megatron_ral.training.checkpoint import agree_on_checkpoint, find_checkpoint, restore_checkpoint
-from megatron_ral.training.checkpoint_files import newest_checkpoint, read_manifest, whole_checkpoints
-from megatron_ral.training.checkpoint_writer import CheckpointWriter
-from megatron_ral.training.random_state import random_state, seed_random_state
+from megatron_ral.parallel.collectives import barrier
+from megatron_ral.errors import AgreedError
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
+from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.files import newest_checkpoint, read_manifest, whole_checkpoints
+from megatron_ral.training.checkpoint.writer import CheckpointWriter
+from megatron_ral.runtime.random_state import random_state, seed_random_state
 from megatron_ral.training.trainer import Inputs, Trainer
 from tests.conftest import PROJECT
 from tests.distributed.runner import run_ranks
@@ -37,9 +38,9 @@ COMMON = ["train.keep_checkpoints=9", "optimizer.eps=1.0e-5", "train.export=fals
 
 def open_trainer(path: str, overrides: list[str], resume: bool) -> Trainer:
     config = load_config(path, overrides)
-    groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
+    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
                           pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
-    return Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, resume))
+    return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume))
 
 
 def run(path: str, overrides: list[str], again: str = "") -> bool:
@@ -118,9 +119,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_goes_on_in_another_layout_like_the_undisturbed_run(material, taught, tmp_path, case):
+def test_goes_on_in_another_layout_like_the_undisturbed_run(material, add_teacher_outputs, tmp_path, case):
     text, kind, old, new, settings, new_settings = CASES[case]
-    model = taught if kind == "taught" else material[kind]
+    model = add_teacher_outputs if kind == "taught" else material[kind]
     path, overrides = write_config(tmp_path, text, model, material["data"], "rl" if text is RL else "search")
     overrides += [*COMMON, *settings]
     straight, cut, again = (tmp_path / name for name in ("straight", "cut", "again"))
@@ -140,10 +141,10 @@ def test_goes_on_in_another_layout_like_the_undisturbed_run(material, taught, tm
     check_like_straight(straight, cut)
 
 
-def test_entry_point_resumes_in_another_layout(material, taught, tmp_path):
+def test_entry_point_resumes_in_another_layout(material, add_teacher_outputs, tmp_path):
     """TP=2 x PP=1 x DP=2 stopped, resumed by the command of a user as TP=1 x PP=2 x DP=1; a newer checkpoint that is cut
     short is passed over."""
-    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     overrides += [*COMMON, "logging.tensorboard=true"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run_ranks(4, run, path, [*overrides, *layout_settings((2, 1, 2)), f"train.output_dir={straight}"])
@@ -241,8 +242,8 @@ def draws_after_restore(path: str, overrides: list[str]) -> tuple:
     return drawn
 
 
-def test_saves_in_a_thread(material, taught, tmp_path):
-    path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")
+def test_saves_in_a_thread(material, add_teacher_outputs, tmp_path):
+    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
     output = tmp_path / "run"
     overrides += ["loss.attention_target=ema", f"train.output_dir={output}"]
     results = run_ranks(2, saves, path, overrides, str(output))
@@ -262,8 +263,8 @@ def test_saves_in_a_thread(material, taught, tmp_path):
 
 def agreed(path: str, overrides: list[str], outputs: list[str]) -> str:
     """What ranks agree on that see different folders."""
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
-    config = load_config(path, [*overrides, f"train.output_dir={outputs[groups.layout.rank]}"])
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    config = load_config(path, [*overrides, f"train.output_dir={outputs[process_groups.layout.rank]}"])
     try:
         return str(agree_on_checkpoint(config, find_checkpoint(config, True)))
     except AgreedError as error:
@@ -272,8 +273,8 @@ def agreed(path: str, overrides: list[str], outputs: list[str]) -> str:
         stop_groups()
 
 
-def test_ranks_agree_on_a_checkpoint_or_say_that_they_cannot(material, taught, tmp_path):
-    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+def test_ranks_agree_on_a_checkpoint_or_say_that_they_cannot(material, add_teacher_outputs, tmp_path):
+    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     overrides += ["train.num_steps=3", "train.keep_checkpoints=3"]
     run_ranks(1, run, path, [*overrides, f"train.output_dir={tmp_path}/all"])
     steps = {"all": (1, 2, 3), "behind": (1, 2), "none": ()}

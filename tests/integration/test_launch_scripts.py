@@ -104,7 +104,7 @@ def free_port() -> int:
 
 
 def test_two_nodes_lose_one_and_go_on(material, tmp_path, nodes):
-    from megatron_ral.training.checkpoint_files import whole_checkpoints
+    from megatron_ral.training.checkpoint.files import whole_checkpoints
 
     layout = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
     layout += ("watchdog.timeout_seconds=10", "train.num_steps=200")

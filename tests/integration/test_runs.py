@@ -14,9 +14,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.functional.attention_rows import RowKeys, attention_policy
-from megatron_ral.models.conversion import differing_weights
-from megatron_ral.training.checkpoint_files import newest_checkpoint
+from megatron_ral.attention.rows import RowKeys, attention_distribution
+from megatron_ral.weights.conversion import differing_weights
+from megatron_ral.training.checkpoint.files import newest_checkpoint
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, run_training, write_config
@@ -32,8 +32,8 @@ def exported(folder) -> dict[str, torch.Tensor]:
     (RL, 2, []), (SFT, 2, []), (RL, 2, ["parallel.pipeline_model_parallel_size=2"]),
     (RL, 2, ["parallel.tensor_model_parallel_size=2"]), (RL, 2, ["loss.attention_target=ema"])],
     ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-ema-dp2"])
-def test_resumed_run_equals_straight_run_bit_for_bit(material, taught, tmp_path, text, world, layout):
-    path, overrides = write_config(tmp_path, text, taught, material["data"], "rl" if text is RL else "search")
+def test_resumed_run_equals_straight_run_bit_for_bit(material, add_teacher_outputs, tmp_path, text, world, layout):
+    path, overrides = write_config(tmp_path, text, add_teacher_outputs, material["data"], "rl" if text is RL else "search")
     overrides = overrides + layout
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/straight"])
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/cut", "train.stop_after_step=2"])
@@ -44,7 +44,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(material, taught, tmp_path,
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/cut"], True)
     straight, resumed = exported(tmp_path / "straight"), exported(tmp_path / "cut")
     assert set(straight) == set(resumed)
-    moved = exported_difference(straight, taught)
+    moved = exported_difference(straight, add_teacher_outputs)
     assert moved > 1e-3, "the run must have changed the weights for the comparison to mean something"
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
@@ -59,8 +59,8 @@ def check_written_from_a_checkpoint(run, folder) -> None:
     assert {path.name for path in (folder / "again").glob("*.json")} >= {"config.json", "tokenizer.json"}
 
 
-def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, taught, tmp_path, capsys):
-    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, add_teacher_outputs, tmp_path, capsys):
+    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     run_ranks(2, run_training, path, [*overrides, f"train.output_dir={tmp_path}/run", "train.num_steps=2",
                                       "model.dtype=bfloat16", "model.train_vision=false", "train.keep_checkpoints=2"])
     check_written_from_a_checkpoint(tmp_path / "run", tmp_path)
@@ -76,12 +76,12 @@ def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, t
         assert said in capsys.readouterr().err and not (tmp_path / "never").exists()
 
 
-def test_resume_refuses_other_settings_and_used_folders(material, taught, tmp_path):
+def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_outputs, tmp_path):
     from megatron_ral.config import load_config
-    from megatron_ral.models.checkpoints import CheckpointError
-    from megatron_ral.training.checkpoint import find_checkpoint
+    from megatron_ral.errors import CheckpointError
+    from megatron_ral.training.checkpoint.restore import find_checkpoint
 
-    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     overrides = overrides + [f"train.output_dir={tmp_path}/run", "train.num_steps=1"]
     run_ranks(1, run_training, path, overrides)
     with pytest.raises(CheckpointError, match="holds 'step_00000001' of an earlier run"):
@@ -94,14 +94,14 @@ def test_resume_refuses_other_settings_and_used_folders(material, taught, tmp_pa
     assert find_checkpoint(load_config(path, overrides + free), resume=True) is not None
 
 
-def test_one_rank_with_unusable_samples_goes_on_and_reports_them(taught, material, tmp_path):
+def test_one_rank_with_unusable_samples_goes_on_and_reports_them(add_teacher_outputs, material, tmp_path):
     """Quarantine under two data-parallel ranks: only the second rank's shard is at fault."""
     from tests.unit.test_data import good, write_shard
 
     write_shard(tmp_path / "s-0.tar", [good(f"a{index}") for index in range(8)])
     write_shard(tmp_path / "s-1.tar", [good("b0")] + [good(f"bad{index}", target_boxes=[[0, 0, 999, 9]])
                                                       for index in range(3)] + [good(f"b{index}") for index in (1, 2, 3)])
-    path, overrides = write_config(tmp_path, SFT, taught, material["data"])
+    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     run_ranks(2, run_training, path, overrides + [f"data.train=[{{shards: '{tmp_path}/s-*.tar'}}]",
                                                   f"train.output_dir={tmp_path}/run", "train.num_steps=2"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -110,24 +110,24 @@ def test_one_rank_with_unusable_samples_goes_on_and_reports_them(taught, materia
 
 
 def exported_difference(tensors, source) -> float:
-    from megatron_ral.models.checkpoints import HuggingFaceWeights
+    from megatron_ral.weights.folders import HuggingFaceWeights
 
     before = HuggingFaceWeights(str(source))
     return max(float((tensor - before[name]).abs().max()) for name, tensor in tensors.items())
 
 
 @pytest.fixture(scope="module")
-def finished(material, taught, tmp_path_factory):
+def finished(material, add_teacher_outputs, tmp_path_factory):
     """A short RL run on two data-parallel ranks."""
     folder = tmp_path_factory.mktemp("finished")
-    path, overrides = write_config(folder, RL, taught, material["data"], "rl")
+    path, overrides = write_config(folder, RL, add_teacher_outputs, material["data"], "rl")
     run_ranks(2, run_training, path, overrides + [f"train.output_dir={folder}/run"])
     return folder / "run"
 
 
-def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
+def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_path):
     """GSPO, Dr. GRPO's advantages, entropy bonus, groups filtered: steps are made and every number is finite."""
-    path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")
+    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
     settings = {"policy_loss": "gspo", "aggregation": "sequence_mean", "advantage_scale": "none", "kl_estimator": "k2",
                 "clip_low": 3e-4, "clip_high": 4e-4, "entropy_coef": 0.01, "filter_equal_rewards": "true"}
     run_ranks(2, run_training, path, overrides + [f"loss.{key}={value}" for key, value in settings.items()]
@@ -140,15 +140,15 @@ def test_run_with_other_losses_of_the_family(material, taught, tmp_path):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
     assert 0 < max(event.value for event in events.Scalars("frac_reward_zero_std")), "some group must be left out"
-    assert exported_difference(exported(tmp_path / "run"), taught) > 1e-3
+    assert exported_difference(exported(tmp_path / "run"), add_teacher_outputs) > 1e-3
 
 
 @pytest.mark.parametrize("layout, settings", [
     ((1, 2), ["loss.policy_coef=1.0", "distill.token_divergence=jsd"]),
     ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4", "distill.attention_layers=[0, -1]"])], ids=["with RL", "mixture"])
-def test_run_with_a_teacher_in_another_layout(material, taught, tmp_path, layout, settings):
+def test_run_with_a_teacher_in_another_layout(material, add_teacher_outputs, tmp_path, layout, settings):
     """A larger teacher, cut over tensor ranks where the student is not: what a user looks at is there."""
-    path, overrides = write_config(tmp_path, RL, taught, material["data"], "rl")
+    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
     run_ranks(2, run_training, path, overrides + settings + [
         f"train.output_dir={tmp_path}/run", "train.num_steps=2", "loss.attention_coef=0.0", f"teacher.path={material['teacher']}",
         "teacher.dtype=float32", "teacher.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=1",
@@ -166,7 +166,7 @@ def test_run_with_a_teacher_in_another_layout(material, taught, tmp_path, layout
     assert own == [0.0, 0.0] if layout[1] == 2 else 0 < sum(own) < 2
     # the sampler of the student's own responses is its training engine, whoever answered the others
     assert max(event.value for event in events.Scalars("sampling/logprob_difference")) < 1e-4
-    assert exported_difference(exported(tmp_path / "run"), taught) > 1e-3
+    assert exported_difference(exported(tmp_path / "run"), add_teacher_outputs) > 1e-3
 
 
 def test_tensorboard_holds_what_a_user_looks_at(finished):
@@ -265,15 +265,15 @@ def test_run_leaves_summary_resolved_config_and_two_checkpoints(finished):
 
 def export_and_read(path, data, output, tensor, pipeline):
     """One optimizer step, then an export from any layout, and our logits and attention rows of fixed groups."""
-    from megatron_ral.models.weights import export_stage
+    from megatron_ral.weights.stage_weights import export_stage
     from megatron_ral.parallel.collectives import gather_shards
-    from megatron_ral.parallel.groups import stop_groups
+    from megatron_ral.parallel.process_groups import stop_groups
     from megatron_ral.rollout.assemble import assemble_minibatches
 
-    config, groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
+    config, process_groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
     old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, old, None, old, config, groups)
+    [minibatch] = assemble_minibatches(rollout, old, None, old, config, process_groups)
     policy.forward_backward(minibatch, objective)
     policy.step()
     seen = {}
@@ -282,13 +282,13 @@ def export_and_read(path, data, output, tensor, pipeline):
         """Keeps the logits that the last stage hands to its log-probabilities."""
 
         def __call__(self, logits, batch, temperature):
-            seen["logits"] = torch.cat(gather_shards(logits, groups.tensor), dim=-1)
+            seen["logits"] = torch.cat(gather_shards(logits, process_groups.tensor), dim=-1)
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
     [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.policy()))
     with policy.resident():
-        export_stage(policy.stage, groups, path, output)
+        export_stage(policy.stage, process_groups, path, output)
     stop_groups()
     return {"logits": seen.get("logits"), "attention": result.attention}
 
@@ -322,7 +322,7 @@ def check_against_transformers(results, source, output, data):
             for layer in (1, 3):
                 eager = out.attentions[layer][0].mean(0)[length:]  # head average, response rows
                 keys = RowKeys(torch.ones(1, length + n, dtype=torch.bool), length + torch.arange(n)[None])
-                for mine, wanted in zip(rows[layer], (eager, attention_policy(eager[None, None], keys)[0][0, 0])):
+                for mine, wanted in zip(rows[layer], (eager, attention_distribution(eager[None, None], keys)[0][0, 0])):
                     mine = mine[b, g, :n]
                     assert torch.allclose(torch.cat([mine[:, :length], mine[:, P:P + n]], -1), wanted, atol=1e-5)
     before, after = load_hub(source), load_hub(output)
@@ -332,7 +332,7 @@ def check_against_transformers(results, source, output, data):
 
 
 def load_hub(folder) -> dict[str, torch.Tensor]:
-    from megatron_ral.models.checkpoints import HuggingFaceWeights
+    from megatron_ral.weights.folders import HuggingFaceWeights
 
     weights = HuggingFaceWeights(folder)
     return {name: weights[name] for name in weights}

@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from megatron_ral.functional import attention_rows
-from megatron_ral.functional.attention_rows import RowKeys, attention_policy, head_mean_attention, row_divergence
+from megatron_ral.attention import rows as attention_rows
+from megatron_ral.attention.rows import RowKeys, attention_distribution, head_mean_attention, row_divergence
 from tests.unit.test_attention_rows import another_policy, head_shard, random_qk, random_weights, row_keys
 
 
@@ -39,7 +39,7 @@ def several_tiles(dtype=torch.float32, R=40, P=70, length=50, **options) -> dict
     keys = RowKeys(torch.ones(1, P + R, dtype=torch.bool), P + torch.arange(R)[None])
     other = random_qk(B=1, R=R, P=P, D=80, k=1, m=2, dtype=dtype, seed=1, **options)._replace(
         prompt_lengths_B=torch.tensor([length]), scale=0.1)
-    return both(qk, keys, attention_policy(head_mean_attention(other), keys)[0], "jsd")
+    return both(qk, keys, attention_distribution(head_mean_attention(other), keys)[0], "jsd")
 
 
 def pieces_of_rows() -> dict:
@@ -69,7 +69,7 @@ def silent() -> dict:
     """The first group has no mass on its keys, the second's rows equal their target bit for bit."""
     qk = random_qk(B=2, G=1, R=3, k=1, m=2, dtype=torch.float32)
     keys = row_keys(qk)._replace(columns_BS=torch.tensor([[False] * 8, [True] * 8]))
-    target = attention_policy(head_mean_attention(qk, True), keys)[0]
+    target = attention_distribution(head_mean_attention(qk, True), keys)[0]
     target[0] = 1 / 8
     result = both(qk, keys, target, "jsd")
     return {name: (ours, ours if name == "rows" else torch.zeros_like(ours)) for name, (ours, _) in result.items()}
@@ -77,8 +77,8 @@ def silent() -> dict:
 
 def faults() -> list:
     """Of good kernels, of one that is off by 1 %, of one that raises."""
-    from megatron_ral.functional import attention_kernels
-    from megatron_ral.functional.kernel_check import kernel_fault
+    from megatron_ral.attention import triton_backend as attention_kernels
+    from megatron_ral.attention.backend_check import kernel_fault
 
     def refuses(qk):
         raise RuntimeError("no such\ninstruction")

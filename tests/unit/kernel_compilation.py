@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ral.functional import attention_kernels as kernels
+from megatron_ral.attention import triton_backend as kernels
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 EVERY = [("_row_statistics", {"SLOPE": False}), ("_row_statistics", {"SLOPE": True}), ("_head_mean", {"PROMPT": True}),

@@ -8,9 +8,9 @@ FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "progress": 1, 
          "engine": 4, "rollout": 5, "training": 6, "planning": 7, "evaluate": 8, "train": 8, "cli": 8, "replay": 8}
 MAY_IMPORT = {
     "torch.distributed": {"parallel", "compat"}, "deepspeed": {"engine", "compat"},
-    "webdataset": {"data/shards.py"}, "tensorboard": {"training/metrics.py"},
-    "triton": {"functional/attention_kernels.py"},
-    "torch.utils.tensorboard": {"training/metrics.py"},
+    "webdataset": {"data/shards.py"}, "tensorboard": {"training/logging/tensorboard.py"},
+    "triton": {"attention/triton_backend.py"},
+    "torch.utils.tensorboard": {"training/logging/tensorboard.py"},
 }
 
 

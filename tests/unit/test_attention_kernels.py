@@ -16,8 +16,8 @@ import sys
 import pytest
 import torch
 
-from megatron_ral.functional import attention_rows
-from megatron_ral.functional.attention_rows import head_mean_attention, kernels_for
+from megatron_ral.attention import rows as attention_rows
+from megatron_ral.attention.rows import head_mean_attention, kernels_for
 from tests.conftest import PROJECT
 from tests.unit.test_attention_rows import random_qk
 
@@ -71,7 +71,7 @@ def test_kernels_are_compared_with_pytorch_before_they_are_trusted(results):
 
 
 def test_a_fault_leads_back_to_pytorch(monkeypatch, caplog):
-    from megatron_ral.functional import kernel_check
+    from megatron_ral.attention import backend_check as kernel_check
 
     monkeypatch.setattr(kernel_check, "kernel_fault", lambda *arguments: "they are wrong")
     attention_rows.chosen_path.cache_clear()

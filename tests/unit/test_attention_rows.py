@@ -11,9 +11,9 @@ import math
 import pytest
 import torch
 
-from megatron_ral.functional import attention_rows
-from megatron_ral.functional.attention_mass import row_mass
-from megatron_ral.functional.attention_rows import RowKeys, RowQK, attention_policy, head_mean_attention, row_divergence
+from megatron_ral.attention import rows as attention_rows
+from megatron_ral.attention.mass import row_mass
+from megatron_ral.attention.rows import RowKeys, RowQK, attention_distribution, head_mean_attention, row_divergence
 from tests.unit.slow_attention import KINDS, slow_attention, slow_divergences, slow_policy
 
 SCALE, LENGTHS = 0.6, (5, 3)
@@ -80,7 +80,7 @@ def another_policy(qk: RowQK, keys: RowKeys, rows="token", seed=1) -> torch.Tens
     B, G, R, n, D = qk.query_BGRnD.shape
     k, P = qk.prompt_key_BPkD.shape[2], qk.prompt_key_BPkD.shape[1]
     other = random_qk(rows, k=k, m=n // k, B=B, G=G, R=R, P=P, D=D, dtype=qk.query_BGRnD.dtype, seed=seed)
-    return attention_policy(head_mean_attention(other._replace(prompt_lengths_B=qk.prompt_lengths_B)), keys)[0]
+    return attention_distribution(head_mean_attention(other._replace(prompt_lengths_B=qk.prompt_lengths_B)), keys)[0]
 
 
 def gradients(qk: RowQK, target, keys, kind="jsd", weights=1.0) -> tuple[torch.Tensor, ...]:
@@ -105,7 +105,7 @@ def test_rows_and_policies_equal_the_loop(k, m, rows, columns, own):
     ours = head_mean_attention(qk)
     assert torch.allclose(ours, attention, rtol=0, atol=1e-14) and not ours.requires_grad
     assert not ours[attention == 0].any(), "columns that a row cannot see must be exactly 0"
-    ours, mass = attention_policy(ours, keys)
+    ours, mass = attention_distribution(ours, keys)
     assert torch.allclose(ours, policy, rtol=0, atol=1e-14) and not ours[policy == 0].any()
     assert torch.allclose(mass, (attention * (policy > 0)).sum(-1), rtol=0, atol=1e-14) and (mass > 1e-4).all()
 
@@ -114,7 +114,7 @@ def test_heads_are_averaged_before_renormalising():
     """The other order is another distribution; the test must see the difference."""
     qk = random_qk(k=4, m=1)
     keys = row_keys(qk)
-    each = [attention_policy(head_mean_attention(head_shard(qk, h, 4)) * 4, keys)[0] for h in range(4)]
+    each = [attention_distribution(head_mean_attention(head_shard(qk, h, 4)) * 4, keys)[0] for h in range(4)]
     assert (torch.stack(each).mean(0) - slow(qk, keys)[1]).abs().max() > 1e-2
 
 
@@ -258,7 +258,7 @@ def test_cutting_into_pieces_changes_nothing(monkeypatch, cut, kind):
 
     def everything():
         attention = head_mean_attention(qk)
-        return (attention, attention_policy(attention, keys)[0], row_divergence(qk, attention, target, keys, kind),
+        return (attention, attention_distribution(attention, keys)[0], row_divergence(qk, attention, target, keys, kind),
                 *gradients(qk, target, keys, kind, weights))
 
     wanted = everything()
@@ -323,7 +323,7 @@ def test_equal_rows_are_exactly_zero(rows, kind):
     qk = random_qk(rows, dtype=torch.float32)
     keys = row_keys(qk, rows)
     attention = head_mean_attention(qk)
-    value = row_divergence(qk, attention, attention_policy(attention, keys)[0], keys, kind)
+    value = row_divergence(qk, attention, attention_distribution(attention, keys)[0], keys, kind)
     assert torch.equal(value, torch.zeros(2, 3, 4))
     for gradient in torch.autograd.grad(value.sum(), qk[:3], allow_unused=True):
         assert not gradient.any()
@@ -346,7 +346,7 @@ def test_equal_rows_are_exactly_zero_in_whatever_pieces(two_threads):
     whole, single = attention.sum(-1), torch.stack([row.sum() for row in attention[0, 0]])
     assert not torch.equal(whole.flatten(), single), "the test has no power where sums do not depend on the shape"
     for kind in KINDS:
-        value = row_divergence(qk, attention, attention_policy(attention, keys)[0], keys, kind)
+        value = row_divergence(qk, attention, attention_distribution(attention, keys)[0], keys, kind)
         assert not value.any()
         assert not any(gradient.any() for gradient in torch.autograd.grad(value.sum(), qk[:3])), kind
 
@@ -358,7 +358,7 @@ def test_the_signal_of_ral_is_positive_and_right_in_float32(kind):
     keys = row_keys(qk)
     moved = qk._replace(query_BGRnD=qk.query_BGRnD + 1e-4 * torch.randn(
         qk.query_BGRnD.shape, generator=torch.Generator().manual_seed(3)))
-    rows, target = head_mean_attention(moved), attention_policy(head_mean_attention(qk), keys)[0]
+    rows, target = head_mean_attention(moved), attention_distribution(head_mean_attention(qk), keys)[0]
     exact_rows = slow_policy(rows.double(), *keys)
     exact_target = target.double() / target.double().sum(-1, keepdim=True)
     wanted = slow_divergences(exact_rows, exact_target, kind)
@@ -384,7 +384,7 @@ def assert_silent(qk, target, keys, kind, where):
 def test_rows_without_keys_or_without_target_are_silent(kind):
     qk, where = random_qk(dtype=torch.float32), torch.tensor([False, True])
     text_only = row_keys(qk, columns="visual")._replace(columns_BS=torch.tensor([[0, 1, 1] + [0] * 6, [0] * 9]).bool())
-    policy, mass = attention_policy(head_mean_attention(qk), text_only)
+    policy, mass = attention_distribution(head_mean_attention(qk), text_only)
     assert not policy[1].any() and not mass[1].any()
     for target in (another_policy(qk, text_only), torch.softmax(torch.randn(2, 1, 1, 9), -1)):
         assert_silent(qk, target, text_only, kind, where)
@@ -406,7 +406,7 @@ def test_keys_and_rows_of_next_to_no_mass_give_no_nan(kind, columns, gap):
         query = torch.ones(1, 1, 1, 1, 1, dtype=dtype)
         qk = RowQK(query, key, query.new_zeros(1, 1, 0, 1, 1), torch.tensor([4]), 0, 1.0, 1)
         keys = RowKeys(torch.tensor([columns]).bool())
-        target = attention_policy(torch.tensor([0.1, 0.1, 0.4, 0.4], dtype=dtype).view(1, 1, 1, 4), keys)[0]
+        target = attention_distribution(torch.tensor([0.1, 0.1, 0.4, 0.4], dtype=dtype).view(1, 1, 1, 4), keys)[0]
         value = row_divergence(qk, head_mean_attention(qk), target, keys, kind)
         none = columns[0] == 0 and gap >= 103 and dtype == torch.float32
         assert torch.isfinite(value) and (float(value) == 0) == none

@@ -5,12 +5,12 @@ import json
 
 import torch
 
-from megatron_ral.models.group_layout import AttentionRecord
-from megatron_ral.training.batch_files import pack, unpack
+from megatron_ral.attention.group_layout import AttentionRecord
+from megatron_ral.training.replay_files import pack, unpack
 from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts, to_device
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.rollout.evaluation import read_prompts
+from megatron_ral.evaluation.evaluate import read_prompts
 
 
 def same(one, other) -> bool:
@@ -34,7 +34,7 @@ def test_packed_and_unpacked_batch_is_the_same_without_its_pictures(material):
                         tuple(torch.randn(2, 8) for _ in range(3)))
     record = AttentionRecord(*(torch.randn(3, 2, 4, 1, 2, dtype=torch.bfloat16) for _ in range(4)))
     batch = TrainBatch(groups, StepTotals(18, 6, 4), advantages=torch.zeros(3, 2),
-                       target_attention={1: torch.randn(3, 2), 3: record}, takes_part=torch.tensor([True, False, True]))
+                       target_attention={1: torch.randn(3, 2), 3: record}, group_mask=torch.tensor([True, False, True]))
     batch = dataclasses.replace(batch, advantages=torch.tensor([[1.5, -torch.inf]] * 3))
     tensors = {}
     tree = json.loads(json.dumps(pack([batch, batch], tensors)))

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from megatron_ral.parallel.beats import Beat, Judge, blamed, describe
-from megatron_ral.progress import Progress
+from megatron_ral.runtime.heartbeat import Heartbeat, HealthMonitor, stragglers, describe
+from megatron_ral.runtime.progress import Progress
 
-USUAL = Beat(phase="rollout", is_long=False, num_phases=5, step=2, samples="last sample a", place="engine/generate.py:1 in f")
+USUAL = Heartbeat(phase="rollout", is_long=False, num_phases=5, step=2, samples="last sample a", place="engine/pipelined_decoder.py:1 in f")
 LIMITS = (10.0, 100.0)
 
 
@@ -17,7 +17,7 @@ def told(judge, now, **changes):
 
 
 def test_ranks_that_get_on_are_left_alone():
-    judge = Judge(LIMITS, watches_waiting=True)
+    judge = HealthMonitor(LIMITS, watches_waiting=True)
     for now in range(0, 300, 5):
         told(judge, float(now))
         assert judge.silent(now) is None and judge.stalled(now) is None
@@ -25,7 +25,7 @@ def test_ranks_that_get_on_are_left_alone():
 
 def test_a_rank_without_beats_is_named_and_a_long_phase_may_be_quiet():
     for is_long, limit in ((False, 10), (True, 100)):
-        judge = Judge(LIMITS, watches_waiting=True)
+        judge = HealthMonitor(LIMITS, watches_waiting=True)
         for now in range(0, limit + 12):
             told(judge, float(now), r1={"number": 1, "ticks": 1, "is_long": is_long})
             found = judge.silent(now)
@@ -34,7 +34,7 @@ def test_a_rank_without_beats_is_named_and_a_long_phase_may_be_quiet():
 
 
 def test_a_rank_that_does_not_get_on_is_named_unless_it_waits():
-    judge = Judge(LIMITS, watches_waiting=True)
+    judge = HealthMonitor(LIMITS, watches_waiting=True)
     for now in range(0, 25):
         told(judge, float(now), r1={"ticks": 1}, r2={"ticks": 1, "waits_in": "all_reduce"})
         assert judge.silent(now) is None and (judge.stalled(now) is not None) == (now > 10)
@@ -43,7 +43,7 @@ def test_a_rank_that_does_not_get_on_is_named_unless_it_waits():
 
 
 def test_waiting_alone_counts_only_when_nobody_gets_on():
-    judge = Judge(LIMITS, watches_waiting=True)
+    judge = HealthMonitor(LIMITS, watches_waiting=True)
     for now in range(0, 50):  # rank 2 decodes on while the others wait for it
         told(judge, float(now), r0={"ticks": 1, "waits_in": "barrier"}, r1={"ticks": 1, "waits_in": "barrier"})
         assert judge.stalled(now) is None
@@ -55,7 +55,7 @@ def test_waiting_alone_counts_only_when_nobody_gets_on():
 
 
 def test_with_an_accelerator_a_stall_counts_once_nobody_gets_on():
-    judge = Judge(LIMITS, watches_waiting=False)
+    judge = HealthMonitor(LIMITS, watches_waiting=False)
     for now in range(0, 50):
         told(judge, float(now), r1={"ticks": 1, "num_phases": 4})
         assert judge.stalled(now) is None
@@ -65,7 +65,7 @@ def test_with_an_accelerator_a_stall_counts_once_nobody_gets_on():
 
 
 def test_time_in_which_the_judge_was_held_up_counts_for_nobody():
-    judge = Judge((10.0, 100.0), True)
+    judge = HealthMonitor((10.0, 100.0), True)
     told(judge, 0.0)
     judge.skip(60.0)
     assert judge.silent(69.0) is None and judge.stalled(69.0) is None
@@ -73,7 +73,7 @@ def test_time_in_which_the_judge_was_held_up_counts_for_nobody():
 
 
 def test_a_rank_that_has_left_may_be_silent():
-    judge = Judge(LIMITS, watches_waiting=True)
+    judge = HealthMonitor(LIMITS, watches_waiting=True)
     for now in range(0, 30):
         told(judge, float(now), r1={"number": 1, "ticks": 1, "has_left": True})
         assert judge.silent(now) is None and judge.stalled(now) is None
@@ -82,8 +82,8 @@ def test_a_rank_that_has_left_may_be_silent():
 def test_blame_and_description():
     waiting = replace(USUAL, waits_in="all_reduce", num_phases=9)
     beats = {0: waiting, 1: replace(USUAL, num_phases=7), 2: waiting, 3: replace(USUAL, num_phases=8)}
-    assert blamed(beats) == [1]
-    assert blamed({0: waiting, 2: replace(waiting, num_phases=8)}) == [2]
+    assert stragglers(beats) == [1]
+    assert stragglers({0: waiting, 2: replace(waiting, num_phases=8)}) == [2]
     lines = describe(beats)
     assert len(lines) == 2 and lines[0].startswith("  ranks 0, 2: phase 'rollout' of step 2, last sample a, waits for other")
     assert lines[1].startswith("  ranks 1, 3: phase 'rollout'")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_ral.rollout.benchmark import (
+from megatron_ral.evaluation.tables import (
     BenchmarkTable, CategoryRow, Figure, PromptResult, ScoredResponse, write_completions)
 from megatron_ral.types import Sample
 

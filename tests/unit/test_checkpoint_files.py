@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from megatron_ral.models.checkpoints import CheckpointError
+from megatron_ral.errors import CheckpointError
 from megatron_ral.models.shape import read_shape
-from megatron_ral.training.checkpoint_files import (
+from megatron_ral.training.checkpoint.files import (
     MANIFEST, Manifest, begin_folder, checkpoint_root, finish_folder, newest_checkpoint, parameter_tables, read_manifest,
     whole_checkpoints, write_synced)
 
@@ -114,7 +114,7 @@ def test_an_old_one_that_cannot_be_removed_ends_no_run(tmp_path, caplog, monkeyp
         if not ignore_errors:
             raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr("megatron_ral.training.checkpoint_files.shutil.rmtree", busy)
+    monkeypatch.setattr("megatron_ral.training.checkpoint.files.shutil.rmtree", busy)
     (checkpoint_root(str(tmp_path)) / "step_00000000.partial").mkdir()
     save(tmp_path, 2, keep=1)
     assert newest_checkpoint(str(tmp_path)).name == "step_00000002"

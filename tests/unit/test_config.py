@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from megatron_ral.config import ConfigError, check_layout, dump_config, load_config
+from megatron_ral.config import check_layout, dump_config, load_config
+from megatron_ral.errors import ConfigError
 
 GOOD = """
 model: {path: somewhere, dtype: float32}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.data.faults import DataError
+from megatron_ral.errors import DataError
 from megatron_ral.data.index import open_index
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.pictures import patchify_image

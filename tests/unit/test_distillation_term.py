@@ -15,9 +15,9 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.planning.memory import GIB, frozen_bytes, policy_bytes
 from megatron_ral.planning.parameters import stage_parameters
-from megatron_ral.parallel.layout import ParallelLayout
-from megatron_ral.training.distillation import shuffled_visual_columns
-from megatron_ral.training.silent_settings import silent_setting_warnings
+from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.objectives.distillation import shuffled_visual_columns
+from megatron_ral.config.silent_settings import silent_setting_warnings
 
 MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -77,7 +77,7 @@ def test_settings_without_effect_are_named():
 def test_memory_of_a_teacher_at_real_size():
     """32 billion parameters in bfloat16 over tensor 8: an eighth of each cut weight, between uses and while it reads."""
     teacher, student = read_shape(str(MODELS / "qwen2.5-vl-32b")), read_shape(str(MODELS / "qwen2.5-vl-7b"))
-    [stage] = stage_parameters(teacher, ParallelLayout(0, 8, 8, 1))
+    [stage] = stage_parameters(teacher, RankLayout(0, 8, 8, 1))
     held = frozen_bytes(teacher, 8, 1, 8, "bfloat16")
     assert held.shard == 2 * stage.per_tensor_rank and 8 < held.shard / GIB < 10
     assert held.gathered == 0, "one data-parallel rank holds its stage whole"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_ral.functional.divergence import DIVERGENCES
+from megatron_ral.attention.divergence import DIVERGENCES
 from tests.unit.slow_attention import KINDS, slow_divergence
 
 

@@ -5,14 +5,14 @@ import itertools
 import pytest
 
 from megatron_ral.parallel.exchange import Assignment
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (6, 2)]
 
 
 def everywhere(world, home, away, counts):
     """The assignment as each rank sees it."""
-    return [Assignment(ParallelLayout(rank, world, *home), ParallelLayout(rank, world, *away), counts)
+    return [Assignment(RankLayout(rank, world, *home), RankLayout(rank, world, *away), counts)
             for rank in range(world)]
 
 
@@ -56,12 +56,12 @@ def test_nothing_is_sent_in_one_common_layout():
 
 def test_uneven_work_is_spread_in_order():
     """Data ranks with 5, 0 and 1 items over two replicas: three each, in order."""
-    plan = Assignment(ParallelLayout(0, 6, 2, 1), ParallelLayout(0, 6, 1, 3), (5, 0, 1))
+    plan = Assignment(RankLayout(0, 6, 2, 1), RankLayout(0, 6, 1, 3), (5, 0, 1))
     assert [plan.replica(item) for item in plan.items()] == [0, 0, 0, 1, 1, 1]
     assert plan.items()[-1] == (2, 0) and plan.taken() == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_rank_of_inverts_the_layout():
     for rank in range(24):
-        layout = ParallelLayout(rank, 24, 2, 3)
+        layout = RankLayout(rank, 24, 2, 3)
         assert layout.rank_of(layout.tensor_rank, layout.data_rank, layout.pipeline_rank) == rank

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_ral.config.sections import DataConfig
 from megatron_ral.data import processor as processor_module
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.data.faults import DataError
+from megatron_ral.errors import DataError
 from megatron_ral.data.index import index_path, open_index
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.order import EpochOrder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_ral.data.faults import SampleError
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.index import index_path, open_index
 from megatron_ral.data.layouts import read_record
 from megatron_ral.data.processor import PromptProcessor

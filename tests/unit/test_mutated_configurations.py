@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_ral.config import ConfigError, RunConfig, check_layout, load_config
+from megatron_ral.config import RunConfig, check_layout, load_config
+from megatron_ral.errors import ConfigError
 
 RUNS = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from megatron_ral.config.sections import LossConfig
-from megatron_ral.engine.protocol import AttentionRows, Heads, TokenOutputs
-from megatron_ral.functional.attention_targets import success_target
-from megatron_ral.models.group_layout import AttentionRecord, GroupLayout
-from megatron_ral.training.attention_term import PRECISION_FLOOR
-from megatron_ral.training.objective import RalObjective, SftObjective, finish_metrics
+from megatron_ral.attention.layer_rows import AttentionRows, Heads
+from megatron_ral.objectives.base import TokenOutputs
+from megatron_ral.attention.targets.success import success_target
+from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
+from megatron_ral.objectives.attention import PRECISION_FLOOR
+from megatron_ral.objectives.objective import RalObjective, SftObjective, finish_metrics
 from megatron_ral.types import GroupBatch, PromptBatch, StepTotals, TrainBatch
 from tests.unit.slow_attention import KINDS, slow_attention, slow_divergence, slow_policy
 
@@ -350,15 +351,15 @@ def test_groups_that_take_no_part_leave_no_trace():
     objective, parts = make_objective(kl_coef=0.7, entropy_coef=0.3, aggregation="sequence_mean"), {}
     new, entropy = (0.4 * rand(B, G, R, seed=1) - 2).requires_grad_(), rand(B, G, R, seed=4).exp()
     old, ref = 0.4 * rand(B, G, R, seed=2) - 2, 0.4 * rand(B, G, R, seed=3) - 2
-    for takes_part in ([False, True], [False, False]):
+    for group_mask in ([False, True], [False, False]):
         train = train_batch(objective, 7, advantages=ADVANTAGES, old_logprobs=old, ref_logprobs=ref,
-                            takes_part=torch.tensor(takes_part))
+                            group_mask=torch.tensor(group_mask))
         train = batch(7, advantages=ADVANTAGES, **{name: getattr(train, name) for name in (
             "old_logprobs", "ref_logprobs", "takes_part", "target_attention", "attention_advantages")})
         loss, metrics = objective.token_loss(TokenOutputs(new, entropy), train)
         attention, gradients, more = attention_loss(objective, train)
         gradient, = torch.autograd.grad(loss, new)
-        parts[takes_part[1]] = loss, gradient, attention, gradients, {**metrics, **more}
+        parts[group_mask[1]] = loss, gradient, attention, gradients, {**metrics, **more}
     loss, gradient, attention, gradients, metrics = parts[True]
     wanted = slow_token_loss(new, old, ref, entropy, objective.settings, 7, groups=[1])
     assert float(loss) == pytest.approx(float(wanted), rel=1e-12) and not gradient[0].any() and gradient[1].any()
@@ -378,7 +379,7 @@ def test_groups_that_take_no_part_leave_no_trace():
 
 def test_hindsight_leaves_out_groups_that_take_no_part():
     objective = make_objective(attention_target="hindsight", attention_keys="prompt")
-    train = train_batch(objective, 7, takes_part=torch.tensor([False, True]))
+    train = train_batch(objective, 7, group_mask=torch.tensor([False, True]))
     wanted, seen = slow_attention_term(objective.settings, 7, prompts=[1])
     loss, _, metrics = attention_loss(objective, train)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-9) and len(seen) == 1

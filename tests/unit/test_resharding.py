@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ral.models.checkpoints import CheckpointError
-from megatron_ral.models.conversion import expected_shapes, stage_tables
-from megatron_ral.models.resharding import OwnShards, ReshardedState, ShardFile
+from megatron_ral.errors import CheckpointError
+from megatron_ral.weights.conversion import expected_shapes, stage_tables
+from megatron_ral.weights.resharding import OwnShards, ReshardedState, ShardFile
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.layout import ParallelLayout
+from megatron_ral.parallel.rank_layout import RankLayout
 
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 3, 3), (4, 2, 3))
 """Tensor x pipeline x data."""
@@ -39,12 +39,12 @@ def whole_tensors(shape) -> dict[str, torch.Tensor]:
     return result
 
 
-def places(layout: tuple[int, int, int]) -> list[ParallelLayout]:
+def places(layout: tuple[int, int, int]) -> list[RankLayout]:
     tensor, pipeline, data = layout
-    return [ParallelLayout(rank, tensor * pipeline * data, tensor, pipeline) for rank in range(tensor * pipeline * data)]
+    return [RankLayout(rank, tensor * pipeline * data, tensor, pipeline) for rank in range(tensor * pipeline * data)]
 
 
-def state_of(shape, whole, place: ParallelLayout, padding: float) -> dict[str, torch.Tensor]:
+def state_of(shape, whole, place: RankLayout, padding: float) -> dict[str, torch.Tensor]:
     """What one rank holds, made by cutting whole tensors."""
     tables = dict(stage_tables(shape, place.tensor_size, place.pipeline_size))
     state = {"adamw_step": torch.tensor(7.0)}

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ral.config import ConfigError, RunConfig, dump_config, load_config
+from megatron_ral.config import RunConfig, dump_config, load_config
+from megatron_ral.errors import ConfigError
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.rewards.functions import RewardSettingsError, load_function
+from megatron_ral.rewards.functions import load_function
 from megatron_ral.rewards.score import reward_parts, score_response
-from megatron_ral.rollout.scoring import Problem, ProblemLog, found_problems, score_responses
+from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, scoring_issues, score_responses
 from megatron_ral.types import ResponseBatch, Sample, pad_prompts
 
 HERE = __name__
@@ -28,7 +29,7 @@ def brevity(completion: str, solution: str, problem_type: str) -> float:
     return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
 
 
-class Judge:
+class HealthMonitor:
     def __call__(self, completion, solution, problem_type="", *, strict=False):
         return 0.25
 
@@ -36,7 +37,7 @@ class Judge:
         return 0.5
 
 
-judge = Judge()
+judge = HealthMonitor()
 
 
 def with_defaults(completion, *rest):
@@ -94,7 +95,7 @@ def settings(**paths_and_weights) -> RewardConfig:
     ("math:log", "signature"), (f"{HERE}:Judge.method", "cannot be called as"),
 ])
 def test_path_that_cannot_be_used_is_named(path, said):
-    with pytest.raises(RewardSettingsError) as error:
+    with pytest.raises(ConfigError) as error:
         load_function("reward.functions.mine.path", path)
     sentence = str(error.value)
     assert sentence.startswith(f"reward.functions.mine.path = '{path}' ") and said in sentence and "\n" not in sentence
@@ -107,19 +108,19 @@ def test_module_that_fails_is_named(code, said, tmp_path, monkeypatch):
     name = f"broken_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(RewardSettingsError, match=f"key = '{name}:f' cannot be imported .*{said}"):
+    with pytest.raises(ConfigError, match=f"key = '{name}:f' cannot be imported .*{said}"):
         load_function("key", f"{name}:f")
 
 
 @pytest.mark.parametrize("name", ["accuracy", "format", "unparsed", "error"])
 def test_names_of_the_project_are_taken(name):
-    with pytest.raises(RewardSettingsError, match=f"reward.functions.{name}: the name '{name}' is taken"):
+    with pytest.raises(ConfigError, match=f"reward.functions.{name}: the name '{name}' is taken"):
         reward_parts(settings(**{name: ("brevity", 1.0)}))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "two words", "2nd", "x-y"])
 def test_names_that_make_no_tag_are_refused(name):
-    with pytest.raises(RewardSettingsError, match=f"reward.functions: the name '{name}' must be letters"):
+    with pytest.raises(ConfigError, match=f"reward.functions: the name '{name}' must be letters"):
         reward_parts(settings(**{name: ("brevity", 1.0)}))
 
 
@@ -145,7 +146,7 @@ def test_configuration_names_key_and_value(tmp_path):
 
 
 def test_entry_points_refuse_before_anything_is_built(tmp_path):
-    from megatron_ral.cli import read_config
+    from megatron_ral.commands.common import read_config
 
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: somewhere}\ndata: {train: [{shards: a}]}\n")
@@ -228,10 +229,10 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     responses = batch(processor, types=("numerical", "multiple choise"))
     reward = RewardConfig(accuracy="by_type", functions=settings(judge=("fails_on_8", 2.0)).functions)
     score = score_responses(responses, processor, RunConfig(reward=reward))
-    found = list(found_problems(score, responses.prompts.prompts))
+    found = list(scoring_issues(score, responses.prompts.prompts))
     assert Counter(problem.kind for problem in found) == {"problem_type 'multiple choise'": 4, "reward 'judge'": 3,
                                                           "unparsed": 3}
-    log = ProblemLog(limit=2)
+    log = ScoringIssueLog(limit=2)
     with caplog.at_level(logging.WARNING):
         log.write(found, "step 3: ")
         log.write(found, "step 4: ")
@@ -241,7 +242,7 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     failed = "reward 'judge': RuntimeError: the judge is out: "
     assert sum("key 0" in line and failed + repr(TEXTS[0][1]) in line for line in lines) == 1
     assert sum("key 1" in line and "problem_type 'multiple choise': has no rule" in line for line in lines) == 2
-    assert {problem.kind for problem in found_problems(score, responses.prompts.prompts, unparsed=False)} == {
+    assert {problem.kind for problem in scoring_issues(score, responses.prompts.prompts, unparsed=False)} == {
         "problem_type 'multiple choise'", "reward 'judge'"}
 
 
@@ -255,7 +256,7 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
     told = []
     monkeypatch.setattr(trainer, "gather_objects", lambda value, group: told.append(value) or [value, value])
     for is_main, lines in ((False, 0), (True, 6)):
-        run = SimpleNamespace(groups=SimpleNamespace(data=None), is_main=is_main, problems=ProblemLog())
+        run = SimpleNamespace(groups=SimpleNamespace(data=None), is_main=is_main, problems=ScoringIssueLog())
         with caplog.at_level(logging.WARNING):
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[scored]), 4)
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[]), 5)
@@ -264,9 +265,9 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
 
 
 def test_log_shows_no_more_kinds_than_it_should(caplog):
-    log = ProblemLog(limit=1, kinds=3)
+    log = ScoringIssueLog(limit=1, kinds=3)
     with caplog.at_level(logging.WARNING):
-        log.write(Problem(f"problem_type '{number % 7}'", str(number)) for number in range(50))
+        log.write(ScoringIssue(f"problem_type '{number % 7}'", str(number)) for number in range(50))
     assert [record.getMessage() for record in caplog.records] == ["0", "1", "2"]
 
 

@@ -11,12 +11,13 @@ import torch
 from megatron_ral.config import RunConfig
 from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.sections import RolloutConfig
-from megatron_ral.engine.protocol import ForwardOutput, TokenOutputs
+from megatron_ral.engine.outputs import ForwardOutput
+from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.functional.advantages import group_advantages
-from megatron_ral.functional.attention_targets import mean_prompt_row, success_target
+from megatron_ral.attention.targets.success import mean_prompt_row, success_target
 from megatron_ral.rollout import collect
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
-from megatron_ral.rollout.collect import ScoredGroups, shuffled_order
+from megatron_ral.rollout.collect import RolloutBatch, shuffled_order
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
@@ -53,7 +54,7 @@ def rollout():
     for indices in ([0, 1], [2, 3]):
         batch = responses(indices)
         rewards = torch.tensor([REWARDS[index] for index in indices])
-        result.append(ScoredGroups(GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
+        result.append(RolloutBatch(GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
                                    Score(rewards, {}, ()), rewards, rewards.flip(1), batch.rollout_logprobs,
                                    batch.finished, torch.zeros(2, dtype=torch.bool)))
     return result
@@ -177,7 +178,7 @@ def test_kept_rows_become_targets():
 KEYS = list(range(6))
 
 
-def shuffled(monkeypatch, indices=KEYS, micro_batch_size=6, **settings) -> list[ScoredGroups]:
+def shuffled(monkeypatch, indices=KEYS, micro_batch_size=6, **settings) -> list[RolloutBatch]:
     rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0 + index] for index in indices])
     return collected(monkeypatch, indices, micro_batch_size, group_size=7, rewards=rewards,
                      attention_advantages="shuffled", **settings)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ral.config.sections import LossConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig
-from megatron_ral.training.silent_settings import silent_setting_warnings
+from megatron_ral.config.silent_settings import silent_setting_warnings
 
 
 def warnings(**sections) -> str:

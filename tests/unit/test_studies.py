@@ -96,7 +96,7 @@ def test_a_run_that_fails_names_its_log(tmp_path):
 def test_every_arm_of_the_studies_is_a_configuration():
     """Settings of all arms load on top of the files they change."""
     from megatron_ral.config import load_config
-    from megatron_ral.training.silent_settings import silent_setting_warnings
+    from megatron_ral.config.silent_settings import silent_setting_warnings
 
     folder = Path(__file__).parents[2] / "pretrained_configs" / "runs"
     for name, arm in study.ARMS.items():

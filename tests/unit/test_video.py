@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_ral.config import ConfigError
+from megatron_ral.errors import ConfigError
 from megatron_ral.data.video import (FAMILIES, DecodedVideo, VideoError, VideoSettings, decode_video, frames_video,
                                      grid_timestamps, patchify_video, sample_indices, seconds_per_grid, video_grid,
                                      visual_token_count)

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 
-from megatron_ral.parallel.watchdog import main_thread_place
+from megatron_ral.runtime.watchdog import main_thread_place
 
 
 def seen_during(action) -> tuple[str, str]:

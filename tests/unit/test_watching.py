@@ -20,8 +20,8 @@ from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.watching import LoggingConfig
 from megatron_ral.models.flops import group_flops, tower_flops_per_patch
 from megatron_ral.models.shape import read_shape
-from megatron_ral.training.dashboard import flat_settings, method
-from megatron_ral.training.throughput import known_peak_tflops
+from megatron_ral.training.logging.dashboard import flat_settings, method
+from megatron_ral.training.logging.throughput import known_peak_tflops
 from tests.distributed.cases import make_config
 
 PROJECT = Path(__file__).parents[2]

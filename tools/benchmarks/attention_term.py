@@ -36,7 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
-from megatron_ral.functional.attention_rows import RowKeys, RowQK, attention_policy, head_mean_attention, row_divergence
+from megatron_ral.attention.rows import RowKeys, RowQK, attention_distribution, head_mean_attention, row_divergence
 
 HEADS, KEY_HEADS, WIDTH = 28, 4, 128
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -75,7 +75,7 @@ def make_layer(S: int, R: int, key_heads: int, device: str) -> Layer:
     query, key, value, cotangent, other = make(heads), make(key_heads), make(key_heads), make(heads), make(heads)
     keys = RowKeys(torch.ones(1, S, dtype=torch.bool, device=device), torch.arange(S - R, S, device=device)[None])
     layer = Layer(other, key, value, cotangent, R, keys, key)
-    target = attention_policy(head_mean_attention(layer.rows()), keys)[0]
+    target = attention_distribution(head_mean_attention(layer.rows()), keys)[0]
     leaves = (tensor.requires_grad_() for tensor in (query, key, value))
     return Layer(*leaves, cotangent / S, R, keys, target)
 

@@ -41,21 +41,21 @@ def make_inputs(root: Path, arguments: argparse.Namespace) -> None:
 
 def measure(root: Path, arguments: argparse.Namespace) -> None:
     """Train and print."""
-    from megatron_ral.cli import quiet_third_parties
+    from megatron_ral.commands.common import quiet_third_parties
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     quiet_third_parties()
     choose_deepspeed_accelerator()
     from megatron_ral.config import load_config
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.training.step import sft_step
     from megatron_ral.training.trainer import Inputs, Trainer
 
     config = load_config(root / "run.yaml", [f"model.path={root}/model", f"train.output_dir={root}/out",
                                              f"data.train=[{{shards: '{root}/data/search-*.tar'}}]"])
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
-    trainer = Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, False))
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    trainer = Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, False))
     writer = trainer.checkpoints
 
     def step() -> None:

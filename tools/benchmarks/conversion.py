@@ -26,8 +26,8 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
     """Random bfloat16 weights; returns all bytes and the bytes of each tensor, largest first."""
     import torch
 
-    from megatron_ral.models.checkpoints import SafetensorsWriter
-    from megatron_ral.models.conversion import expected_shapes
+    from megatron_ral.weights.folders import SafetensorsWriter
+    from megatron_ral.weights.conversion import expected_shapes
     from megatron_ral.models.shape import read_shape
 
     config = json.loads((PROJECT / "pretrained_configs/models/qwen2.5-vl-72b/config.json").read_text())

@@ -103,19 +103,19 @@ def open_transformers(args: argparse.Namespace):
 
 def open_stages(args: argparse.Namespace):
     """As `open_transformers`."""
-    from megatron_ral.parallel.groups import start_groups
+    from megatron_ral.parallel.process_groups import start_groups
 
-    groups = start_groups(tensor_size=1, pipeline_size=int(os.environ["WORLD_SIZE"]), seed=0)
+    process_groups = start_groups(tensor_size=1, pipeline_size=int(os.environ["WORLD_SIZE"]), seed=0)
     from megatron_ral.engine.frozen import FrozenEngine
-    from megatron_ral.engine.generate import SamplingSettings, sample_responses
-    from megatron_ral.engine.in_flight import BatchInFlight
+    from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
+    from megatron_ral.engine.decoding_batch import DecodingBatch
     from megatron_ral.models.shape import read_shape
 
     prompts, _ = read_prompts(args)
-    engine, draw = FrozenEngine(read_shape(args.model), groups, "float32", args.model), BatchInFlight.draw
+    engine, draw = FrozenEngine(read_shape(args.model), process_groups, "float32", args.model), DecodingBatch.draw
 
-    def draw_ends(batch, logits, groups):
-        token = draw(batch, logits, groups)
+    def draw_ends(batch, logits, process_groups):
+        token = draw(batch, logits, process_groups)
         return token.masked_fill(batch.rows % 2 == 1, END) if batch.step == args.length // 4 - 1 else \
             token.masked_fill(token == END, END + 1)
 
@@ -123,7 +123,7 @@ def open_stages(args: argparse.Namespace):
         import torch
 
         settings = SamplingSettings(group_size, length, END if ended else -1, 0, 0.0 if greedy else 1.0)
-        BatchInFlight.draw = draw_ends if ended else draw
+        DecodingBatch.draw = draw_ends if ended else draw
         with engine.resident():
             rows = [batch.response_ids.flatten(0, 1)
                     for batch, _ in sample_responses(engine, prompts, settings, len(prompts))]

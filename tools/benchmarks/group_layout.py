@@ -75,7 +75,7 @@ class Bench:
         from megatron_ral.models.shape import read_shape
         from megatron_ral.training.build import build_objective
 
-        self.groups, self.clock = groups, clock
+        self.process_groups, self.clock = groups, clock
         model = make_model(folder, args.scale, args.layers, args.vocab_size)
         self.config = settings_of("grpo_7b", model, [
             f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
@@ -95,7 +95,7 @@ class Bench:
         with self.clock.measure(f"{name} old"):
             old = self.policy.forward(batches)
         totals = global_totals([batch.response_lengths for batch in batches], self.config.rollout.max_response_length,
-                               self.groups)
+                               self.process_groups)
         minibatch = [TrainBatch(scored.groups, totals, scored.advantages, output.tokens.logprobs)
                      for scored, output in zip(rollout, old)]
         with self.clock.measure(f"{name} update"), self.policy.ready():
@@ -167,7 +167,7 @@ def main() -> None:
         print(f"ratio group_layout_tower {pictures / args.prompts:.2f}")
         print(f"ratio group_layout_old {speed['old'] / ratio:.3f}")
         print(f"ratio group_layout {speed['update'] / ratio:.3f}")
-    from megatron_ral.parallel.groups import stop_groups
+    from megatron_ral.parallel.process_groups import stop_groups
 
     stop_groups()
 

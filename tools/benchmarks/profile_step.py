@@ -33,7 +33,7 @@ def make_trainer(run: Path, folder: str, settings: list[str]):
     choose_deepspeed_accelerator()
     from megatron_ral.config import load_config
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.parallel.groups import start_groups
+    from megatron_ral.parallel.process_groups import start_groups
     from megatron_ral.training.trainer import Inputs, Trainer
 
     resolved = next(iter(sorted((run / "rl" / "checkpoints").glob("step_*/config.yaml"))), None)
@@ -41,8 +41,8 @@ def make_trainer(run: Path, folder: str, settings: list[str]):
         raise SystemExit(f"error: --run {run} holds no rl/checkpoints; make it with `bash launch_scripts/ral_tiny.sh`")
     config = load_config(resolved, [f"train.output_dir={folder}", "logging.tensorboard=false", "data.eval_shards=''",
                                     "logging.gradient_ratio_interval=0", *settings])
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed)
-    return Trainer(config, read_shape(config.model.path), groups, Inputs.open(config, False))
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed)
+    return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, False))
 
 
 def steps(trainer, first: int, count: int) -> tuple[dict[str, float], float]:

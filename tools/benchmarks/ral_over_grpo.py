@@ -60,7 +60,7 @@ class Depth:
         from megatron_ral.models.shape import read_shape
         from megatron_ral.training.build import build_objective
 
-        self.num_layers, self.groups, self.clock = num_layers, groups, clock
+        self.num_layers, self.process_groups, self.clock = num_layers, groups, clock
         self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # all of one layer is one layer
         model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
         lengths = [f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
@@ -97,7 +97,7 @@ class Depth:
             with self.clock.measure(f"{self.num_layers} {side} old"):
                 old = policy.forward(batches, sorted(objective.recorded_layers), keep=objective.term.keep)
             before = self.old.get(side, old)  # off policy but in the first round: AdamW stands between
-            [minibatch] = assemble_minibatches(self.rollout, before, None, before, config, self.groups)
+            [minibatch] = assemble_minibatches(self.rollout, before, None, before, config, self.process_groups)
             self.old[side] = old
             with self.clock.measure(f"{self.num_layers} {side} gradients"), policy.ready():
                 accumulate_gradients(policy, minibatch, objective, config, False)
@@ -196,7 +196,7 @@ def main() -> None:
                     depth.step(side)
                 depth.move()
         report(depths, clock)
-    from megatron_ral.parallel.groups import stop_groups
+    from megatron_ral.parallel.process_groups import stop_groups
 
     stop_groups()
 

@@ -97,7 +97,7 @@ def run_ours(args: argparse.Namespace) -> None:
     """`Trainer.run` on the folder."""
     import torch
 
-    from megatron_ral.cli import quiet_third_parties
+    from megatron_ral.commands.common import quiet_third_parties
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     torch.set_num_threads(args.threads)
@@ -105,7 +105,7 @@ def run_ours(args: argparse.Namespace) -> None:
     choose_deepspeed_accelerator()
     from megatron_ral.config import load_config
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.parallel.groups import start_groups, stop_groups
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.training import step, trainer
 
     clock = SimpleNamespace(perf_counter=time.perf_counter if args.clock == "wall" else time.process_time)
@@ -130,10 +130,10 @@ def run_ours(args: argparse.Namespace) -> None:
         f"train.num_steps={args.steps + 1}", f"train.output_dir={folder}/run-{os.getpid()}", "train.export=false",
         "logging.tensorboard=false", "logging.gradient_ratio_interval=0", "logging.completions_interval=0",
         "logging.probe_interval=0"])
-    groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     inputs = trainer.Inputs.open(config, False)
     inputs.processor.end_token_id = -1  # no response ends before its length
-    Timed(config, read_shape(config.model.path), groups, inputs).run()
+    Timed(config, read_shape(config.model.path), process_groups, inputs).run()
     groups_seen = [scored.groups for report in reports for scored in report.rollout]
     assert all(int(seen.response_lengths.min()) == args.length for seen in groups_seen)
     assert "loss/attention" in reports[-1].metrics

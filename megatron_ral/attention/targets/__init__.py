@@ -1,0 +1,1 @@
+"""Targets of the attention divergence, one file each."""

@@ -1,0 +1,1 @@
+"""Command lines: one file each, from arguments to one call."""

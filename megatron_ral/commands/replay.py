@@ -1,0 +1,74 @@
+"""Run a skipped optimizer step again and say what is not finite: `torchrun ... -m megatron_ral.replay FOLDER`.
+
+FOLDER is one of <output_dir>/replay of a run; the run's log has the whole command. Needs as many processes as the run had.
+Exit status 0: not finite again; 1: finite this time (another machine, another version); 2: it cannot be run.
+"""
+
+import argparse
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ral.commands.common import fail, quiet_third_parties
+from megatron_ral.config import load_config
+from megatron_ral.errors import ConfigError
+
+
+def main() -> None:
+    quiet_third_parties()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a folder of <output_dir>/replay")
+    folder, world_size = parser.parse_args().folder, int(os.environ.get("WORLD_SIZE", 1))
+
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
+    from megatron_ral.data.processor import PromptProcessor
+    from megatron_ral.engine.policy import PolicyEngine
+    from megatron_ral.errors import CheckpointError
+    from megatron_ral.models.folder import config_folder, read_json
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.training.replay_files import MANIFEST, load_replay
+    from megatron_ral.training.build import build_objective, build_teacher
+    from megatron_ral.objectives.objective import SftObjective
+    from megatron_ral.training.replay import run_again
+
+    try:
+        manifest = read_json(folder / MANIFEST, "step", "update", "world_size", "metrics")
+        if manifest["world_size"] != world_size:
+            raise ConfigError(f"'{folder}' is of a run with {manifest['world_size']} processes, not {world_size}; start as "
+                              "many")
+        config = load_config(folder / "config.yaml", [f"model.path='{folder / 'hf'}'"])
+        batches, _, tensors = load_replay(folder, int(os.environ.get("RANK", 0)))
+        shape = read_shape(config.model.path)
+        teacher_shape = read_shape(config.teacher.path, "teacher.path") if config.distills else None
+    except (CheckpointError, ConfigError) as error:
+        fail(error)
+    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
+                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
+                          timeout_minutes=config.parallel.timeout_minutes)
+    objective = SftObjective()
+    if config.train.algorithm == "ral":
+        teacher = None
+        if teacher_shape is not None:
+            processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
+                                        config.data.include_process, config.data.max_visual_tokens,
+                                        config.data.prompt_suffix)
+            teacher = build_teacher(config, teacher_shape, shape, process_groups, processor)
+        objective = build_objective(config, shape, process_groups, teacher)
+        coef = manifest["metrics"].get("attention/coef", objective.attention_coef)
+        objective = replace(objective, attention_coef=coef if math.isfinite(coef) else 1.0)
+    again, lines, passes = run_again(PolicyEngine(shape, process_groups, config), batches, tensors, objective)
+    if process_groups.layout.rank == 0:
+        print(f"step {manifest['step']}, update {manifest['update']}: {len(batches)} micro-batches on each of "
+              f"{process_groups.layout.data_size} data-parallel ranks")
+        print("\n".join(lines + [str(made) for made in passes]))
+        print("reproduced: the loss or the gradient is not finite" if again else
+              "not reproduced: the loss and the gradient are finite here", flush=True)
+    stop_groups()
+    if not again:
+        raise SystemExit(1)
+
+

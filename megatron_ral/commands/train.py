@@ -1,0 +1,112 @@
+"""Train: `torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume]
+[--dry-run | --preflight]`.
+
+Arguments -> configuration -> checks that need no memory -> build -> run.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from megatron_ral.commands.common import dry_run, fail, leave, parse_arguments, quiet_third_parties, read_config, say_error
+from megatron_ral.config import RunConfig
+from megatron_ral.errors import ConfigError
+
+
+def _extra(parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output_dir")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and layout, and exit")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks and what they see, and exit")
+
+
+def _check_models(config: RunConfig):
+    """Shapes of the model and of the teacher (or None), after everything that their folders and the reference's can
+    contradict."""
+    from megatron_ral.models.shape import read_shape
+
+    shape = read_shape(config.model.path)
+    shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    shape.layer_indices(config.loss.attention_layers)
+    if config.model.reference_path:
+        shape.check_same_architecture(read_shape(config.model.reference_path, "model.reference_path"),
+                                      "model.reference_path")
+    if not config.distills:
+        return shape, None
+    shape.layer_indices(config.distill.attention_layers, "distill.attention_layers")
+    teacher = read_shape(config.teacher.path, "teacher.path")
+    teacher.check_layout(*config.teacher_layout, section="teacher")
+    shape.check_teacher(teacher)
+    if config.distill.top_tokens > min(shape.vocab_size, teacher.vocab_size):
+        raise ConfigError(f"distill.top_tokens = {config.distill.top_tokens} is more than the "
+                          f"{min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them")
+    return shape, teacher
+
+
+def main() -> None:
+    started = time.monotonic()
+    quiet_third_parties()
+    arguments = parse_arguments(__doc__, _extra)
+    config = shape = teacher = None
+    problems: list[Exception] = []
+    try:
+        config = read_config(arguments)
+        shape, teacher = _check_models(config)
+    except ConfigError as error:
+        if int(os.environ.get("RANK", 0)) == 0 or arguments.dry_run:
+            fail(error)
+        problems.append(error)  # this rank may be the only one; the first one will say so
+    if arguments.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(dry_run(config, shape, teacher))
+        return
+
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
+    from megatron_ral.errors import AgreedError, CheckpointError, DataError
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.planning.memory import check_fits
+    from megatron_ral.planning.preflight import PreflightError, check_launch
+    from megatron_ral.runtime.progress import progress
+    from megatron_ral.runtime.watchdog import Watchdog
+    from megatron_ral.runtime.stopping import StopRequests
+    from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
+
+    if not problems:  # everything on disk is looked at, and all ranks are compared, before any memory is taken
+        for look in (lambda: teacher is None or check_fits(config, shape, teacher),
+                     lambda: Inputs.open(config, arguments.resume)):
+            try:
+                inputs = look()
+            except (CheckpointError, ConfigError, DataError, OSError) as error:
+                problems.append(error)
+    try:
+        line = check_launch(config, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
+    except PreflightError:
+        leave(2)
+    if int(os.environ.get("RANK", 0)) == 0 and (arguments.preflight or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        print(line, flush=True)
+    if arguments.preflight:
+        return
+    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
+                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
+                          timeout_minutes=config.parallel.timeout_minutes)
+    watchdog = Watchdog(process_groups.layout.rank, process_groups.layout.world_size, config.watchdog.timeout_seconds,
+                        config.watchdog.long_timeout_seconds, watches_waiting=process_groups.device.type == "cpu",
+                        log=Path(config.train.output_dir) / "watchdog.log")
+    stopping = StopRequests(config.train.time_limit_minutes, started)
+    stopping.listen()
+    try:
+        Trainer(config, shape, process_groups, inputs, teacher, stopping).run()
+    except (AgreedError, TooManySkippedSteps) as error:
+        watchdog.leave()
+        fail(error)
+    except (CheckpointError, ConfigError, DataError) as error:
+        watchdog.announce(f"ended with an error: {error}")
+        fail(error, everywhere=False)
+    except BaseException as error:
+        watchdog.end_with(error)
+    with progress.within("leaving"):
+        watchdog.leave()
+        stop_groups()
+
+

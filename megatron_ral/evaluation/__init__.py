@@ -1,0 +1,1 @@
+"""Held-out evaluation: prompts, tables by category, probes and pictures of attention."""

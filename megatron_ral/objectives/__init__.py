@@ -1,0 +1,1 @@
+"""Losses as lists of terms that an engine calls back."""

@@ -1,0 +1,128 @@
+"""Batches of optimizer steps that were skipped, on disk, to be run again by `megatron_ral.replay`.
+
+    <output_dir>/replay/step_00000003_update_001/     rank_00000.safetensors ...  rank_00000.json ...
+                                                      hf/ (the weights they met)  config.yaml  replay.json (written last)
+
+The tensors of a rank's micro-batches are named by their place in them (`0.groups.prompts.input_ids`), the rest of the
+dataclasses is JSON; nothing is pickled. Encoded pictures are left out: the pixels are there.
+"""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Mapping, Optional, Sequence
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.errors import CheckpointError
+from megatron_ral.models.folder import read_json
+from megatron_ral.attention.group_layout import AttentionRecord
+from megatron_ral.weights.stage_weights import export_stage
+from megatron_ral.parallel.collectives import barrier, from_first_rank_of_all
+from megatron_ral.training.step import SkippedUpdate
+from megatron_ral.types import (
+    GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch)
+
+MANIFEST = "replay.json"
+_TYPES = {kind.__name__: kind for kind in (AttentionRecord, GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals,
+                                           TargetFrames, TrainBatch)}
+_LEFT_OUT = {"Sample": {"images": (), "videos": ()}}
+
+
+def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
+    """A value of dataclasses, tuples, mappings and tensors as JSON; its tensors go to `tensors`, named by their place."""
+    below = f"{place}." if place else ""
+    if torch.is_tensor(value):
+        tensors[place] = value.detach().cpu().contiguous().clone()
+        return {"tensor": place}
+    if dataclasses.is_dataclass(value):
+        kind = type(value).__name__
+        assert kind in _TYPES, kind
+        fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)} | _LEFT_OUT.get(kind, {})
+        return {"type": kind, "fields": {name: pack(item, tensors, below + name) for name, item in fields.items()}}
+    if isinstance(value, Mapping):
+        return {"items": [[key, pack(item, tensors, f"{below}{key}")] for key, item in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return {"tuple": [pack(item, tensors, f"{below}{index}") for index, item in enumerate(value)]}
+    assert value is None or isinstance(value, (bool, int, float, str)), type(value)
+    return value
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Inverse of `pack`."""
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "type" in tree:
+        return _TYPES[tree["type"]](**{name: unpack(item, tensors) for name, item in tree["fields"].items()})
+    if "items" in tree:
+        return {key: unpack(item, tensors) for key, item in tree["items"]}
+    return tuple(unpack(item, tensors) for item in tree["tuple"])
+
+
+def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, config: RunConfig, step: int) -> Optional[Path]:
+    """Write a skipped batch of all ranks with the weights, which have not moved since; every rank calls it.
+
+    Args:
+        step: 1-based.
+
+    Returns:
+        The folder, or None where train.keep_replays are there already.
+    """
+    root, layout = Path(config.train.output_dir) / "replay", policy.layout
+    folder = root / f"step_{step:08d}_update_{skipped.update + 1:03d}"
+    partial = folder.with_name(folder.name + ".partial")
+
+    def begin() -> bool:
+        if len(list(root.glob(f"step_*/{MANIFEST}"))) >= config.train.keep_replays:
+            return False
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return True
+
+    if not from_first_rank_of_all(begin):
+        return None
+    tensors: dict[str, Tensor] = {}
+    tree = {"batches": pack(list(skipped.minibatch), tensors), "scores": pack(list(skipped.scores), tensors, "scores")}
+    save_file(tensors, partial / f"rank_{layout.rank:05d}.safetensors")
+    (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(tree))
+    with policy.resident():
+        export_stage(policy.stage, policy.process_groups, config.model.path, str(partial / "hf"))
+    if layout.rank == 0:
+        (partial / "config.yaml").write_text(dump_config(config))
+        manifest = {"step": step, "update": skipped.update + 1, "world_size": layout.world_size,
+                    "metrics": dict(skipped.metrics), "command": replay_command(folder, layout.world_size)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    barrier()
+    return folder
+
+
+def load_replay(folder: Path, rank: int) -> tuple[list[TrainBatch], Sequence[Score], dict[str, Tensor]]:
+    """This rank's micro-batches, the scores of their responses, and all of it as tensors by place.
+
+    Raises:
+        CheckpointError: not a whole replay, or one of fewer ranks.
+    """
+    name = folder / f"rank_{rank:05d}"
+    tree = read_json(name.with_suffix(".json"), "batches", "scores")
+    try:
+        tensors = load_file(name.with_suffix(".safetensors"))
+    except Exception as error:
+        raise CheckpointError(f"'{name}.safetensors' is not readable ({error})") from None
+    return list(unpack(tree["batches"], tensors)), unpack(tree["scores"], tensors), tensors
+
+
+def replay_command(folder: Path, world_size: int) -> str:
+    """What runs a replay again, in a shell where the training was started."""
+    return (f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc-per-node {world_size} "
+            f"-m megatron_ral.replay {shlex.quote(str(Path(folder).resolve()))}")

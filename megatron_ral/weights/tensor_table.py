@@ -1,0 +1,158 @@
+"""The table of every parameter of a stage: its Hugging Face tensors, how they are merged, and how the result is cut.
+
+Loading, exporting and converting all follow it. Fused layouts of megatron-core: `linear_qkv` interleaves per key/value
+group [q of the group, k, v]; `linear_fc1` is [gate; up] on every rank. No module is built here.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ral.weights.folders import Weights
+from megatron_ral.models.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class StageTensor:
+    """One parameter of a stage and its Hugging Face tensors."""
+
+    name: str
+    """Name inside MultimodalStage."""
+    sources: tuple[str, ...]
+    """Names in the Hugging Face folder."""
+    merge: Callable[[list[Tensor]], Tensor]
+    """Hugging Face tensors -> full parameter (all tensor ranks)."""
+    split: Callable[[Tensor], list[Tensor]]
+    """Inverse of merge."""
+    cut_dim: Optional[int]
+    """Dimension cut over tensor ranks; None: every rank holds a copy."""
+    interleaved: int = 1
+    """Equal blocks along cut_dim, each of which is cut by itself (2 for [gate; up])."""
+    merge_parts: Optional[Callable[[list[Tensor]], Tensor]] = None
+    """One rank's parts of the Hugging Face tensors -> its shard; None: the shard is no merge of equal parts."""
+
+    def cut(self, full: Tensor, tensor_rank: int, tensor_size: int) -> Tensor:
+        """This rank's shard of the full parameter."""
+        if self.cut_dim is None or tensor_size == 1:
+            return full
+        blocks = full.chunk(self.interleaved, dim=self.cut_dim)
+        return torch.cat([block.chunk(tensor_size, dim=self.cut_dim)[tensor_rank] for block in blocks], self.cut_dim)
+
+    def read(self, weights: Weights, tensor_rank: int, tensor_size: int) -> Tensor:
+        """This rank's shard from a checkpoint; where the layout allows, no more is read than it holds."""
+        if self.cut_dim is None or tensor_size == 1 or self.merge_parts is None:
+            return self.cut(self.merge([weights[name] for name in self.sources]), tensor_rank, tensor_size)
+        parts = []
+        for name in self.sources:
+            length = weights.shape_of(name)[self.cut_dim]
+            share = -(-length // tensor_size)  # the last ranks' vocabulary may be shorter
+            start = min(tensor_rank * share, length)
+            parts.append(weights.part(name, self.cut_dim, start, min(start + share, length)))
+        return self.merge_parts(parts)
+
+    def join(self, shards: Iterable[Tensor], tensor_size: int) -> Tensor:
+        """Full parameter from the shards of all tensor ranks in order; one shard at a time need be in memory."""
+        full = None
+        for rank, shard in enumerate(shards):
+            if self.cut_dim is None or tensor_size == 1:
+                return shard
+            if full is None:
+                size = list(shard.shape)
+                size[self.cut_dim] *= tensor_size
+                full = shard.new_empty(size)
+            blocks = zip(full.chunk(self.interleaved, self.cut_dim), shard.chunk(self.interleaved, self.cut_dim))
+            for whole, part in blocks:
+                whole.chunk(tensor_size, self.cut_dim)[rank].copy_(part)
+        assert full is not None
+        return full
+
+
+def _one(tensors: list[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+def _same(full: Tensor) -> list[Tensor]:
+    return [full]
+
+
+def _padded(rows: int) -> Callable[[list[Tensor]], Tensor]:
+    """Zero rows up to `rows` (vocabulary padding)."""
+
+    def merge(tensors: list[Tensor]) -> Tensor:
+        (full,) = tensors
+        return torch.cat([full, full.new_zeros(rows - len(full), *full.shape[1:])]) if rows > len(full) else full
+
+    return merge
+
+
+def _first(rows: int) -> Callable[[Tensor], list[Tensor]]:
+    return lambda full: [full[:rows]]
+
+
+def _halves(full: Tensor) -> list[Tensor]:
+    return list(full.chunk(2))
+
+
+def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]:
+    """[q; k; v] as three Hugging Face tensors <-> one tensor interleaved per key/value group, for so many groups."""
+    K, D, m = num_groups, shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
+
+    def merge(tensors: list[Tensor]) -> Tensor:
+        rest = tensors[0].shape[1:]
+        parts = [tensor.reshape(K, -1, *rest) for tensor in tensors]
+        return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+    def split(full: Tensor) -> list[Tensor]:
+        rest = full.shape[1:]
+        parts = full.reshape(K, (m + 2) * D, *rest).split([m * D, D, D], dim=1)
+        return [part.reshape(-1, *rest) for part in parts]
+
+    return merge, split
+
+
+def stage_tensors(shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int,
+                  visual_names: Sequence[str] = ()) -> Iterator[StageTensor]:
+    """Every parameter of a stage that holds `layers`, in module order.
+
+    Args:
+        shape: model.
+        layers: 0-based layers of the stage.
+        first, last: whether it is the first / last stage.
+        tensor_size: tensor-parallel ranks, which decide the vocabulary's padding.
+        visual_names: parameter names inside the vision tower (first stage).
+    """
+    padded_rows = shape.padded_vocab_size(tensor_size)
+    vocabulary = (_padded(padded_rows), _first(shape.vocab_size), 0, 1, _padded(padded_rows // tensor_size))
+    for name in visual_names if first else ():
+        yield StageTensor(f"visual.{name}", (f"visual.{name}",), _one, _same, None)
+    if first:
+        yield StageTensor("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), *vocabulary)
+    qkv_merge, qkv_split = _qkv_layout(shape, shape.num_query_groups)
+    whole_groups = shape.num_query_groups % tensor_size == 0
+    qkv_parts = _qkv_layout(shape, shape.num_query_groups // tensor_size)[0] if whole_groups else None
+    for index, layer in enumerate(layers):
+        ours, theirs = f"language.decoder.layers.{index}", f"model.layers.{layer}"
+        attention = f"{theirs}.self_attn"
+        yield StageTensor(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), _one, _same, None)
+        for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
+            sources = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
+            yield StageTensor(f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts)
+        yield StageTensor(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1,
+                          1, _one)
+        for part in "qk" if shape.family.qk_norm else "":
+            yield StageTensor(f"{ours}.self_attention.{part}_layernorm.weight", (f"{attention}.{part}_norm.weight",),
+                              _one, _same, None)
+        yield StageTensor(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), _one,
+                          _same, None)
+        yield StageTensor(f"{ours}.mlp.linear_fc1.weight",
+                          (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"), torch.cat, _halves, 0, 2,
+                          torch.cat)
+        yield StageTensor(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), _one, _same, 1, 1, _one)
+    if last:
+        yield StageTensor("language.decoder.final_layernorm.weight", ("model.norm.weight",), _one, _same, None)
+        if not shape.tie_word_embeddings:
+            yield StageTensor("language.output_layer.weight", ("lm_head.weight",), *vocabulary)
+        elif not first:
+            yield StageTensor("language.output_layer.weight", ("model.embed_tokens.weight",), *vocabulary)
