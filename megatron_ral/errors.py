@@ -61,4 +61,8 @@ def show_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return str(list(value))
     text = str(value)
-    return text if _WORD.fullmatch(text) or not isinstance(value, str) and not hasattr(value, "__fspath__") else f"'{text}'"
+    return (
+        text
+        if _WORD.fullmatch(text) or not isinstance(value, str) and not hasattr(value, "__fspath__")
+        else f"'{text}'"
+    )

@@ -1,6 +1,6 @@
 """One frozen dataclass per arrow of the pipeline; a stage makes the next type and never adds to what it received.
 
-    Sample -> Prompt -> PromptBatch -> (generate) ResponseBatch -> (reward) Score -> TrainBatch -> losses
+Sample -> Prompt -> PromptBatch -> (generate) ResponseBatch -> (reward) Score -> TrainBatch -> losses
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace

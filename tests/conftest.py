@@ -15,8 +15,12 @@ torch.set_num_threads(1)
 
 
 def run_tool(name: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, str(PROJECT / "tools" / name), *map(str, arguments)], check=True,
-                   capture_output=True, cwd=PROJECT)
+    subprocess.run(
+        [sys.executable, str(PROJECT / "tools" / name), *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        cwd=PROJECT,
+    )
 
 
 def perturbed_copy(source: Path, target: Path, scale: float = 0.02, seed: int = 1) -> Path:
@@ -28,8 +32,10 @@ def perturbed_copy(source: Path, target: Path, scale: float = 0.02, seed: int = 
     shutil.copytree(source, target)
     generator = torch.Generator().manual_seed(seed)
     for file in target.glob("*.safetensors"):
-        tensors = {name: tensor + scale * torch.randn(tensor.shape, generator=generator)
-                   for name, tensor in load_file(file).items()}
+        tensors = {
+            name: tensor + scale * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in load_file(file).items()
+        }
         save_file(tensors, file, metadata={"format": "pt"})
     return target
 
@@ -40,8 +46,23 @@ def material(tmp_path_factory) -> dict[str, Path]:
     teacher: a larger model of the first; data: shards."""
     root = tmp_path_factory.mktemp("material")
     run_tool("make_tiny_model.py", "--output", root / "tiny", "--seed", 0)
-    run_tool("make_digit_search.py", "--output", root / "data", "--num-single", 64, "--num-search", 128,
-             "--num-biased", 32, "--num-rl", 128, "--num-heldout", 64, "--shard-size", 16)
+    run_tool(
+        "make_digit_search.py",
+        "--output",
+        root / "data",
+        "--num-single",
+        64,
+        "--num-search",
+        128,
+        "--num-biased",
+        32,
+        "--num-rl",
+        128,
+        "--num-heldout",
+        64,
+        "--shard-size",
+        16,
+    )
     # Untrained weights give attention close to uniform; noise of this size makes rows and log-probs differ.
     perturbed_copy(root / "tiny", root / "tiny_a", seed=1)
     perturbed_copy(root / "tiny", root / "tiny_b", seed=2)
@@ -51,17 +72,52 @@ def material(tmp_path_factory) -> dict[str, Path]:
     run_tool("make_tiny_model.py", "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3)
     perturbed_copy(root / "made_qwen3", root / "qwen3", seed=4)
     # wider, deeper, more heads, another padding of the vocabulary
-    run_tool("make_tiny_model.py", "--output", root / "made_teacher", "--untied", "--seed", 6, "--hidden-size", 192,
-             "--num-layers", 6, "--num-heads", 6, "--vocab-size", 500)
+    run_tool(
+        "make_tiny_model.py",
+        "--output",
+        root / "made_teacher",
+        "--untied",
+        "--seed",
+        6,
+        "--hidden-size",
+        192,
+        "--num-layers",
+        6,
+        "--num-heads",
+        6,
+        "--vocab-size",
+        500,
+    )
     perturbed_copy(root / "made_teacher", root / "teacher", seed=6)
-    return {"teacher": root / "teacher", "tiny": root / "tiny_a", "tiny_other": root / "tiny_b", "untied": root / "untied",
-            "untied_other": root / "untied_other", "qwen3": root / "qwen3", "data": root / "data", "root": root}
+    return {
+        "teacher": root / "teacher",
+        "tiny": root / "tiny_a",
+        "tiny_other": root / "tiny_b",
+        "untied": root / "untied",
+        "untied_other": root / "untied_other",
+        "qwen3": root / "qwen3",
+        "data": root / "data",
+        "root": root,
+    }
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> Path:
     """Shards of video search: a folder."""
     folder = tmp_path_factory.mktemp("clips") / "data"
-    run_tool("make_video_search.py", "--output", folder, "--num-single", 8, "--num-search", 32, "--num-biased", 20,
-             "--num-rl", 24, "--num-heldout", 24)
+    run_tool(
+        "make_video_search.py",
+        "--output",
+        folder,
+        "--num-single",
+        8,
+        "--num-search",
+        32,
+        "--num-biased",
+        20,
+        "--num-rl",
+        24,
+        "--num-heldout",
+        24,
+    )
     return folder

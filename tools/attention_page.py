@@ -58,16 +58,23 @@ def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str
         notes: sentences under it.
     """
     sections = "\n".join(_section(number, sample) for number, sample in enumerate(samples))
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
-            + "".join(f"<p>{escape(note)}</p>\n" for note in notes) + _overview(samples) + sections
-            + f"\n<script>{_SCRIPT}</script>\n</body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
+        + "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+        + _overview(samples)
+        + sections
+        + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"
+    )
 
 
 def _overview(samples: Sequence[PageSample]) -> str:
     """Means over samples (of their means over tokens): of the reward, and of masses by layer."""
     names = list(samples[0].components)
-    columns = [[sample.reward for sample in samples], *([sample.components[name] for sample in samples] for name in names)]
+    columns = [
+        [sample.reward for sample in samples],
+        *([sample.components[name] for sample in samples] for name in names),
+    ]
     rewards = "".join(f"<td>{np.mean(column):.3f}</td>" for column in columns)
     annotated = [sample for sample in samples if sample.target.any()]
     rows = []
@@ -76,18 +83,25 @@ def _overview(samples: Sequence[PageSample]) -> str:
         cells = f"<th>{layer}</th><td>{visual:.4f}</td>"
         if annotated:
             mass = np.mean([sample.target_mass(layer).mean() for sample in annotated])
-            share = np.mean([(sample.target_mass(layer) / np.maximum(sample.visual_mass(layer), 1e-30)).mean()
-                             for sample in annotated])
+            share = np.mean(
+                [
+                    (sample.target_mass(layer) / np.maximum(sample.visual_mass(layer), 1e-30)).mean()
+                    for sample in annotated
+                ]
+            )
             chance = np.mean([sample.target.mean() for sample in annotated])
             cells += f"<td>{mass:.4f}</td><td>{share:.4f}</td><td>{chance:.4f}</td>"
         else:
             cells += "<td>–</td>" * 3
         rows.append(f"<tr>{cells}</tr>")
-    return (f'<table class="rewards"><caption>Mean over {len(samples)} samples</caption><tr><th>reward</th>'
-            + "".join(f"<th>{escape(name)}</th>" for name in names) + f"</tr><tr>{rewards}</tr></table>\n"
-            '<table class="overview"><caption>Attention, mean over response tokens, then over samples (target: over the '
-            f"{len(annotated)} annotated)</caption><tr><th>layer</th><th>visual mass</th><th>target mass</th>"
-            "<th>target / visual</th><th>target's share of visual tokens</th></tr>" + "".join(rows) + "</table>\n")
+    return (
+        f'<table class="rewards"><caption>Mean over {len(samples)} samples</caption><tr><th>reward</th>'
+        + "".join(f"<th>{escape(name)}</th>" for name in names)
+        + f"</tr><tr>{rewards}</tr></table>\n"
+        '<table class="overview"><caption>Attention, mean over response tokens, then over samples (target: over the '
+        f"{len(annotated)} annotated)</caption><tr><th>layer</th><th>visual mass</th><th>target mass</th>"
+        "<th>target / visual</th><th>target's share of visual tokens</th></tr>" + "".join(rows) + "</table>\n"
+    )
 
 
 def _section(number: int, sample: PageSample) -> str:
@@ -96,9 +110,14 @@ def _section(number: int, sample: PageSample) -> str:
     last = max(sample.masses)
     options = "".join(f"<option{' selected' * (layer == last)}>{layer}</option>" for layer in sample.masses)
     side = ONE_SIDE if sample.num_panels == 1 else MANY_SIDE
-    shown = "" if len(sample.panels) == sample.num_panels else (
-        f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
-        "</p>")
+    shown = (
+        ""
+        if len(sample.panels) == sample.num_panels
+        else (
+            f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
+            "</p>"
+        )
+    )
     return f"""<section class="sample" id="sample-{number}">
 <h2>{number + 1}. {escape(sample.key)}</h2>
 <dl><dt>question</dt><dd class="question">{escape(sample.question)}</dd>
@@ -122,11 +141,14 @@ def _figure(panel: Panel, side: int) -> str:
     boxes = "".join(
         f'<span class="target" style="left:{100 * x0 / width:.2f}%;top:{100 * y0 / height:.2f}%;'
         f'width:{100 * (x1 - x0) / width:.2f}%;height:{100 * (y1 - y0) / height:.2f}%"></span>'
-        for x0, y0, x1, y1 in panel.boxes)
-    return (f'<figure class="{"asked" if panel.boxes else "plain"}" style="width:{round(side * min(1, width / height))}px">'
-            f'<div class="picture"><img alt="{escape(panel.label)}" src="{_data_uri(shown)}">'
-            f'<canvas width="{panel.columns}" height="{panel.rows}" data-first="{panel.first_token}"></canvas>{boxes}</div>'
-            f"<figcaption>{escape(panel.label)}</figcaption></figure>")
+        for x0, y0, x1, y1 in panel.boxes
+    )
+    return (
+        f'<figure class="{"asked" if panel.boxes else "plain"}" style="width:{round(side * min(1, width / height))}px">'
+        f'<div class="picture"><img alt="{escape(panel.label)}" src="{_data_uri(shown)}">'
+        f'<canvas width="{panel.columns}" height="{panel.rows}" data-first="{panel.first_token}"></canvas>{boxes}</div>'
+        f"<figcaption>{escape(panel.label)}</figcaption></figure>"
+    )
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -144,9 +166,12 @@ def _table(sample: PageSample) -> str:
     head = "".join(f'<th colspan="2">layer {layer}</th>' for layer in sample.masses)
     names = "<th>target</th><th>visual</th>" * len(sample.masses)
     columns = [values for layer in sample.masses for values in (sample.target_mass(layer), sample.visual_mass(layer))]
-    rows = "".join(f"<tr><td>{escape(_visible(token))}</td>"
-                   + "".join(f"<td>{column[index]:.4f}</td>" for column in columns) + "</tr>"
-                   for index, token in enumerate(sample.tokens))
+    rows = "".join(
+        f"<tr><td>{escape(_visible(token))}</td>"
+        + "".join(f"<td>{column[index]:.4f}</td>" for column in columns)
+        + "</tr>"
+        for index, token in enumerate(sample.tokens)
+    )
     return f'<table class="tokens-by-layer"><tr><th rowspan="2">token</th>{head}</tr><tr>{names}</tr>{rows}</table>'
 
 
@@ -157,8 +182,10 @@ def _data(sample: PageSample) -> str:
     for layer, masses in sample.masses.items():
         peaks = masses.max(axis=1, initial=0.0)
         scaled = np.round(masses / np.maximum(peaks, 1e-30)[:, None] * 65535).astype("<u2")
-        layers[str(layer)] = {"peaks": [float(f"{peak:.6g}") for peak in peaks],
-                              "rows": base64.b64encode(scaled).decode()}
+        layers[str(layer)] = {
+            "peaks": [float(f"{peak:.6g}") for peak in peaks],
+            "rows": base64.b64encode(scaled).decode(),
+        }
     target = np.flatnonzero(sample.target).tolist()
     return json.dumps({"visual": len(sample.target), "target": target, "layers": layers}).replace("</", "<\\/")
 

@@ -28,8 +28,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings")
     parser.add_argument("--num-samples", type=int, default=8, help="samples, from the first (default: 8)")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default: report.html)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[-1], metavar="N",
-                        help="layers, 0-based, negative from the last (default: -1)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="N",
+        help="layers, 0-based, negative from the last (default: -1)",
+    )
     parser.add_argument("--config", type=Path, help="YAML file of a run")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.num_samples < 1:
@@ -49,8 +55,13 @@ def read_settings(arguments: argparse.Namespace):
     if arguments.config is not None:
         config = load_config(arguments.config, overrides)
     else:
-        config = apply_overrides({"model": {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
-                                  "data": {"train": [{"shards": arguments.shards}]}}, overrides)
+        config = apply_overrides(
+            {
+                "model": {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
+                "data": {"train": [{"shards": arguments.shards}]},
+            },
+            overrides,
+        )
     return replace(config, parallel=ParallelConfig())
 
 
@@ -70,10 +81,18 @@ def main(argv: list[str] | None = None) -> int:
     from attention_page import page
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(page(samples, f"Attention of {arguments.checkpoint}", [
-        f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token to see where "
-        "its row looked, click to keep it. Colours run from black to white at the brightest cell of the token; tokens are tinted by "
-        "their mass on the target. Both frames of a temporal patch show that patch's mass."]), encoding="utf-8")
+    arguments.output.write_text(
+        page(
+            samples,
+            f"Attention of {arguments.checkpoint}",
+            [
+                f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token to see where "
+                "its row looked, click to keep it. Colours run from black to white at the brightest cell of the token; tokens are tinted by "
+                "their mass on the target. Both frames of a temporal patch show that patch's mass."
+            ],
+        ),
+        encoding="utf-8",
+    )
     print(f"{len(samples)} samples in {arguments.output} ({arguments.output.stat().st_size / 2**20:.2f} MiB)")
     return 0
 
@@ -94,22 +113,36 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
 
     config, shape = read_settings(arguments), read_shape(arguments.checkpoint, "CHECKPOINT")
     layers = shape.layer_indices(arguments.layers, "--layers")
-    processor = PromptProcessor(str(config_folder(arguments.checkpoint)), config.data.max_prompt_length,
-                                prompt_suffix=config.data.prompt_suffix)
+    processor = PromptProcessor(
+        str(config_folder(arguments.checkpoint)), config.data.max_prompt_length, prompt_suffix=config.data.prompt_suffix
+    )
     prompts = read_prompts(find_shards(arguments.shards, "SHARDS"), processor, arguments.num_samples)
     if not prompts:
-        raise DataError(f"none of the first {arguments.num_samples} samples of '{arguments.shards}' can be used; the "
-                        "warnings above say why")
+        raise DataError(
+            f"none of the first {arguments.num_samples} samples of '{arguments.shards}' can be used; the "
+            "warnings above say why"
+        )
     process_groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
     engine = FrozenEngine(shape, process_groups, config.model.dtype, arguments.checkpoint)
     for view in view_tokens(engine, prompts, processor, config, layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))
         shown = most_looked_at(panels, sum(rows.mean(axis=0) for rows in masses.values()))
-        samples.append(PageSample(
-            sample.key, sample.problem, reference_answer(sample.solution), view.text, view.reward, view.components,
-            [processor.tokenizer.decode([token]) for token in view.token_ids.tolist()], masses,
-            view.prompt.target_mask[view.prompt.visual_mask].numpy(), shown, len(panels)))
+        samples.append(
+            PageSample(
+                sample.key,
+                sample.problem,
+                reference_answer(sample.solution),
+                view.text,
+                view.reward,
+                view.components,
+                [processor.tokenizer.decode([token]) for token in view.token_ids.tolist()],
+                masses,
+                view.prompt.target_mask[view.prompt.visual_mask].numpy(),
+                shown,
+                len(panels),
+            )
+        )
     stop_groups()
     return samples, layers
 

@@ -25,8 +25,12 @@ from megatron_ral.commands.common import quiet_third_parties  # noqa: E402
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, source, cuts in (("to-megatron", "--hf", True), ("to-hf", "--megatron", False),
-                               ("reshard", "--megatron", True), ("from-run", "--checkpoint", False)):
+    for name, source, cuts in (
+        ("to-megatron", "--hf", True),
+        ("to-hf", "--megatron", False),
+        ("reshard", "--megatron", True),
+        ("from-run", "--checkpoint", False),
+    ):
         command = commands.add_parser(name)
         command.add_argument(source, dest="source", required=True, metavar="DIR", help="folder to read")
         command.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist")
@@ -36,7 +40,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         else:
             command.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="size of one output file")
         if name == "from-run":
-            command.add_argument("--model", default="", metavar="DIR", help="folder the run started from (default: its model.path)")
+            command.add_argument(
+                "--model", default="", metavar="DIR", help="folder the run started from (default: its model.path)"
+            )
     verify = commands.add_parser("verify")
     verify.add_argument("--hf", required=True, metavar="DIR")
     verify.add_argument("--megatron", required=True, metavar="DIR")
@@ -65,8 +71,9 @@ def convert(arguments: argparse.Namespace) -> int:
             weights = TrainedWeights(arguments.source, arguments.model)
             done = conversion.to_hf(weights.source, arguments.output, arguments.max_shard_bytes, bar.update, weights)
         else:
-            done = conversion.to_megatron(arguments.source, arguments.output, arguments.tensor_parallel,
-                                          arguments.pipeline_parallel, bar.update)
+            done = conversion.to_megatron(
+                arguments.source, arguments.output, arguments.tensor_parallel, arguments.pipeline_parallel, bar.update
+            )
     print(f"{arguments.command}: {done}; wrote {arguments.output}")
     return 0
 
@@ -110,12 +117,25 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     processor = PromptProcessor(hf, 10_000)
     result = {}
     video = FramePictures(tuple(test_picture(84, 112, frame) for frame in range(6)), fps=1.0)
-    inputs = {"text": ([], ()), "one image": ([(112, 84)], ()), "two images": ([(84, 56), (140, 112)], ()),
-              "a video": ([], (video,)), "an image and a video": ([(112, 84)], (video,))}
+    inputs = {
+        "text": ([], ()),
+        "one image": ([(112, 84)], ()),
+        "two images": ([(84, 56), (140, 112)], ()),
+        "a video": ([], (video,)),
+        "an image and a video": ([(112, 84)], (video,)),
+    }
     for kind, (sizes, videos) in inputs.items():
-        sample = Sample(key=kind, shard="verify", problem="What is the difference?", solution="<answer>none</answer>",
-                        process="", problem_type="", images=tuple(test_picture(*size) for size in sizes),
-                        target_boxes=(), videos=videos)
+        sample = Sample(
+            key=kind,
+            shard="verify",
+            problem="What is the difference?",
+            solution="<answer>none</answer>",
+            process="",
+            problem_type="",
+            images=tuple(test_picture(*size) for size in sizes),
+            target_boxes=(),
+            videos=videos,
+        )
         prompt = processor(sample)
         ids = prompt.response_ids[None, None]
         batch = GroupBatch(pad_prompts([prompt], 0), ids, torch.tensor([[ids.shape[-1]]]))
@@ -125,7 +145,7 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
         with torch.no_grad():
             ours = stage(batch, AttentionPass(layout))[0, 0]
             stock_inputs = to_device(processor.stock_inputs(prompt, tokens), process_groups.device)
-            theirs = stock(**stock_inputs).logits[0, len(prompt.input_ids) - 1:-1]
+            theirs = stock(**stock_inputs).logits[0, len(prompt.input_ids) - 1 : -1]
         result[kind] = float((ours - theirs).abs().max())
     stop_groups()
     return result

@@ -45,13 +45,17 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("shards", help="glob of tar files")
-    parser.add_argument("--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts"
+    )
     add_prompt_suffix(parser)
     parser.add_argument("--force", action="store_true", help="write every index anew")
     args = parser.parse_args(argv)
     try:
-        shards, processor = find_shards(args.shards, "shards"), PromptProcessor(
-            args.model, 1, prompt_suffix=prompt_suffix(args))
+        shards, processor = (
+            find_shards(args.shards, "shards"),
+            PromptProcessor(args.model, 1, prompt_suffix=prompt_suffix(args)),
+        )
         fingerprint, written, samples, problems = processor.fingerprint(), 0, 0, 0
         for shard in tqdm(shards, unit="shard", desc="index", mininterval=1.0):
             index = open_index(shard)

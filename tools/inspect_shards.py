@@ -69,7 +69,9 @@ def count(indexes: list[ShardIndex]) -> list[str]:
             boxes += bool(sample.target_boxes or sample.target_frames)
     total = sum(map(len, indexes))
     sizes = [len(index) for index in indexes]
-    lines = [f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes or frames"]
+    lines = [
+        f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes or frames"
+    ]
     for name in ("prompt_lengths", "visual_tokens"):
         parts = [getattr(index, name) for index in indexes if getattr(index, name) is not None]
         text = describe(np.concatenate(parts)) if parts else "unknown"
@@ -77,7 +79,9 @@ def count(indexes: list[ShardIndex]) -> list[str]:
         lines.append(f"{name.replace('_', ' ')}: {text}{missing}")
     for title, counter in (("media", media), ("problem types", types), ("answers", answers)):
         lines.append(f"{title}: " + ", ".join(f"{name} {number}" for name, number in counter.most_common()))
-    return lines + [f"not usable: {number} {reason} ({REASONS[reason]})" for reason, number in reasons.most_common() if number]
+    return lines + [
+        f"not usable: {number} {reason} ({REASONS[reason]})" for reason, number in reasons.most_common() if number
+    ]
 
 
 def draw_sample(sample: Sample) -> Image.Image:
@@ -91,8 +95,10 @@ def draw_sample(sample: Sample) -> Image.Image:
     picture.thumbnail((CELL - 8, CELL - 8))
     cell.paste(picture, ((CELL - picture.width) // 2, (CELL - picture.height) // 2))
     text = [f"{sample.key}  [{sample.problem_type}]"]
-    text += textwrap.wrap(sample.problem, 44)[:TEXT_LINES - 2] + [f"-> {reference_answer(sample.solution)[:40]}"]
-    ImageDraw.Draw(cell).multiline_text((4, CELL), "\n".join(text), fill="black", spacing=2, font=ImageFont.load_default(12))
+    text += textwrap.wrap(sample.problem, 44)[: TEXT_LINES - 2] + [f"-> {reference_answer(sample.solution)[:40]}"]
+    ImageDraw.Draw(cell).multiline_text(
+        (4, CELL), "\n".join(text), fill="black", spacing=2, font=ImageFont.load_default(12)
+    )
     return cell
 
 
@@ -102,7 +108,9 @@ def _picture(sample: Sample) -> Image.Image:
         from megatron_ral.data.pictures import open_image
 
         images = [open_image(data).convert("RGB") for data in sample.images[:4]]
-        return _tiles([_framed(image, sample.target_boxes if number == 0 else ()) for number, image in enumerate(images)])
+        return _tiles(
+            [_framed(image, sample.target_boxes if number == 0 else ()) for number, image in enumerate(images)]
+        )
     if sample.videos:
         from megatron_ral.data.targets import in_span
         from megatron_ral.data.video import VideoSettings, read_clip
@@ -116,8 +124,12 @@ def _picture(sample: Sample) -> Image.Image:
         if marks and not chosen & set(marks):
             chosen.remove(min(chosen, key=lambda place: min(abs(place - mark) for mark in marks)))
             chosen.add(min(marks))
-        return _tiles([_framed(Image.fromarray(clip.frames[place].permute(1, 2, 0).numpy()), marks.get(place, ()))
-                       for place in sorted(chosen)])
+        return _tiles(
+            [
+                _framed(Image.fromarray(clip.frames[place].permute(1, 2, 0).numpy()), marks.get(place, ()))
+                for place in sorted(chosen)
+            ]
+        )
     return Image.new("RGB", (CELL, CELL), "lightgrey")
 
 
@@ -126,7 +138,9 @@ def _framed(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     scale = max(1, CELL // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     for box in boxes:
-        ImageDraw.Draw(image).rectangle([scale * value for value in box], outline="red", width=max(2, max(image.size) // 120))
+        ImageDraw.Draw(image).rectangle(
+            [scale * value for value in box], outline="red", width=max(2, max(image.size) // 120)
+        )
     return image
 
 
@@ -161,8 +175,9 @@ def contact_sheet(indexes: list[ShardIndex], num_samples: int, seed: int) -> Ima
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report and write the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder of shards")
     parser.add_argument("--output", type=Path, help="contact sheet to write (default: contact_sheet.png in the folder)")
     parser.add_argument("--num-samples", type=int, default=12, help="samples on the sheet")

@@ -33,8 +33,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from search_task import (  # noqa: E402
-    PALETTE, Split, add_split_sizes, answer, ask, check_arguments, curriculum, draw_puzzles, make_dataset, make_parser,
-    paint, think)
+    PALETTE,
+    Split,
+    add_split_sizes,
+    answer,
+    ask,
+    check_arguments,
+    curriculum,
+    draw_puzzles,
+    make_dataset,
+    make_parser,
+    paint,
+    think,
+)
 
 
 def colour_question(cell: int) -> str:

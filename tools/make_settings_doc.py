@@ -15,9 +15,17 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 OUTPUT = PROJECT / "docs" / "settings.md"
-WORDS = {"str": "text", "bool": "true or false", "int": "integer", "float": "number", "PositiveInt": "integer > 0",
-         "NonNegativeInt": "integer >= 0", "PositiveFloat": "number > 0", "NonNegativeFloat": "number >= 0",
-         "Fraction": "number >= 0, <= 1"}
+WORDS = {
+    "str": "text",
+    "bool": "true or false",
+    "int": "integer",
+    "float": "number",
+    "PositiveInt": "integer > 0",
+    "NonNegativeInt": "integer >= 0",
+    "PositiveFloat": "number > 0",
+    "NonNegativeFloat": "number >= 0",
+    "Fraction": "number >= 0, <= 1",
+}
 BOUNDS = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
 
 
@@ -46,8 +54,11 @@ def _settings(section: ast.ClassDef) -> list[Setting]:
     settings = []
     for node, following in zip(section.body, [*section.body[1:], None]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            documented = (isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                          and isinstance(following.value.value, str))
+            documented = (
+                isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            )
             meaning = _one_line(following.value.value) if documented else ""
             settings.append(Setting(node.target.id, node.annotation, node.value, meaning))
     return settings
@@ -97,8 +108,13 @@ def shown_default(value: ast.expr | None) -> str:
 def render() -> str:
     """The whole file."""
     sections = read_sections()
-    lines = ["# Settings", "", "Made by `python tools/make_settings_doc.py` from `megatron_ral/config/`; edit it there. In a "
-             "file `section: {key: value}`, on a command line `section.key=value`.", ""]
+    lines = [
+        "# Settings",
+        "",
+        "Made by `python tools/make_settings_doc.py` from `megatron_ral/config/`; edit it there. In a "
+        "file `section: {key: value}`, on a command line `section.key=value`.",
+        "",
+    ]
     top = sections["RunConfig"][1]
     plain = [setting for setting in top if not ast.unparse(setting.annotation).endswith("Config")]
     lines += ["## Outside the sections", "", *_table("", plain)]
@@ -120,8 +136,11 @@ def _section(path: str, name: str, sections: dict[str, tuple[str, list[Setting]]
 
 
 def _table(prefix: str, settings: list[Setting]) -> list[str]:
-    rows = [f"| `{prefix}{setting.name}` | {kind(setting.annotation)} | {shown_default(setting.default)} "
-            f"| {_cell(setting.meaning)} |" for setting in settings]
+    rows = [
+        f"| `{prefix}{setting.name}` | {kind(setting.annotation)} | {shown_default(setting.default)} "
+        f"| {_cell(setting.meaning)} |"
+        for setting in settings
+    ]
     return ["| key | value | default | meaning |", "|---|---|---|---|", *rows, ""]
 
 
@@ -134,13 +153,18 @@ def _cell(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the file is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where the file is out of date"
+    )
     arguments = parser.parse_args(argv)
     text = render()
     if not arguments.check:
         OUTPUT.write_text(text, encoding="utf-8")
     elif not OUTPUT.exists() or OUTPUT.read_text(encoding="utf-8") != text:
-        print("error: docs/settings.md is not what the dataclasses say; run python tools/make_settings_doc.py", file=sys.stderr)
+        print(
+            "error: docs/settings.md is not what the dataclasses say; run python tools/make_settings_doc.py",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

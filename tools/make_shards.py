@@ -40,6 +40,7 @@ UNLIMITED = 2**31 - 1
 
 # --- input --------------------------------------------------------------------------------------------------------------
 
+
 def count_records(path: Path) -> int:
     """Records of a file, without keeping them."""
     if path.suffix == ".parquet":
@@ -91,8 +92,9 @@ def keyed_records(path: Path, by_number: bool) -> Iterator[tuple[str, Any]]:
         name = None if by_number or isinstance(record, SampleError) else record_id(record)
         key = f"{number:08d}" if name is None else re.sub(r"[^A-Za-z0-9_-]+", "_", name)
         if key in seen:
-            record = SampleError(f"record {number} has the key of an earlier one; --keys number gives keys of their own",
-                                 "duplicate_key")
+            record = SampleError(
+                f"record {number} has the key of an earlier one; --keys number gives keys of their own", "duplicate_key"
+            )
         seen.add(key)
         yield key, record
 
@@ -101,8 +103,11 @@ def with_defaults(record: Any, args: argparse.Namespace) -> Any:
     """A record with what the command line says of records that do not say it themselves."""
     if not isinstance(record, dict):
         return record
-    named = {name: value for name, value in (("problem_type", args.problem_type), ("category", args.category))
-             if value and not record.get(name)}
+    named = {
+        name: value
+        for name, value in (("problem_type", args.problem_type), ("category", args.category))
+        if value and not record.get(name)
+    }
     if "category" in named and record.get("task"):
         del named["category"]
     if args.group_field and record.get(args.group_field) not in (None, ""):
@@ -111,6 +116,7 @@ def with_defaults(record: Any, args: argparse.Namespace) -> Any:
 
 
 # --- one shard ----------------------------------------------------------------------------------------------------------
+
 
 class ShardMaker:
     """Builds shards in one process."""
@@ -122,8 +128,12 @@ class ShardMaker:
 
         torch.set_num_threads(1)
         self.media, self.output, self.args = args.media.resolve(), args.output, args
-        self.processor = PromptProcessor(args.model, args.max_prompt_length or UNLIMITED,
-                                         max_visual_tokens=args.max_visual_tokens, prompt_suffix=args.prompt_suffix)
+        self.processor = PromptProcessor(
+            args.model,
+            args.max_prompt_length or UNLIMITED,
+            max_visual_tokens=args.max_visual_tokens,
+            prompt_suffix=args.prompt_suffix,
+        )
         self.fingerprint = self.processor.fingerprint()
 
     def build(self, number: int, records: list[tuple[str, Any]]) -> None:
@@ -162,8 +172,11 @@ class ShardMaker:
         lengths, prompt = self.processor.lengths(sample), self.processor(sample)
         found = len(prompt.input_ids), int(prompt.visual_mask.sum())
         if found != (lengths.prompt_length, lengths.visual_tokens):
-            raise SampleError(f"sample '{key}': prompt and visual tokens are {found}, but its sizes say "
-                              f"{(lengths.prompt_length, lengths.visual_tokens)}", "token_mismatch")
+            raise SampleError(
+                f"sample '{key}': prompt and visual tokens are {found}, but its sizes say "
+                f"{(lengths.prompt_length, lengths.visual_tokens)}",
+                "token_mismatch",
+            )
         return members, lengths
 
     def _members(self, raw: RawSample) -> dict[str, bytes]:
@@ -176,8 +189,11 @@ class ShardMaker:
                     if len(media) > 1:
                         raise SampleError("a folder of frames must be the only video of a sample", "wrong_field")
                     # of each its true place: a link in the folder may lead out of --media as well
-                    members |= {f"frames/{file.name.lower()}": _read(self._inside(f"{item}/{file.name}"))
-                                for file in sorted(path.iterdir()) if file.suffix[1:].lower() in IMAGE_SUFFIXES}
+                    members |= {
+                        f"frames/{file.name.lower()}": _read(self._inside(f"{item}/{file.name}"))
+                        for file in sorted(path.iterdir())
+                        if file.suffix[1:].lower() in IMAGE_SUFFIXES
+                    }
                 else:
                     data = item if path is None else _read(path)
                     members[prefix + _suffix(kind, item, data)] = data
@@ -215,8 +231,11 @@ def _suffix(kind: str, item: Media, data: bytes) -> str:
         suffix = item.rpartition(".")[2].lower()
         found = VIDEO_SUFFIX.get(suffix) if kind == "video" else suffix if suffix in IMAGE_SUFFIXES else None
         if found is None:
-            raise SampleError(f"'{item}' is no {kind} of a known kind "
-                              f"({', '.join(VIDEO_SUFFIX if kind == 'video' else IMAGE_SUFFIXES)})", f"broken_{kind}")
+            raise SampleError(
+                f"'{item}' is no {kind} of a known kind "
+                f"({', '.join(VIDEO_SUFFIX if kind == 'video' else IMAGE_SUFFIXES)})",
+                f"broken_{kind}",
+            )
         return found
     if kind == "image":
         return "jpg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
@@ -236,6 +255,7 @@ def _build_in_worker(number: int, records: list) -> None:
 
 
 # --- the whole data set ---------------------------------------------------------------------------------------------------
+
 
 def shard_path(output: Path, number: int) -> Path:
     return output / f"shard-{number:06d}.tar"
@@ -262,8 +282,13 @@ def build_all(args: argparse.Namespace) -> int:
                 progress.update(running.pop(future))
 
     number, records, running = 0, [], {}
-    pool = None if args.workers < 2 else ProcessPoolExecutor(
-        args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(args,))
+    pool = (
+        None
+        if args.workers < 2
+        else ProcessPoolExecutor(
+            args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(args,)
+        )
+    )
     maker = None
     with tqdm(total=count_records(args.input), unit="sample", desc="make shards", mininterval=1.0) as progress:
         stream = keyed_records(args.input, args.keys == "number")
@@ -290,33 +315,56 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     with open(args.input, "rb") as stream:
         while block := stream.read(2**22):
             digest.update(block)
-    model = {name: blake2b((Path(args.model) / name).read_bytes(), digest_size=16).hexdigest() for name in
-             ("config.json", "tokenizer.json", "preprocessor_config.json") if (Path(args.model) / name).is_file()}
-    return {"input": digest.hexdigest(), "model": model, "shard_size": args.shard_size, "keys": args.keys,
-            "prompt_suffix": args.prompt_suffix,
-            "max_prompt_length": args.max_prompt_length, "max_visual_tokens": args.max_visual_tokens,
-            "problem_type": args.problem_type, "category": args.category, "group_field": args.group_field}
+    model = {
+        name: blake2b((Path(args.model) / name).read_bytes(), digest_size=16).hexdigest()
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json")
+        if (Path(args.model) / name).is_file()
+    }
+    return {
+        "input": digest.hexdigest(),
+        "model": model,
+        "shard_size": args.shard_size,
+        "keys": args.keys,
+        "prompt_suffix": args.prompt_suffix,
+        "max_prompt_length": args.max_prompt_length,
+        "max_visual_tokens": args.max_visual_tokens,
+        "problem_type": args.problem_type,
+        "category": args.category,
+        "group_field": args.group_field,
+    }
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line; every error names the option and its value."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--input", type=Path, required=True, help=".json, .jsonl or .parquet file")
     parser.add_argument("--media", type=Path, required=True, help="folder that the paths in --input are relative to")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; an unfinished one is gone on with")
-    parser.add_argument("--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face folder whose tokenizer and processor make the prompts"
+    )
     parser.add_argument("--shard-size", type=int, default=512, help="records per shard")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     add_prompt_suffix(parser)
-    parser.add_argument("--keys", choices=("id", "number"), default="id",
-                        help="keys are the records' ids (where they have one), or their numbers")
-    parser.add_argument("--max-prompt-length", type=int, default=0, help="reject longer prompts; 0: keep (a run filters)")
+    parser.add_argument(
+        "--keys",
+        choices=("id", "number"),
+        default="id",
+        help="keys are the records' ids (where they have one), or their numbers",
+    )
+    parser.add_argument(
+        "--max-prompt-length", type=int, default=0, help="reject longer prompts; 0: keep (a run filters)"
+    )
     parser.add_argument("--max-visual-tokens", type=int, default=0, help="reject prompts with more; 0: keep")
     parser.add_argument("--problem-type", default="", help="of records that name none (README: Rewards)")
     parser.add_argument("--category", default="", help="of records that name none, for the evaluation's table")
-    parser.add_argument("--group-field", default="", help="field that questions which count together share (MME: "
-                                                          "question_id, with --keys number)")
+    parser.add_argument(
+        "--group-field",
+        default="",
+        help="field that questions which count together share (MME: question_id, with --keys number)",
+    )
     args = parser.parse_args(argv)
     try:
         args.prompt_suffix = prompt_suffix(args)
@@ -341,8 +389,11 @@ def main(argv: list[str] | None = None) -> int:
     work, done, settings = args.output / WORK, args.output / DONE, settings_of(args)
     kept = done if done.is_file() else work / "settings.json"
     if kept.is_file() and json.loads(kept.read_text())["settings"] != settings:
-        print(f"error: --output {args.output} holds shards made from another input or with other arguments; give another "
-              "folder", file=sys.stderr)
+        print(
+            f"error: --output {args.output} holds shards made from another input or with other arguments; give another "
+            "folder",
+            file=sys.stderr,
+        )
         return 2
     if not kept.is_file() and args.output.is_dir() and any(args.output.iterdir()):
         print(f"error: --output {args.output} is not empty and was not written by this tool", file=sys.stderr)
@@ -357,8 +408,10 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         finish_output(args.output, num_shards, settings)
     summary = json.loads(done.read_text())
-    print(f"{summary['num_samples']} samples in {summary['num_shards']} shards, {summary['num_rejects']} rejected "
-          f"({args.output / REJECTS})")
+    print(
+        f"{summary['num_samples']} samples in {summary['num_shards']} shards, {summary['num_rejects']} rejected "
+        f"({args.output / REJECTS})"
+    )
     for reason, count in summary["rejects"].items():
         print(f"  {count:6d} {reason}: {REASONS[reason]}")
     return 0
@@ -372,8 +425,13 @@ def finish_output(output: Path, num_shards: int, settings: dict) -> None:
     os.replace(partial, output / REJECTS)
     counts = Counter(json.loads(line)["reason"] for line in text.splitlines())
     num_samples = sum(len(open_index(shard_path(output, number))) for number in range(num_shards))
-    summary = {"settings": settings, "num_samples": num_samples, "num_shards": num_shards,
-               "num_rejects": counts.total(), "rejects": dict(counts.most_common())}
+    summary = {
+        "settings": settings,
+        "num_samples": num_samples,
+        "num_shards": num_shards,
+        "num_rejects": counts.total(),
+        "rejects": dict(counts.most_common()),
+    }
     (output / WORK / DONE).write_text(json.dumps(summary, indent=1) + "\n")
     os.replace(output / WORK / DONE, output / DONE)
     shutil.rmtree(output / WORK)

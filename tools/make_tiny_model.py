@@ -114,14 +114,20 @@ def build_model(args: argparse.Namespace, tokenizer):
     """Randomly initialised model whose token ids match the tokenizer."""
     import torch
     from transformers import (
-        GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration)
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+    )
 
     token_id = tokenizer.convert_tokens_to_ids
     half_head = args.hidden_size // args.num_heads // 2
     spatial = half_head * 3 // 8
     ends = {
-        "bos_token_id": token_id(END_OF_TEXT), "eos_token_id": token_id(TURN_END), "pad_token_id": token_id(END_OF_TEXT)
+        "bos_token_id": token_id(END_OF_TEXT),
+        "eos_token_id": token_id(TURN_END),
+        "pad_token_id": token_id(END_OF_TEXT),
     }
     text_config = {
         "vocab_size": args.vocab_size,
@@ -160,9 +166,7 @@ def build_model(args: argparse.Namespace, tokenizer):
     else:
         make_config, make_model = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
         text_config["max_window_layers"] = args.num_layers
-        vision_config |= {
-            "window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [args.vision_depth - 1]
-        }
+        vision_config |= {"window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [args.vision_depth - 1]}
     config = make_config(
         text_config=text_config,
         vision_config=vision_config,
@@ -210,8 +214,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-intermediate-size", type=int, default=256, help="width of its feed-forward layers")
     parser.add_argument("--vision-num-heads", type=int, default=4, help="heads of the vision encoder")
     parser.add_argument("--vocab-size", type=int, default=512, help="rows of the word embeddings, unused ones included")
-    parser.add_argument("--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ")
-    parser.add_argument("--initializer-range", type=float, default=0.08, help="standard deviation of the weights at the start")
+    parser.add_argument(
+        "--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ"
+    )
+    parser.add_argument(
+        "--initializer-range", type=float, default=0.08, help="standard deviation of the weights at the start"
+    )
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():

@@ -31,8 +31,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from search_task import (  # noqa: E402
-    PALETTE, Split, add_split_sizes, answer, ask, check_arguments, curriculum, draw_puzzles, make_dataset, make_parser,
-    paint, think)
+    PALETTE,
+    Split,
+    add_split_sizes,
+    answer,
+    ask,
+    check_arguments,
+    curriculum,
+    draw_puzzles,
+    make_dataset,
+    make_parser,
+    paint,
+    think,
+)
 
 QUALITY = {"preset": "veryfast", "crf": "18"}  # strokes and hues survive; see test_video_search.py
 
@@ -98,10 +109,12 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
                 "problem_type": problem_type,
                 "category": f"scene {puzzle.asked + 1}",
                 "data_type": "video",
-                "target_frames": [{
-                    "seconds": [start, start + args.scene_seconds],
-                    "boxes": [cell_box(cells[puzzle.asked], args.grid, args.cell_pixels)],
-                }],
+                "target_frames": [
+                    {
+                        "seconds": [start, start + args.scene_seconds],
+                        "boxes": [cell_box(cells[puzzle.asked], args.grid, args.cell_pixels)],
+                    }
+                ],
                 "scene_colours": puzzle.colours,
                 "scene_digits": [int(digits[s]) for s in puzzle.scans],
                 "scene_cells": cells.tolist(),

@@ -38,13 +38,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--world-size", type=int, required=True, help="ranks (GPUs)")
-    parser.add_argument("--visual-tokens", type=int, default=-1,
-                        help="of each prompt; default: as many as data.max_visual_tokens and max_prompt_length allow")
+    parser.add_argument(
+        "--visual-tokens",
+        type=int,
+        default=-1,
+        help="of each prompt; default: as many as data.max_visual_tokens and max_prompt_length allow",
+    )
     parser.add_argument("--search", action="store_true", help="try layouts, print the best five that fit")
     parser.add_argument("--row", action="store_true", help="print one row of docs/hardware.md")
     for item in dataclasses.fields(Hardware):
-        parser.add_argument(f"--{item.name.replace('_', '-')}", type=type(item.default), default=item.default,
-                            help=f"default {item.default}")
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=type(item.default),
+            default=item.default,
+            help=f"default {item.default}",
+        )
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args()
     hardware = Hardware(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(Hardware)})

@@ -27,8 +27,13 @@ def call(log: Path, *arguments: object) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
     with open(log, "a") as stream:
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, stdout=stream,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=PROJECT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
     if done.returncode:
         raise SystemExit(f"a run failed (exit {done.returncode}); its output is in {log}")
 
@@ -50,10 +55,24 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     made_with.write_text("\n".join(inputs))
-    call(beside(target, ".log"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m",
-         "megatron_ral.train", "--config", file, f"model.path='{model}'",
-         f"train.output_dir='{target}'", f"seed={seed}", "logging.probe_interval=0", "train.checkpoint_interval=0",
-         *settings)
+    call(
+        beside(target, ".log"),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        1,
+        "-m",
+        "megatron_ral.train",
+        "--config",
+        file,
+        f"model.path='{model}'",
+        f"train.output_dir='{target}'",
+        f"seed={seed}",
+        "logging.probe_interval=0",
+        "train.checkpoint_interval=0",
+        *settings,
+    )
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
 
 
@@ -89,7 +108,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def draw_curves(axis, curves: Sequence[Sequence[tuple[int, float]]], **style: object) -> None:
     """Mean over runs of curves with the same steps, and its standard error as a band."""
     steps = [step for step, _ in curves[0]]
-    means, errors = zip(*(mean_and_error(column) for column in zip(*([value for _, value in curve] for curve in curves))))
+    means, errors = zip(
+        *(mean_and_error(column) for column in zip(*([value for _, value in curve] for curve in curves)))
+    )
     [line] = axis.plot(steps, means, **style)
     low, high = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
     axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.08)

@@ -115,8 +115,9 @@ def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarr
     return rng.permutation(marks)
 
 
-def draw_puzzles(rng: np.random.Generator, split: Split, num_scans: int, colour_names: list[str],
-                 neighbour: Callable[[int], int]) -> Iterator[Puzzle]:
+def draw_puzzles(
+    rng: np.random.Generator, split: Split, num_scans: int, colour_names: list[str], neighbour: Callable[[int], int]
+) -> Iterator[Puzzle]:
     """The questions of one split; `neighbour`: the place a biased gaze looks at instead of the asked one."""
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
@@ -136,8 +137,13 @@ def shard_sizes(num_samples: int, shard_size: int) -> list[int]:
     return [small + (shard < larger_shards) for shard in range(num_shards)]
 
 
-def write_dataset(args: argparse.Namespace, splits: list[Split], folder: Path, what: str,
-                  generate: Callable[[argparse.Namespace, Split, np.ndarray, np.ndarray], Iterator[dict]]) -> None:
+def write_dataset(
+    args: argparse.Namespace,
+    splits: list[Split],
+    folder: Path,
+    what: str,
+    generate: Callable[[argparse.Namespace, Split, np.ndarray, np.ndarray], Iterator[dict]],
+) -> None:
     """Write all splits and the info file into an existing folder.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from megatron_ral.attention import rows as attention_rows
 from megatron_ral.attention.rows import RowKeys, RowQK
 
-_BOUNDS = {torch.bfloat16: 2 ** -6, torch.float16: 2 ** -8, torch.float32: 1e-4}
+_BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-8, torch.float32: 1e-4}
 """Largest difference of a tensor relative to its largest element; several times what rounding makes."""
 
 
@@ -18,8 +18,15 @@ def _case(device: torch.device, dtype: torch.dtype, width: int) -> tuple[RowQK, 
     def vectors(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, width, generator=generator).to(device, dtype).requires_grad_()
 
-    qk = RowQK(vectors(1, G, R, 4), vectors(1, P, 1), vectors(1, G, R, 1), torch.tensor([P - 3], device=device), 0,
-               width ** -0.5, 4)
+    qk = RowQK(
+        vectors(1, G, R, 4),
+        vectors(1, P, 1),
+        vectors(1, G, R, 1),
+        torch.tensor([P - 3], device=device),
+        0,
+        width**-0.5,
+        4,
+    )
     keys = RowKeys(torch.ones(1, P + R, dtype=torch.bool, device=device), P + torch.arange(R, device=device)[None])
     other = qk._replace(query_BGRnD=qk.query_BGRnD.flip(-1))
     return qk, keys, attention_rows.attention_distribution(attention_rows.head_mean_attention(other, False), keys)[0]

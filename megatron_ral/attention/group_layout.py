@@ -59,8 +59,11 @@ class GroupLayout:
         """[B, R] int64 ([B, 1] for `last_prompt`): the column of each row's own token. `rows`: see `ROW_KINDS`."""
         last_prompt = (self.prompt_lengths - 1)[:, None]
         steps = self.P + torch.arange(self.R, device=last_prompt.device).expand(self.B, self.R)
-        return {"token": steps, "predictor": torch.cat([last_prompt, steps[:, :-1]], dim=1),
-                "last_prompt": last_prompt}[rows]
+        return {
+            "token": steps,
+            "predictor": torch.cat([last_prompt, steps[:, :-1]], dim=1),
+            "last_prompt": last_prompt,
+        }[rows]
 
 
 @dataclass(frozen=True)

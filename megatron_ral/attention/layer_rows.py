@@ -54,8 +54,9 @@ class AttentionRows:
         """Keys a policy is made of: the given columns (bool; None: all), by default without the row's own token as in
         the paper."""
         if columns_BS is None:
-            columns_BS = torch.ones(len(self.attention), self.attention.shape[-1], dtype=torch.bool,
-                                    device=self.attention.device)
+            columns_BS = torch.ones(
+                len(self.attention), self.attention.shape[-1], dtype=torch.bool, device=self.attention.device
+            )
         return RowKeys(columns_BS, self.layout.own_columns(self.kind) if exclude_self else None)
 
     def policy(self, keys: Optional[RowKeys] = None) -> Tensor:

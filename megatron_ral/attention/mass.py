@@ -43,5 +43,6 @@ def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, targ
         target[piece] = (over_prompt * target_mask_BP[b, None, None]).sum(-1)
         prompt[piece], sink[piece] = over_prompt.sum(-1), policy[..., 0]
         entropy[piece] = -torch.xlogy(policy, policy).sum(-1)
-    return RowMass(visual, prompt, sink, torch.where(visual > 0, target / torch.where(visual > 0, visual, 1.0), 0.0),
-                   entropy)
+    return RowMass(
+        visual, prompt, sink, torch.where(visual > 0, target / torch.where(visual > 0, visual, 1.0), 0.0), entropy
+    )

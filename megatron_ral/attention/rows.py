@@ -70,8 +70,9 @@ class RowKeys(NamedTuple):
 _ALL = (slice(None),) * 3
 
 
-def pieces(shape: Sequence[int], row_elements: int, elements: Optional[int] = None
-           ) -> Iterator[tuple[slice, slice, slice]]:
+def pieces(
+    shape: Sequence[int], row_elements: int, elements: Optional[int] = None
+) -> Iterator[tuple[slice, slice, slice]]:
     """Cut [B, G, R] rows of `row_elements` each into boxes of about so many elements (None: `_LARGE_PIECE`): whole
     batches where they are small, else responses, else rows."""
     B, G, R = shape
@@ -118,8 +119,12 @@ def _heads(qk: RowQK, piece: tuple) -> Iterator[_Heads]:
     for start in range(0, k, k if small else 1):
         h = slice(start, start + (k if small else 1))
         chosen = (query[:, :, :, h].to(dtype) * qk.scale).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
-        yield _Heads(h, chosen, qk.prompt_key_BPkD[b, :, h].to(dtype).transpose(1, 2),
-                     qk.response_key_BGTkD[b, g, :, h].to(dtype).permute(0, 3, 1, 2, 4))
+        yield _Heads(
+            h,
+            chosen,
+            qk.prompt_key_BPkD[b, :, h].to(dtype).transpose(1, 2),
+            qk.response_key_BGTkD[b, g, :, h].to(dtype).permute(0, 3, 1, 2, 4),
+        )
 
 
 def _weights(qk: RowQK, piece: tuple, heads: _Heads) -> Tensor:
@@ -268,8 +273,18 @@ class _RowDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, prompt_key: Tensor, response_key: Tensor, attention: Tensor, target: Tensor,
-                keys: RowKeys, kind: str, qk: RowQK, kernels: bool) -> Tensor:
+    def forward(
+        ctx,
+        query: Tensor,
+        prompt_key: Tensor,
+        response_key: Tensor,
+        attention: Tensor,
+        target: Tensor,
+        keys: RowKeys,
+        kind: str,
+        qk: RowQK,
+        kernels: bool,
+    ) -> Tensor:
         mass = key_mass(attention, keys)
         ctx.save_for_backward(query, prompt_key, response_key, attention, target, mass)
         ctx.keys, ctx.kind, ctx.rest, ctx.kernels = keys, kind, tuple(qk)[3:], kernels
@@ -287,8 +302,9 @@ class _RowDivergence(torch.autograd.Function):
         qk = RowQK(query, prompt_key, response_key, *ctx.rest)
         dtype = torch.promote_types(query.dtype, torch.float32)
         grads = tuple(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in qk[:3])
-        slope_of = functools.partial(_RowDivergence._reaching, attention, mass, target, ctx.keys, ctx.kind,
-                                     grad / qk.num_heads)
+        slope_of = functools.partial(
+            _RowDivergence._reaching, attention, mass, target, ctx.keys, ctx.kind, grad / qk.num_heads
+        )
         (_RowDivergence._by_kernels if ctx.kernels else _RowDivergence._by_pieces)(qk, slope_of, grads)
         return *(part.to(tensor.dtype) for part, tensor in zip(grads, qk[:3])), None, None, None, None, None, None
 
@@ -325,13 +341,15 @@ class _RowDivergence(torch.autograd.Function):
             shape, starts = [part.stop - part.start for part in piece], [part.start for part in piece]
             slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
             for box in pieces(shape, S, _box_for_kernels(slope.numel())):
-                slope[box] = slope_of(tuple(slice(part.start + start, part.stop + start)
-                                            for part, start in zip(box, starts)))
+                slope[box] = slope_of(
+                    tuple(slice(part.start + start, part.stop + start) for part, start in zip(box, starts))
+                )
             add_gradients(qk, slope, piece, grads)
 
     @staticmethod
-    def _reaching(attention: Tensor, mass: Tensor, target: Tensor, keys: RowKeys, kind: str, grad: Tensor, piece: tuple
-                  ) -> Tensor:
+    def _reaching(
+        attention: Tensor, mass: Tensor, target: Tensor, keys: RowKeys, kind: str, grad: Tensor, piece: tuple
+    ) -> Tensor:
         """Slope of a piece times `grad` [B, G, R], which reaches the rows."""
         return _RowDivergence._slope(attention, mass, target[piece], keys, kind, piece).mul_(grad[piece][..., None])
 
@@ -342,13 +360,19 @@ class _RowDivergence(torch.autograd.Function):
         slope = DIVERGENCES[kind].slope(policy, target)
         slope = slope - (policy * slope).sum(dim=-1, keepdim=True)
         # Rows and keys of next to no mass (1e-30) would overflow; held there, their gradient only gets smaller.
-        least, bound = torch.finfo(slope.dtype).tiny * 2 ** 26, torch.finfo(slope.dtype).max / 2 ** 10
+        least, bound = torch.finfo(slope.dtype).tiny * 2**26, torch.finfo(slope.dtype).max / 2**10
         slope /= torch.where(_compared(mass, target), mass.clamp(min=least), torch.inf)[..., None]
         return slope.clamp_(-bound, bound).mul_(chosen_keys(keys, piece))
 
 
-def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str = "jsd",
-                   kernels: Optional[bool] = None) -> Tensor:
+def row_divergence(
+    qk: RowQK,
+    attention_BGRS: Tensor,
+    target_BGRS: Tensor,
+    keys: RowKeys,
+    kind: str = "jsd",
+    kernels: Optional[bool] = None,
+) -> Tensor:
     """Divergence of every row's attention policy from its target, with gradient to the queries and keys of `qk`.
 
     Args:
@@ -367,5 +391,6 @@ def row_divergence(qk: RowQK, attention_BGRS: Tensor, target_BGRS: Tensor, keys:
     Source: RAL paper eq. (3); closed form derived in this project and checked against autograd.
     """
     shape = attention_BGRS.shape
-    return _RowDivergence.apply(*qk[:3], attention_BGRS.detach(), target_BGRS.detach().expand(shape), keys, kind, qk,
-                                _with_kernels(qk, kernels))
+    return _RowDivergence.apply(
+        *qk[:3], attention_BGRS.detach(), target_BGRS.detach().expand(shape), keys, kind, qk, _with_kernels(qk, kernels)
+    )

@@ -58,8 +58,9 @@ def tile_of(dtype: torch.dtype, width: int) -> Tile:
 
 
 @triton.jit
-def _load(pointer, start, stride, size, D: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr,
-          WIDE: tl.constexpr):
+def _load(
+    pointer, start, stride, size, D: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+):
     """Vectors [COUNT, BLOCK_D] from number `start` on; 0 from `size` on and beyond D. Only the corner's place is 64
     bits wide: a tile of wide pointers would take twice the registers."""
     local, columns = tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
@@ -100,10 +101,42 @@ def _ends(rows, length, first_row, lag, T, PROMPT: tl.constexpr):
 
 
 @triton.jit
-def _row_statistics(query, prompt, response, lengths, slope, normaliser, inner, q_b, q_g, q_r, q_n, p_b, p_s, p_k, t_b,
-                    t_g, t_s, t_k, G, R, P, T, N, shared, first_row, lag, scale, SLOPE: tl.constexpr, D: tl.constexpr,
-                    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                    WIDE: tl.constexpr):
+def _row_statistics(
+    query,
+    prompt,
+    response,
+    lengths,
+    slope,
+    normaliser,
+    inner,
+    q_b,
+    q_g,
+    q_r,
+    q_n,
+    p_b,
+    p_s,
+    p_k,
+    t_b,
+    t_g,
+    t_s,
+    t_k,
+    G,
+    R,
+    P,
+    T,
+    N,
+    shared,
+    first_row,
+    lag,
+    scale,
+    SLOPE: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """normaliser[b, g, h, r] = log sum_j exp(score), inner = sum_j softmax_j slope_j in the same pass."""
     head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, g, kv = z // G, z % G, head // shared
@@ -143,9 +176,37 @@ def _row_statistics(query, prompt, response, lengths, slope, normaliser, inner, 
 
 
 @triton.jit
-def _head_mean(query, keys, lengths, normaliser, result, q_b, q_g, q_r, q_n, k_b, k_g, k_s, k_k, G, R, P, T, N, shared,
-               lag, scale, total_heads, PROMPT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def _head_mean(
+    query,
+    keys,
+    lengths,
+    normaliser,
+    result,
+    q_b,
+    q_g,
+    q_r,
+    q_n,
+    k_b,
+    k_g,
+    k_s,
+    k_k,
+    G,
+    R,
+    P,
+    T,
+    N,
+    shared,
+    lag,
+    scale,
+    total_heads,
+    PROMPT: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """result[b, g, r, column] over a tile of the prompt's keys or of the response's."""
     z = tl.program_id(2).to(tl.int64)
     b, g = z // G, z % G
@@ -175,10 +236,46 @@ def _score_gradient(vectors, key, slope, norm, mean, rows, columns, ends, R, sca
 
 
 @triton.jit
-def _query_gradient(query, prompt, response, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, p_b, p_s,
-                    p_k, t_b, t_g, t_s, t_k, o_b, o_g, o_r, o_n, G, R, P, T, N, shared, first_row, lag, scale,
-                    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-                    PRECISION: tl.constexpr, WIDE: tl.constexpr):
+def _query_gradient(
+    query,
+    prompt,
+    response,
+    lengths,
+    slope,
+    normaliser,
+    inner,
+    result,
+    q_b,
+    q_g,
+    q_r,
+    q_n,
+    p_b,
+    p_s,
+    p_k,
+    t_b,
+    t_g,
+    t_s,
+    t_k,
+    o_b,
+    o_g,
+    o_r,
+    o_n,
+    G,
+    R,
+    P,
+    T,
+    N,
+    shared,
+    first_row,
+    lag,
+    scale,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """result[b, g, r, h] = scale * sum_j dE_j k_j."""
     head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, g, kv = z // G, z % G, head // shared
@@ -208,10 +305,43 @@ def _query_gradient(query, prompt, response, lengths, slope, normaliser, inner, 
 
 
 @triton.jit
-def _key_gradient(query, keys, lengths, slope, normaliser, inner, result, q_b, q_g, q_r, q_n, k_b, k_g, k_s, k_k, o_b,
-                  o_g, o_s, o_k, G, R, P, T, N, shared, first_row, lag, scale, PROMPT: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                  WIDE: tl.constexpr):
+def _key_gradient(
+    query,
+    keys,
+    lengths,
+    slope,
+    normaliser,
+    inner,
+    result,
+    q_b,
+    q_g,
+    q_r,
+    q_n,
+    k_b,
+    k_g,
+    k_s,
+    k_k,
+    o_b,
+    o_g,
+    o_s,
+    o_k,
+    G,
+    R,
+    P,
+    T,
+    N,
+    shared,
+    first_row,
+    lag,
+    scale,
+    PROMPT: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """result[b, (g,) j, k] += scale * sum over heads of k, rows (and responses, for the prompt's keys) of dE_j q."""
     kv, outer = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first_key = tl.program_id(0) * KEYS
@@ -250,6 +380,7 @@ def _key_gradient(query, keys, lengths, slope, normaliser, inner, result, q_b, q
 
 # --- launching --------------------------------------------------------------------------------------------------------
 
+
 class _Inputs(NamedTuple):
     """Tensors whose vectors are contiguous, and the numbers that all kernels take."""
 
@@ -286,9 +417,21 @@ def _statistics(inputs: _Inputs, qk: "RowQK", slope: Optional[Tensor], first_row
     B, G, R, n, _ = inputs.query.shape
     normaliser, inner = (torch.empty(B, G, n, R, dtype=torch.float32, device=inputs.query.device) for _ in range(2))
     grid = (triton.cdiv(R, inputs.tile.ROWS), n, B * G)
-    _row_statistics[grid](*inputs[:4], normaliser if slope is None else slope, normaliser, inner,
-                          *inputs.query.stride()[:4], *inputs.prompt.stride()[:3], *inputs.response.stride()[:4],
-                          *inputs.sizes, first_row, qk.lag, qk.scale, SLOPE=slope is not None, **inputs.constants)
+    _row_statistics[grid](
+        *inputs[:4],
+        normaliser if slope is None else slope,
+        normaliser,
+        inner,
+        *inputs.query.stride()[:4],
+        *inputs.prompt.stride()[:3],
+        *inputs.response.stride()[:4],
+        *inputs.sizes,
+        first_row,
+        qk.lag,
+        qk.scale,
+        SLOPE=slope is not None,
+        **inputs.constants,
+    )
     return normaliser, inner
 
 
@@ -308,14 +451,27 @@ def head_mean_rows(qk: "RowQK") -> Tensor:
         for is_prompt, keys, strides in inputs.segments():
             size = keys.shape[1 if is_prompt else 2]
             grid = (triton.cdiv(size, inputs.tile.KEYS), triton.cdiv(R, inputs.tile.ROWS), B * G)
-            _head_mean[grid](inputs.query, keys, inputs.lengths, normaliser, result, *inputs.query.stride()[:4],
-                             *strides, *inputs.sizes, qk.lag, qk.scale, qk.num_heads, PROMPT=is_prompt,
-                             **inputs.constants)
+            _head_mean[grid](
+                inputs.query,
+                keys,
+                inputs.lengths,
+                normaliser,
+                result,
+                *inputs.query.stride()[:4],
+                *strides,
+                *inputs.sizes,
+                qk.lag,
+                qk.scale,
+                qk.num_heads,
+                PROMPT=is_prompt,
+                **inputs.constants,
+            )
     return result
 
 
-def add_gradients(qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice],
-                  grads: tuple[Tensor, Tensor, Tensor]) -> None:
+def add_gradients(
+    qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice], grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
     """Gradients of the rows in `piece`, which are all of a batch's responses or some of one response's.
 
     Args:
@@ -325,23 +481,54 @@ def add_gradients(qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice],
         grads: of query (is set), prompt and response keys (are added to), shapes of `qk`, float32, contiguous.
     """
     b, g, r = piece
-    part = qk._replace(query_BGRnD=qk.query_BGRnD[b, g, r], prompt_key_BPkD=qk.prompt_key_BPkD[b],
-                       response_key_BGTkD=qk.response_key_BGTkD[b, g], prompt_lengths_B=qk.prompt_lengths_B[b])
+    part = qk._replace(
+        query_BGRnD=qk.query_BGRnD[b, g, r],
+        prompt_key_BPkD=qk.prompt_key_BPkD[b],
+        response_key_BGTkD=qk.response_key_BGTkD[b, g],
+        prompt_lengths_B=qk.prompt_lengths_B[b],
+    )
     inputs, to_query = _Inputs.of(part), grads[0][b, g, r]
     B, G, R, n, _ = inputs.query.shape
     with _device_of(slope):
         normaliser, inner = _statistics(inputs, qk, slope, r.start)
         _query_gradient[(triton.cdiv(R, inputs.tile.ROWS), n, B * G)](
-            *inputs[:4], slope, normaliser, inner, to_query, *inputs.query.stride()[:4], *inputs.prompt.stride()[:3],
-            *inputs.response.stride()[:4], *to_query.stride()[:4], *inputs.sizes, r.start, qk.lag, qk.scale,
-            **inputs.constants)
+            *inputs[:4],
+            slope,
+            normaliser,
+            inner,
+            to_query,
+            *inputs.query.stride()[:4],
+            *inputs.prompt.stride()[:3],
+            *inputs.response.stride()[:4],
+            *to_query.stride()[:4],
+            *inputs.sizes,
+            r.start,
+            qk.lag,
+            qk.scale,
+            **inputs.constants,
+        )
         for is_prompt, keys, strides in inputs.segments():
             result = grads[1][b][:, None] if is_prompt else grads[2][b, g]
             tiles = triton.cdiv(keys.shape[1 if is_prompt else 2], inputs.tile.KEYS)
             grid = (tiles, keys.shape[-2], B if is_prompt else B * G)
-            _key_gradient[grid](inputs.query, keys, inputs.lengths, slope, normaliser, inner, result,
-                                *inputs.query.stride()[:4], *strides, *result.stride()[:4], *inputs.sizes, r.start,
-                                qk.lag, qk.scale, PROMPT=is_prompt, **inputs.constants)
+            _key_gradient[grid](
+                inputs.query,
+                keys,
+                inputs.lengths,
+                slope,
+                normaliser,
+                inner,
+                result,
+                *inputs.query.stride()[:4],
+                *strides,
+                *result.stride()[:4],
+                *inputs.sizes,
+                r.start,
+                qk.lag,
+                qk.scale,
+                PROMPT=is_prompt,
+                **inputs.constants,
+            )
 
 
 def _device_of(tensor: Tensor) -> ContextManager:

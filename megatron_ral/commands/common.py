@@ -25,8 +25,9 @@ def add_prompt_suffix(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and `--prompt-suffix TEXT` for tools that measure prompts as a run will; see `prompt_suffix`."""
     suffix = parser.add_mutually_exclusive_group()
     suffix.add_argument("--config", help="YAML file of the run that will read the shards, for its data.prompt_suffix")
-    suffix.add_argument("--prompt-suffix", default="", help="data.prompt_suffix itself; a run with another one does not use "
-                        "the indexes")
+    suffix.add_argument(
+        "--prompt-suffix", default="", help="data.prompt_suffix itself; a run with another one does not use the indexes"
+    )
 
 
 def prompt_suffix(arguments: argparse.Namespace) -> str:
@@ -91,8 +92,9 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
     from megatron_ral.planning.parameters import describe_parameters
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    layout = RankLayout(0, world_size, config.parallel.tensor_model_parallel_size,
-                            config.parallel.pipeline_model_parallel_size)
+    layout = RankLayout(
+        0, world_size, config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    )
     text = f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
     if teacher is not None:
         layout = RankLayout(0, world_size, *config.teacher_layout)
@@ -100,5 +102,15 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
     return text
 
 
-__all__ = ["ConfigError", "add_prompt_suffix", "dry_run", "fail", "leave", "parse_arguments", "prompt_suffix",
-           "quiet_third_parties", "read_config", "say_error"]
+__all__ = [
+    "ConfigError",
+    "add_prompt_suffix",
+    "dry_run",
+    "fail",
+    "leave",
+    "parse_arguments",
+    "prompt_suffix",
+    "quiet_third_parties",
+    "read_config",
+    "say_error",
+]

@@ -59,8 +59,9 @@ def main() -> None:
 
     try:
         source = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0]
-        processor = PromptProcessor(str(config_folder(path)), config.data.max_prompt_length,
-                                    prompt_suffix=config.data.prompt_suffix)
+        processor = PromptProcessor(
+            str(config_folder(path)), config.data.max_prompt_length, prompt_suffix=config.data.prompt_suffix
+        )
     except (ConfigError, DataError) as error:
         # the first process of each node speaks: a disk may be missing on one of them
         fail(error, everywhere=os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0")
@@ -74,14 +75,23 @@ def main() -> None:
     from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, left_out_by_reason, say_what_is_scored
 
     started = time.perf_counter()
-    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
-                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
-                          timeout_minutes=config.parallel.timeout_minutes)
+    process_groups = start_groups(
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        pipeline_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+        timeout_minutes=config.parallel.timeout_minutes,
+    )
     is_main, layout = process_groups.layout.rank == 0, process_groups.layout
     if is_main:
         say_what_is_scored(source, config)
-    prompts = PromptSet(source.shards, processor, config.logging.num_eval_prompts, dp_rank=layout.data_rank,
-                        dp_size=layout.data_size, num_readers=layout.world_size)
+    prompts = PromptSet(
+        source.shards,
+        processor,
+        config.logging.num_eval_prompts,
+        dp_rank=layout.data_rank,
+        dp_size=layout.data_size,
+        num_readers=layout.world_size,
+    )
     try:
         engine = FrozenEngine(shape, process_groups, config.model.dtype, path)
     except AgreedError as error:
@@ -94,11 +104,20 @@ def main() -> None:
             sample_prompts(engine, prompts, processor, config, arguments.samples, kept.sampled, bar.update)
     results, left_out = kept.gather(process_groups), left_out_by_reason(source, prompts, process_groups)
     if is_main:
-        record = {**dataclasses.asdict(result), "seconds": round(time.perf_counter() - started, 2), "model": path,
-                  "reward_accuracy": config.reward.accuracy, "left_out": left_out}
+        record = {
+            **dataclasses.asdict(result),
+            "seconds": round(time.perf_counter() - started, 2),
+            "model": path,
+            "reward_accuracy": config.reward.accuracy,
+            "left_out": left_out,
+        }
         if arguments.samples:
-            record["sampling"] = {"num_samples": arguments.samples, "temperature": config.rollout.temperature,
-                                  "top_p": config.rollout.top_p, "seed": config.seed}
+            record["sampling"] = {
+                "num_samples": arguments.samples,
+                "temperature": config.rollout.temperature,
+                "top_p": config.rollout.top_p,
+                "seed": config.seed,
+            }
         if results:
             table = BenchmarkTable.of(results)
             record |= table.record()
@@ -106,12 +125,13 @@ def main() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2))
         write_completions(completions, results)
-        print(f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
-              f"unparsed {result.unparsed_rate:.3f}, failed {result.error_rate:.3f}, "
-              f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}", flush=True)
+        print(
+            f"{result.num_prompts} prompts: accuracy {result.accuracy:.3f}, format {result.format_rate:.3f}, "
+            f"unparsed {result.unparsed_rate:.3f}, failed {result.error_rate:.3f}, "
+            f"target attention {result.target_attention:.3f}, visual mass {result.visual_mass:.3f}",
+            flush=True,
+        )
         if left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             print(f"left out: {sum(left_out.values())} samples that could not be used ({reasons})", flush=True)
     stop_groups()
-
-

@@ -38,37 +38,49 @@ def main() -> None:
     try:
         manifest = read_json(folder / MANIFEST, "step", "update", "world_size", "metrics")
         if manifest["world_size"] != world_size:
-            raise ConfigError(f"'{folder}' is of a run with {manifest['world_size']} processes, not {world_size}; start as "
-                              "many")
+            raise ConfigError(
+                f"'{folder}' is of a run with {manifest['world_size']} processes, not {world_size}; start as many"
+            )
         config = load_config(folder / "config.yaml", [f"model.path='{folder / 'hf'}'"])
         batches, _, tensors = load_replay(folder, int(os.environ.get("RANK", 0)))
         shape = read_shape(config.model.path)
         teacher_shape = read_shape(config.teacher.path, "teacher.path") if config.distills else None
     except (CheckpointError, ConfigError) as error:
         fail(error)
-    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
-                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
-                          timeout_minutes=config.parallel.timeout_minutes)
+    process_groups = start_groups(
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        pipeline_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+        timeout_minutes=config.parallel.timeout_minutes,
+    )
     objective = SftObjective()
     if config.train.algorithm == "ral":
         teacher = None
         if teacher_shape is not None:
-            processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                        config.data.include_process, config.data.max_visual_tokens,
-                                        config.data.prompt_suffix)
+            processor = PromptProcessor(
+                str(config_folder(config.model.path)),
+                config.data.max_prompt_length,
+                config.data.include_process,
+                config.data.max_visual_tokens,
+                config.data.prompt_suffix,
+            )
             teacher = build_teacher(config, teacher_shape, shape, process_groups, processor)
         objective = build_objective(config, shape, process_groups, teacher)
         coef = manifest["metrics"].get("attention/coef", objective.attention_coef)
         objective = replace(objective, attention_coef=coef if math.isfinite(coef) else 1.0)
     again, lines, passes = run_again(PolicyEngine(shape, process_groups, config), batches, tensors, objective)
     if process_groups.layout.rank == 0:
-        print(f"step {manifest['step']}, update {manifest['update']}: {len(batches)} micro-batches on each of "
-              f"{process_groups.layout.data_size} data-parallel ranks")
+        print(
+            f"step {manifest['step']}, update {manifest['update']}: {len(batches)} micro-batches on each of "
+            f"{process_groups.layout.data_size} data-parallel ranks"
+        )
         print("\n".join(lines + [str(made) for made in passes]))
-        print("reproduced: the loss or the gradient is not finite" if again else
-              "not reproduced: the loss and the gradient are finite here", flush=True)
+        print(
+            "reproduced: the loss or the gradient is not finite"
+            if again
+            else "not reproduced: the loss and the gradient are finite here",
+            flush=True,
+        )
     stop_groups()
     if not again:
         raise SystemExit(1)
-
-

@@ -8,7 +8,15 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ral.commands.common import dry_run, fail, leave, parse_arguments, quiet_third_parties, read_config, say_error
+from megatron_ral.commands.common import (
+    dry_run,
+    fail,
+    leave,
+    parse_arguments,
+    quiet_third_parties,
+    read_config,
+    say_error,
+)
 from megatron_ral.config import RunConfig
 from megatron_ral.errors import ConfigError
 
@@ -28,8 +36,9 @@ def _check_models(config: RunConfig):
     shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
     if config.model.reference_path:
-        shape.check_same_architecture(read_shape(config.model.reference_path, "model.reference_path"),
-                                      "model.reference_path")
+        shape.check_same_architecture(
+            read_shape(config.model.reference_path, "model.reference_path"), "model.reference_path"
+        )
     if not config.distills:
         return shape, None
     shape.layer_indices(config.distill.attention_layers, "distill.attention_layers")
@@ -37,8 +46,10 @@ def _check_models(config: RunConfig):
     teacher.check_layout(*config.teacher_layout, section="teacher")
     shape.check_teacher(teacher)
     if config.distill.top_tokens > min(shape.vocab_size, teacher.vocab_size):
-        raise ConfigError(f"distill.top_tokens = {config.distill.top_tokens} is more than the "
-                          f"{min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them")
+        raise ConfigError(
+            f"distill.top_tokens = {config.distill.top_tokens} is more than the "
+            f"{min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them"
+        )
     return shape, teacher
 
 
@@ -73,8 +84,10 @@ def main() -> None:
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
     if not problems:  # everything on disk is looked at, and all ranks are compared, before any memory is taken
-        for look in (lambda: teacher is None or check_fits(config, shape, teacher),
-                     lambda: Inputs.open(config, arguments.resume)):
+        for look in (
+            lambda: teacher is None or check_fits(config, shape, teacher),
+            lambda: Inputs.open(config, arguments.resume),
+        ):
             try:
                 inputs = look()
             except (CheckpointError, ConfigError, DataError, OSError) as error:
@@ -87,12 +100,20 @@ def main() -> None:
         print(line, flush=True)
     if arguments.preflight:
         return
-    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
-                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed,
-                          timeout_minutes=config.parallel.timeout_minutes)
-    watchdog = Watchdog(process_groups.layout.rank, process_groups.layout.world_size, config.watchdog.timeout_seconds,
-                        config.watchdog.long_timeout_seconds, watches_waiting=process_groups.device.type == "cpu",
-                        log=Path(config.train.output_dir) / "watchdog.log")
+    process_groups = start_groups(
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        pipeline_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+        timeout_minutes=config.parallel.timeout_minutes,
+    )
+    watchdog = Watchdog(
+        process_groups.layout.rank,
+        process_groups.layout.world_size,
+        config.watchdog.timeout_seconds,
+        config.watchdog.long_timeout_seconds,
+        watches_waiting=process_groups.device.type == "cpu",
+        log=Path(config.train.output_dir) / "watchdog.log",
+    )
     stopping = StopRequests(config.train.time_limit_minutes, started)
     stopping.listen()
     try:
@@ -108,5 +129,3 @@ def main() -> None:
     with progress.within("leaving"):
         watchdog.leave()
         stop_groups()
-
-

@@ -140,6 +140,11 @@ class EarlyReduction:
 def remove_module_hooks(module: torch.nn.Module) -> None:
     """Take the forward hooks off a module and all in it; for right after `deepspeed.initialize`."""
     for child in module.modules():
-        for hooks in (child._forward_pre_hooks, child._forward_hooks, child._forward_pre_hooks_with_kwargs,
-                      child._forward_hooks_with_kwargs, child._forward_hooks_always_called):
+        for hooks in (
+            child._forward_pre_hooks,
+            child._forward_hooks,
+            child._forward_pre_hooks_with_kwargs,
+            child._forward_hooks_with_kwargs,
+            child._forward_hooks_always_called,
+        ):
             hooks.clear()

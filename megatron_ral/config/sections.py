@@ -222,8 +222,7 @@ class RunConfig:
     def needs_reference(self) -> bool:
         """Whether a frozen reference model has to be held."""
         # The divergence is logged at attention_coef = 0 too, so its target decides, not the coefficient.
-        return self.train.algorithm == "ral" and (
-            self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
+        return self.train.algorithm == "ral" and (self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
 
     @property
     def distills(self) -> bool:
@@ -233,8 +232,10 @@ class RunConfig:
     @property
     def teacher_layout(self) -> tuple[int, int]:
         """Tensor and pipeline ranks of the teacher."""
-        return (self.teacher.tensor_model_parallel_size or self.parallel.tensor_model_parallel_size,
-                self.teacher.pipeline_model_parallel_size or self.parallel.pipeline_model_parallel_size)
+        return (
+            self.teacher.tensor_model_parallel_size or self.parallel.tensor_model_parallel_size,
+            self.teacher.pipeline_model_parallel_size or self.parallel.pipeline_model_parallel_size,
+        )
 
     @property
     def attention_acts(self) -> bool:
@@ -250,39 +251,64 @@ class RunConfig:
             return "data.train", "is empty; give at least one source of shards"
         for index, source in enumerate(sources[:-1]):
             if source.num_samples == 0:
-                return (f"data.train.{index}.num_samples",
-                        "= 0 (endless) is only possible for the last source; give a number of samples")
+                return (
+                    f"data.train.{index}.num_samples",
+                    "= 0 (endless) is only possible for the last source; give a number of samples",
+                )
         if self.train.algorithm == "ral" and self.rollout.num_prompts % self.rollout.num_minibatches:
-            return ("rollout.num_prompts", f"= {self.rollout.num_prompts} is not divisible by "
-                    f"rollout.num_minibatches = {self.rollout.num_minibatches}")
+            return (
+                "rollout.num_prompts",
+                f"= {self.rollout.num_prompts} is not divisible by "
+                f"rollout.num_minibatches = {self.rollout.num_minibatches}",
+            )
         if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
             return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
         if self.train.algorithm == "ral" and self.model.train_vision:
-            return ("model.train_vision", "= true has no effect with train.algorithm = ral, whose visual features are made "
-                    "once per rollout; set it to false")
+            return (
+                "model.train_vision",
+                "= true has no effect with train.algorithm = ral, whose visual features are made "
+                "once per rollout; set it to false",
+            )
         target, keys = self.loss.attention_target, self.loss.attention_keys
         if target in ("group", "hindsight") and keys == "all":
-            return ("loss.attention_keys", f"= all is not possible with loss.attention_target = {target}, which compares "
-                    "different responses over the keys they share; set prompt or visual")
+            return (
+                "loss.attention_keys",
+                f"= all is not possible with loss.attention_target = {target}, which compares "
+                "different responses over the keys they share; set prompt or visual",
+            )
         if target == "oracle" and keys != "visual":
-            return ("loss.attention_keys", f"= {keys} is not possible with loss.attention_target = oracle, whose target is "
-                    "the annotated box; set visual")
+            return (
+                "loss.attention_keys",
+                f"= {keys} is not possible with loss.attention_target = oracle, whose target is "
+                "the annotated box; set visual",
+            )
         if self.loss.attention_store == "qk" and target not in ("old", "reference", "ema"):
-            return ("loss.attention_store", f"= qk has no meaning with loss.attention_target = {target}, which keeps no "
-                    "rows; set rows")
+            return (
+                "loss.attention_store",
+                f"= qk has no meaning with loss.attention_target = {target}, which keeps no rows; set rows",
+            )
         distill_layers = self.distill.attention_layers
         if len(set(distill_layers)) != len(distill_layers):
             return "distill.attention_layers", f"= {list(distill_layers)} must name each layer once"
         if self.distill.teacher_rollouts and self.distills and (self.loss.policy_coef or self.attention_acts):
-            return ("distill.teacher_rollouts", f"= {self.distill.teacher_rollouts} is not possible with loss.policy_coef = "
-                    f"{self.loss.policy_coef} and loss.attention_coef = {self.loss.attention_coef}: responses of the teacher "
-                    "are not samples of the policy and have no advantages; set these to 0, or distill.teacher_rollouts")
+            return (
+                "distill.teacher_rollouts",
+                f"= {self.distill.teacher_rollouts} is not possible with loss.policy_coef = "
+                f"{self.loss.policy_coef} and loss.attention_coef = {self.loss.attention_coef}: responses of the teacher "
+                "are not samples of the policy and have no advantages; set these to 0, or distill.teacher_rollouts",
+            )
         if self.distills and self.loss.filter_equal_rewards:
-            return ("loss.filter_equal_rewards", "= true is not possible with a teacher: it would leave the groups that all "
-                    "failed, which have most to learn from one, out of distillation too")
+            return (
+                "loss.filter_equal_rewards",
+                "= true is not possible with a teacher: it would leave the groups that all "
+                "failed, which have most to learn from one, out of distillation too",
+            )
         if self.distills and self.distill.token_divergence == "cross_entropy" and self.distill.teacher_rollouts < 1:
-            return ("distill.token_divergence", "= cross_entropy is likelihood of the teacher's responses and needs "
-                    f"distill.teacher_rollouts = 1, not {self.distill.teacher_rollouts}")
+            return (
+                "distill.token_divergence",
+                "= cross_entropy is likelihood of the teacher's responses and needs "
+                f"distill.teacher_rollouts = 1, not {self.distill.teacher_rollouts}",
+            )
         dual_clip = self.loss.dual_clip
         if 0 < dual_clip <= 1:
             return "loss.dual_clip", f"= {dual_clip} must be 0 (off) or more than 1"
@@ -294,12 +320,18 @@ class RunConfig:
         """First contradiction with a number of processes as (key, sentence), or None; `training`: batches too."""
         tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         if world_size % (tensor * pipeline):
-            return ("parallel", f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
-                    f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes")
+            return (
+                "parallel",
+                f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
+                f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes",
+            )
         teacher_tensor, teacher_pipeline = self.teacher_layout
         if self.distills and world_size % (teacher_tensor * teacher_pipeline):
-            return ("teacher", f"tensor_model_parallel_size * pipeline_model_parallel_size = {teacher_tensor} * "
-                    f"{teacher_pipeline} does not divide the world size {world_size}; it runs on the ranks of the policy")
+            return (
+                "teacher",
+                f"tensor_model_parallel_size * pipeline_model_parallel_size = {teacher_tensor} * "
+                f"{teacher_pipeline} does not divide the world size {world_size}; it runs on the ranks of the policy",
+            )
         if not training:
             return None
         data = world_size // (tensor * pipeline)
@@ -314,6 +346,9 @@ class RunConfig:
             return key, f"= {groups} is not divisible by {what}"
         per_rank = groups // unit
         if per_rank % min(self.train.micro_batch_size, per_rank):
-            return ("train.micro_batch_size", f"= {self.train.micro_batch_size} does not divide the {per_rank} "
-                    f"prompt groups that one rank handles per optimizer step")
+            return (
+                "train.micro_batch_size",
+                f"= {self.train.micro_batch_size} does not divide the {per_rank} "
+                f"prompt groups that one rank handles per optimizer step",
+            )
         return None

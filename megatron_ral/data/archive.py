@@ -73,7 +73,9 @@ def scan_archive(path: str | Path) -> ArchiveScan:
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
         raise DataError(f"shard '{path}' is not a tar archive; remove or rebuild it") from None
     except OSError as error:
-        raise DataError(f"shard '{path}' cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise DataError(
+            f"shard '{path}' cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     return ArchiveScan(num_bytes, tuple(_without_repetition(spans)), damage)
 
 
@@ -117,7 +119,9 @@ def _member_fault(member: tarfile.TarInfo) -> Optional[SampleIssue]:
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or re.match("[A-Za-z]:", name):
         return SampleIssue("unsafe_member", f"member '{printable(name)}' has a name that leads out of the archive")
     if not member.isreg() or member.issparse():
-        return SampleIssue("unsafe_member", f"member '{printable(name)}' is a link, device or sparse file, not a plain one")
+        return SampleIssue(
+            "unsafe_member", f"member '{printable(name)}' is a link, device or sparse file, not a plain one"
+        )
     return None
 
 
@@ -142,8 +146,10 @@ def _without_repetition(spans: list[SampleSpan]) -> Iterator[SampleSpan]:
     seen: set[str] = set()
     for span in spans:
         if span.key in seen and span.fault is None:
-            fault = SampleIssue("duplicate_key", f"sample '{printable(span.key)}' at byte {span.offset} has the key of an "
-                                           "earlier sample of its shard")
+            fault = SampleIssue(
+                "duplicate_key",
+                f"sample '{printable(span.key)}' at byte {span.offset} has the key of an earlier sample of its shard",
+            )
             span = replace(span, fault=fault)
         seen.add(span.key)
         yield span

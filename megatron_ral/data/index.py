@@ -77,8 +77,13 @@ def write_index(shard: str | Path, scan: ArchiveScan, lengths: Mapping[str, Samp
     target = index_path(shard)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     with open(partial, "w", encoding="ascii") as stream:
-        header = {"format": FORMAT, "tar_bytes": scan.num_bytes, "processor": fingerprint,
-                  "num_samples": len(scan.spans), "damage": scan.damage}
+        header = {
+            "format": FORMAT,
+            "tar_bytes": scan.num_bytes,
+            "processor": fingerprint,
+            "num_samples": len(scan.spans),
+            "damage": scan.damage,
+        }
         stream.write(json.dumps(header) + "\n")
         for span in scan.spans:
             line = {"key": span.key, "offset": span.offset, "size": span.size}
@@ -121,12 +126,20 @@ def index_of_scan(shard: str, scan: ArchiveScan, note: str = "") -> ShardIndex:
 
 def _from_lines(shard: str, header: dict, lines: list[dict]) -> ShardIndex:
     spans = [_span(line, header["tar_bytes"]) for line in lines]
-    numbers = {name: np.array([_whole(line.get(name, UNKNOWN), UNKNOWN, 2**31) for line in lines], dtype=np.int32)
-               for name in ("prompt_length", "visual_tokens")}
+    numbers = {
+        name: np.array([_whole(line.get(name, UNKNOWN), UNKNOWN, 2**31) for line in lines], dtype=np.int32)
+        for name in ("prompt_length", "visual_tokens")
+    }
     if not isinstance(header["damage"], str) or not isinstance(header["processor"], str):
         raise TypeError("'damage' and 'processor' are texts")
-    return _build(shard, spans, damage=header["damage"], fingerprint=header["processor"],
-                  prompt_lengths=numbers["prompt_length"], visual_tokens=numbers["visual_tokens"])
+    return _build(
+        shard,
+        spans,
+        damage=header["damage"],
+        fingerprint=header["processor"],
+        prompt_lengths=numbers["prompt_length"],
+        visual_tokens=numbers["visual_tokens"],
+    )
 
 
 def _span(line: dict, tar_bytes: int) -> SampleSpan:
@@ -136,7 +149,9 @@ def _span(line: dict, tar_bytes: int) -> SampleSpan:
         raise TypeError("'key', 'reason' and 'text' are texts")
     offset = _whole(line["offset"], 0, tar_bytes + 1)
     # a sample that the end of the file cuts reaches beyond it
-    return SampleSpan(line["key"], offset, _whole(line["size"], 0, tar_bytes + 1 - offset if fault is None else 2**63), fault)
+    return SampleSpan(
+        line["key"], offset, _whole(line["size"], 0, tar_bytes + 1 - offset if fault is None else 2**63), fault
+    )
 
 
 def _whole(value: object, least: int, end: int) -> int:
@@ -146,8 +161,11 @@ def _whole(value: object, least: int, end: int) -> int:
 
 
 def _build(shard: str, spans: list[SampleSpan], **rest) -> ShardIndex:
-    return ShardIndex(shard, tuple(span.key for span in spans),
-                      np.array([span.offset for span in spans], dtype=np.int64),
-                      np.array([span.size for span in spans], dtype=np.int64),
-                      {number: span.fault for number, span in enumerate(spans) if span.fault is not None}, **rest)
-
+    return ShardIndex(
+        shard,
+        tuple(span.key for span in spans),
+        np.array([span.offset for span in spans], dtype=np.int64),
+        np.array([span.size for span in spans], dtype=np.int64),
+        {number: span.fault for number, span in enumerate(spans) if span.fault is not None},
+        **rest,
+    )

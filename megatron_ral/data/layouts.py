@@ -27,8 +27,19 @@ _IMAGE_FIELDS = ("image", "images", "image_list", "image_path", "imgname")
 _VIDEO_FIELDS = ("video", "videos", "video_path")
 _OPTION_FIELDS = ("options", "candidates", "choices")
 _MEDIA_NAME = re.compile(r"\S{1,1000}\.(?:png|jpe?g|webp|bmp|tiff?|mp4|m4v|mov|webm|mkv|avi|gif)", re.IGNORECASE)
-_TEXTS = {"problem", "question", "text", "query", "answer", "answers", "label", "solution", "process", *_OPTION_FIELDS,
-          *_ID_FIELDS}
+_TEXTS = {
+    "problem",
+    "question",
+    "text",
+    "query",
+    "answer",
+    "answers",
+    "label",
+    "solution",
+    "process",
+    *_OPTION_FIELDS,
+    *_ID_FIELDS,
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -77,13 +88,21 @@ def _refuse_unread_media(record: dict) -> None:
     """A question whose picture stands in a field that is not read must not become a question without one."""
     for name, value in record.items():
         if name not in _TEXTS and any(map(_is_media, value if isinstance(value, list) else [value])):
-            raise SampleError(f"field '{name}' seems to name media, but is none that is read ({', '.join(_IMAGE_FIELDS)}, "
-                              f"{', '.join(_VIDEO_FIELDS)}); rename it", "missing_media")
+            raise SampleError(
+                f"field '{name}' seems to name media, but is none that is read ({', '.join(_IMAGE_FIELDS)}, "
+                f"{', '.join(_VIDEO_FIELDS)}); rename it",
+                "missing_media",
+            )
 
 
 def _is_media(value: Any) -> bool:
-    return isinstance(value, bytes) or isinstance(value, dict) and isinstance(value.get("bytes"), bytes) or \
-        isinstance(value, str) and _MEDIA_NAME.fullmatch(value) is not None
+    return (
+        isinstance(value, bytes)
+        or isinstance(value, dict)
+        and isinstance(value.get("bytes"), bytes)
+        or isinstance(value, str)
+        and _MEDIA_NAME.fullmatch(value) is not None
+    )
 
 
 def _video_r1(record: dict) -> RawSample:
@@ -95,8 +114,13 @@ def _video_r1(record: dict) -> RawSample:
         raise SampleError("data_type is 'text' but 'path' names media", "wrong_field")
     if kind != "text" and not paths:
         raise SampleError(f"data_type is '{kind}' but 'path' names nothing", "missing_media")
-    return _raw_sample(record, _text(record, "problem"), _solution(_answer(record, "solution")),
-                       paths if kind == "image" else (), paths if kind == "video" else ())
+    return _raw_sample(
+        record,
+        _text(record, "problem"),
+        _solution(_answer(record, "solution")),
+        paths if kind == "image" else (),
+        paths if kind == "video" else (),
+    )
 
 
 def _v_star(record: dict) -> RawSample:
@@ -104,8 +128,11 @@ def _v_star(record: dict) -> RawSample:
     question = _text(record, "question", "text", "query")
     videos = _media_list(_first(record, _VIDEO_FIELDS), "video")
     if videos and any(record.get(name) is not None for name in ("start", "end")):
-        raise SampleError("the question is about a part of its video ('start', 'end'), which is not cut here; cut the file "
-                          "and remove both fields", "wrong_field")
+        raise SampleError(
+            "the question is about a part of its video ('start', 'end'), which is not cut here; cut the file "
+            "and remove both fields",
+            "wrong_field",
+        )
     if options and not isinstance(answer, int):
         answer = option_letter(str(answer), options) or answer
     elif options:
@@ -147,7 +174,9 @@ def _chat(record: dict) -> RawSample:
                 value = value.get("url") if isinstance(value, dict) and "url" in value else value
                 media[kind] += _media_list(value, kind)
             else:
-                raise SampleError(f"a part of a message has the type {kind!r}, none of text, image, video", "wrong_field")
+                raise SampleError(
+                    f"a part of a message has the type {kind!r}, none of text, image, video", "wrong_field"
+                )
     for kind, fields in (("image", _IMAGE_FIELDS), ("video", _VIDEO_FIELDS)):
         media[kind] += _media_list(_first(record, fields), kind)
     question = "\n".join([*texts["system"], " ".join(text.strip() for text in texts["user"])])
@@ -165,14 +194,23 @@ def _chat(record: dict) -> RawSample:
     if not answer and not record.get("solution"):
         raise SampleError("the message of the assistant ends with its thought and has no answer", "missing_field")
     solution = _answer(record, "solution") if record.get("solution") else answer
-    return _raw_sample({"process": thought.strip(), **record}, question, _solution(solution), tuple(media["image"]),
-                       tuple(media["video"]))
+    return _raw_sample(
+        {"process": thought.strip(), **record},
+        question,
+        _solution(solution),
+        tuple(media["image"]),
+        tuple(media["video"]),
+    )
 
 
-def _raw_sample(record: dict, problem: str, solution: str, images: tuple[Media, ...], videos: tuple[Media, ...]) -> RawSample:
+def _raw_sample(
+    record: dict, problem: str, solution: str, images: tuple[Media, ...], videos: tuple[Media, ...]
+) -> RawSample:
     options = _options(record)
-    if options and not all(re.search(rf"(?<!\w){letter}[.):]\s*{re.escape(text)}", problem)
-                           for letter, text in zip(LETTERS, _bare(options))):
+    if options and not all(
+        re.search(rf"(?<!\w){letter}[.):]\s*{re.escape(text)}", problem)
+        for letter, text in zip(LETTERS, _bare(options))
+    ):
         problem = "\n".join([problem, "Options:", *map(". ".join, zip(LETTERS, _bare(options)))])
     for kind, media in (("image", images), ("video", videos)):
         problem = _numbered(problem, kind, len(media))
@@ -181,7 +219,9 @@ def _raw_sample(record: dict, problem: str, solution: str, images: tuple[Media, 
 
 def _bare(options: list[str]) -> list[str]:
     """Options without their letters, where all have them ("A.M." alone has none)."""
-    found = [re.fullmatch(rf"\s*\(?{letter}[.):]\s*(.*)", option, re.DOTALL) for letter, option in zip(LETTERS, options)]
+    found = [
+        re.fullmatch(rf"\s*\(?{letter}[.):]\s*(.*)", option, re.DOTALL) for letter, option in zip(LETTERS, options)
+    ]
     return [match[1].strip() for match in found] if all(found) else [option.strip() for option in options]
 
 
@@ -200,17 +240,25 @@ def _numbered(text: str, kind: str, count: int) -> str:
 
 def _fields(record: dict, problem: str, solution: str, options: list[str]) -> dict[str, Any]:
     if options and option_letter(reference_answer(solution), options) is None:
-        raise SampleError(f"its answer {reference_answer(solution)!r} is none of the {len(options)} options",
-                          "answer_not_in_options")
+        raise SampleError(
+            f"its answer {reference_answer(solution)!r} is none of the {len(options)} options", "answer_not_in_options"
+        )
     process, kind = (record.get(name) or "" for name in ("process", "problem_type"))
-    fields = {"problem": problem, "solution": solution, "process": process,
-              "problem_type": kind or ("multiple choice" if options else "")}
+    fields = {
+        "problem": problem,
+        "solution": solution,
+        "process": process,
+        "problem_type": kind or ("multiple choice" if options else ""),
+    }
     if options:
         fields["options"] = options
     for name in ("target_boxes", "target_frames", "fps"):
         if record.get(name):
             fields[name] = record[name]
-    for name, value in (("category", _first(record, ("category", "task"))), ("question_group", record.get("question_group"))):
+    for name, value in (
+        ("category", _first(record, ("category", "task"))),
+        ("question_group", record.get("question_group")),
+    ):
         if value not in (None, ""):
             fields[name] = str(value) if type(value) is int else value
     if record_id(record) is not None:
@@ -274,4 +322,3 @@ def _corners(boxes: Any) -> list[list[float]]:
         return [[x, y, x + width, y + height] for x, y, width, height in (map(float, box) for box in boxes)]
     except (TypeError, ValueError, OverflowError):
         raise SampleError("'bbox' must be a list of [x, y, width, height]", "target_box") from None
-

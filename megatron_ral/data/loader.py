@@ -106,9 +106,19 @@ class PromptLoader:
         report: whether this process logs what is found (every process finds the same).
     """
 
-    def __init__(self, sources: Sequence[Source], processor: PromptProcessor, settings: DataConfig, *, dp_rank: int,
-                 dp_size: int, seed: int, batch_size: int = 0, report: bool = True,
-                 exchange: Optional[Callable[[Any], list[Any]]] = None):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: PromptProcessor,
+        settings: DataConfig,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        batch_size: int = 0,
+        report: bool = True,
+        exchange: Optional[Callable[[Any], list[Any]]] = None,
+    ):
         assert exchange is not None or dp_size == 1, "several data-parallel ranks need an exchange"
         self.sources, self.processor, self.settings = list(sources), processor, settings
         self.dp_rank, self.dp_size, self.report = dp_rank, dp_size, report
@@ -120,8 +130,9 @@ class PromptLoader:
         self._unusable: set[Place] = set()
         self._agreed = False
         self._ahead = Prefetcher(self._decode, settings.decode_workers, settings.decode_ahead)
-        fingerprint = processor.fingerprint() if any(index.fingerprint for source in sources
-                                                     for index in source.indexes) else ""
+        fingerprint = (
+            processor.fingerprint() if any(index.fingerprint for source in sources for index in source.indexes) else ""
+        )
         self._orders, phase = [], 0
         for number, source in enumerate(self.sources):
             self._orders.append(self._order(number, source, fingerprint, seed + 7919 * number, batch_size, phase))
@@ -154,18 +165,26 @@ class PromptLoader:
             if fruitless_epochs > 1:
                 raise self._fruitless()
             drawn = dict(zip(pending, places))
-            results = self._ahead.get({slot: place for slot, place in drawn.items() if slot % self.dp_size == self.dp_rank})
+            results = self._ahead.get(
+                {slot: place for slot, place in drawn.items() if slot % self.dp_size == self.dp_rank}
+            )
             failed: dict[int, SampleIssue] = {}
             if drawn:
-                bad = {slot: (result.reason, result.text) for slot, result in results.items() if isinstance(result, SampleIssue)}
+                bad = {
+                    slot: (result.reason, result.text)
+                    for slot, result in results.items()
+                    if isinstance(result, SampleIssue)
+                }
                 failed = {slot: SampleIssue(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
             for slot in sorted(failed):
                 self._quarantine(drawn[slot], failed[slot])
-            mine |= {slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed}
+            mine |= {
+                slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed
+            }
             if len(drawn) > len(failed):
                 fruitless_epochs = 0
             self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))
-            pending = sorted(failed) + pending[len(drawn):]
+            pending = sorted(failed) + pending[len(drawn) :]
         self._look_ahead(count)
         return [mine[slot] for slot in sorted(mine)]
 
@@ -178,20 +197,29 @@ class PromptLoader:
             other = next((rank for rank, identity in enumerate(told) if identity != told[0]), None)
             if other is not None:
                 found = self._exchange([(index.shard, index.fingerprint, index.note) for index in source.indexes])
-                shard = next((ours[0] for ours, theirs in zip(found[0], found[other]) if ours != theirs), source.shards[0])
-                raise DataError(f"{source.key}: rank {other} found other samples, or another order of them, than rank 0 (first "
-                                f"difference: the index of '{shard}'); is tools/index_shards.py at work, or a disk slow to show "
-                                "its files? Start again when all nodes see the same")
+                shard = next(
+                    (ours[0] for ours, theirs in zip(found[0], found[other]) if ours != theirs), source.shards[0]
+                )
+                raise DataError(
+                    f"{source.key}: rank {other} found other samples, or another order of them, than rank 0 (first "
+                    f"difference: the index of '{shard}'); is tools/index_shards.py at work, or a disk slow to show "
+                    "its files? Start again when all nodes see the same"
+                )
         self._agreed = True
 
     def state(self) -> dict:
         """Position, for a checkpoint; the same on every rank."""
         position = self.position
-        return {"version": STATE_VERSION, "source": position.source, "epoch": position.epoch, "offset": position.offset,
-                "taken_from_source": position.taken,
-                "orders": [self._identity(number) for number in range(len(self.sources))],
-                "unusable": sorted([place.source, place.shard, place.number] for place in self._unusable),
-                "quarantined": {name: [fault.reason, fault.text] for name, fault in self._faults.items()}}
+        return {
+            "version": STATE_VERSION,
+            "source": position.source,
+            "epoch": position.epoch,
+            "offset": position.offset,
+            "taken_from_source": position.taken,
+            "orders": [self._identity(number) for number in range(len(self.sources))],
+            "unusable": sorted([place.source, place.shard, place.number] for place in self._unusable),
+            "quarantined": {name: [fault.reason, fault.text] for name, fault in self._faults.items()},
+        }
 
     def restore(self, state: dict) -> None:
         """Continue after the position of `state`, saved with any number of ranks.
@@ -200,28 +228,36 @@ class PromptLoader:
             DataError: a state of an older version, or of other shards.
         """
         if state.get("version") != STATE_VERSION:
-            raise DataError("the checkpoint's position in the data is of an older version; start again from its exported "
-                            "weights")
+            raise DataError(
+                "the checkpoint's position in the data is of an older version; start again from its exported weights"
+            )
         for number, saved in enumerate(state["orders"]):
             if number >= len(self.sources) or saved != self._identity(number):
                 key = self.sources[min(number, len(self.sources) - 1)].key
-                raise DataError(f"the shards of {key}, their indexes, the limits of a prompt's length, or what else decides "
-                                "the order (seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not "
-                                "those of the checkpoint, so its position means nothing in them; put them back, or start "
-                                "again from its exported weights")
+                raise DataError(
+                    f"the shards of {key}, their indexes, the limits of a prompt's length, or what else decides "
+                    "the order (seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not "
+                    "those of the checkpoint, so its position means nothing in them; put them back, or start "
+                    "again from its exported weights"
+                )
         self._faults = {name: SampleIssue(*fault) for name, fault in state["quarantined"].items()}
         self._unusable = {Place(*place) for place in state["unusable"]}
         self.position = Position(state["source"], state["epoch"], state["offset"], state["taken_from_source"])
 
-    def _order(self, number: int, source: Source, fingerprint: str, seed: int, batch_size: int, phase: int) -> EpochOrder:
+    def _order(
+        self, number: int, source: Source, fingerprint: str, seed: int, batch_size: int, phase: int
+    ) -> EpochOrder:
         """Order of the samples of a source that its headers and lengths leave."""
         numbers, lengths, filtered = [], [], Counter()
         unknown = [index for index in source.indexes if index.prompt_lengths is None]
-        foreign = [index for index in source.indexes if index.prompt_lengths is not None
-                   and index.fingerprint != fingerprint]
+        foreign = [
+            index for index in source.indexes if index.prompt_lengths is not None and index.fingerprint != fingerprint
+        ]
         for shard, index in enumerate(source.indexes):
             if index.damage:
-                self._faults[self._labels[index.shard]] = SampleIssue("truncated", f"shard '{index.shard}': {index.damage}")
+                self._faults[self._labels[index.shard]] = SampleIssue(
+                    "truncated", f"shard '{index.shard}': {index.damage}"
+                )
             for sample, fault in index.faults.items():
                 repeated = f"#{sample}" if fault.reason == "duplicate_key" else ""
                 self._faults[self._name(Place(number, shard, sample)) + repeated] = fault
@@ -235,10 +271,19 @@ class PromptLoader:
             self._report_source(source, unknown, foreign, filtered)
         similar = self.settings.group_by_length and batch_size > 1 and len(lengths) == len(source.indexes)
         if not any(len(part) for part in numbers):
-            raise DataError(f"{source.key}: no sample of {len(source.indexes)} shards (first: '{source.shards[0]}') can be "
-                            f"used; {sum(self.filtered.values())} are too long, {len(self._faults)} are faulty")
-        return EpochOrder(numbers, seed=seed, shuffle=self.settings.shuffle, window=self.settings.shuffle_buffer,
-                          lengths=lengths if similar else None, batch_size=batch_size if similar else 0, phase=phase)
+            raise DataError(
+                f"{source.key}: no sample of {len(source.indexes)} shards (first: '{source.shards[0]}') can be "
+                f"used; {sum(self.filtered.values())} are too long, {len(self._faults)} are faulty"
+            )
+        return EpochOrder(
+            numbers,
+            seed=seed,
+            shuffle=self.settings.shuffle,
+            window=self.settings.shuffle_buffer,
+            lengths=lengths if similar else None,
+            batch_size=batch_size if similar else 0,
+            phase=phase,
+        )
 
     def _admits(self, index: ShardIndex, sample: int, filtered: Counter) -> bool:
         prompt_length, visual_tokens = int(index.prompt_lengths[sample]), int(index.visual_tokens[sample])
@@ -249,20 +294,42 @@ class PromptLoader:
             filtered[reason[0]] += 1
         return reason is None
 
-    def _report_source(self, source: Source, unknown: list[ShardIndex], foreign: list[ShardIndex],
-                       filtered: Mapping[str, int]) -> None:
-        consequence = ("prompts are measured when they are decoded"
-                       + (", and data.group_by_length has no effect" if self.settings.group_by_length else "")
-                       + "; tools/index_shards.py makes indexes")
+    def _report_source(
+        self, source: Source, unknown: list[ShardIndex], foreign: list[ShardIndex], filtered: Mapping[str, int]
+    ) -> None:
+        consequence = (
+            "prompts are measured when they are decoded"
+            + (", and data.group_by_length has no effect" if self.settings.group_by_length else "")
+            + "; tools/index_shards.py makes indexes"
+        )
         if unknown:
-            logger.warning("%s: the index of %d of %d shards is %s (first: '%s'); headers were read instead, %s", source.key,
-                           len(unknown), len(source.indexes), unknown[0].note, unknown[0].shard, consequence)
+            logger.warning(
+                "%s: the index of %d of %d shards is %s (first: '%s'); headers were read instead, %s",
+                source.key,
+                len(unknown),
+                len(source.indexes),
+                unknown[0].note,
+                unknown[0].shard,
+                consequence,
+            )
         if foreign:
-            logger.warning("%s: the index of %d of %d shards was made with another tokenizer, image "
-                           "processor or data.prompt_suffix (first: '%s'); %s", source.key, len(foreign), len(source.indexes), foreign[0].shard, consequence)
+            logger.warning(
+                "%s: the index of %d of %d shards was made with another tokenizer, image "
+                "processor or data.prompt_suffix (first: '%s'); %s",
+                source.key,
+                len(foreign),
+                len(source.indexes),
+                foreign[0].shard,
+                consequence,
+            )
         for reason, count in filtered.items():
-            logger.warning("%s: %d of %d samples are left out by their index: %s", source.key, count,
-                           sum(map(len, source.indexes)), REASONS[reason])
+            logger.warning(
+                "%s: %d of %d samples are left out by their index: %s",
+                source.key,
+                count,
+                sum(map(len, source.indexes)),
+                REASONS[reason],
+            )
         for index in source.indexes:
             if index.damage:
                 logger.warning("shard '%s': %s; the samples before are used", index.shard, index.damage)
@@ -279,8 +346,10 @@ class PromptLoader:
         source = self.sources[position.source]
         if source.num_samples and position.taken >= source.num_samples:
             if position.source + 1 == len(self.sources):
-                raise DataError(f"the sources of data.train are used up after {source.num_samples} samples of the "
-                                "last one; raise num_samples or set it to 0 (endless)")
+                raise DataError(
+                    f"the sources of data.train are used up after {source.num_samples} samples of the "
+                    "last one; raise num_samples or set it to 0 (endless)"
+                )
             return [], Position(source=position.source + 1), 0
         if source.num_samples:
             count = min(count, source.num_samples - position.taken)
@@ -303,7 +372,9 @@ class PromptLoader:
 
     def _decode(self, place: Place) -> Prompt | SampleIssue:
         try:
-            return self.processor(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
+            return self.processor(
+                parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number))
+            )
         except SampleError as error:
             return SampleIssue(error.reason, str(error))
         except Exception as error:  # decoders of foreign bytes may raise anything, and one sample must not end a run
@@ -319,8 +390,10 @@ class PromptLoader:
 
     def _fruitless(self) -> DataError:
         source = self.sources[self.position.source]
-        return DataError(f"no usable sample in a whole epoch of {len(source.indexes)} shards (first: "
-                         f"'{source.shards[0]}'); {len(self._faults)} were quarantined")
+        return DataError(
+            f"no usable sample in a whole epoch of {len(source.indexes)} shards (first: "
+            f"'{source.shards[0]}'); {len(self._faults)} were quarantined"
+        )
 
     def _name(self, place: Place) -> str:
         index = self.sources[place.source].indexes[place.shard]

@@ -33,8 +33,17 @@ class EpochOrder:
         phase: place of the first sample of epoch 0 in its batch.
     """
 
-    def __init__(self, numbers: Sequence[np.ndarray], *, seed: int, shuffle: bool, window: int,
-                 lengths: Optional[Sequence[np.ndarray]] = None, batch_size: int = 0, phase: int = 0):
+    def __init__(
+        self,
+        numbers: Sequence[np.ndarray],
+        *,
+        seed: int,
+        shuffle: bool,
+        window: int,
+        lengths: Optional[Sequence[np.ndarray]] = None,
+        batch_size: int = 0,
+        phase: int = 0,
+    ):
         self.numbers, self.lengths = numbers, lengths
         self.seed, self.shuffle, self.batch_size, self.phase = seed, shuffle, batch_size, phase
         self.window = -(-window // batch_size) * batch_size if batch_size else window
@@ -46,7 +55,7 @@ class EpochOrder:
         places: list[tuple[int, int]] = []
         while len(places) < count and offset + len(places) < self.size:
             number, start = divmod(offset + len(places), self.window)
-            places += self._window(epoch, number)[start: start + count - len(places)]
+            places += self._window(epoch, number)[start : start + count - len(places)]
         return places
 
     def _window(self, epoch: int, number: int) -> list[tuple[int, int]]:
@@ -90,7 +99,7 @@ class EpochOrder:
         taken = 0
         for turn in turns:
             start, stop = batches[turn]
-            members = ascending[taken: taken + stop - start]
+            members = ascending[taken : taken + stop - start]
             if self.shuffle:
                 rng.shuffle(members)
             result[start:stop] = members

@@ -66,7 +66,11 @@ def image_grid(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> Tenso
     """[3] int64 patches (1, h, w) that patchify_image makes of an image, from its size alone; errors as there."""
     height, width = image.height, image.width
     if processor.do_resize:
-        height, width = smart_resize(height, width, factor=processor.patch_size * processor.merge_size,
-                                     min_pixels=processor.size["shortest_edge"],
-                                     max_pixels=processor.size["longest_edge"])
+        height, width = smart_resize(
+            height,
+            width,
+            factor=processor.patch_size * processor.merge_size,
+            min_pixels=processor.size["shortest_edge"],
+            max_pixels=processor.size["longest_edge"],
+        )
     return torch.tensor([1, height // processor.patch_size, width // processor.patch_size])

@@ -46,8 +46,10 @@ class Prefetcher:
                 results[slot] = self._decode(place)
                 tick()
             return results
-        futures = {slot: self._begun.pop(place, None) or self._pool.submit(self._decode, place)
-                   for slot, place in places.items()}
+        futures = {
+            slot: self._begun.pop(place, None) or self._pool.submit(self._decode, place)
+            for slot, place in places.items()
+        }
         for slot, future in futures.items():
             results[slot] = future.result()
             tick()

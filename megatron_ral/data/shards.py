@@ -32,8 +32,9 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "gif")
 NUM_FIRST_SAMPLES = 16
 MIN_FPS, MAX_FPS = 1.0e-6, 1.0e6
-_IMAGE_MEMBER, _VIDEO_MEMBER = (re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(suffixes)})")
-                                for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
+_IMAGE_MEMBER, _VIDEO_MEMBER = (
+    re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(suffixes)})") for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
+)
 _FRAME_MEMBER = re.compile(rf"frames/.*\.(?:{'|'.join(IMAGE_SUFFIXES)})")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -50,8 +51,10 @@ def find_shards(pattern: str, key: str) -> list[str]:
     """
     scheme = pattern.split("/", 1)[0]
     if ":" in scheme:
-        raise DataError(f"{key} = '{pattern}': only local files are read, '{scheme.split(':')[0]}:' is refused; "
-                        "give a path to tar files")
+        raise DataError(
+            f"{key} = '{pattern}': only local files are read, '{scheme.split(':')[0]}:' is refused; "
+            "give a path to tar files"
+        )
     shards = sorted(glob.glob(pattern))
     if not shards:
         raise DataError(f"{key} = '{pattern}' matches no file; make the shards first or correct the path")
@@ -107,7 +110,9 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
         with open(index.shard, "rb", buffering=0) as stream:
             data = os.pread(stream.fileno(), int(index.sizes[number]), int(index.offsets[number]))
     except OSError as error:
-        raise SampleError(f"sample '{key}': shard '{index.shard}' cannot be read ({error.strerror})", "cannot_read") from None
+        raise SampleError(
+            f"sample '{key}': shard '{index.shard}' cannot be read ({error.strerror})", "cannot_read"
+        ) from None
     entry: dict[str, Any] = {"__key__": index.keys[number], "__url__": index.shard}
     try:
         for member in tar_file_expander([{"url": index.shard, "stream": io.BytesIO(data)}], eof_value=None):
@@ -116,8 +121,11 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
                 if not suffix.startswith("__"):  # the names of what is not a member
                     entry[suffix] = member["data"]
             elif found is not None:
-                raise SampleError(f"sample '{key}': '{index.shard}' has sample '{printable(found)}' in its place; make "
-                                  "the index of this shard again (tools/index_shards.py)", "truncated")
+                raise SampleError(
+                    f"sample '{key}': '{index.shard}' has sample '{printable(found)}' in its place; make "
+                    "the index of this shard again (tools/index_shards.py)",
+                    "truncated",
+                )
     except SampleError:
         raise
     except Exception as error:  # tarfile raises many types; each of them means that this sample is damaged
@@ -166,12 +174,14 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
             raise SampleError(f"sample '{key}' has no text field '{field}'", "missing_field")
     for field in TEXT_FIELDS:
         if not isinstance(record.get(field) or "", str):
-            raise SampleError(f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}",
-                              "wrong_field")
+            raise SampleError(
+                f"sample '{key}': field '{field}' must be text, not {type(record[field]).__name__}", "wrong_field"
+            )
     for field in (*REQUIRED_FIELDS, *TEXT_FIELDS):
         if re.search("[\\ud800-\\udfff]", record.get(field) or ""):
-            raise SampleError(f"sample '{key}': field '{field}' holds half a surrogate pair, which is no text",
-                              "unreadable_text")
+            raise SampleError(
+                f"sample '{key}': field '{field}' holds half a surrogate pair, which is no text", "unreadable_text"
+            )
     media: dict[str, tuple] = {}
     for kind, pattern, suffixes in (("image", _IMAGE_MEMBER, IMAGE_SUFFIXES), ("video", _VIDEO_MEMBER, VIDEO_SUFFIXES)):
         numbered = sorted((int(match[1] or 0), name) for name in entry if (match := pattern.fullmatch(name)))
@@ -179,8 +189,11 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
         if kind == "video":
             media[kind] += _frame_pictures(key, entry, record)
         if record.get("data_type") == kind and not media[kind]:
-            raise SampleError(f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
-                              "leave data_type out for text alone", "missing_media")
+            raise SampleError(
+                f"sample '{key}' has data_type '{kind}' but no member .{' or .'.join(suffixes)}; add it, or "
+                "leave data_type out for text alone",
+                "missing_media",
+            )
     _check_answer(key, record)
     try:
         boxes = parse_boxes(record.get("target_boxes"), "target_boxes")
@@ -188,10 +201,18 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
     except ValueError as error:
         raise SampleError(f"sample '{key}': {error}", "target_box") from None
     return Sample(
-        key=key, shard=shard, problem=record["problem"], solution=record["solution"],
-        process=record.get("process") or "", problem_type=record.get("problem_type") or "",
-        images=media["image"], target_boxes=boxes, videos=media["video"], target_frames=target_frames,
-        category=record.get("category") or "", question_group=record.get("question_group") or "",
+        key=key,
+        shard=shard,
+        problem=record["problem"],
+        solution=record["solution"],
+        process=record.get("process") or "",
+        problem_type=record.get("problem_type") or "",
+        images=media["image"],
+        target_boxes=boxes,
+        videos=media["video"],
+        target_frames=target_frames,
+        category=record.get("category") or "",
+        question_group=record.get("question_group") or "",
     )
 
 
@@ -211,8 +232,10 @@ def _frame_pictures(key: str, entry: dict[str, Any], record: dict[str, Any]) -> 
     names = sorted((name for name in entry if _FRAME_MEMBER.fullmatch(name)), key=natural_order)
     fps = record.get("fps", 1.0)
     if names and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not MIN_FPS <= fps <= MAX_FPS):
-        raise SampleError(f"sample '{key}': field 'fps' must be a number from {MIN_FPS:g} to {MAX_FPS:g}, not "
-                          f"{str(fps)[:40]}", "wrong_field")
+        raise SampleError(
+            f"sample '{key}': field 'fps' must be a number from {MIN_FPS:g} to {MAX_FPS:g}, not {str(fps)[:40]}",
+            "wrong_field",
+        )
     return (FramePictures(tuple(entry[name] for name in names), float(fps)),) if names else ()
 
 
@@ -228,8 +251,9 @@ def _check_answer(key: str, record: dict[str, Any]) -> None:
         raise SampleError(f"sample '{key}': options must be a list of texts", "wrong_field")
     answer = reference_answer(record["solution"])
     if options and option_letter(answer, options) is None:
-        raise SampleError(f"sample '{key}': its answer {answer!r} is none of the {len(options)} options",
-                          "answer_not_in_options")
+        raise SampleError(
+            f"sample '{key}': its answer {answer!r} is none of the {len(options)} options", "answer_not_in_options"
+        )
 
 
 def reference_answer(solution: str) -> str:
@@ -241,8 +265,10 @@ def reference_answer(solution: str) -> str:
 def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:
     """Letter of the option that an answer names by letter (`B`, `(b)`, `B.`), by text, or by both; None: none."""
     letters = [chr(ord("A") + number) for number in range(len(options))]
-    texts = [re.sub(rf"^\(?{letter}[.):]\s*", "", option.strip()).strip().casefold()
-             for letter, option in zip(letters, options)]
+    texts = [
+        re.sub(rf"^\(?{letter}[.):]\s*", "", option.strip()).strip().casefold()
+        for letter, option in zip(letters, options)
+    ]
     named = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer.strip())
     if named and named[1].upper() in letters:
         return named[1].upper()

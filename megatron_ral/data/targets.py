@@ -41,7 +41,9 @@ def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, column
     return cells
 
 
-def clip_cells(targets: Sequence[TargetFrames], clip: DecodedVideo, grid: Sequence[int], temporal_patch_size: int) -> Tensor:
+def clip_cells(
+    targets: Sequence[TargetFrames], clip: DecodedVideo, grid: Sequence[int], temporal_patch_size: int
+) -> Tensor:
     """Tokens of a clip. An annotated span between two sampled frames is not seen by the model and marks nothing.
 
     Args:
@@ -62,8 +64,11 @@ def clip_cells(targets: Sequence[TargetFrames], clip: DecodedVideo, grid: Sequen
         start, end = target.seconds
         if not (0 <= start < min(end, seconds) and end <= seconds + 1 / clip.fps):
             raise TargetError(f"target_frames from {start:g} to {end:g} s do not lie in the video of {seconds:g} s")
-        shown = image_cells(target.boxes, width, height, rows, columns, "video frame") if target.boxes else \
-            torch.ones(rows, columns, dtype=torch.bool)
+        shown = (
+            image_cells(target.boxes, width, height, rows, columns, "video frame")
+            if target.boxes
+            else torch.ones(rows, columns, dtype=torch.bool)
+        )
         frames = in_span(clip.timestamps, target)
         padding = frames[-1:].expand(t * temporal_patch_size - len(frames))  # the last frame is repeated
         cells |= torch.cat([frames, padding]).view(t, -1).any(dim=1)[:, None, None] & shown
@@ -99,7 +104,9 @@ def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
         except (KeyError, TypeError, ValueError, OverflowError):
             unknown |= {"no seconds"}
         if unknown or not (math.isfinite(start) and math.isfinite(end)):
-            raise ValueError(f"target_frames must be a list of {{\"seconds\": [start, end], \"boxes\": [[x0, y0, x1, y1], "
-                             f"...]}}, not of {str(item)[:80]}")
+            raise ValueError(
+                f'target_frames must be a list of {{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], '
+                f"...]}}, not of {str(item)[:80]}"
+            )
         spans.append(TargetFrames((start, end), parse_boxes(item.get("boxes"), "boxes of target_frames")))
     return tuple(spans)

@@ -69,13 +69,20 @@ class VideoSettings:
             raise ConfigError(
                 f"no clip can meet the video limits: {self.fps} frames per second, {self.min_frames} to "
                 f"{self.max_frames} frames in patches of {self.temporal_patch_size}, {self.min_pixels_per_frame} to "
-                f"{self.max_pixels_per_frame} pixels per frame in tokens of {self.token_side**2}")
+                f"{self.max_pixels_per_frame} pixels per frame in tokens of {self.token_side**2}"
+            )
 
     @classmethod
     def from_image_processor(cls, processor, **choices) -> "VideoSettings":
         """Settings of a checkpoint's own Qwen2VLImageProcessorPil; choices: family and limits unlike the defaults."""
-        return cls(processor.patch_size, processor.temporal_patch_size, processor.merge_size,
-                   tuple(processor.image_mean), tuple(processor.image_std), **choices)
+        return cls(
+            processor.patch_size,
+            processor.temporal_patch_size,
+            processor.merge_size,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+            **choices,
+        )
 
     @property
     def token_side(self) -> int:
@@ -99,6 +106,7 @@ class DecodedVideo:
 
 # --- frames -----------------------------------------------------------------------------------------------------------
 
+
 def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> list[int]:
     """Frames to take of a clip of num_frames >= 1: uniformly spaced, settings.fps of them per second within min_frames
     and max_frames, rounded down to whole temporal patches. A clip of less than one temporal patch gives all it has.
@@ -119,8 +127,9 @@ def read_clip(video: bytes | FramePictures, settings: VideoSettings, *, measure_
     return decode_video(video, settings, measure_only=measure_only)
 
 
-def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings, *,
-                 measure_only: bool = False) -> DecodedVideo:
+def frames_video(
+    frames: Sequence[bytes], fps: float, settings: VideoSettings, *, measure_only: bool = False
+) -> DecodedVideo:
     """Clip of pictures (PNG, JPEG or WebP) in order of time, fps of them per second; only sampled ones are decoded, with
     measure_only the first of them alone, in the place of all.
 
@@ -132,8 +141,11 @@ def frames_video(frames: Sequence[bytes], fps: float, settings: VideoSettings, *
     seconds = len(frames) / fps
     indices = sample_indices(len(frames), seconds, settings)
     pictures = (_open_picture(frames[index], index, len(indices)) for index in indices)
-    return DecodedVideo(_stack(pictures, len(indices), measure_only), torch.tensor(indices, dtype=torch.float64) / fps,
-                        len(indices) / seconds)
+    return DecodedVideo(
+        _stack(pictures, len(indices), measure_only),
+        torch.tensor(indices, dtype=torch.float64) / fps,
+        len(indices) / seconds,
+    )
 
 
 def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
@@ -161,14 +173,18 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
             wanted = [times[index] for index in sample_indices(len(times), seconds, settings)]
             _check_size(stream.width, stream.height, len(wanted))
             pictures = map(_to_picture, _frames_at(wanted, packets, stream.codec_context))
-            return DecodedVideo(_stack(pictures, len(wanted), measure_only), (torch.tensor(wanted) - times[0]).double() * tick,
-                                len(wanted) / seconds)
+            return DecodedVideo(
+                _stack(pictures, len(wanted), measure_only),
+                (torch.tensor(wanted) - times[0]).double() * tick,
+                len(wanted) / seconds,
+            )
     except av.error.FFmpegError as error:
         raise VideoError(f"the video cannot be decoded ({error.strerror})") from None
 
 
-def _frames_at(wanted: list[int], packets: list["av.Packet"],
-               decoder: "av.VideoCodecContext") -> Iterator["av.VideoFrame"]:
+def _frames_at(
+    wanted: list[int], packets: list["av.Packet"], decoder: "av.VideoCodecContext"
+) -> Iterator["av.VideoFrame"]:
     """The frame shown at each wanted time (ascending, in ticks), decoded from the keyframe before it unless decoding
     has already come further."""
     keyframes = [index for index, packet in enumerate(packets) if packet.is_keyframe or not index]
@@ -187,8 +203,9 @@ def _frames_at(wanted: list[int], packets: list["av.Packet"],
         yield frame
 
 
-def _decode_from(start: int, packets: list["av.Packet"], decoder: "av.VideoCodecContext",
-                 wanted: set[int]) -> Iterator[tuple[int, "av.VideoFrame"]]:
+def _decode_from(
+    start: int, packets: list["av.Packet"], decoder: "av.VideoCodecContext", wanted: set[int]
+) -> Iterator[tuple[int, "av.VideoFrame"]]:
     """(packet reached, frame) from a keyframe on, passing over frames neither wanted nor referred to."""
     decoder.flush_buffers()
     for index in range(start, len(packets)):
@@ -241,6 +258,7 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
 
 # --- patches ----------------------------------------------------------------------------------------------------------
 
+
 def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int, int]:
     """Patches (t, h, w) of num_frames >= 1 sampled frames of height x width pixels, resized to whole tokens near their
     aspect ratio and within the limits; only a very thin frame, one token across, may exceed max_pixels_per_frame.
@@ -260,8 +278,10 @@ def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings
         if (small := min(height, width)) < side:
             height, width = int(height * (side / small)), int(width * (side / small))
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise VideoError(f"the video's frames of {width} x {height} pixels are too thin: one side is more than "
-                         f"{MAX_ASPECT_RATIO} times the other")
+        raise VideoError(
+            f"the video's frames of {width} x {height} pixels are too thin: one side is more than "
+            f"{MAX_ASPECT_RATIO} times the other"
+        )
     rows, columns = round(height / side), round(width / side)
     pixels = counted * rows * columns * side**2
     if pixels > frames * settings.max_pixels_per_frame:

@@ -49,9 +49,20 @@ class DecodingBatch:
         identity: what the random stream belongs to; prompt key and response number are added.
     """
 
-    def __init__(self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None, settings: SamplingSettings,
-                 process_groups: ProcessGroups, identity: tuple[object, ...]):
-        self.prompts, self.visual_embeds, self.settings, self.device = prompts, visual_embeds, settings, process_groups.device
+    def __init__(
+        self,
+        prompts: PromptBatch,
+        visual_embeds: tuple[Tensor, ...] | None,
+        settings: SamplingSettings,
+        process_groups: ProcessGroups,
+        identity: tuple[object, ...],
+    ):
+        self.prompts, self.visual_embeds, self.settings, self.device = (
+            prompts,
+            visual_embeds,
+            settings,
+            process_groups.device,
+        )
         count, R = len(prompts) * settings.group_size, settings.max_response_length
         self.step = 0
         """Number of the token that the next pass predicts."""
@@ -69,8 +80,13 @@ class DecodingBatch:
         """[B G, R] on the last stage, which draws; also of tokens after the end. Zeros elsewhere."""
         self._uniforms = None
         if process_groups.layout.is_last_stage:
-            self._uniforms = torch.stack([uniform_stream(R, *identity, key, response) for key in prompts.identities
-                                          for response in range(settings.group_size)]).to(self.device)
+            self._uniforms = torch.stack(
+                [
+                    uniform_stream(R, *identity, key, response)
+                    for key in prompts.identities
+                    for response in range(settings.group_size)
+                ]
+            ).to(self.device)
 
     def _set_rows(self, rows: Tensor) -> None:
         self.rows = rows
@@ -97,8 +113,14 @@ class DecodingBatch:
         """The tokens [N] that the last stage draws; notes their log-probabilities under softmax(logits / temperature),
         before top-p."""
         settings = self.settings
-        token = vocab_parallel_sample(logits_Nv, self._uniforms[self._rows_there, self.step], settings.temperature,
-                                      settings.top_p, process_groups.tensor, num_tokens=settings.num_tokens)
+        token = vocab_parallel_sample(
+            logits_Nv,
+            self._uniforms[self._rows_there, self.step],
+            settings.temperature,
+            settings.top_p,
+            process_groups.tensor,
+            num_tokens=settings.num_tokens,
+        )
         scaled = logits_Nv.float() / (settings.temperature or 1.0)
         self.logprobs[self._rows_there, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]
         return token
@@ -143,5 +165,10 @@ class DecodingBatch:
         longest, shape = int(self.lengths.max()), (len(self.prompts), self.settings.group_size)
         written = torch.arange(longest) < self.lengths[:, None]
         logprobs = logprobs[:, :longest].cpu().masked_fill(~written, 0.0)
-        return ResponseBatch(self.prompts, self.tokens[:, :longest].reshape(*shape, longest), self.lengths.view(shape),
-                             logprobs.view(*shape, longest), self.finished.view(shape))
+        return ResponseBatch(
+            self.prompts,
+            self.tokens[:, :longest].reshape(*shape, longest),
+            self.lengths.view(shape),
+            logprobs.view(*shape, longest),
+            self.finished.view(shape),
+        )

@@ -23,14 +23,22 @@ class AverageEngine(FrozenEngine):
 
     def __init__(self, policy: PolicyEngine, decay: float):
         config = policy.config
-        super().__init__(policy.shape, policy.process_groups, config.model.dtype, config.model.path,
-                         config.parallel.sequence_parallel, config.parallel.offload_parameters,
-                         config.parallel.gather, config.parallel.overlap_communication)
+        super().__init__(
+            policy.shape,
+            policy.process_groups,
+            config.model.dtype,
+            config.model.path,
+            config.parallel.sequence_parallel,
+            config.parallel.offload_parameters,
+            config.parallel.gather,
+            config.parallel.overlap_communication,
+        )
         self.decay = decay
         names = {name for name, parameter in policy.stage.named_parameters() if parameter.requires_grad}
         self._followed = {name: parameter for name, parameter in self.stage.named_parameters() if name in names}
-        self._average = {name: parameter.ds_tensor.detach().float().clone() for name, parameter in
-                         self._followed.items()}
+        self._average = {
+            name: parameter.ds_tensor.detach().float().clone() for name, parameter in self._followed.items()
+        }
 
     @torch.no_grad()
     def follow(self, policy: PolicyEngine) -> None:

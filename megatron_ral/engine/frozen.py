@@ -12,8 +12,24 @@ class FrozenEngine(StageEngine):
         shape, groups, dtype, path, sequence_parallel, cpu_offload, gather, overlap: as for StageEngine.
     """
 
-    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str,
-                 sequence_parallel: bool = False, cpu_offload: bool = False, gather: str = "stage",
-                 overlap: bool = False):
-        super().__init__(shape, process_groups, dtype, path, sequence_parallel=sequence_parallel, cpu_offload=cpu_offload,
-                         gather=gather, overlap=overlap)
+    def __init__(
+        self,
+        shape: ModelShape,
+        process_groups: ProcessGroups,
+        dtype: str,
+        path: str,
+        sequence_parallel: bool = False,
+        cpu_offload: bool = False,
+        gather: str = "stage",
+        overlap: bool = False,
+    ):
+        super().__init__(
+            shape,
+            process_groups,
+            dtype,
+            path,
+            sequence_parallel=sequence_parallel,
+            cpu_offload=cpu_offload,
+            gather=gather,
+            overlap=overlap,
+        )

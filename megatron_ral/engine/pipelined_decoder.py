@@ -52,13 +52,21 @@ class PromptResponses:
             return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)  # or cut
 
         return ResponseBatch(
-            prompts, torch.stack([pad(row.response_ids, pad_token_id) for row in rows]),
+            prompts,
+            torch.stack([pad(row.response_ids, pad_token_id) for row in rows]),
             torch.stack([row.response_lengths for row in rows]),
-            torch.stack([pad(row.rollout_logprobs, 0.0) for row in rows]), torch.stack([row.finished for row in rows]))
+            torch.stack([pad(row.rollout_logprobs, 0.0) for row in rows]),
+            torch.stack([row.finished for row in rows]),
+        )
 
 
-def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[tuple[Tensor, ...]],
-             settings: SamplingSettings, *identity: object) -> ResponseBatch:
+def generate(
+    engine: StageEngine,
+    prompts: PromptBatch,
+    visual_embeds: Optional[tuple[Tensor, ...]],
+    settings: SamplingSettings,
+    *identity: object,
+) -> ResponseBatch:
     """Sample responses in one batch; every rank of the model (all stages, all tensor ranks) returns the same.
 
     Args:
@@ -75,8 +83,9 @@ def generate(engine: StageEngine, prompts: PromptBatch, visual_embeds: Optional[
     return line.result(batch)
 
 
-def sample_responses(engine: StageEngine, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int,
-                     *identity: object) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
+def sample_responses(
+    engine: StageEngine, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
     """Generate for all prompts; the caller keeps the engine resident. Yields responses with their visual embeddings
     (first stage only), batch by batch in the order of the prompts.
 
@@ -91,7 +100,7 @@ def sample_responses(engine: StageEngine, prompts: Iterable[Prompt], settings: S
         while taken := list(islice(remaining, batch_size * stages)):
             size = min(batch_size, -(-len(taken) // stages))
             for start in range(0, len(taken), size):
-                batch = pad_prompts(taken[start:start + size], settings.pad_token_id)
+                batch = pad_prompts(taken[start : start + size], settings.pad_token_id)
                 yield DecodingBatch(batch, engine.encode_visual(batch), settings, engine.process_groups, identity)
 
     line, waiting = PipelinedDecoder(engine), batches()
@@ -156,8 +165,12 @@ class PipelinedDecoder:
         tick(batch.prompts.identities)
         stage, here, last = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
         if here > 0:
-            hidden = torch.empty(*batch.boundary_shape, self.engine.shape.hidden_size, dtype=stage.dtype,
-                                 device=self.process_groups.device)
+            hidden = torch.empty(
+                *batch.boundary_shape,
+                self.engine.shape.hidden_size,
+                dtype=stage.dtype,
+                device=self.process_groups.device,
+            )
             wait(receive_from_stage(hidden, here - 1, self.process_groups))
             stage.set_input_tensor(hidden)
         output = batch.forward(stage)
@@ -167,7 +180,10 @@ class PipelinedDecoder:
         else:
             token = torch.empty(len(batch.rows), dtype=torch.int64, device=self.process_groups.device)
             output = output.contiguous()
-            works = [send_to_stage(output, here + 1, self.process_groups), receive_from_stage(token, last, self.process_groups)]
+            works = [
+                send_to_stage(output, here + 1, self.process_groups),
+                receive_from_stage(token, last, self.process_groups),
+            ]
         self._under_way.append(_Pass(batch, token, works, output))
         self._turns.append(batch)
 

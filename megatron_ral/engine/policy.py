@@ -55,16 +55,23 @@ def schedule_factor(step: int, total: int, warmup: int, decay: str, low: float =
 def learning_rate_at(step: int, config: RunConfig) -> float:
     """Learning rate of 0-based optimizer step `step`."""
     settings = config.optimizer
-    return settings.learning_rate * schedule_factor(step, config.num_optimizer_steps, settings.warmup_steps,
-                                                    settings.decay, settings.min_learning_rate_ratio)
+    return settings.learning_rate * schedule_factor(
+        step, config.num_optimizer_steps, settings.warmup_steps, settings.decay, settings.min_learning_rate_ratio
+    )
 
 
 def _adamw(config: RunConfig, device: torch.device) -> Callable[[list], torch.optim.Optimizer]:
     settings = config.optimizer
 
     def build(parameters: list) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
-                                 eps=settings.eps, weight_decay=settings.weight_decay, fused=device.type == "cuda")
+        return torch.optim.AdamW(
+            parameters,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
 
     return build
 
@@ -73,28 +80,44 @@ class PolicyEngine(StageEngine):
     """Trainable stage of one rank."""
 
     def __init__(self, shape: ModelShape, process_groups: ProcessGroups, config: RunConfig):
-        super().__init__(shape, process_groups, config.model.dtype, config.model.path,
-                         optimizer=_adamw(config, process_groups.device), train_vision=config.model.train_vision,
-                         clip_grad_norm=config.optimizer.clip_grad_norm,
-                         sequence_parallel=config.parallel.sequence_parallel,
-                         cpu_offload=config.parallel.offload_parameters,
-                         offload_optimizer=config.parallel.offload_optimizer,
-                         recompute=config.parallel.recompute_activations, gather=config.parallel.gather,
-                         overlap=config.parallel.overlap_communication)
+        super().__init__(
+            shape,
+            process_groups,
+            config.model.dtype,
+            config.model.path,
+            optimizer=_adamw(config, process_groups.device),
+            train_vision=config.model.train_vision,
+            clip_grad_norm=config.optimizer.clip_grad_norm,
+            sequence_parallel=config.parallel.sequence_parallel,
+            cpu_offload=config.parallel.offload_parameters,
+            offload_optimizer=config.parallel.offload_optimizer,
+            recompute=config.parallel.recompute_activations,
+            gather=config.parallel.gather,
+            overlap=config.parallel.overlap_communication,
+        )
         self.config = config
         self.num_steps_taken, self._losses_finite = 0, True
         use_gradient_norm(self.deepspeed.optimizer, self._own_norm)
         self._make_optimizer_state()
-        self._trainable = {name: parameter for name, parameter in self.stage.named_parameters()
-                           if parameter.requires_grad}
+        self._trainable = {
+            name: parameter for name, parameter in self.stage.named_parameters() if parameter.requires_grad
+        }
         for parameter in self._trainable.values():
             parameter.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the model's precision
-        self._early = EarlyReduction(self.deepspeed.optimizer, self.stage.language.decoder.layers
-                                     if config.parallel.overlap_communication else ())
-        self._partial = [parameter for parameter in self._trainable.values() if self.layout.tensor_size > 1
-                         and getattr(parameter, "partial_over_tensor_ranks", False)]
-        self._tied = [parameter for parameter in self._trainable.values()
-                      if shape.tie_word_embeddings and process_groups.embedding is not None and self._is_embedding(parameter)]
+        self._early = EarlyReduction(
+            self.deepspeed.optimizer,
+            self.stage.language.decoder.layers if config.parallel.overlap_communication else (),
+        )
+        self._partial = [
+            parameter
+            for parameter in self._trainable.values()
+            if self.layout.tensor_size > 1 and getattr(parameter, "partial_over_tensor_ranks", False)
+        ]
+        self._tied = [
+            parameter
+            for parameter in self._trainable.values()
+            if shape.tie_word_embeddings and process_groups.embedding is not None and self._is_embedding(parameter)
+        ]
 
     def forward_backward(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, float]:
         """Gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
@@ -135,7 +158,8 @@ class PolicyEngine(StageEngine):
                 record = pass_.records[layer]
                 assert record.query_BGRnD.requires_grad, f"layer {layer} was recorded without gradient (recomputed?)"
                 loss, values = objective.attention_loss(
-                    layer, self.attention_rows(record, pass_, objective.row_kind), batch)
+                    layer, self.attention_rows(record, pass_, objective.row_kind), batch
+                )
                 add(values)
                 if loss is not None:
                     output = _AttachLoss.apply(output, loss, scale)
@@ -144,7 +168,8 @@ class PolicyEngine(StageEngine):
 
             def token_loss(logits):
                 loss, values = objective.token_loss(
-                    self.token_outputs(logits, batch.groups, objective.temperature), batch)
+                    self.token_outputs(logits, batch.groups, objective.temperature), batch
+                )
                 add(values)
                 return loss * scale, torch.ones((), dtype=torch.int), {}
 
@@ -154,8 +179,12 @@ class PolicyEngine(StageEngine):
             self.run_schedule(forward_step, batches, forward_only=False)
             reduced = self._early.finish()
             for parameter in self._trainable.values():
-                if parameter.grad is None and id(parameter) not in reduced:  # an old gradient would be reused in its place
-                    parameter.grad = torch.zeros(parameter.ds_shape, device=self.process_groups.device, dtype=torch.float32)
+                if (
+                    parameter.grad is None and id(parameter) not in reduced
+                ):  # an old gradient would be reused in its place
+                    parameter.grad = torch.zeros(
+                        parameter.ds_shape, device=self.process_groups.device, dtype=torch.float32
+                    )
         return metrics
 
     def step(self) -> StepResult:
@@ -167,8 +196,9 @@ class PolicyEngine(StageEngine):
         self.deepspeed.step()
         self.num_steps_taken += 1
         self._losses_finite = True
-        return StepResult(float(self.deepspeed.get_global_grad_norm()), learning_rate,
-                          not self.deepspeed.optimizer.overflow)
+        return StepResult(
+            float(self.deepspeed.get_global_grad_norm()), learning_rate, not self.deepspeed.optimizer.overflow
+        )
 
     def gradient_shards(self) -> list[Tensor]:
         """Copies of this rank's reduced gradient shards, in parameter order."""
@@ -183,8 +213,9 @@ class PolicyEngine(StageEngine):
         """What DeepSpeed clips by; where it is not finite, all ranks skip the step. So it is after a loss that is not,
         even one whose gradient is."""
         zero = self.deepspeed.optimizer
-        return self._norm(map(zero.get_local_fp32_grad_for_param, self._trainable.values()),
-                          0.0 if self._losses_finite else math.nan)
+        return self._norm(
+            map(zero.get_local_fp32_grad_for_param, self._trainable.values()), 0.0 if self._losses_finite else math.nan
+        )
 
     def _norm(self, shards: Iterable[Tensor], start: float = 0.0) -> Tensor:
         total = torch.full((), start, dtype=torch.float64, device=self.process_groups.device)
@@ -203,7 +234,9 @@ class PolicyEngine(StageEngine):
 
     def faulty_gradients(self) -> list[str]:
         """Parameters of this rank's stage whose reduced gradient is not finite in this rank's shard."""
-        return [name for name, shard in zip(self._trainable, self.gradient_shards()) if not bool(shard.isfinite().all())]
+        return [
+            name for name, shard in zip(self._trainable, self.gradient_shards()) if not bool(shard.isfinite().all())
+        ]
 
     def master_shards(self) -> dict[str, Tensor]:
         """This rank's shards of the trainable parameters' float32 weights, by name."""
@@ -216,7 +249,10 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
-                yield f"{name}/{kind}", zero.get_local_fp32_param(parameter, None if kind == "master" else kind).detach()
+                yield (
+                    f"{name}/{kind}",
+                    zero.get_local_fp32_param(parameter, None if kind == "master" else kind).detach(),
+                )
         yield "adamw_step", torch.tensor(self._adamw_step())
 
     def load_state(self, state: StateSource, num_steps_taken: int) -> None:
@@ -242,8 +278,9 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
-            zero.optimizer.state[flat].update(step=step, exp_avg=torch.zeros_like(flat),
-                                              exp_avg_sq=torch.zeros_like(flat))
+            zero.optimizer.state[flat].update(
+                step=step, exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat)
+            )
 
     def _adamw_step(self) -> float:
         zero = self.deepspeed.optimizer

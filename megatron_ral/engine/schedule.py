@@ -27,13 +27,15 @@ class KnownShapes(P2PCommunicator):
         super().__init__(group, config)
         self._hidden, self._gradients = iter(shapes), iter(shapes)
 
-    def _communicate_shapes(self, tensor_send_next: Optional[Tensor], tensor_send_prev: Optional[Tensor], recv_prev: bool,
-                            recv_next: bool) -> tuple[Optional[Shape], Optional[Shape]]:
+    def _communicate_shapes(
+        self, tensor_send_next: Optional[Tensor], tensor_send_prev: Optional[Tensor], recv_prev: bool, recv_next: bool
+    ) -> tuple[Optional[Shape], Optional[Shape]]:
         return next(self._hidden) if recv_prev else None, next(self._gradients) if recv_next else None
 
 
-def run_schedule(forward_step: Callable, data: Iterator[Any], stage: torch.nn.Module, shapes: Sequence[Shape], *,
-                 forward_only: bool) -> None:
+def run_schedule(
+    forward_step: Callable, data: Iterator[Any], stage: torch.nn.Module, shapes: Sequence[Shape], *, forward_only: bool
+) -> None:
     """One pass over micro-batches, and back, in the layout that megatron-core works in.
 
     Args:
@@ -48,6 +50,13 @@ def run_schedule(forward_step: Callable, data: Iterator[Any], stage: torch.nn.Mo
         groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "embd", "pos_embd", "dp_cp"])
         arguments = {"p2p_communicator": KnownShapes(groups.pp, stage.config, shapes), "pg_collection": groups}
     get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=data, model=stage, num_microbatches=len(shapes),
-        seq_length=shapes[0][0], micro_batch_size=shapes[0][1], forward_only=forward_only,
-        collect_non_loss_data=forward_only, **arguments)
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=stage,
+        num_microbatches=len(shapes),
+        seq_length=shapes[0][0],
+        micro_batch_size=shapes[0][1],
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+        **arguments,
+    )

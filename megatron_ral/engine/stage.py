@@ -37,8 +37,14 @@ from megatron_ral.types import GroupBatch, PromptBatch, to_device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_offload: bool = False,
-                 offload_optimizer: bool = False, overlap: bool = False) -> dict[str, Any]:
+def zero3_config(
+    stage: MultimodalStage,
+    *,
+    clip_grad_norm: float = 0.0,
+    cpu_offload: bool = False,
+    offload_optimizer: bool = False,
+    overlap: bool = False,
+) -> dict[str, Any]:
     """DeepSpeed's configuration, derived: nothing in it is set by a user directly.
 
     `gradient_accumulation_steps` is 1 because losses are sums over a global denominator already, and the persistence
@@ -55,7 +61,9 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_off
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": 3, "overlap_comm": overlap, "contiguous_gradients": True,
+            "stage": 3,
+            "overlap_comm": overlap,
+            "contiguous_gradients": True,
             # several, that something can be reduced while the rest is computed
             "reduce_bucket_size": max(largest, min(numel // 4 if overlap else numel, 200_000_000)),
             "stage3_prefetch_bucket_size": 0,
@@ -70,8 +78,12 @@ def zero3_config(stage: MultimodalStage, *, clip_grad_norm: float = 0.0, cpu_off
 
 
 def group_layout(groups: GroupBatch) -> GroupLayout:
-    return GroupLayout(groups.prompts.prompt_lengths, groups.response_lengths, groups.prompts.input_ids.shape[1],
-                       groups.response_ids.shape[2])
+    return GroupLayout(
+        groups.prompts.prompt_lengths,
+        groups.response_lengths,
+        groups.prompts.input_ids.shape[1],
+        groups.response_ids.shape[2],
+    )
 
 
 class StageEngine:
@@ -93,16 +105,35 @@ class StageEngine:
         overlap: gather and reduce while passes compute.
     """
 
-    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str, *, optimizer=None,
-                 train_vision: bool = False, clip_grad_norm: float = 0.0, sequence_parallel: bool = False,
-                 cpu_offload: bool = False, offload_optimizer: bool = False, recompute: bool = False,
-                 gather: str = "stage", overlap: bool = False):
+    def __init__(
+        self,
+        shape: ModelShape,
+        process_groups: ProcessGroups,
+        dtype: str,
+        path: str,
+        *,
+        optimizer=None,
+        train_vision: bool = False,
+        clip_grad_norm: float = 0.0,
+        sequence_parallel: bool = False,
+        cpu_offload: bool = False,
+        offload_optimizer: bool = False,
+        recompute: bool = False,
+        gather: str = "stage",
+        overlap: bool = False,
+    ):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.shape, self.process_groups, self.layout = shape, process_groups, process_groups.layout
         self._resident, self._ready, self._gather, self._overlap = False, False, gather, overlap
         with process_groups.active():
-            self.stage = MultimodalStage(shape, process_groups.layout, DTYPES[dtype], process_groups.device, sequence_parallel,
-                                         recompute or gather == "layer")
+            self.stage = MultimodalStage(
+                shape,
+                process_groups.layout,
+                DTYPES[dtype],
+                process_groups.device,
+                sequence_parallel,
+                recompute or gather == "layer",
+            )
             problem = None
             try:
                 load_stage(self.stage, path)
@@ -114,10 +145,18 @@ class StageEngine:
             trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
             self.stage.train(optimizer is not None)
             self.deepspeed, *_ = deepspeed.initialize(
-                model=self.stage, optimizer=optimizer(trainable) if optimizer else None,
-                config=zero3_config(self.stage, clip_grad_norm=clip_grad_norm, cpu_offload=cpu_offload,
-                                    offload_optimizer=offload_optimizer, overlap=overlap),
-                mpu=MegatronTopology(process_groups), dist_init_required=False)
+                model=self.stage,
+                optimizer=optimizer(trainable) if optimizer else None,
+                config=zero3_config(
+                    self.stage,
+                    clip_grad_norm=clip_grad_norm,
+                    cpu_offload=cpu_offload,
+                    offload_optimizer=offload_optimizer,
+                    overlap=overlap,
+                ),
+                mpu=MegatronTopology(process_groups),
+                dist_init_required=False,
+            )
         remove_module_hooks(self.stage)
         self._parameters = list(self.stage.parameters())
 
@@ -205,10 +244,16 @@ class StageEngine:
             return self.stage.encode_visual(prompts)
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[GroupBatch], layers: Sequence[int] = (), *, temperature: float = 1.0,
-                row_kind: str = "token", hidden_states: bool = False,
-                keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy()
-                ) -> list[ForwardOutput]:
+    def forward(
+        self,
+        batches: Sequence[GroupBatch],
+        layers: Sequence[int] = (),
+        *,
+        temperature: float = 1.0,
+        row_kind: str = "token",
+        hidden_states: bool = False,
+        keep: Callable[[AttentionRows, GroupBatch], Any] = lambda rows, batch: rows.policy(),
+    ) -> list[ForwardOutput]:
         """Pass without gradient through megatron's schedule.
 
         Args:
@@ -230,12 +275,17 @@ class StageEngine:
             batch = to_device(next(iterator), self.process_groups.device)
             pass_ = AttentionPass(group_layout(batch), recorded, hidden_states=hidden_states)
             output = stage(batch, pass_)
-            attention.append({layer: keep(self.attention_rows(pass_.records.pop(layer), pass_, row_kind), batch)
-                              for layer in sorted(recorded)})
+            attention.append(
+                {
+                    layer: keep(self.attention_rows(pass_.records.pop(layer), pass_, row_kind), batch)
+                    for layer in sorted(recorded)
+                }
+            )
 
             def collect(output, non_loss_data=True):
-                last_stage.append(output if hidden_states else
-                                  replace(self.token_outputs(output, batch, temperature), logits=None))
+                last_stage.append(
+                    output if hidden_states else replace(self.token_outputs(output, batch, temperature), logits=None)
+                )
                 return None
 
             return output, collect
@@ -243,20 +293,27 @@ class StageEngine:
         with self.ready(recorded):
             self.run_schedule(forward_step, batches, forward_only=True)
         name = "hidden" if hidden_states else "tokens"
-        return [ForwardOutput(attention=rows, **({name: last_stage[index]} if last_stage else {}))
-                for index, rows in enumerate(attention)]
+        return [
+            ForwardOutput(attention=rows, **({name: last_stage[index]} if last_stage else {}))
+            for index, rows in enumerate(attention)
+        ]
 
     def run_schedule(self, forward_step, batches: Sequence[Any], *, forward_only: bool) -> None:
         """megatron-core's pipeline schedule over micro-batches."""
+
         def taken() -> Iterator[Any]:
             for batch in batches:
                 tick(getattr(batch, "groups", batch).prompts.identities)
                 yield batch
 
         layouts = [group_layout(getattr(batch, "groups", batch)) for batch in batches]
-        run_schedule(forward_step, taken(), self.stage,
-                     [self.stage.boundary_shape(layout.sequence_length, layout.B) for layout in layouts],
-                     forward_only=forward_only)
+        run_schedule(
+            forward_step,
+            taken(),
+            self.stage,
+            [self.stage.boundary_shape(layout.sequence_length, layout.B) for layout in layouts],
+            forward_only=forward_only,
+        )
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
         """Log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""
@@ -270,7 +327,7 @@ class StageEngine:
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
         """Rows of a kind of `ROW_KINDS` of one layer."""
-        heads = Heads(self.shape.kv_channels ** -0.5, self.shape.num_attention_heads, self.process_groups.tensor)
+        heads = Heads(self.shape.kv_channels**-0.5, self.shape.num_attention_heads, self.process_groups.tensor)
         return AttentionRows.form(record, pass_.layout, kind, heads)
 
     def shard_bytes(self) -> dict[str, int]:
@@ -281,10 +338,15 @@ class StageEngine:
         zero = self.deepspeed.optimizer
         flat = getattr(zero, "fp32_partitioned_groups_flat", None)
         if flat is not None:
-            held["gradients"] = zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
+            held["gradients"] = (
+                zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
+            )
             held["master weights"] = sum(tensor.numel() * tensor.element_size() for tensor in flat)
             held["optimizer state"] = sum(
-                value.numel() * value.element_size() for state in zero.optimizer.state.values()
-                for value in state.values() if torch.is_tensor(value))
+                value.numel() * value.element_size()
+                for state in zero.optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            )
         held["whole stage"] = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
         return held

@@ -88,21 +88,37 @@ class TeacherEngine(FrozenEngine):
         processor: makes prompts of samples; teacher and student agree on it.
     """
 
-    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, dtype: str, path: str, *, student: ProcessGroups,
-                 student_shape: ModelShape, processor: PromptProcessor, sequence_parallel: bool = False,
-                 cpu_offload: bool = False):
+    def __init__(
+        self,
+        shape: ModelShape,
+        process_groups: ProcessGroups,
+        dtype: str,
+        path: str,
+        *,
+        student: ProcessGroups,
+        student_shape: ModelShape,
+        processor: PromptProcessor,
+        sequence_parallel: bool = False,
+        cpu_offload: bool = False,
+    ):
         super().__init__(shape, process_groups, dtype, path, sequence_parallel, cpu_offload)
         self.student, self.student_shape, self.processor = student, student_shape, processor
-        self.head = (TeacherHead(shape, path, student_shape, student, dtype)
-                     if student.layout.is_last_stage else None)
+        self.head = TeacherHead(shape, path, student_shape, student, dtype) if student.layout.is_last_stage else None
 
     def matching_layer(self, student_layer: int) -> int:
         """The teacher's layer at the same relative depth: both ends of a layer's share of the depth are rounded up, so
         that last goes with last."""
         return -(-(student_layer + 1) * self.shape.num_layers // self.student_shape.num_layers) - 1
 
-    def read(self, batches: Sequence[GroupBatch], layers: Sequence[int], *, row_kind: str = "token",
-             keep: Callable[[AttentionRows, GroupBatch], Tensor], hidden_states: bool = True) -> list[ForwardOutput]:
+    def read(
+        self,
+        batches: Sequence[GroupBatch],
+        layers: Sequence[int],
+        *,
+        row_kind: str = "token",
+        keep: Callable[[AttentionRows, GroupBatch], Tensor],
+        hidden_states: bool = True,
+    ) -> list[ForwardOutput]:
         """The teacher's view of the student's micro-batches.
 
         Args:
@@ -123,18 +139,25 @@ class TeacherEngine(FrozenEngine):
         results: list[ForwardOutput] = []
         with self.resident():
             if taken:  # ranks may ask for fewer micro-batches than there are replicas
-                results = self.forward([received[item] for item in taken], sorted(set(match.values())),
-                                       row_kind=row_kind, hidden_states=True,  # never its logits
-                                       keep=lambda rows, groups: keep(rows, groups).cpu())
+                results = self.forward(
+                    [received[item] for item in taken],
+                    sorted(set(match.values())),
+                    row_kind=row_kind,
+                    hidden_states=True,  # never its logits
+                    keep=lambda rows, groups: keep(rows, groups).cpu(),
+                )
         return self._hand_back(work, batches, match, dict(zip(taken, results)), hidden_states)
 
-    def answer(self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int,
-               *identity: object) -> list[PromptResponses]:
+    def answer(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+    ) -> list[PromptResponses]:
         """The teacher's own responses to the student's prompts (each rank's in the student's layout, as many as it
         likes), on every rank of the replica that asked."""
         work, rank = self._assignment(len(prompts)), self.layout.rank
         mine = {(self.student.layout.data_rank, index): prompt for index, prompt in enumerate(prompts)}
-        sent = carry_objects(work.inputs(), rank, {item: prompt.sample for item, prompt in mine.items()}, self.process_groups.device)
+        sent = carry_objects(
+            work.inputs(), rank, {item: prompt.sample for item, prompt in mine.items()}, self.process_groups.device
+        )
         taken = work.taken()
         own = [mine[item] if item in mine else self.processor(sent[item]) for item in taken]
         rows: list[PromptResponses] = []
@@ -151,22 +174,41 @@ class TeacherEngine(FrozenEngine):
         """The micro-batches this rank's replica takes, without the student's visual embeddings."""
         home = self.student.layout.data_rank
         mine = {(home, index): batch for index, batch in enumerate(batches)}
-        packed = {item: SentGroups(tuple(prompt.sample for prompt in batch.prompts.prompts), batch.response_ids.clone(),
-                                   batch.response_lengths.clone())
-                  for item, batch in mine.items()}
+        packed = {
+            item: SentGroups(
+                tuple(prompt.sample for prompt in batch.prompts.prompts),
+                batch.response_ids.clone(),
+                batch.response_lengths.clone(),
+            )
+            for item, batch in mine.items()
+        }
         sent = carry_objects(work.inputs(), self.layout.rank, packed, self.process_groups.device)
-        return {item: replace(mine[item], visual_embeds=None) if item in mine else self._unpack(sent[item])
-                for item in work.taken()}
+        return {
+            item: replace(mine[item], visual_embeds=None) if item in mine else self._unpack(sent[item])
+            for item in work.taken()
+        }
 
     def _unpack(self, sent: SentGroups) -> GroupBatch:
         prompts = pad_prompts([self.processor(sample) for sample in sent.samples], self.processor.pad_token_id)
         return GroupBatch(prompts, sent.response_ids, sent.response_lengths)
 
-    def _hand_back(self, work: Assignment, batches: Sequence[GroupBatch], match: Mapping[int, int],
-                   outputs: Mapping[Item, ForwardOutput], hidden_states: bool) -> list[ForwardOutput]:
+    def _hand_back(
+        self,
+        work: Assignment,
+        batches: Sequence[GroupBatch],
+        match: Mapping[int, int],
+        outputs: Mapping[Item, ForwardOutput],
+        hidden_states: bool,
+    ) -> list[ForwardOutput]:
         home, device = self.student.layout, self.process_groups.device
-        names = [(layer, self.layout.stage_of_layer(match[layer], self.shape.num_layers),
-                  home.stage_of_layer(layer, self.student_shape.num_layers)) for layer in match]
+        names = [
+            (
+                layer,
+                self.layout.stage_of_layer(match[layer], self.shape.num_layers),
+                home.stage_of_layer(layer, self.student_shape.num_layers),
+            )
+            for layer in match
+        ]
         if hidden_states:
             names.append(("hidden", self.layout.pipeline_size - 1, home.pipeline_size - 1))
 
@@ -178,13 +220,20 @@ class TeacherEngine(FrozenEngine):
             return torch.empty(B, G, R, batches[index].prompts.input_ids.shape[1] + R, device=device)
 
         results = [ForwardOutput(attention={}) for _ in batches]
-        for index, name, away_stage, home_stage in ((index, *name) for index in range(max(work.counts)) for name in names):
+        for index, name, away_stage, home_stage in (
+            (index, *name) for index in range(max(work.counts)) for name in names
+        ):
             # one map of every home at a time, so that a device holds no more of them
-            transfers = [transfer for transfer in work.stage_results(name, away_stage, home_stage)
-                         if transfer.what[0][1] == index]
-            have = {(item, name): output.hidden if name == "hidden" else output.attention[match[name]].to(device)
-                    for item, output in outputs.items()
-                    if item[1] == index and self.layout.pipeline_rank == away_stage}
+            transfers = [
+                transfer
+                for transfer in work.stage_results(name, away_stage, home_stage)
+                if transfer.what[0][1] == index
+            ]
+            have = {
+                (item, name): output.hidden if name == "hidden" else output.attention[match[name]].to(device)
+                for item, output in outputs.items()
+                if item[1] == index and self.layout.pipeline_rank == away_stage
+            }
             for _, arrived in carry_tensors(transfers, self.layout.rank, have, empty).items():
                 if name == "hidden":
                     results[index] = replace(results[index], hidden=arrived)

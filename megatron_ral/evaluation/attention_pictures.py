@@ -37,14 +37,17 @@ class Panel:
 
     def tokens(self, masses: np.ndarray) -> np.ndarray:
         """[rows, columns] of a value per visual token of the prompt."""
-        return masses[self.first_token:self.first_token + self.rows * self.columns].reshape(self.rows, self.columns)
+        return masses[self.first_token : self.first_token + self.rows * self.columns].reshape(self.rows, self.columns)
 
     def scaled(self, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> "Panel":
         """The same with its longer side of `side` pixels."""
         scale = side / max(self.image.size)
         size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
-        return replace(self, image=self.image.resize(size, resample),
-                       boxes=[tuple(value * scale for value in box) for box in self.boxes])
+        return replace(
+            self,
+            image=self.image.resize(size, resample),
+            boxes=[tuple(value * scale for value in box) for box in self.boxes],
+        )
 
 
 def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
@@ -61,7 +64,9 @@ def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
         frame marks each target box, a white label each frame with one.
     """
     panels = list(sample_panels(view.prompt, settings))
-    shares = [_share(attention) for attention in (view.visual_attention, view.teacher_attention) if attention is not None]
+    shares = [
+        _share(attention) for attention in (view.visual_attention, view.teacher_attention) if attention is not None
+    ]
     if len(panels) == 1 and not view.prompt.is_video.any():
         pictures = _pictures(panels[0].scaled(_SIDE), shares)
         return _joined(pictures, len(pictures))
@@ -71,8 +76,11 @@ def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
 
 def most_looked_at(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHEET_PANELS) -> list[Panel]:
     """Those with targets, then those with the largest sum of `share` (a value per visual token), in their own order."""
-    chosen = sorted(range(len(panels)), reverse=True,
-                    key=lambda index: (bool(panels[index].boxes), panels[index].tokens(share).sum()))[:limit]
+    chosen = sorted(
+        range(len(panels)),
+        reverse=True,
+        key=lambda index: (bool(panels[index].boxes), panels[index].tokens(share).sum()),
+    )[:limit]
     return [panels[index] for index in sorted(chosen)]
 
 
@@ -145,8 +153,14 @@ def _overlay(plain: Image.Image, share: np.ndarray, peak: float) -> Image.Image:
     if rows * columns <= 64:  # larger grids: the colours alone
         for row in range(rows):
             for column in range(columns):
-                draw.text(((column + 0.5) * plain.width / columns, (row + 0.8) * plain.height / rows),
-                          f"{100 * share[row, column]:.0f}%", fill="white", anchor="mm", stroke_width=1, stroke_fill="black")
+                draw.text(
+                    ((column + 0.5) * plain.width / columns, (row + 0.8) * plain.height / rows),
+                    f"{100 * share[row, column]:.0f}%",
+                    fill="white",
+                    anchor="mm",
+                    stroke_width=1,
+                    stroke_fill="black",
+                )
     return overlay
 
 

@@ -22,7 +22,13 @@ from megatron_ral.attention.mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, gather_objects, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rewards.score import ERROR, UNPARSED
-from megatron_ral.rollout.scoring import ScoringIssueLog, decode_responses, scoring_issues, score_responses, unused_rules
+from megatron_ral.rollout.scoring import (
+    ScoringIssueLog,
+    decode_responses,
+    scoring_issues,
+    score_responses,
+    unused_rules,
+)
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score
 
 logger = logging.getLogger(__name__)
@@ -81,8 +87,16 @@ class PromptSet:
     benchmark never lies decoded in memory. Unusable samples are left out with a warning and counted; what may be wrong on
     one rank alone (its disk, its memory) is an error where `num_readers` ranks read the same samples."""
 
-    def __init__(self, shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0, dp_size: int = 1,
-                 num_readers: int = 1):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        processor: PromptProcessor,
+        limit: int,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        num_readers: int = 1,
+    ):
         self.shards, self.processor, self.limit, self.num_readers = shards, processor, limit, num_readers
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.left_out: dict[tuple[str, str], str] = {}
@@ -115,8 +129,9 @@ def _readable(source: Source) -> int:
 def say_what_is_scored(source: Source, config: RunConfig) -> None:
     """Warn where the set is cut by its limit, or answers are matched as text though their types have rules."""
     if (held := _readable(source)) > (limit := config.logging.num_eval_prompts):
-        logger.warning("only the first %d of %d samples are evaluated; logging.num_eval_prompts=%d takes all", limit, held,
-                       held)
+        logger.warning(
+            "only the first %d of %d samples are evaluated; logging.num_eval_prompts=%d takes all", limit, held, held
+        )
     types = []
     for entry in itertools.islice(shard_entries(source.shards), NUM_LOOKED_AT):
         try:
@@ -124,29 +139,47 @@ def say_what_is_scored(source: Source, config: RunConfig) -> None:
         except SampleError:
             continue
     if unused := unused_rules(types, config):
-        logger.warning("reward.accuracy=exact: answers are matched as text, though problem types of the data have rules of "
-                       "their own (%s); reward.accuracy=by_type scores by them", ", ".join(unused))
+        logger.warning(
+            "reward.accuracy=exact: answers are matched as text, though problem types of the data have rules of "
+            "their own (%s); reward.accuracy=by_type scores by them",
+            ", ".join(unused),
+        )
 
 
 def left_out_by_reason(source: Source, prompts: PromptSet, process_groups: ProcessGroups) -> dict[str, int]:
     """Samples that could not be used, over all ranks, by reason; those that headers tell of in the whole source."""
     reasons = Counter(fault.reason for index in source.indexes for fault in index.faults.values())
-    reasons["truncated"] += sum(bool(index.damage) and "truncated" not in {fault.reason for fault in index.faults.values()}
-                                for index in source.indexes)
+    reasons["truncated"] += sum(
+        bool(index.damage) and "truncated" not in {fault.reason for fault in index.faults.values()}
+        for index in source.indexes
+    )
     for found in gather_objects(list(prompts.left_out.values()), process_groups.data):
         reasons.update(found)
     return {reason: count for reason, count in reasons.most_common() if count}
 
 
-def read_prompts(shards: Sequence[str], processor: PromptProcessor, limit: int, *, dp_rank: int = 0,
-                 dp_size: int = 1, num_readers: int = 1) -> list[Prompt]:
+def read_prompts(
+    shards: Sequence[str],
+    processor: PromptProcessor,
+    limit: int,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    num_readers: int = 1,
+) -> list[Prompt]:
     """All prompts of a PromptSet at once."""
     return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size, num_readers=num_readers))
 
 
-def evaluate_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
-                     layer: int, progress: Callable[[int], None] = lambda count: None,
-                     keep: Callable[[ResponseBatch, Score], None] = lambda responses, score: None) -> Evaluation:
+def evaluate_prompts(
+    engine: StageEngine,
+    prompts: Iterable[Prompt],
+    processor: PromptProcessor,
+    config: RunConfig,
+    layer: int,
+    progress: Callable[[int], None] = lambda count: None,
+    keep: Callable[[ResponseBatch, Score], None] = lambda responses, score: None,
+) -> Evaluation:
     """Greedy evaluation of this rank's prompts, reduced over all ranks.
 
     Args:
@@ -162,8 +195,13 @@ def evaluate_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: 
         for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
             score = score_responses(responses, processor, config, engine)
             if engine.layout.is_last_stage:
-                _add(sums, {"prompts": len(score.rewards), **{name: score.components[name].sum() for name in
-                                                              ("accuracy", "format", UNPARSED, ERROR)}})
+                _add(
+                    sums,
+                    {
+                        "prompts": len(score.rewards),
+                        **{name: score.components[name].sum() for name in ("accuracy", "format", UNPARSED, ERROR)},
+                    },
+                )
                 if engine.layout.tensor_rank == 0:
                     problems.write(scoring_issues(score, responses.prompts.prompts, unparsed=False))
             for index, values in attention.items():
@@ -177,14 +215,25 @@ def evaluate_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: 
 
     by_layer = tuple(mean(f"target/{index}", f"annotated/{index}") for index in layers)
     return Evaluation(
-        accuracy=mean("accuracy", "prompts"), format_rate=mean("format", "prompts"),
-        unparsed_rate=mean(UNPARSED, "prompts"), error_rate=mean(ERROR, "prompts"), target_attention=by_layer[layer],
-        target_attention_by_layer=by_layer, visual_mass=mean(f"visual/{layer}", f"rows/{layer}"),
-        num_prompts=int(total.get("prompts", 0)))
+        accuracy=mean("accuracy", "prompts"),
+        format_rate=mean("format", "prompts"),
+        unparsed_rate=mean(UNPARSED, "prompts"),
+        error_rate=mean(ERROR, "prompts"),
+        target_attention=by_layer[layer],
+        target_attention_by_layer=by_layer,
+        visual_mass=mean(f"visual/{layer}", f"rows/{layer}"),
+        num_prompts=int(total.get("prompts", 0)),
+    )
 
 
-def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig,
-                layer: int, teacher: Optional[TeacherEngine] = None) -> list[ProbeView]:
+def view_probes(
+    engine: StageEngine,
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    config: RunConfig,
+    layer: int,
+    teacher: Optional[TeacherEngine] = None,
+) -> list[ProbeView]:
     """Greedy responses of fixed prompts and the attention of their rows over the image, on every rank; with a teacher also
     where that looks while it reads them."""
     views = []
@@ -194,7 +243,9 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
         """[B, P] on every stage, from what the layer's owner kept."""
         if rows is None:
             rows = torch.zeros(len(groups), groups.prompts.input_ids.shape[1])
-        return broadcast_from_stage_(rows.to(engine.process_groups.device).contiguous(), owner, engine.process_groups).cpu()
+        return broadcast_from_stage_(
+            rows.to(engine.process_groups.device).contiguous(), owner, engine.process_groups
+        ).cpu()
 
     with engine.resident():
         for responses, groups, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
@@ -209,8 +260,9 @@ def view_probes(engine: StageEngine, prompts: Sequence[Prompt], processor: Promp
     return views
 
 
-def view_tokens(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
-                layers: Sequence[int]) -> Iterator[TokenViews]:
+def view_tokens(
+    engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig, layers: Sequence[int]
+) -> Iterator[TokenViews]:
     """Greedy responses and the attention of each of their rows over the image, in one process.
 
     Args:
@@ -226,19 +278,29 @@ def view_tokens(engine: StageEngine, prompts: Iterable[Prompt], processor: Promp
             score, batch = score_responses(responses, processor, config, engine), responses.prompts
             for b, prompt in enumerate(batch.prompts):
                 length = int(responses.response_lengths[b, 0])
-                yield TokenViews(prompt, responses.response_ids[b, 0, :length], score.texts[b][0],
-                                 float(score.rewards[b, 0]),
-                                 {name: float(values[b, 0]) for name, values in score.components.items()},
-                                 {layer: rows[b, :length][:, batch.visual_mask[b]] for layer, rows in attention.items()})
+                yield TokenViews(
+                    prompt,
+                    responses.response_ids[b, 0, :length],
+                    score.texts[b][0],
+                    float(score.rewards[b, 0]),
+                    {name: float(values[b, 0]) for name, values in score.components.items()},
+                    {layer: rows[b, :length][:, batch.visual_mask[b]] for layer, rows in attention.items()},
+                )
 
 
-def _greedy_batches(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
-                    layers: Sequence[int], keep: Callable[[AttentionRows, GroupBatch], Any]
-                    ) -> Iterator[tuple[ResponseBatch, GroupBatch, Mapping[int, Any]]]:
+def _greedy_batches(
+    engine: StageEngine,
+    prompts: Iterable[Prompt],
+    processor: PromptProcessor,
+    config: RunConfig,
+    layers: Sequence[int],
+    keep: Callable[[AttentionRows, GroupBatch], Any],
+) -> Iterator[tuple[ResponseBatch, GroupBatch, Mapping[int, Any]]]:
     """Greedy responses batch by batch, the same as groups of one, and what `keep` makes of the attention rows of those of
     `layers` that live on this stage."""
-    settings = SamplingSettings(1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id,
-                                temperature=0.0)
+    settings = SamplingSettings(
+        1, config.rollout.max_response_length, processor.end_token_id, processor.pad_token_id, temperature=0.0
+    )
     sampled = sample_responses(engine, prompts, settings, config.rollout.generation_batch_size)
     for responses, embeds in sampled:
         groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
@@ -249,8 +311,12 @@ def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor
     prompts, mask = groups.prompts, groups.response_mask
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
     annotated = mask & prompts.target_mask.any(dim=-1)[:, None, None]
-    return {"rows": mask.sum(), "visual": (mass.visual * mask).sum(), "annotated": annotated.sum(),
-            "target": (mass.target_share * annotated).sum()}
+    return {
+        "rows": mask.sum(),
+        "visual": (mass.visual * mask).sum(),
+        "annotated": annotated.sum(),
+        "target": (mass.target_share * annotated).sum(),
+    }
 
 
 def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:

@@ -54,10 +54,17 @@ class PromptResult:
     def record(self) -> dict[str, Any]:
         """What is written of it as JSON."""
         sample = self.sample
-        record = {"key": sample.key, "shard": sample.identity.partition("/")[0], "category": self.category,
-                  "problem": sample.problem, "solution": sample.solution, "prompt_tokens": self.prompt_tokens,
-                  "visual_tokens": self.visual_tokens, "greedy": asdict(self.greedy),
-                  "sampled": [asdict(response) for response in self.sampled]}
+        record = {
+            "key": sample.key,
+            "shard": sample.identity.partition("/")[0],
+            "category": self.category,
+            "problem": sample.problem,
+            "solution": sample.solution,
+            "prompt_tokens": self.prompt_tokens,
+            "visual_tokens": self.visual_tokens,
+            "greedy": asdict(self.greedy),
+            "sampled": [asdict(response) for response in self.sampled],
+        }
         return record | ({"question_group": sample.question_group} if sample.question_group else {})
 
 
@@ -103,18 +110,29 @@ class CategoryRow:
             if name := result.sample.question_group:
                 groups[name] = groups.get(name, True) and result.greedy.parts["accuracy"] >= 1.0
         return cls(
-            num_prompts=len(results), accuracy=Figure.of([result.greedy.parts["accuracy"] for result in results]),
+            num_prompts=len(results),
+            accuracy=Figure.of([result.greedy.parts["accuracy"] for result in results]),
             format_rate=statistics.fmean(result.greedy.parts["format"] for result in results),
             unparsed_rate=statistics.fmean(result.greedy.parts["unparsed"] for result in results),
             sampled_accuracy=Figure.of([statistics.fmean(row) for row in sampled]) if sampled else None,
             best_of_n=Figure.of([max(row) for row in sampled]) if sampled else None,
-            num_groups=len(groups), all_right=Figure.of([float(right) for right in groups.values()]) if groups else None)
+            num_groups=len(groups),
+            all_right=Figure.of([float(right) for right in groups.values()]) if groups else None,
+        )
 
     def record(self) -> dict[str, Any]:
         """What is written of it as JSON: each figure under its name and, with _error, its standard error."""
         record: dict[str, Any] = {}
-        for name in ("num_prompts", "accuracy", "format_rate", "unparsed_rate", "sampled_accuracy", "best_of_n",
-                     "num_groups", "all_right"):
+        for name in (
+            "num_prompts",
+            "accuracy",
+            "format_rate",
+            "unparsed_rate",
+            "sampled_accuracy",
+            "best_of_n",
+            "num_groups",
+            "all_right",
+        ):
             value = getattr(self, name)
             if isinstance(value, Figure):
                 record |= {name: value.mean, f"{name}_error": value.error}
@@ -134,8 +152,10 @@ class BenchmarkTable:
     def of(cls, results: Sequence[PromptResult]) -> "BenchmarkTable":
         """Table of at least one result, categories in alphabetical order."""
         names = sorted({result.category for result in results})
-        return cls(CategoryRow.of(results),
-                   {name: CategoryRow.of([result for result in results if result.category == name]) for name in names})
+        return cls(
+            CategoryRow.of(results),
+            {name: CategoryRow.of([result for result in results if result.category == name]) for name in names},
+        )
 
     @property
     def mean_of_categories(self) -> Figure:
@@ -148,14 +168,22 @@ class BenchmarkTable:
     def record(self) -> dict[str, Any]:
         """Parts of the evaluation's JSON that are by category."""
         mean = self.mean_of_categories
-        return {"overall": self.overall.record(), "mean_of_categories": mean.mean, "mean_of_categories_error": mean.error,
-                "categories": {name: row.record() for name, row in self.categories.items()}}
+        return {
+            "overall": self.overall.record(),
+            "mean_of_categories": mean.mean,
+            "mean_of_categories_error": mean.error,
+            "categories": {name: row.record() for name, row in self.categories.items()},
+        }
 
     def __str__(self) -> str:
         """One line per category, then all prompts and, with several categories, their mean."""
         lines, rows = [], {**self.categories, "all prompts": self.overall}
         sampled, grouped = self.overall.sampled_accuracy is not None, self.overall.all_right is not None
-        heads = ["n", "accuracy", "format", "unparsed"] + ["sampled", "best of n"] * sampled + ["groups", "all right"] * grouped
+        heads = (
+            ["n", "accuracy", "format", "unparsed"]
+            + ["sampled", "best of n"] * sampled
+            + ["groups", "all right"] * grouped
+        )
         for name, row in rows.items():
             cells = [row.num_prompts, row.accuracy, f"{row.format_rate:.3f}", f"{row.unparsed_rate:.3f}"]
             cells += [row.sampled_accuracy, row.best_of_n] * sampled
@@ -164,20 +192,36 @@ class BenchmarkTable:
         if len(self.categories) > 1:
             lines.append(("mean of categories", ["", str(self.mean_of_categories)]))
         first = max(len(name) for name, _ in lines)
-        widths = [max(len(row[index]) for row in [heads, *(cells for _, cells in lines)] if index < len(row)) + 2
-                  for index in range(len(heads))]
-        return "\n".join([" " * first + "".join(head.rjust(width) for head, width in zip(heads, widths)),
-                          *(name.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
-                            for name, cells in lines)])
+        widths = [
+            max(len(row[index]) for row in [heads, *(cells for _, cells in lines)] if index < len(row)) + 2
+            for index in range(len(heads))
+        ]
+        return "\n".join(
+            [
+                " " * first + "".join(head.rjust(width) for head, width in zip(heads, widths)),
+                *(
+                    name.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
+                    for name, cells in lines
+                ),
+            ]
+        )
 
 
 def scored(responses: ResponseBatch, score: Score) -> Iterator[tuple[Prompt, tuple[ScoredResponse, ...]]]:
     """Each prompt of a batch with its responses."""
     for b, prompt in enumerate(responses.prompts.prompts):
-        yield prompt, tuple(
-            ScoredResponse(text, bool(responses.finished[b, g]), float(score.rewards[b, g]),
-                           {name: float(values[b, g]) for name, values in score.components.items()})
-            for g, text in enumerate(score.texts[b]))
+        yield (
+            prompt,
+            tuple(
+                ScoredResponse(
+                    text,
+                    bool(responses.finished[b, g]),
+                    float(score.rewards[b, g]),
+                    {name: float(values[b, g]) for name, values in score.components.items()},
+                )
+                for g, text in enumerate(score.texts[b])
+            ),
+        )
 
 
 class ResultKeeper:
@@ -191,8 +235,14 @@ class ResultKeeper:
     def greedy(self, responses: ResponseBatch, score: Score) -> None:
         """Keep a batch of greedy responses, one per prompt; of a sample not its pictures."""
         for prompt, [response] in scored(responses, score):
-            self._results.append(PromptResult(replace(prompt.sample, images=(), videos=()), len(prompt.input_ids),
-                                              int(prompt.visual_mask.sum()), response))
+            self._results.append(
+                PromptResult(
+                    replace(prompt.sample, images=(), videos=()),
+                    len(prompt.input_ids),
+                    int(prompt.visual_mask.sum()),
+                    response,
+                )
+            )
 
     def sampled(self, responses: ResponseBatch, score: Score) -> None:
         """Keep a batch of sampled responses."""
@@ -208,16 +258,29 @@ class ResultKeeper:
         return sorted(everything, key=lambda result: (result.sample.shard, result.sample.key))
 
 
-def sample_prompts(engine: StageEngine, prompts: Iterable[Prompt], processor: PromptProcessor, config: RunConfig,
-                   num_samples: int, keep: Callable[[ResponseBatch, Score], None],
-                   progress: Callable[[int], None] = lambda count: None) -> None:
+def sample_prompts(
+    engine: StageEngine,
+    prompts: Iterable[Prompt],
+    processor: PromptProcessor,
+    config: RunConfig,
+    num_samples: int,
+    keep: Callable[[ResponseBatch, Score], None],
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
     """`num_samples` responses to each of this rank's prompts at rollout.temperature and top_p, handed to `keep` batch by
     batch. The draw of a prompt depends on config.seed and its identity alone."""
-    settings = SamplingSettings(num_samples, config.rollout.max_response_length, processor.end_token_id,
-                                processor.pad_token_id, config.rollout.temperature, config.rollout.top_p)
+    settings = SamplingSettings(
+        num_samples,
+        config.rollout.max_response_length,
+        processor.end_token_id,
+        processor.pad_token_id,
+        config.rollout.temperature,
+        config.rollout.top_p,
+    )
     with engine.resident():
-        for responses, _ in sample_responses(engine, prompts, settings, config.rollout.generation_batch_size,
-                                             "evaluation", config.seed):
+        for responses, _ in sample_responses(
+            engine, prompts, settings, config.rollout.generation_batch_size, "evaluation", config.seed
+        ):
             keep(responses, score_responses(responses, processor, config, engine))
             progress(len(responses.prompts))
 

@@ -7,8 +7,9 @@ any pieces of a batch add up to the loss of the batch, however it is cut. A mean
 from torch import Tensor
 
 
-def token_weights(mask_BGR: Tensor, mode: str, *, num_tokens: int, num_sequences: int,
-                  max_response_length: int) -> Tensor:
+def token_weights(
+    mask_BGR: Tensor, mode: str, *, num_tokens: int, num_sequences: int, max_response_length: int
+) -> Tensor:
     """Weight of every token; a loss is sum(weight * value).
 
         token_mean          1 / num_tokens                                  DAPO: every token counts the same

@@ -135,8 +135,9 @@ def merge_statistics(shards: Sequence[RowStatistics], temperature: float) -> Row
 
 
 @torch.no_grad()
-def divergence_partials(student_v: Tensor, teacher_v: Tensor, student: RowStatistics, teacher: RowStatistics,
-                        divergence: TokenDivergence) -> Tensor:
+def divergence_partials(
+    student_v: Tensor, teacher_v: Tensor, student: RowStatistics, teacher: RowStatistics, divergence: TokenDivergence
+) -> Tensor:
     """Partial sums of one shard; added over shards they are the divergence and the mean slope of each row.
 
         D    = sum_i terms_i          forward_kl: p_i E(-d_i)      reverse_kl: q_i E(d_i)
@@ -168,8 +169,15 @@ def divergence_partials(student_v: Tensor, teacher_v: Tensor, student: RowStatis
 
 
 @torch.no_grad()
-def divergence_gradient(student_v: Tensor, teacher_v: Tensor, student: RowStatistics, teacher: RowStatistics,
-                        mean: Tensor, grad: Tensor, divergence: TokenDivergence) -> Tensor:
+def divergence_gradient(
+    student_v: Tensor,
+    teacher_v: Tensor,
+    student: RowStatistics,
+    teacher: RowStatistics,
+    mean: Tensor,
+    grad: Tensor,
+    divergence: TokenDivergence,
+) -> Tensor:
     """Gradient of sum(grad * D) with respect to this shard of the student's logits.
 
         dD/dlogit_i = (slopes_i - q_i * mean) / temperature
@@ -193,8 +201,14 @@ def divergence_gradient(student_v: Tensor, teacher_v: Tensor, student: RowStatis
     return result
 
 
-def _columns(student_v: Tensor, teacher_v: Tensor, student: RowStatistics, teacher: RowStatistics, temperature: float,
-             piece: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(
+    student_v: Tensor,
+    teacher_v: Tensor,
+    student: RowStatistics,
+    teacher: RowStatistics,
+    temperature: float,
+    piece: slice,
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p - log q, p and q of a piece of rows."""
     student, teacher = (RowStatistics(*(tensor[piece, None] for tensor in rows)) for rows in (student, teacher))
     dtype = student.sum_exp.dtype

@@ -64,8 +64,9 @@ def top_candidates(logits_v: Tensor, k: int, vocab_start: int) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def outcome_partials(logits_v: Tensor, indices: Tensor, vocab_start: int, temperature: float,
-                     dtype: torch.dtype) -> OutcomePartials:
+def outcome_partials(
+    logits_v: Tensor, indices: Tensor, vocab_start: int, temperature: float, dtype: torch.dtype
+) -> OutcomePartials:
     """Partials of one shard.
 
     Args:
@@ -117,8 +118,9 @@ def outcome_divergence(student: Tensor, teacher: Tensor, divergence: TokenDiverg
 
 
 @torch.no_grad()
-def outcome_gradient(logits_v: Tensor, indices: Tensor, vocab_start: int, others: RowStatistics, gradient: Tensor,
-                     temperature: float) -> Tensor:
+def outcome_gradient(
+    logits_v: Tensor, indices: Tensor, vocab_start: int, others: RowStatistics, gradient: Tensor, temperature: float
+) -> Tensor:
     """Gradient with respect to one shard of the logits, from that with respect to the log-weights of the outcomes.
 
         dD/dlogit_i = gradient_i / temperature                                     for a top token

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, log_ratio_clamp: float = 20.0,
-                value_clamp: float = 0.0) -> Tensor:
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str, *, log_ratio_clamp: float = 20.0, value_clamp: float = 0.0
+) -> Tensor:
     """Schulman's estimators.
 
         d = ref_logprobs - logprobs

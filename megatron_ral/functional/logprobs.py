@@ -50,8 +50,9 @@ def combine_logprobs(total: VocabPartials) -> tuple[Tensor, Tensor]:
     return total.target_logit - log_normaliser, log_normaliser - total.weighted_logit / total.sum_exp
 
 
-def logprob_gradient(logits_v: Tensor, targets: Tensor, maximum: Tensor, sum_exp: Tensor, grad: Tensor,
-                     vocab_start: int) -> Tensor:
+def logprob_gradient(
+    logits_v: Tensor, targets: Tensor, maximum: Tensor, sum_exp: Tensor, grad: Tensor, vocab_start: int
+) -> Tensor:
     """Gradient of sum(grad * logprob) for one shard: grad * (onehot(target) - softmax)."""
     probabilities = (logits_v - maximum[..., None]).exp() / sum_exp[..., None]
     result = -grad[..., None] * probabilities

@@ -26,8 +26,17 @@ class Surrogate:
     """Importance ratio before clipping (GSPO: of the whole sequence, at each of its tokens), detached; 1 at padding."""
 
 
-def grpo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> Surrogate:
+def grpo_loss(
+    logprobs_BGR: Tensor,
+    old_logprobs_BGR: Tensor,
+    advantages_BG: Tensor,
+    mask_BGR: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
+    log_ratio_clamp: float = 20.0,
+) -> Surrogate:
     """PPO's clipped surrogate with the group-relative advantages of GRPO.
 
         loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A),   r = exp(logprobs - old_logprobs)
@@ -49,12 +58,22 @@ def grpo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Ten
     makes it a loss.
     """
     log_ratio = _log_ratio(logprobs_BGR, old_logprobs_BGR, mask_BGR)
-    return _clipped_surrogate(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp(), advantages_BG, clip_low,
-                              clip_high, dual_clip)
+    return _clipped_surrogate(
+        log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp(), advantages_BG, clip_low, clip_high, dual_clip
+    )
 
 
-def gspo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-              clip_low: float, clip_high: float, dual_clip: float = 0.0, log_ratio_clamp: float = 20.0) -> Surrogate:
+def gspo_loss(
+    logprobs_BGR: Tensor,
+    old_logprobs_BGR: Tensor,
+    advantages_BG: Tensor,
+    mask_BGR: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
+    log_ratio_clamp: float = 20.0,
+) -> Surrogate:
     """Clipped surrogate with the importance ratio of the whole response (its geometric mean over tokens).
 
         s   = exp(mean_t (logprobs_t - old_logprobs_t))                     over the response's real tokens
@@ -79,12 +98,21 @@ def gspo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Ten
     lengths = mask_BGR.sum(dim=-1, keepdim=True).clamp(min=1)
     of_sequence = log_ratio.detach().sum(dim=-1, keepdim=True) / lengths
     log_ratio = torch.where(mask_BGR, of_sequence + (log_ratio - log_ratio.detach()), 0.0)
-    return _clipped_surrogate(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp(), advantages_BG, clip_low,
-                              clip_high, dual_clip)
+    return _clipped_surrogate(
+        log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp(), advantages_BG, clip_low, clip_high, dual_clip
+    )
 
 
-def cispo_loss(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, advantages_BG: Tensor, mask_BGR: Tensor, *,
-               clip_low: float, clip_high: float, log_ratio_clamp: float = 20.0) -> Surrogate:
+def cispo_loss(
+    logprobs_BGR: Tensor,
+    old_logprobs_BGR: Tensor,
+    advantages_BG: Tensor,
+    mask_BGR: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    log_ratio_clamp: float = 20.0,
+) -> Surrogate:
     """Log-likelihood weighted by the clipped importance ratio: every token keeps its gradient, a ratio only its size.
 
         loss = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs,   r = exp(logprobs - old_logprobs)
@@ -110,8 +138,9 @@ def _log_ratio(logprobs_BGR: Tensor, old_logprobs_BGR: Tensor, mask_BGR: Tensor)
     return (logprobs_BGR - old_logprobs_BGR.detach()).masked_fill(~mask_BGR, 0.0)
 
 
-def _clipped_surrogate(ratio_BGR: Tensor, advantages_BG: Tensor, clip_low: float, clip_high: float,
-                       dual_clip: float) -> Surrogate:
+def _clipped_surrogate(
+    ratio_BGR: Tensor, advantages_BG: Tensor, clip_low: float, clip_high: float, dual_clip: float
+) -> Surrogate:
     if 0.0 < dual_clip <= 1.0:
         raise ValueError(f"dual_clip = {dual_clip} must be 0 (off) or more than 1")
     advantages = advantages_BG.detach()[..., None]

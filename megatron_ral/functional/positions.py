@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 
-def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: int,
-                         temporal_intervals: Optional[Sequence[float]] = None) -> tuple[Tensor, int]:
+def multimodal_positions(
+    is_visual: Tensor, grids: Tensor, spatial_merge_size: int, temporal_intervals: Optional[Sequence[float]] = None
+) -> tuple[Tensor, int]:
     """Position ids of one prompt.
 
     Text advances all three coordinates together. An image or video of grid (t, h, w) that starts at position s gives
@@ -42,7 +43,7 @@ def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: i
             raise ValueError(f"visual tokens at position {index} belong to no image or video ({len(grids)} in all)")
         t, h, w = (int(value) for value in grids[number])
         h, w = h // spatial_merge_size, w // spatial_merge_size
-        if not all(flags[index:index + t * h * w]) or index + t * h * w > len(flags):
+        if not all(flags[index : index + t * h * w]) or index + t * h * w > len(flags):
             raise ValueError(f"image or video {number} needs {t * h * w} visual tokens in one run at position {index}")
         seconds = (torch.arange(t) * float(intervals[number])).long()
         axes = torch.meshgrid(seconds, torch.arange(h), torch.arange(w), indexing="ij")
@@ -53,8 +54,9 @@ def multimodal_positions(is_visual: Tensor, grids: Tensor, spatial_merge_size: i
     return torch.cat(columns, dim=1), position
 
 
-def rotary_angles(position_ids: Tensor, inverse_frequencies: Tensor, sections: Sequence[int],
-                  interleaved: bool) -> Tensor:
+def rotary_angles(
+    position_ids: Tensor, inverse_frequencies: Tensor, sections: Sequence[int], interleaved: bool
+) -> Tensor:
     """Rotation angle of every position and channel: each frequency follows one of the three coordinates.
 
     Args:
@@ -72,6 +74,6 @@ def rotary_angles(position_ids: Tensor, inverse_frequencies: Tensor, sections: S
     if interleaved:
         axis = torch.zeros_like(axis)
         for coordinate in (1, 2):
-            axis[coordinate:3 * sections[coordinate]:3] = coordinate
+            axis[coordinate : 3 * sections[coordinate] : 3] = coordinate
     angles = position_ids[axis.to(position_ids.device)].float() * inverse_frequencies[:, None, None]  # [D / 2, B, S]
     return torch.cat([angles, angles]).permute(2, 1, 0)[:, :, None].contiguous()

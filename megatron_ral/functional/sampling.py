@@ -45,8 +45,16 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
     return token_ids.gather(-1, torch.minimum(index, last))[:, 0]
 
 
-def sample_candidates(logits_XC: Tensor, ids_XC: Tensor, least_X: Tensor, maximum_X: Tensor, total_X: Tensor,
-                      uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample_candidates(
+    logits_XC: Tensor,
+    ids_XC: Tensor,
+    least_X: Tensor,
+    maximum_X: Tensor,
+    total_X: Tensor,
+    uniform_X: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """`sample_tokens` from the most likely tokens alone, where these decide.
 
     Args:

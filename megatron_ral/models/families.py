@@ -29,15 +29,23 @@ class Family:
         """Name of a weight on the hub, from the project's own."""
         for ours, theirs in self.hub_prefixes:
             if name.startswith(ours):
-                return theirs + name[len(ours):]
+                return theirs + name[len(ours) :]
         return name
 
 
-FAMILIES = {family.model_type: family for family in (
-    Family("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False, hub_prefixes=()),
-    Family("qwen3_vl", qkv_bias=False, qk_norm=True, interleaved_rotary=True,
-           hub_prefixes=(("model.", "model.language_model."), ("visual.", "model.visual."))),
-)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False, hub_prefixes=()),
+        Family(
+            "qwen3_vl",
+            qkv_bias=False,
+            qk_norm=True,
+            interleaved_rotary=True,
+            hub_prefixes=(("model.", "model.language_model."), ("visual.", "model.visual.")),
+        ),
+    )
+}
 
 
 def build_tower(vision: PretrainedConfig, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -49,6 +57,5 @@ def build_tower(vision: PretrainedConfig, dtype: torch.dtype | None = None) -> t
     if vision.model_type.startswith("qwen3_vl"):
         from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel as Tower
     else:
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-            Qwen2_5_VisionTransformerPretrainedModel as Tower)
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
     return Tower._from_config(vision, dtype=dtype)

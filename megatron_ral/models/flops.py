@@ -30,17 +30,20 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
     weights = hidden * (2 * query + 2 * shape.num_query_groups * shape.kv_channels) + 3 * hidden * shape.ffn_hidden_size
     responses = sum(response_lengths)
-    pairs = prompt_length * (prompt_length + 1) / 2 + sum(length * prompt_length + length * (length + 1) / 2
-                                                          for length in response_lengths)
-    return float(shape.num_layers * (2 * weights * (prompt_length + responses) + 4 * query * pairs)
-                 + 2 * hidden * shape.vocab_size * responses)
+    pairs = prompt_length * (prompt_length + 1) / 2 + sum(
+        length * prompt_length + length * (length + 1) / 2 for length in response_lengths
+    )
+    return float(
+        shape.num_layers * (2 * weights * (prompt_length + responses) + 4 * query * pairs)
+        + 2 * hidden * shape.vocab_size * responses
+    )
 
 
 def tower_flops_per_patch(shape: ModelShape) -> float:
     """Forward FLOPs of the vision tower and its projector per patch: 2 * weights of its matrices, those of the projector
     once per visual token (merge^2 patches). The tower's attention is left out: it depends on windows, and is a few
     percent of the tower at the picture sizes of the paper."""
-    per_token = shape.vision.spatial_merge_size ** 2
+    per_token = shape.vision.spatial_merge_size**2
     weights = 0.0
     for name, size in visual_shapes(shape).items():
         if len(size) > 1 and not name.startswith("pos_embed"):

@@ -33,17 +33,31 @@ class InstrumentedAttention(torch.nn.Module):
     equal_heads_with_mask: Optional[bool] = None
     """Whether keys and values are repeated where there is a mask; None: on a GPU. Set by a rehearsal."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType,
-                 attention_type: str, softmax_scale: Optional[float] = None, **unused):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: Optional[float] = None,
+        **unused,
+    ):
         super().__init__()
         assert config.context_parallel_size == 1, "the attention policy needs whole rows: context parallelism must be 1"
         assert config.attention_dropout == 0.0, "attention dropout would make p_theta differ from itself"
         self.layer = layer_number - 1
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionPass,
-                attn_mask_type: Optional[AttnMaskType] = None, attention_bias: Optional[Tensor] = None,
-                packed_seq_params=None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: AttentionPass,
+        attn_mask_type: Optional[AttnMaskType] = None,
+        attention_bias: Optional[Tensor] = None,
+        packed_seq_params=None,
+    ) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [B, L, heads, D]
         if attention_mask.decode_step is not None:
@@ -62,15 +76,20 @@ class InstrumentedAttention(torch.nn.Module):
         prompt_output = self._sdpa(query[:, :P], prompt_key, prompt_value, is_causal=True)
         if G == 0:
             return prompt_output
-        group_query, group_key, group_value = (tensor[:, P:layout.sequence_length].unflatten(1, (G, R))
-                                               for tensor in (query, key, value))
+        group_query, group_key, group_value = (
+            tensor[:, P : layout.sequence_length].unflatten(1, (G, R)) for tensor in (query, key, value)
+        )
         if self.layer in pass_.recorded_layers:
             last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
             pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
         keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), group_key], dim=2)
         values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), group_value], dim=2)
-        response_output = self._sdpa(group_query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1),
-                                     attn_mask=layout.visible_BGRS.flatten(0, 1)[:, None])
+        response_output = self._sdpa(
+            group_query.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            attn_mask=layout.visible_BGRS.flatten(0, 1)[:, None],
+        )
         output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[2:])], dim=1)
         return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
@@ -83,8 +102,13 @@ class InstrumentedAttention(torch.nn.Module):
             repeats = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
         output = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2], **mask)
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+            **mask,
+        )
         return output.transpose(1, 2)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
@@ -98,8 +122,12 @@ class InstrumentedAttention(torch.nn.Module):
         query = query[:, 0].unflatten(1, (k, -1)) * self.softmax_scale  # [N, k, heads / k, D]
         own = _attend(query, own_key, own_value, None)
         grouped = cache.by_prompt(query)  # [B, width, k, heads / k, D]
-        prompt = _attend(grouped.transpose(1, 2).flatten(2, 3), prompt_key, prompt_value,
-                         cache.hidden_keys(prompt_key.shape[2])[:, None, None])
+        prompt = _attend(
+            grouped.transpose(1, 2).flatten(2, 3),
+            prompt_key,
+            prompt_value,
+            cache.hidden_keys(prompt_key.shape[2])[:, None, None],
+        )
         prompt = tuple(cache.by_row(part.unflatten(2, grouped.shape[1:4:2]).transpose(1, 2)) for part in prompt)
         maximum = torch.maximum(own[1], prompt[1])
         parts = [(output, total, (top - maximum).exp()) for output, top, total in (own, prompt)]

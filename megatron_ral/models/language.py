@@ -34,8 +34,9 @@ class RMSNorm(torch.nn.RMSNorm):
             under sequence parallelism that is so for every norm, whose ranks see other tokens.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, over_heads: bool = False,
-                 **unused):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, over_heads: bool = False, **unused
+    ):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.partial_over_tensor_ranks = over_heads or config.sequence_parallel
@@ -82,28 +83,51 @@ class LanguageStage(GPTModel):
         return self.embedding.word_embeddings(token_ids).transpose(0, 1).contiguous()
 
 
-def transformer_config(shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
-                       sequence_parallel: bool = False) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device, sequence_parallel: bool = False
+) -> TransformerConfig:
     """megatron-core configuration of a language model.
 
     `calculate_per_token_loss` keeps the schedule from dividing the loss by the number of micro-batches: here a loss
     is a sum over a global denominator already.
     """
     return TransformerConfig(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads, num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels, mrope_section=list(shape.mrope_section),
-        normalization="RMSNorm", layernorm_epsilon=shape.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, add_qkv_bias=shape.family.qkv_bias, qk_layernorm=shape.family.qk_norm,
-        hidden_dropout=0.0, attention_dropout=0.0, sequence_parallel=sequence_parallel,
-        tensor_model_parallel_size=layout.tensor_size, pipeline_model_parallel_size=layout.pipeline_size,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=device.type != "cuda", perform_initialization=False,
-        gradient_accumulation_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-        masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        mrope_section=list(shape.mrope_section),
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.family.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=device.type != "cuda",
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
         pipeline_model_parallel_layout=_pipeline_layers(shape, layout),
-        deallocate_pipeline_outputs=False, batch_p2p_comm=False, calculate_per_token_loss=True,
-        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",  # the other kind, of no use here, refuses them
+        deallocate_pipeline_outputs=False,
+        batch_p2p_comm=False,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the other kind, of no use here, refuses them
     )
 
 
@@ -127,16 +151,22 @@ def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmod
     return TransformerBlockSubmodules([spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=RMSNorm)
 
 
-def build_language_stage(shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
-                         sequence_parallel: bool = False) -> LanguageStage:
+def build_language_stage(
+    shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device, sequence_parallel: bool = False
+) -> LanguageStage:
     """This rank's stage, weights uninitialised (`weights.load_stage` fills them)."""
     stage = LanguageStage(
         config=transformer_config(shape, layout, dtype, device, sequence_parallel),
         transformer_layer_spec=_stage_spec(shape, layout),
-        vocab_size=shape.padded_vocab_size(layout.tensor_size), max_sequence_length=shape.max_position_embeddings,
-        pre_process=layout.is_first_stage, post_process=layout.is_last_stage, parallel_output=True,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings, scatter_embedding_sequence_parallel=False,
-        position_embedding_type="mrope", rotary_base=shape.rope_theta,
+        vocab_size=shape.padded_vocab_size(layout.tensor_size),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        scatter_embedding_sequence_parallel=False,
+        position_embedding_type="mrope",
+        rotary_base=shape.rope_theta,
     )
     if sequence_parallel:
         # The block would fork a random number generator per tensor rank, for a dropout that is always 0 here.

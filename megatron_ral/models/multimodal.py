@@ -13,7 +13,10 @@ from typing import Iterator
 
 import torch
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region)
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_ral.functional.positions import rotary_angles
@@ -37,8 +40,15 @@ class MultimodalStage(torch.nn.Module):
         recompute: keep only the inputs of layers that are not recorded for the backward pass.
     """
 
-    def __init__(self, shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device,
-                 sequence_parallel: bool = False, recompute: bool = False):
+    def __init__(
+        self,
+        shape: ModelShape,
+        layout: RankLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequence_parallel: bool = False,
+        recompute: bool = False,
+    ):
         super().__init__()
         self.shape, self.layout, self.dtype = shape, layout, dtype
         sequence_parallel = sequence_parallel and layout.tensor_size > 1
@@ -103,8 +113,9 @@ class MultimodalStage(torch.nn.Module):
         rows = self._predicting_rows(hidden, attention)
         return rows if attention.hidden_states else self._logits(rows)
 
-    def prefill(self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None,
-                attention: AttentionPass) -> Tensor:
+    def prefill(
+        self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None, attention: AttentionPass
+    ) -> Tensor:
         """Prompts alone, filling the cache. Returns hidden states, or on the last stage logits [B, v] of each
         prompt's last row."""
         hidden = None
@@ -144,8 +155,9 @@ class MultimodalStage(torch.nn.Module):
             features = features[:0] + 0.0 * features.sum()  # no rows, but still in the graph: zero gradient, not none
         return features.split(counts)
 
-    def _embed(self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...],
-               attention: AttentionPass) -> Tensor:
+    def _embed(
+        self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...], attention: AttentionPass
+    ) -> Tensor:
         """Word embeddings [S, B, H] with visual embeddings at their tokens; what deeper layers add goes into the
         pass."""
         hidden = self.language.embed_words(token_ids).transpose(0, 1)  # [B, S, H]: features come prompt by prompt
@@ -167,8 +179,12 @@ class MultimodalStage(torch.nn.Module):
         return hidden.transpose(0, 1).contiguous()
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
-        angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, self.shape.mrope_section,
-                               self.shape.family.interleaved_rotary)
+        angles = rotary_angles(
+            position_ids,
+            self.language.rotary_pos_emb.inv_freq,
+            self.shape.mrope_section,
+            self.shape.family.interleaved_rotary,
+        )
         return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=angles)
 
     def _predicting_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
@@ -176,7 +192,7 @@ class MultimodalStage(torch.nn.Module):
         layout = attention.layout
         batch = torch.arange(layout.B, device=hidden.device)
         last_prompt = hidden[layout.prompt_lengths - 1, batch]
-        responses = hidden[layout.P:].transpose(0, 1).unflatten(1, (layout.G, layout.R))
+        responses = hidden[layout.P :].transpose(0, 1).unflatten(1, (layout.G, layout.R))
         first = last_prompt[:, None, None].expand(-1, layout.G, 1, -1)
         return torch.cat([first, responses[:, :, :-1]], dim=2)
 
@@ -189,6 +205,11 @@ class MultimodalStage(torch.nn.Module):
         columns = logits.shape[-1]
         padding = columns * (self.layout.tensor_rank + 1) - self.shape.vocab_size
         if padding > 0:  # finite, so that 0 * logit stays 0 in an entropy
-            logits = torch.cat([logits[..., : max(columns - padding, 0)],
-                                torch.full_like(logits[..., max(columns - padding, 0):], -1e9)], dim=-1)
+            logits = torch.cat(
+                [
+                    logits[..., : max(columns - padding, 0)],
+                    torch.full_like(logits[..., max(columns - padding, 0) :], -1e9),
+                ],
+                dim=-1,
+            )
         return logits

@@ -49,8 +49,7 @@ class ModelShape:
         """
         index = layer + self.num_layers if layer < 0 else layer
         if not 0 <= index < self.num_layers:
-            raise ConfigError(f"{key} names layer {layer} but '{self.path}' has {self.num_layers} "
-                              "layers")
+            raise ConfigError(f"{key} names layer {layer} but '{self.path}' has {self.num_layers} layers")
         return index
 
     def layer_indices(self, layers: Sequence[int], key: str = "loss.attention_layers") -> list[int]:
@@ -61,8 +60,7 @@ class ModelShape:
         """
         indices = [self.layer_index(layer, key) for layer in layers]
         if len(set(indices)) != len(indices):
-            raise ConfigError(f"{key} = {list(layers)} names a layer of '{self.path}' twice "
-                              f"({self.num_layers} layers)")
+            raise ConfigError(f"{key} = {list(layers)} names a layer of '{self.path}' twice ({self.num_layers} layers)")
         return indices
 
     def check_same_architecture(self, other: "ModelShape", key: str) -> None:
@@ -72,47 +70,64 @@ class ModelShape:
             if item.name == "vision":
                 ours, theirs = ours.to_dict(), theirs.to_dict()
             if item.name != "path" and ours != theirs:
-                raise ConfigError(f"{key} = '{other.path}' has {item.name} = {theirs}, but '{self.path}' has {ours}; "
-                                  "it must be a checkpoint of the same architecture")
+                raise ConfigError(
+                    f"{key} = '{other.path}' has {item.name} = {theirs}, but '{self.path}' has {ours}; "
+                    "it must be a checkpoint of the same architecture"
+                )
 
     def check_teacher(self, teacher: "ModelShape") -> None:
         """Raise ConfigError naming both values where a teacher does not see a picture as this model does."""
-        names = {"patch_size": "pixels along a side of a patch", "temporal_patch_size": "frames of one patch",
-                 "spatial_merge_size": "patches along a side of one visual token",
-                 "tokens_per_second": "temporal positions of a second of video"}
+        names = {
+            "patch_size": "pixels along a side of a patch",
+            "temporal_patch_size": "frames of one patch",
+            "spatial_merge_size": "patches along a side of one visual token",
+            "tokens_per_second": "temporal positions of a second of video",
+        }
         if teacher.family != self.family:
-            raise ConfigError(f"teacher.path = '{teacher.path}' is a '{teacher.family.model_type}' model, but model.path = "
-                              f"'{self.path}' is a '{self.family.model_type}': their visual tokens differ")
+            raise ConfigError(
+                f"teacher.path = '{teacher.path}' is a '{teacher.family.model_type}' model, but model.path = "
+                f"'{self.path}' is a '{self.family.model_type}': their visual tokens differ"
+            )
         for name, what in names.items():
             ours, theirs = getattr(self.vision, name, None), getattr(teacher.vision, name, None)
             if ours != theirs:
-                raise ConfigError(f"teacher.path = '{teacher.path}' has vision_config.{name} = {theirs} ({what}), but "
-                                  f"model.path = '{self.path}' has {ours}: their visual tokens are not the same pieces of a "
-                                  "picture; distil from a teacher with the same visual grid")
+                raise ConfigError(
+                    f"teacher.path = '{teacher.path}' has vision_config.{name} = {theirs} ({what}), but "
+                    f"model.path = '{self.path}' has {ours}: their visual tokens are not the same pieces of a "
+                    "picture; distil from a teacher with the same visual grid"
+                )
         for name in ("image_token_id", "video_token_id"):
             ours, theirs = getattr(self, name), getattr(teacher, name)
             if ours != theirs:
-                raise ConfigError(f"teacher.path = '{teacher.path}' has {name} = {theirs}, but model.path = '{self.path}' "
-                                  f"has {ours}; distil from a teacher with the same tokenizer")
+                raise ConfigError(
+                    f"teacher.path = '{teacher.path}' has {name} = {theirs}, but model.path = '{self.path}' "
+                    f"has {ours}; distil from a teacher with the same tokenizer"
+                )
 
     def check_layout(self, tensor_size: int, pipeline_size: int, section: str = "parallel") -> None:
         """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""
         key = f"{section}.tensor_model_parallel_size"
-        for value, what in ((self.num_attention_heads, "attention heads"),
-                            (self.ffn_hidden_size, "feed-forward units")):
+        for value, what in (
+            (self.num_attention_heads, "attention heads"),
+            (self.ffn_hidden_size, "feed-forward units"),
+        ):
             if value % tensor_size:
                 raise ConfigError(f"{key} = {tensor_size} does not divide the {value} {what} of '{self.path}'")
         if self.num_query_groups % tensor_size and tensor_size % self.num_query_groups:
-            raise ConfigError(f"{key} = {tensor_size} neither divides nor is a multiple of the "
-                              f"{self.num_query_groups} key/value heads of '{self.path}'")
+            raise ConfigError(
+                f"{key} = {tensor_size} neither divides nor is a multiple of the "
+                f"{self.num_query_groups} key/value heads of '{self.path}'"
+            )
         key = f"{section}.pipeline_model_parallel_size"
         if self.num_layers < pipeline_size:
             raise ConfigError(f"{key} = {pipeline_size} is more than the {self.num_layers} layers of '{self.path}'")
         first = stage_sizes(self.num_layers, pipeline_size)[0]
         if first < self.num_deepstack_layers:
-            raise ConfigError(f"{key} = {pipeline_size} leaves {first} layers on the first stage, but features of the "
-                              f"vision tower enter the first {self.num_deepstack_layers} layers of '{self.path}', "
-                              "which must be on that stage; take fewer stages")
+            raise ConfigError(
+                f"{key} = {pipeline_size} leaves {first} layers on the first stage, but features of the "
+                f"vision tower enter the first {self.num_deepstack_layers} layers of '{self.path}', "
+                "which must be on that stage; take fewer stages"
+            )
 
     def padded_vocab_size(self, tensor_size: int) -> int:
         """Vocabulary rows over all tensor ranks: the next multiple of their number. Padding never leaves the model: its
@@ -139,13 +154,23 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     _refuse_unknown_variants(text, width, f"{key} = '{path}'")
     return ModelShape(
-        path=str(path), family=FAMILIES[config.model_type], num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size, ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads, num_query_groups=text.num_key_value_heads, kv_channels=width,
-        vocab_size=text.vocab_size, max_position_embeddings=text.max_position_embeddings,
-        rms_norm_eps=text.rms_norm_eps, rope_theta=float(text.rope_parameters["rope_theta"]),
-        mrope_section=tuple(text.rope_parameters["mrope_section"]), tie_word_embeddings=config.tie_word_embeddings,
-        image_token_id=config.image_token_id, video_token_id=config.video_token_id, vision=config.vision_config,
+        path=str(path),
+        family=FAMILIES[config.model_type],
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=width,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        tie_word_embeddings=config.tie_word_embeddings,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        vision=config.vision_config,
     )
 
 

@@ -28,8 +28,9 @@ def row_keys(rows: AttentionRows, prompts: PromptBatch, kind: str, exclude_self:
     columns = None
     if kind != "all":
         inside = torch.arange(rows.layout.P, device=rows.attention.device) < prompts.prompt_lengths[:, None]
-        columns = F.pad(prompts.visual_mask if kind == "visual" else inside,
-                        (0, rows.attention.shape[-1] - rows.layout.P))
+        columns = F.pad(
+            prompts.visual_mask if kind == "visual" else inside, (0, rows.attention.shape[-1] - rows.layout.P)
+        )
     return rows.keys(columns, exclude_self)
 
 
@@ -131,8 +132,9 @@ class AttentionTerm:
             return batch.loss_mask
         return batch.loss_mask.any(dim=-1).any(dim=-1)[:, None, None]
 
-    def _divergence_metrics(self, divergence: Tensor, batch: TrainBatch, mask: Tensor,
-                            floor: float) -> dict[str, Tensor]:
+    def _divergence_metrics(
+        self, divergence: Tensor, batch: TrainBatch, mask: Tensor, floor: float
+    ) -> dict[str, Tensor]:
         chosen = {"divergence": mask}
         if self.row_kind != "last_prompt":
             advantages = batch.attention_advantages[..., None]
@@ -156,10 +158,17 @@ def attention_metrics(rows: AttentionRows, batch: TrainBatch) -> dict[str, Tenso
     rows, mask, prompts = rows.of_kind("token"), batch.loss_mask, batch.groups.prompts
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
     annotated = mask & prompts.target_mask.any(dim=-1)[:, None, None]
-    metrics = {"attention/target_mass:sum": (mass.target_share * annotated).sum(),
-               "attention/target_mass:count": annotated.sum()}
-    for name, values in (("visual_mass", mass.visual), ("prompt_mass", mass.prompt), ("sink_mass", mass.sink),
-                         ("self_mass", rows.own_mass()), ("row_entropy", mass.entropy)):
+    metrics = {
+        "attention/target_mass:sum": (mass.target_share * annotated).sum(),
+        "attention/target_mass:count": annotated.sum(),
+    }
+    for name, values in (
+        ("visual_mass", mass.visual),
+        ("prompt_mass", mass.prompt),
+        ("sink_mass", mass.sink),
+        ("self_mass", rows.own_mass()),
+        ("row_entropy", mass.entropy),
+    ):
         metrics[f"attention/{name}:sum"] = (values * mask).sum()
         metrics[f"attention/{name}:count"] = mask.sum()
     return metrics

@@ -9,7 +9,6 @@ from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.types import TrainBatch
 
 
-
 @dataclass(frozen=True)
 class TokenOutputs:
     """What the last stage knows of the response tokens."""
@@ -36,6 +35,7 @@ class Objective(Protocol):
     def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss on the last stage."""
 
-    def attention_loss(self, layer: int, rows: AttentionRows,
-                       batch: TrainBatch) -> tuple[Optional[Tensor], Mapping[str, Tensor]]:
+    def attention_loss(
+        self, layer: int, rows: AttentionRows, batch: TrainBatch
+    ) -> tuple[Optional[Tensor], Mapping[str, Tensor]]:
         """Loss on the stage that owns `layer`; None: only metrics."""

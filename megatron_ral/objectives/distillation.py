@@ -18,7 +18,10 @@ from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.functional.distillation_loss import TokenDivergence
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.parallel.vocab_distillation import (
-    vocab_parallel_divergence, vocab_parallel_top_divergence, vocab_parallel_top_tokens)
+    vocab_parallel_divergence,
+    vocab_parallel_top_divergence,
+    vocab_parallel_top_tokens,
+)
 from megatron_ral.parallel.vocab import vocab_parallel_argmax, vocab_parallel_logprobs
 from megatron_ral.objectives.attention import row_keys
 from megatron_ral.types import GroupBatch, TrainBatch
@@ -75,8 +78,10 @@ class DistillTerm:
                 divergence = vocab_parallel_divergence(student, teacher, measure, self.tensor_group)
         agree = vocab_parallel_argmax(student, self.tensor_group) == vocab_parallel_argmax(teacher, self.tensor_group)
         loss = (divergence * mask).sum() / num_tokens
-        return settings.token_coef * loss, {"distill/token_divergence": loss.detach(),
-                                            "distill/agreement": (agree & mask).sum() / num_tokens}
+        return settings.token_coef * loss, {
+            "distill/token_divergence": loss.detach(),
+            "distill/agreement": (agree & mask).sum() / num_tokens,
+        }
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Optional[Tensor], Metrics]:
         """Loss of one layer on the stage that owns it."""
@@ -87,9 +92,11 @@ class DistillTerm:
         capped = divergence.clamp(max=settings.attention_row_cap) if settings.attention_row_cap else divergence
         rows_in_step = totals.num_tokens if settings.attention_normalizer == "token_mean" else totals.num_sequences
         loss = settings.attention_coef * (capped * mask).sum() / (rows_in_step * len(self.layers))
-        metrics = {"loss/distill_attention": loss.detach(),
-                   "distill/attention_divergence:sum": (divergence.detach() * mask).sum(),
-                   "distill/attention_divergence:count": mask.sum()}
+        metrics = {
+            "loss/distill_attention": loss.detach(),
+            "distill/attention_divergence:sum": (divergence.detach() * mask).sum(),
+            "distill/attention_divergence:count": mask.sum(),
+        }
         annotated = mask & batch.groups.prompts.target_mask.any(dim=-1)[:, None, None]
         for name, policy in (("student", rows.policy()), ("teacher", target)):
             metrics[f"distill/{name}_target_mass:sum"] = (_target_share(policy, batch.groups) * annotated).sum()
@@ -104,8 +111,10 @@ def _target_share(policy_BGRS: Tensor, groups: GroupBatch) -> Tensor:
     """[B, G, R]: mass on the annotated visual tokens / mass on all visual tokens."""
     prompts = groups.prompts
     P = prompts.input_ids.shape[1]
-    visual, target = (torch.einsum("bgrp,bp->bgr", policy_BGRS[..., :P], mask.to(policy_BGRS.dtype))
-                      for mask in (prompts.visual_mask, prompts.target_mask))
+    visual, target = (
+        torch.einsum("bgrp,bp->bgr", policy_BGRS[..., :P], mask.to(policy_BGRS.dtype))
+        for mask in (prompts.visual_mask, prompts.target_mask)
+    )
     return target / visual.clamp(min=torch.finfo(visual.dtype).tiny)
 
 

@@ -72,8 +72,9 @@ class RalObjective:
     def row_kind(self) -> str:
         return self.term.row_kind
 
-    def only(self, parts: Literal["tokens", "attention", "distill_attention"],
-             attention_coef: Optional[float] = None) -> "RalObjective":
+    def only(
+        self, parts: Literal["tokens", "attention", "distill_attention"], attention_coef: Optional[float] = None
+    ) -> "RalObjective":
         """Some of the terms; the attention term with another coefficient if one is given."""
         coef = self.attention_coef if attention_coef is None else attention_coef
         return replace(self, parts=parts, attention_coef=coef)
@@ -91,8 +92,10 @@ class RalObjective:
 
         loss = (policy.loss * weights).sum()
         metrics = {
-            "loss/policy": loss.detach(), "entropy": mean(outputs.entropy),
-            "clip_ratio/low": mean(policy.clipped_low), "clip_ratio/high": mean(policy.clipped_high),
+            "loss/policy": loss.detach(),
+            "entropy": mean(outputs.entropy),
+            "clip_ratio/low": mean(policy.clipped_low),
+            "clip_ratio/high": mean(policy.clipped_high),
             "ratio": mean(policy.ratio),
         }
         # At coefficient 0 nothing of it may enter the graph: its backward pass would form gradients of all logits.

@@ -82,19 +82,25 @@ def gather_from_all(value: Any) -> list[Any]:
 def broadcast_from_stage_(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> Tensor:
     """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
     if process_groups.layout.pipeline_size > 1:
-        dist.broadcast(tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
+        dist.broadcast(
+            tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
+        )
     return tensor
 
 
 def send_to_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
     """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The
     tensor must not change until the work is waited for."""
-    return dist.isend(tensor, dst=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
+    return dist.isend(
+        tensor, dst=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
+    )
 
 
 def receive_from_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
     """Start filling `tensor` with what another pipeline stage sends; valid once the work is waited for."""
-    return dist.irecv(tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline)
+    return dist.irecv(
+        tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
+    )
 
 
 def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGroups) -> dict[str, float]:

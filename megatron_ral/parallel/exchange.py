@@ -54,13 +54,19 @@ class Assignment:
 
     def inputs(self) -> list[Transfer]:
         """Each item to all ranks of the replica that takes it."""
-        return [self._nearest(item, target, self._home_ranks(item[0]))
-                for item in self.items() for target in self._away_ranks(self.replica(item))]
+        return [
+            self._nearest(item, target, self._home_ranks(item[0]))
+            for item in self.items()
+            for target in self._away_ranks(self.replica(item))
+        ]
 
     def answers(self) -> list[Transfer]:
         """Results that every rank of the away replica holds, to all ranks of the item's home."""
-        return [self._nearest(item, target, self._away_ranks(self.replica(item)))
-                for item in self.items() for target in self._home_ranks(item[0])]
+        return [
+            self._nearest(item, target, self._away_ranks(self.replica(item)))
+            for item in self.items()
+            for target in self._home_ranks(item[0])
+        ]
 
     def stage_results(self, name: Hashable, away_stage: int, home_stage: int) -> list[Transfer]:
         """Results that the tensor ranks of one away stage hold alike, to the tensor ranks of one home stage. What is sent
@@ -85,12 +91,16 @@ class Assignment:
 
 
 def _replica_ranks(layout: RankLayout, data_rank: int) -> list[int]:
-    return [layout.rank_of(tensor, data_rank, stage) for stage in range(layout.pipeline_size)
-            for tensor in range(layout.tensor_size)]
+    return [
+        layout.rank_of(tensor, data_rank, stage)
+        for stage in range(layout.pipeline_size)
+        for tensor in range(layout.tensor_size)
+    ]
 
 
-def carry_tensors(transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Tensor],
-                  empty: Callable[[Hashable], Tensor]) -> dict[Hashable, Tensor]:
+def carry_tensors(
+    transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Tensor], empty: Callable[[Hashable], Tensor]
+) -> dict[Hashable, Tensor]:
     """Carry out this rank's part of the transfers, all at once.
 
     Args:
@@ -102,8 +112,11 @@ def carry_tensors(transfers: Sequence[Transfer], rank: int, have: Mapping[Hashab
     Returns:
         Name -> tensor, of those whose target this rank is.
     """
-    result = {transfer.what: have[transfer.what] for transfer in transfers
-              if transfer.source == rank and transfer.target == rank}
+    result = {
+        transfer.what: have[transfer.what]
+        for transfer in transfers
+        if transfer.source == rank and transfer.target == rank
+    }
     operations, tags = [], {}
     for source, target, what in transfers:
         if source == target or rank not in (source, target):
@@ -119,17 +132,28 @@ def carry_tensors(transfers: Sequence[Transfer], rank: int, have: Mapping[Hashab
     return result
 
 
-def carry_objects(transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Any],
-                  device: torch.device) -> dict[Hashable, Any]:
+def carry_objects(
+    transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Any], device: torch.device
+) -> dict[Hashable, Any]:
     """`carry_tensors` for picklable objects of this job: their sizes first, then their bytes. What stays on its rank is
     handed on as it is."""
     away = [transfer for transfer in transfers if transfer.source != transfer.target]
-    packed = {what: torch.frombuffer(bytearray(pickle.dumps(have[what])), dtype=torch.uint8).to(device)
-              for what in {transfer.what for transfer in away if transfer.source == rank}}
-    sizes = carry_tensors(away, rank, {what: torch.tensor([data.numel()], device=device) for what, data in packed.items()},
-                          lambda what: torch.zeros(1, dtype=torch.int64, device=device))
-    received = carry_tensors(away, rank, packed,
-                             lambda what: torch.empty(int(sizes[what]), dtype=torch.uint8, device=device))
-    kept = {transfer.what: have[transfer.what] for transfer in transfers
-            if transfer.source == rank and transfer.target == rank}
+    packed = {
+        what: torch.frombuffer(bytearray(pickle.dumps(have[what])), dtype=torch.uint8).to(device)
+        for what in {transfer.what for transfer in away if transfer.source == rank}
+    }
+    sizes = carry_tensors(
+        away,
+        rank,
+        {what: torch.tensor([data.numel()], device=device) for what, data in packed.items()},
+        lambda what: torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    received = carry_tensors(
+        away, rank, packed, lambda what: torch.empty(int(sizes[what]), dtype=torch.uint8, device=device)
+    )
+    kept = {
+        transfer.what: have[transfer.what]
+        for transfer in transfers
+        if transfer.source == rank and transfer.target == rank
+    }
     return kept | {what: pickle.loads(data.cpu().numpy().tobytes()) for what, data in received.items()}

@@ -55,19 +55,24 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
 
         cpu_backend.install()
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
-                            ("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")):
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0" if "RANK" not in os.environ else "29500"),
+        ):
             os.environ.setdefault(name, value)
         if os.environ["MASTER_PORT"] == "0":
             os.environ["MASTER_PORT"] = str(_free_port())
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     torch.manual_seed(seed)
     return _build(tensor_size, pipeline_size, device, timeout_minutes)
 
 
-def another_layout(process_groups: ProcessGroups, *, tensor_size: int, pipeline_size: int,
-                   timeout_minutes: int = 30) -> ProcessGroups:
+def another_layout(
+    process_groups: ProcessGroups, *, tensor_size: int, pipeline_size: int, timeout_minutes: int = 30
+) -> ProcessGroups:
     """Groups of a second layout over the same ranks; `groups` itself where it is the same. The first stays in use."""
     layout = process_groups.layout
     if (tensor_size, pipeline_size) == (layout.tensor_size, layout.pipeline_size):
@@ -79,8 +84,11 @@ def another_layout(process_groups: ProcessGroups, *, tensor_size: int, pipeline_
 def _build(tensor_size: int, pipeline_size: int, device: torch.device, timeout_minutes: int) -> ProcessGroups:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size,
-            create_gloo_process_groups=False, distributed_timeout_minutes=timeout_minutes)
+            tensor_model_parallel_size=tensor_size,
+            pipeline_model_parallel_size=pipeline_size,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,
+        )
     layout = RankLayout(dist.get_rank(), dist.get_world_size(), tensor_size, pipeline_size)
     assert layout.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
     assert layout.data_rank == parallel_state.get_data_parallel_rank()
@@ -89,9 +97,15 @@ def _build(tensor_size: int, pipeline_size: int, device: torch.device, timeout_m
     if pipeline_size > 1 and (layout.is_first_stage or layout.is_last_stage):
         embedding = parallel_state.get_embedding_group()
     return ProcessGroups(
-        layout=layout, device=device, tensor=parallel_state.get_tensor_model_parallel_group(),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(), data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(), embedding=embedding, globals=layout_globals())
+        layout=layout,
+        device=device,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        embedding=embedding,
+        globals=layout_globals(),
+    )
 
 
 def stop_groups() -> None:

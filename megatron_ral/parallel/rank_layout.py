@@ -32,8 +32,10 @@ class RankLayout:
 
     def __post_init__(self):
         if self.world_size % (self.tensor_size * self.pipeline_size):
-            raise ValueError(f"world size {self.world_size} is not divisible by tensor * pipeline = "
-                             f"{self.tensor_size} * {self.pipeline_size}")
+            raise ValueError(
+                f"world size {self.world_size} is not divisible by tensor * pipeline = "
+                f"{self.tensor_size} * {self.pipeline_size}"
+            )
 
     @property
     def data_size(self) -> int:
@@ -79,8 +81,11 @@ class RankLayout:
 
     def describe(self) -> str:
         """Table of all ranks."""
-        rows = [f"{self.world_size} ranks = tensor {self.tensor_size} x pipeline {self.pipeline_size} x "
-                f"data {self.data_size}", f"{'rank':>6} {'tensor':>7} {'pipeline':>9} {'data':>5}"]
+        rows = [
+            f"{self.world_size} ranks = tensor {self.tensor_size} x pipeline {self.pipeline_size} x "
+            f"data {self.data_size}",
+            f"{'rank':>6} {'tensor':>7} {'pipeline':>9} {'data':>5}",
+        ]
         for rank in range(self.world_size):
             other = self.with_rank(rank)
             rows.append(f"{rank:>6} {other.tensor_rank:>7} {other.pipeline_rank:>9} {other.data_rank:>5}")

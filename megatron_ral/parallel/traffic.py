@@ -12,12 +12,24 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-KINDS = {"_allgather_base_": "all-gather", "allgather_": "all-gather", "allgather_into_tensor_coalesced_": "all-gather",
-         "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
-         "reduce_scatter_tensor_coalesced_": "reduce-scatter", "allreduce_": "all-reduce",
-         "allreduce_coalesced_": "all-reduce", "broadcast_": "broadcast", "send": "send", "recv_": "receive",
-         "alltoall_": "all-to-all", "alltoall_base_": "all-to-all", "gather_": "gather", "scatter_": "scatter",
-         "barrier": "barrier"}
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "alltoall_": "all-to-all",
+    "alltoall_base_": "all-to-all",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "barrier": "barrier",
+}
 
 
 @dataclass
@@ -29,8 +41,12 @@ class Traffic:
 
     def of(self, group: str) -> dict[str, tuple[int, int]]:
         """kind -> (calls, bytes) of one group."""
-        return {kind: (self.calls[key], self.sent_bytes[key]) for key in sorted(self.calls) for name, kind in [key]
-                if name == group}
+        return {
+            kind: (self.calls[key], self.sent_bytes[key])
+            for key in sorted(self.calls)
+            for name, kind in [key]
+            if name == group
+        }
 
 
 class CountedTraffic(TorchDispatchMode):
@@ -52,8 +68,14 @@ class CountedTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         if func.namespace == "c10d" and (kind := KINDS.get(func._opname)):
-            group = next((arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, torch.ScriptObject)
-                          and "ProcessGroup" in str(arg._type())), None)
+            group = next(
+                (
+                    arg
+                    for arg in (*args, *(kwargs or {}).values())
+                    if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+                ),
+                None,
+            )
             name = dist.ProcessGroup.unbox(group).group_name if group is not None else ""
             tensors = [tensor for arg in args for tensor in _tensors(arg)]
             size = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)

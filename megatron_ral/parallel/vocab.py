@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ral.functional.logprobs import (
-    VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
+    VocabPartials,
+    combine_logprobs,
+    entropy_gradient,
+    logprob_gradient,
+    vocab_partials,
+)
 from megatron_ral.functional.sampling import sample_candidates, sample_tokens
 from megatron_ral.parallel.collectives import all_reduce_max_, all_reduce_sum_, gather_shards
 
@@ -73,8 +78,16 @@ def vocab_parallel_argmax(logits_v: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @torch.no_grad()
-def vocab_parallel_sample(logits_Xv: Tensor, uniform_X: Tensor, temperature: float, top_p: float,
-                          group: dist.ProcessGroup, *, num_tokens: int = 0, num_candidates: int = 512) -> Tensor:
+def vocab_parallel_sample(
+    logits_Xv: Tensor,
+    uniform_X: Tensor,
+    temperature: float,
+    top_p: float,
+    group: dist.ProcessGroup,
+    *,
+    num_tokens: int = 0,
+    num_candidates: int = 512,
+) -> Tensor:
     """`functional.sampling.sample_tokens` of the whole vocabulary, from its most likely tokens where these are enough.
 
     Every rank hands over its `num_candidates` largest logits and a sum of exponentials. A draw that falls among them
@@ -107,8 +120,15 @@ def vocab_parallel_sample(logits_Xv: Tensor, uniform_X: Tensor, temperature: flo
     maximum = all_reduce_max_(candidates.amax(dim=-1), group)
     total = all_reduce_sum_(((logits.double() - maximum[:, None]) / temperature).exp_().sum(dim=-1), group)
     token, settled = sample_candidates(
-        torch.cat(gather_shards(candidates, group), dim=-1), torch.cat(gather_shards(ids + start, group), dim=-1),
-        all_reduce_max_(least, group), maximum, total, uniform_X.to(total), temperature, top_p)
+        torch.cat(gather_shards(candidates, group), dim=-1),
+        torch.cat(gather_shards(ids + start, group), dim=-1),
+        all_reduce_max_(least, group),
+        maximum,
+        total,
+        uniform_X.to(total),
+        temperature,
+        top_p,
+    )
     if group.size() > 1:  # one rank's rounding decides
         message = torch.where(settled, token, -1)
         dist.broadcast(message, src=dist.get_process_group_ranks(group)[0], group=group)

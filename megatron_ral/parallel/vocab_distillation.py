@@ -10,17 +10,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ral.functional.distillation_loss import (
-    RowStatistics, TokenDivergence, divergence_gradient, divergence_partials, local_statistics, merge_statistics, wide)
+    RowStatistics,
+    TokenDivergence,
+    divergence_gradient,
+    divergence_partials,
+    local_statistics,
+    merge_statistics,
+    wide,
+)
 from megatron_ral.functional.distillation_top_tokens import (
-    TopTokens, outcome_divergence, outcome_gradient, outcome_logprobs, outcome_partials, top_candidates)
+    TopTokens,
+    outcome_divergence,
+    outcome_gradient,
+    outcome_logprobs,
+    outcome_partials,
+    top_candidates,
+)
 from megatron_ral.parallel.collectives import all_reduce_sum_, gather_shards
 
 
 def _merge(local: tuple[RowStatistics, ...], temperature: float, group: dist.ProcessGroup) -> list[RowStatistics]:
     """Statistics of several models over all shards: gathered together, and merged in the order of the ranks."""
     shards = gather_shards(torch.stack([tensor for rows in local for tensor in rows]), group)
-    return [merge_statistics([RowStatistics(*shard[2 * index: 2 * index + 2]) for shard in shards], temperature)
-            for index in range(len(local))]
+    return [
+        merge_statistics([RowStatistics(*shard[2 * index : 2 * index + 2]) for shard in shards], temperature)
+        for index in range(len(local))
+    ]
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
@@ -42,8 +57,9 @@ class _VocabParallelDivergence(torch.autograd.Function):
         return divergence_gradient(student_v, teacher_v, student, teacher, mean, grad, ctx.divergence), None, None, None
 
 
-def vocab_parallel_divergence(student_v: Tensor, teacher_v: Tensor, divergence: TokenDivergence,
-                              group: dist.ProcessGroup) -> Tensor:
+def vocab_parallel_divergence(
+    student_v: Tensor, teacher_v: Tensor, divergence: TokenDivergence, group: dist.ProcessGroup
+) -> Tensor:
     """Divergence over the whole vocabulary.
 
     Args:
@@ -65,19 +81,23 @@ def vocab_parallel_divergence(student_v: Tensor, teacher_v: Tensor, divergence: 
     Source: RAL paper (arXiv 2602.04884) eq. (6), GKD (arXiv 2306.13649) eq. (1).
     """
     if student_v.shape != teacher_v.shape:
-        raise ValueError(f"this rank's logits are {tuple(student_v.shape)} of the student and {tuple(teacher_v.shape)} "
-                         f"of the teacher: cut both alike (rows, vocabulary, padding, tensor ranks), or use top tokens")
+        raise ValueError(
+            f"this rank's logits are {tuple(student_v.shape)} of the student and {tuple(teacher_v.shape)} "
+            f"of the teacher: cut both alike (rows, vocabulary, padding, tensor ranks), or use top tokens"
+        )
     columns = student_v.shape[-1]
-    rows = _VocabParallelDivergence.apply(student_v.reshape(-1, columns), teacher_v.detach().reshape(-1, columns),
-                                          divergence, group)
+    rows = _VocabParallelDivergence.apply(
+        student_v.reshape(-1, columns), teacher_v.detach().reshape(-1, columns), divergence, group
+    )
     return rows.view(student_v.shape[:-1])
 
 
-def _outcomes(logits_v: Tensor, indices: Tensor, temperature: float, dtype: torch.dtype, group: dist.ProcessGroup
-              ) -> tuple[RowStatistics, Tensor]:
+def _outcomes(
+    logits_v: Tensor, indices: Tensor, temperature: float, dtype: torch.dtype, group: dist.ProcessGroup
+) -> tuple[RowStatistics, Tensor]:
     """Statistics of the columns that are no top token, and log-probabilities [rows, k + 1], over all shards."""
     local = outcome_partials(logits_v, indices, _start(logits_v, group), temperature, dtype)
-    others, = _merge((local.others,), temperature, group)
+    (others,) = _merge((local.others,), temperature, group)
     return others, outcome_logprobs(others, all_reduce_sum_(local.logits, group), temperature)
 
 
@@ -87,8 +107,9 @@ def _start(logits_v: Tensor, group: dist.ProcessGroup) -> int:
 
 class _VocabParallelTopDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_v: Tensor, indices: Tensor, teacher: Tensor, divergence: TokenDivergence,
-                group: dist.ProcessGroup):
+    def forward(
+        ctx, student_v: Tensor, indices: Tensor, teacher: Tensor, divergence: TokenDivergence, group: dist.ProcessGroup
+    ):
         others, student = _outcomes(student_v, indices, divergence.temperature, teacher.dtype, group)
         value, gradient = outcome_divergence(student, teacher, divergence)
         ctx.save_for_backward(student_v, indices, *others, gradient)
@@ -99,12 +120,25 @@ class _VocabParallelTopDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         student_v, indices, maximum, sum_exp, gradient = ctx.saved_tensors
-        return outcome_gradient(student_v, indices, ctx.start, RowStatistics(maximum, sum_exp),
-                                gradient * grad[:, None], ctx.temperature), None, None, None, None
+        return (
+            outcome_gradient(
+                student_v,
+                indices,
+                ctx.start,
+                RowStatistics(maximum, sum_exp),
+                gradient * grad[:, None],
+                ctx.temperature,
+            ),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def vocab_parallel_top_divergence(student_v: Tensor, teacher: TopTokens, divergence: TokenDivergence,
-                                  group: dist.ProcessGroup) -> Tensor:
+def vocab_parallel_top_divergence(
+    student_v: Tensor, teacher: TopTokens, divergence: TokenDivergence, group: dist.ProcessGroup
+) -> Tensor:
     """Divergence over k + 1 outcomes: the teacher's k most likely tokens, and all others together.
 
     Args:
@@ -123,12 +157,19 @@ def vocab_parallel_top_divergence(student_v: Tensor, teacher: TopTokens, diverge
     shape, k = student_v.shape[:-1], teacher.indices.shape[-1]
     others = shape if teacher.others is None else teacher.others.shape
     if not teacher.indices.shape == teacher.logprobs.shape == (*shape, k) or others != shape:
-        raise ValueError(f"student logits {tuple(student_v.shape)} do not go with the teacher's top tokens: indices "
-                         f"{tuple(teacher.indices.shape)}, logprobs {tuple(teacher.logprobs.shape)}, others "
-                         f"{tuple(others)}")
+        raise ValueError(
+            f"student logits {tuple(student_v.shape)} do not go with the teacher's top tokens: indices "
+            f"{tuple(teacher.indices.shape)}, logprobs {tuple(teacher.logprobs.shape)}, others "
+            f"{tuple(others)}"
+        )
     outcomes = teacher.outcomes(wide(student_v, teacher.logprobs)).detach()
-    rows = _VocabParallelTopDivergence.apply(student_v.reshape(-1, student_v.shape[-1]), teacher.indices.reshape(-1, k),
-                                             outcomes.reshape(-1, k + 1), divergence, group)
+    rows = _VocabParallelTopDivergence.apply(
+        student_v.reshape(-1, student_v.shape[-1]),
+        teacher.indices.reshape(-1, k),
+        outcomes.reshape(-1, k + 1),
+        divergence,
+        group,
+    )
     return rows.view(shape)
 
 

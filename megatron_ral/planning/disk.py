@@ -25,7 +25,9 @@ def needed_bytes(config: RunConfig, shape: ModelShape) -> int:
     """The checkpoints that are there at once while one more is written, and the export."""
     saves = -(-config.train.num_steps // config.train.checkpoint_interval) if config.train.checkpoint_interval else 1
     weights = sum(torch.Size(size).numel() for size in expected_shapes(shape).values()) * BYTES[config.model.dtype]
-    return checkpoint_bytes(config, shape) * min(saves, config.train.keep_checkpoints + 1) + weights * config.train.export
+    return (
+        checkpoint_bytes(config, shape) * min(saves, config.train.keep_checkpoints + 1) + weights * config.train.export
+    )
 
 
 def disk_problem(config: RunConfig, shape: ModelShape, free: int) -> Optional[ConfigError]:
@@ -38,4 +40,5 @@ def disk_problem(config: RunConfig, shape: ModelShape, free: int) -> Optional[Co
         f"train.output_dir = '{config.train.output_dir}' has {free / GIB:.1f} GiB free, but the run writes up to "
         f"{needed / GIB:.1f} GiB ({checkpoint_bytes(config, shape) / GIB:.1f} GiB per checkpoint, train.keep_checkpoints = "
         f"{config.train.keep_checkpoints} and one that is being written, and the export); take a larger disk, or a smaller "
-        "train.keep_checkpoints")
+        "train.keep_checkpoints"
+    )

@@ -66,15 +66,19 @@ class KnownIntegers(TorchDispatchMode):
             real = func(*real_args, **real_kwargs)
         if func._schema.is_mutable:
             return func(*args, **kwargs)
-        return tree_map(lambda value: self._fake(value) if isinstance(value, Tensor) else value, real) \
-            if any(isinstance(value, Tensor) for value in tree_flatten(real)[0]) else real
+        return (
+            tree_map(lambda value: self._fake(value) if isinstance(value, Tensor) else value, real)
+            if any(isinstance(value, Tensor) for value in tree_flatten(real)[0])
+            else real
+        )
 
     def _is_small_integer_work(self, func, args, kwargs, tensors: list[Tensor]) -> bool:
         if func.namespace != "aten":
             return False
         if tensors:
             return all(tensor.numel() <= _KNOWN_NUMEL for tensor in tensors) and not any(
-                tensor.is_floating_point() for tensor in tensors)
+                tensor.is_floating_point() for tensor in tensors
+            )
         dtype = kwargs.get("dtype")
         numbers = [value for value in tree_flatten(args)[0] if isinstance(value, (int, float))]
         whole = not any(isinstance(value, float) for value in numbers)
@@ -169,7 +173,7 @@ class Watched(TorchDispatchMode):
         if result is NotImplemented:
             return result
         made = func._schema.is_mutable
-        for value in (result if isinstance(result, (list, tuple)) else (result,)):
+        for value in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(value, Tensor):
                 made |= self._follow(value, None)
             elif isinstance(value, (list, tuple)):

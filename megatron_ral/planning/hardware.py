@@ -40,7 +40,7 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        return (self.gpu_memory_gib - self.reserved_gib) * 2 ** 30
+        return (self.gpu_memory_gib - self.reserved_gib) * 2**30
 
     def compute_seconds(self, flops: float, wide_flops: float, calls: float) -> float:
         """Arithmetic, or starting it where that takes longer."""
@@ -63,7 +63,10 @@ class Hardware:
         """
         if ranks < 2 or kind == "receive":  # counted where it is sent
             return 0.0
-        share = {"all-reduce": 2 * (ranks - 1) / ranks, "all-gather": (ranks - 1) / ranks,
-                 "reduce-scatter": (ranks - 1) / ranks}.get(kind, 1.0)
+        share = {
+            "all-reduce": 2 * (ranks - 1) / ranks,
+            "all-gather": (ranks - 1) / ranks,
+            "reduce-scatter": (ranks - 1) / ranks,
+        }.get(kind, 1.0)
         speed = self.nvlink_gbps if span <= self.gpus_per_node else self.network_gbps
         return share * size / (speed * self.link_share * 1e9)

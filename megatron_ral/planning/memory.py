@@ -32,8 +32,9 @@ class HeldBytes:
     """What comes to it while a whole stage is used; 0 where the shard is the stage already."""
 
 
-def frozen_bytes(shape: ModelShape, tensor_size: int, pipeline_size: int, world_size: int, dtype: str,
-                 moved: bool = False) -> HeldBytes:
+def frozen_bytes(
+    shape: ModelShape, tensor_size: int, pipeline_size: int, world_size: int, dtype: str, moved: bool = False
+) -> HeldBytes:
     """A frozen model in a layout.
 
     Args:
@@ -42,18 +43,22 @@ def frozen_bytes(shape: ModelShape, tensor_size: int, pipeline_size: int, world_
     layout = RankLayout(0, world_size, tensor_size, pipeline_size)
     stages = stage_parameters(shape, layout)
     stage = max(stage.per_tensor_rank for stage in stages) * BYTES[dtype]
-    return HeldBytes(max(stage.per_rank for stage in stages) * BYTES[dtype],
-                     stage if layout.data_size > 1 or moved else 0)
+    return HeldBytes(
+        max(stage.per_rank for stage in stages) * BYTES[dtype], stage if layout.data_size > 1 or moved else 0
+    )
 
 
 def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldBytes:
     """The policy: parameters, and float32 gradient, master weights and two moments of those that are trained."""
-    layout = RankLayout(0, world_size, config.parallel.tensor_model_parallel_size,
-                            config.parallel.pipeline_model_parallel_size)
+    layout = RankLayout(
+        0, world_size, config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    )
     held = frozen_bytes(shape, layout.tensor_size, layout.pipeline_size, world_size, config.model.dtype)
     visual = 0 if config.model.train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())
-    trained = max(stage.per_rank - (visual // layout.data_size if stage.stage == 0 else 0)
-                  for stage in stage_parameters(shape, layout))
+    trained = max(
+        stage.per_rank - (visual // layout.data_size if stage.stage == 0 else 0)
+        for stage in stage_parameters(shape, layout)
+    )
     return HeldBytes(held.shard + 16 * trained, held.gathered)
 
 
@@ -82,12 +87,30 @@ def check_fits(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> Non
     policy = policy_bytes(config, shape, world_size)
     others = [policy]
     if config.needs_reference:
-        others.append(frozen_bytes(shape, config.parallel.tensor_model_parallel_size,
-                                   config.parallel.pipeline_model_parallel_size, world_size, config.model.dtype))
-    head = shape.padded_vocab_size(config.parallel.tensor_model_parallel_size) \
-        // config.parallel.tensor_model_parallel_size * teacher.hidden_size * BYTES[config.teacher.dtype]
-    needed = {"this device": (sum(other.shard for other in others) + head + (0 if offload else held.shard)
-                              + max(model.gathered for model in (held, *others)), device_memory())}
+        others.append(
+            frozen_bytes(
+                shape,
+                config.parallel.tensor_model_parallel_size,
+                config.parallel.pipeline_model_parallel_size,
+                world_size,
+                config.model.dtype,
+            )
+        )
+    head = (
+        shape.padded_vocab_size(config.parallel.tensor_model_parallel_size)
+        // config.parallel.tensor_model_parallel_size
+        * teacher.hidden_size
+        * BYTES[config.teacher.dtype]
+    )
+    needed = {
+        "this device": (
+            sum(other.shard for other in others)
+            + head
+            + (0 if offload else held.shard)
+            + max(model.gathered for model in (held, *others)),
+            device_memory(),
+        )
+    }
     if offload:
         needed["this process's share of the host's memory"] = (held.shard, host_memory())
     for where, (total, free) in needed.items():
@@ -98,4 +121,5 @@ def check_fits(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> Non
                 f"it reads; beside {sum(other.shard for other in others) / GIB:.1f} GiB of policy and reference that is "
                 f"{total / GIB:.1f} GiB of {where}, of which {free / GIB:.1f} GiB are free; take "
                 f"{'' if config.teacher.cpu_offload else 'teacher.cpu_offload = true (with GPUs), '}more ranks, or larger "
-                "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size")
+                "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size"
+            )

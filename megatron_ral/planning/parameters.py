@@ -31,7 +31,9 @@ def stage_parameters(shape: ModelShape, layout: RankLayout) -> list[StageParamet
         place = RankLayout(stage, layout.pipeline_size, 1, layout.pipeline_size)
         layers = place.stage_layers(shape.num_layers)
         held = shard = unique = 0
-        for tensor in stage_tensors(shape, layers, place.is_first_stage, place.is_last_stage, layout.tensor_size, names):
+        for tensor in stage_tensors(
+            shape, layers, place.is_first_stage, place.is_last_stage, layout.tensor_size, names
+        ):
             full = tensor.merge([torch.empty(sizes[source], device="meta") for source in tensor.sources])
             numel = tensor.cut(full, 0, layout.tensor_size).numel()
             held += numel

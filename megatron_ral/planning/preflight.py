@@ -82,9 +82,14 @@ class Report:
     """Address and port at which this node's first process listens; empty: another one's task."""
 
 
-def check_launch(config: Optional[RunConfig], shape: Optional[ModelShape], teacher: Optional[ModelShape] = None,
-                 problems: Sequence[Exception] = (), options: Optional[Mapping[str, Any]] = None,
-                 say: Callable[[str], None] = print) -> str:
+def check_launch(
+    config: Optional[RunConfig],
+    shape: Optional[ModelShape],
+    teacher: Optional[ModelShape] = None,
+    problems: Sequence[Exception] = (),
+    options: Optional[Mapping[str, Any]] = None,
+    say: Callable[[str], None] = print,
+) -> str:
     """Compare all ranks of the job (environment of torchrun). Every rank calls it, also one that cannot go on.
 
     Args:
@@ -109,9 +114,15 @@ def check_launch(config: Optional[RunConfig], shape: Optional[ModelShape], teach
         raise PreflightError(str(error)) from None
 
 
-def _check(meeting: Rendezvous, config: Optional[RunConfig], shape: Optional[ModelShape], teacher: Optional[ModelShape],
-           problems: Sequence[Exception], options: Mapping[str, Any],
-           say: Callable[[str], None]) -> str:
+def _check(
+    meeting: Rendezvous,
+    config: Optional[RunConfig],
+    shape: Optional[ModelShape],
+    teacher: Optional[ModelShape],
+    problems: Sequence[Exception],
+    options: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> str:
     folder = Path(config.train.output_dir) if config else None
     made = _missing_parents(folder) if folder and meeting.rank == 0 else []
     name = meeting.announce("probe", f".preflight-{secrets.token_hex(4)}")
@@ -122,7 +133,11 @@ def _check(meeting: Rendezvous, config: Optional[RunConfig], shape: Optional[Mod
         if config is not None:
             unwritable = _write_probe(folder, f"{name}-{meeting.rank}")
             report.wrote = unwritable is None
-            findings += [unwritable] if unwritable else [LaunchIssue.of(error) for error in problems if isinstance(error, OSError)]
+            findings += (
+                [unwritable]
+                if unwritable
+                else [LaunchIssue.of(error) for error in problems if isinstance(error, OSError)]
+            )
             report.settings = {**flat_settings(config), **{key: str(value) for key, value in options.items()}}
             try:
                 report.facts = _facts(config)
@@ -133,20 +148,34 @@ def _check(meeting: Rendezvous, config: Optional[RunConfig], shape: Optional[Mod
                     problem = disk_problem(config, shape, shutil.disk_usage(folder).free)
                     findings += [LaunchIssue.of(problem)] if problem else []
             except OSError as error:  # the others wait for this report
-                findings.append(LaunchIssue("file", f"'{error.filename}'", f"could not be looked at ({error.strerror or error}); is "
-                                        "it changed, or its disk lost, while the job starts?"))
+                findings.append(
+                    LaunchIssue(
+                        "file",
+                        f"'{error.filename}'",
+                        f"could not be looked at ({error.strerror or error}); is "
+                        "it changed, or its disk lost, while the job starts?",
+                    )
+                )
         report.findings = [asdict(finding) for finding in findings]
         first = meeting.gather("report", asdict(report))
         writers = [rank for rank, other in enumerate(first or []) if other["wrote"]]
-        task = meeting.announce("task", {"writer": writers[0] if writers else None,
-                                         "ports": [(other["node"], *other["port"]) for other in first or []
-                                                   if other["port"][1]]})
+        task = meeting.announce(
+            "task",
+            {
+                "writer": writers[0] if writers else None,
+                "ports": [(other["node"], *other["port"]) for other in first or [] if other["port"][1]],
+            },
+        )
         sent = time.time()
         meeting.announce("clock", sent)
-        second = meeting.gather("second", {
-            "clock": time.time(),
-            "sees": task["writer"] is None or not report.wrote or _appears(folder / f"{name}-{task['writer']}"),
-            "unreachable": _unreachable(task["ports"]) if server is not None else []})
+        second = meeting.gather(
+            "second",
+            {
+                "clock": time.time(),
+                "sees": task["writer"] is None or not report.wrote or _appears(folder / f"{name}-{task['writer']}"),
+                "unreachable": _unreachable(task["ports"]) if server is not None else [],
+            },
+        )
         verdict = None
         if second is not None:
             verdict = _judge([Report(**other) for other in first], second, sent, time.time(), task["writer"])
@@ -189,20 +218,27 @@ def _facts(config: RunConfig) -> dict[str, str]:
             continue
     for key, path in _models(config).items():
         folders = {Path(path), config_folder(path)}
-        facts[key] = _listing(file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
+        facts[key] = _listing(
+            file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()
+        )
     return facts
 
 
 def _models(config: RunConfig) -> dict[str, str]:
-    paths = {"model.path": config.model.path, "model.reference_path": config.model.reference_path,
-             "teacher.path": config.teacher.path if config.distills else ""}
+    paths = {
+        "model.path": config.model.path,
+        "model.reference_path": config.model.reference_path,
+        "teacher.path": config.teacher.path if config.distills else "",
+    }
     return {key: path for key, path in paths.items() if path}
 
 
 def source_digest(folder: Path) -> str:
     """Short digest of every Python file below a folder."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):  # an editor's lock may be a link to nothing
+    for path in sorted(
+        path for path in folder.rglob("*.py") if path.is_file()
+    ):  # an editor's lock may be a link to nothing
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -213,7 +249,9 @@ def _listing(files) -> str:
     return f"{len(sizes)} files, {sum(size for _, size in sizes)} bytes, names and sizes {digest}"
 
 
-def _weight_findings(config: RunConfig, shape: Optional[ModelShape], teacher: Optional[ModelShape]) -> list[LaunchIssue]:
+def _weight_findings(
+    config: RunConfig, shape: Optional[ModelShape], teacher: Optional[ModelShape]
+) -> list[LaunchIssue]:
     """Headers of the checkpoints against their config.json."""
     findings = []
     for key, path in _models(config).items():
@@ -223,7 +261,9 @@ def _weight_findings(config: RunConfig, shape: Optional[ModelShape], teacher: Op
                 check_weights(open_weights(path), expected)
         except CheckpointError as error:
             lines = str(error).splitlines()
-            text = "; ".join(" ".join(line.split()) for line in lines[:4]) + f"; and {len(lines) - 4} more" * (len(lines) > 4)
+            text = "; ".join(" ".join(line.split()) for line in lines[:4]) + f"; and {len(lines) - 4} more" * (
+                len(lines) > 4
+            )
             findings.append(LaunchIssue(key, f"'{path}'", f"{text}; complete the folder or name another"))
     return findings
 
@@ -238,8 +278,12 @@ def _write_probe(folder: Path, name: str) -> Optional[LaunchIssue]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(socket.gethostname())
     except OSError as error:
-        return LaunchIssue("train.output_dir", f"'{folder}'", f"cannot be written to ({error.strerror}); give a folder on a "
-                       "disk that all nodes share and this user may write to")
+        return LaunchIssue(
+            "train.output_dir",
+            f"'{folder}'",
+            f"cannot be written to ({error.strerror}); give a folder on a "
+            "disk that all nodes share and this user may write to",
+        )
     return None
 
 
@@ -287,8 +331,9 @@ def _unreachable(ports: Sequence[Sequence[Any]]) -> list[list[Any]]:
 # ---- what the first rank concludes ----------------------------------------------------------------------------------
 
 
-def _judge(reports: Sequence[Report], second: Sequence[Mapping[str, Any]], sent: float, received: float,
-           writer: Optional[int]) -> Optional[str]:
+def _judge(
+    reports: Sequence[Report], second: Sequence[Mapping[str, Any]], sent: float, received: float, writer: Optional[int]
+) -> Optional[str]:
     """Text of everything that is wrong, or None.
 
     A clock is wrong for certain where its reading lies outside the time in which it was taken.
@@ -304,25 +349,54 @@ def _judge(reports: Sequence[Report], second: Sequence[Mapping[str, Any]], sent:
     for rank, (report, late) in enumerate(zip(reports, second)):
         for finding in report.findings:
             add(rank, *(finding[name] for name in ("key", "value", "remedy", "text")))
-        for what, remedy in (("settings", "start every node with the same --config and the same settings"),
-                             ("facts", "make every node the same: one environment, one checkout, one shared disk")):
+        for what, remedy in (
+            ("settings", "start every node with the same --config and the same settings"),
+            ("facts", "make every node the same: one environment, one checkout, one shared disk"),
+        ):
             ours, theirs = getattr(usual, what), getattr(report, what)
             told = {finding["key"] for finding in report.findings}
-            for key in (sorted(ours.keys() | theirs.keys()) if theirs and ours else ()):
-                if ours.get(key, "nothing") != theirs.get(key, "nothing") and not any(key.startswith(t) for t in told if t):
-                    add(rank, key, theirs.get(key, "nothing"), f"is not that of rank {first}, {ours.get(key, 'nothing')}; {remedy}")
+            for key in sorted(ours.keys() | theirs.keys()) if theirs and ours else ():
+                if ours.get(key, "nothing") != theirs.get(key, "nothing") and not any(
+                    key.startswith(t) for t in told if t
+                ):
+                    add(
+                        rank,
+                        key,
+                        theirs.get(key, "nothing"),
+                        f"is not that of rank {first}, {ours.get(key, 'nothing')}; {remedy}",
+                    )
         output = "train.output_dir"
         if not late["sees"] and report.settings.get(output) == usual.settings.get(output):
-            add(rank, output, f"'{report.settings[output]}'", f"is another folder than on rank {writer}, whose file does not "
-                "appear there; give one on a disk that all nodes share")
+            add(
+                rank,
+                output,
+                f"'{report.settings[output]}'",
+                f"is another folder than on rank {writer}, whose file does not "
+                "appear there; give one on a disk that all nodes share",
+            )
         if not sent - CLOCK_SKEW_SECONDS <= late["clock"] <= received + CLOCK_SKEW_SECONDS:
-            add(rank, "clock", f"{late['clock'] - sent:+.0f} s", "away from that of rank 0; set the clocks of the nodes (ntp)")
+            add(
+                rank,
+                "clock",
+                f"{late['clock'] - sent:+.0f} s",
+                "away from that of rank 0; set the clocks of the nodes (ntp)",
+            )
         for node, address, port, error in late["unreachable"]:
-            add(rank, "port", f"{address}:{port}", f"of node {node} cannot be reached ({error}); open all ports between the "
-                "nodes, and let every host name resolve to its address in that network")
+            add(
+                rank,
+                "port",
+                f"{address}:{port}",
+                f"of node {node} cannot be reached ({error}); open all ports between the "
+                "nodes, and let every host name resolve to its address in that network",
+            )
         if several and report.port[1] and report.port[0].startswith("127."):
-            add(rank, "host name", report.host, f"resolves to {report.port[0]}, where other nodes cannot reach it; correct "
-                "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")
+            add(
+                rank,
+                "host name",
+                report.host,
+                f"resolves to {report.port[0]}, where other nodes cannot reach it; correct "
+                "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+            )
     if not found:
         return None
     if len(found) == 1:

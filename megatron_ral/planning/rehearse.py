@@ -109,8 +109,15 @@ def check_possible(config: RunConfig, shape: ModelShape, world_size: int) -> Ran
 _towers: dict[tuple, Phase] = {}
 
 
-def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware = Hardware(), *,
-             visual_tokens: int = -1, on_gpu: bool = True) -> Rehearsal:
+def rehearse(
+    config: RunConfig,
+    shape: ModelShape,
+    world_size: int,
+    hardware: Hardware = Hardware(),
+    *,
+    visual_tokens: int = -1,
+    on_gpu: bool = True,
+) -> Rehearsal:
     """Play every distinct rank and add up.
 
     Args:
@@ -136,8 +143,15 @@ def rehearse(config: RunConfig, shape: ModelShape, world_size: int, hardware: Ha
         if place.is_first_stage and work.visual_tokens and config.train.algorithm == "ral":
             played.phases["vision"] = _towers.setdefault(tower, played.phases.get("vision"))
             played.phases["vision"] = replace(played.phases["vision"], count=work.num_prompts)
-        zero = StageBytes(played.parameters, layout.data_size, ITEMSIZE[config.model.dtype], config.parallel.gather,
-                          recorded, config.parallel.offload_parameters, config.parallel.overlap_communication)
+        zero = StageBytes(
+            played.parameters,
+            layout.data_size,
+            ITEMSIZE[config.model.dtype],
+            config.parallel.gather,
+            recorded,
+            config.parallel.offload_parameters,
+            config.parallel.overlap_communication,
+        )
         reports.append(_report(RankReport(played, zero, stages), config, shape, work, hardware, teacher))
     total = sum(stage.unique for stage in stage_parameters(shape, layout))
     result = Rehearsal(config, layout, work, hardware, reports, total)
@@ -171,20 +185,28 @@ def _teacher_seconds(rehearsal: Rehearsal) -> float:
     return hardware.compute_seconds(2.0 * numel * tokens / layout.world_size, 0, 0) * config.rollout.num_epochs
 
 
-def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Workload, hardware: Hardware,
-            teacher: HeldBytes) -> RankReport:
+def _report(
+    report: RankReport, config: RunConfig, shape: ModelShape, work: Workload, hardware: Hardware, teacher: HeldBytes
+) -> RankReport:
     played, zero = report.rank, report.zero
     held = Counter({kind: size for kind, size in {**zero.held(config), "teacher": teacher.shard}.items() if size})
-    features = (work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize
-                if played.layout.is_first_stage and work.in_flight else 0)  # a supervised step forms them in the update
+    features = (
+        work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize
+        if played.layout.is_first_stage and work.in_flight
+        else 0
+    )  # a supervised step forms them in the update
     kept = sum(int(phase.held * (phase.count - 1)) for name, phase in played.phases.items() if name in PASSES)
     waiting = Counter({"visual features": features * work.num_prompts, "attention rows": kept})
 
     def memory(name: str, gathered: int, seen: Optional[Phase] = None, *more: Counter, scale: int = 1) -> None:
         kinds = held + Counter({"gathered stage": gathered}) + sum(more, Counter())
         if seen is not None:
-            kinds += Counter({kind: size * scale for kind, size in
-                              _without(seen.seen.peak, "parameters", "host", "visual features").items()})
+            kinds += Counter(
+                {
+                    kind: size * scale
+                    for kind, size in _without(seen.seen.peak, "parameters", "host", "visual features").items()
+                }
+            )
         report.memory[name] = _without(kinds)
 
     phases = played.phases
@@ -206,15 +228,26 @@ def _report(report: RankReport, config: RunConfig, shape: ModelShape, work: Work
     num_copies = 2 if learns and config.loss.attention_grad_ratio > 0 else int(ratio)
     copies = Counter({"gradients": 4 * zero.trained_numel * num_copies})
     memory("update", zero.in_pass, phases["update"], waiting, copies)
-    whole_gradient = 4 * sum(parameter.numel for parameter in zero.trained
-                             if parameter.layer is None or not zero.overlap)  # layers' went before
+    whole_gradient = 4 * sum(
+        parameter.numel for parameter in zero.trained if parameter.layer is None or not zero.overlap
+    )  # layers' went before
     # What moves to the bucket and is laid out for the collective there leaves the gradients.
-    memory("reduce", zero.in_pass, None, waiting, copies,
-           Counter({"gradients": whole_gradient + zero.bucket // zero.data_size}))
+    memory(
+        "reduce",
+        zero.in_pass,
+        None,
+        waiting,
+        copies,
+        Counter({"gradients": whole_gradient + zero.bucket // zero.data_size}),
+    )
     largest = max((-(-parameter.numel // zero.data_size) for parameter in zero.trained), default=0)
     memory("optimizer", 0, None, waiting, Counter({"gradients": 16 * largest}))
-    memory("checkpoint", 0, None, Counter({"optimizer state": 12 * zero.trained_numel
-                                           if not config.parallel.offload_optimizer else 0}))
+    memory(
+        "checkpoint",
+        0,
+        None,
+        Counter({"optimizer state": 12 * zero.trained_numel if not config.parallel.offload_optimizer else 0}),
+    )
     _count_traffic(report, config, work)
     _count_seconds(report, config, work, hardware)
     return report
@@ -224,8 +257,12 @@ def _count_traffic(report: RankReport, config: RunConfig, work: Workload) -> Non
     zero, phases = report.zero, report.rank.phases
     for name, phase in phases.items():
         sent = Counter({key: size * phase.count / phase.played for key, size in phase.traffic.sent_bytes.items()})
-        report.sent[name] = Counter({("pipeline" if group == "other" and kind in ("send", "receive") else group, kind): size
-                                     for (group, kind), size in sent.items()})
+        report.sent[name] = Counter(
+            {
+                ("pipeline" if group == "other" and kind in ("send", "receive") else group, kind): size
+                for (group, kind), size in sent.items()
+            }
+        )
     gather = ("data", "all-gather")
     if zero.data_size > 1 and "prefill" in phases:
         report.sent["prefill"][gather] += zero.whole
@@ -240,12 +277,18 @@ def _count_traffic(report: RankReport, config: RunConfig, work: Workload) -> Non
 
 def _count_seconds(report: RankReport, config: RunConfig, work: Workload, hardware: Hardware) -> None:
     layout, zero = report.rank.layout, report.zero
-    spans = {"tensor": (layout.tensor_size, layout.tensor_size),
-             "data": (layout.data_size, layout.tensor_size * (layout.data_size - 1) + 1),
-             "pipeline": (layout.pipeline_size, layout.tensor_size * layout.data_size + 1),
-             "embedding": (2, layout.world_size), "other": (layout.world_size, layout.world_size)}
-    read = zero.itemsize * sum(parameter.numel for parameter in zero.parameters
-                               if parameter.layer is not None or not (parameter.embedding or not parameter.trained))
+    spans = {
+        "tensor": (layout.tensor_size, layout.tensor_size),
+        "data": (layout.data_size, layout.tensor_size * (layout.data_size - 1) + 1),
+        "pipeline": (layout.pipeline_size, layout.tensor_size * layout.data_size + 1),
+        "embedding": (2, layout.world_size),
+        "other": (layout.world_size, layout.world_size),
+    }
+    read = zero.itemsize * sum(
+        parameter.numel
+        for parameter in zero.parameters
+        if parameter.layer is not None or not (parameter.embedding or not parameter.trained)
+    )
     for name, phase in report.rank.phases.items():
         repeats = phase.count / phase.played
         seen = phase.seen
@@ -290,7 +333,9 @@ def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:
         yield "teacher", _teacher_seconds(rehearsal)
     bubbles = (work.micro_batches + stages - 1) / work.micro_batches
     interval = rehearsal.config.logging.gradient_ratio_interval
-    extra = 1 / (interval * work.num_updates) if interval and work.in_flight and rehearsal.config.attention_acts else 0.0
+    extra = (
+        1 / (interval * work.num_updates) if interval and work.in_flight and rehearsal.config.attention_acts else 0.0
+    )
     if work.in_flight and rehearsal.config.loss.attention_grad_ratio > 0:
         extra = 1.0
     yield "update", slowest("update") * bubbles * (1 + extra)

@@ -25,7 +25,9 @@ def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
 
 def text(settings: Settings) -> str:
     """As overrides of a command line."""
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items())
+    return " ".join(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
+    )
 
 
 def _smaller(result: Rehearsal) -> Iterator[Settings]:
@@ -52,8 +54,9 @@ def _smaller(result: Rehearsal) -> Iterator[Settings]:
         yield {f"parallel.{key}": 2 * getattr(parallel, key)}
 
 
-def find_way_out(result: Rehearsal, shape: ModelShape, visual_tokens: int = -1, tries: int = 8
-                 ) -> tuple[dict[str, Any], Rehearsal]:
+def find_way_out(
+    result: Rehearsal, shape: ModelShape, visual_tokens: int = -1, tries: int = 8
+) -> tuple[dict[str, Any], Rehearsal]:
     """Settings that make it fit, each of which took something off the peak, and the rehearsal with them, which `fits`
     where some were found."""
     settings: dict[str, Any] = {}
@@ -61,8 +64,13 @@ def find_way_out(result: Rehearsal, shape: ModelShape, visual_tokens: int = -1, 
         for candidate in _smaller(result):
             tries -= 1
             try:
-                other = rehearse(with_settings(result.config, candidate), shape, result.layout.world_size, result.hardware,
-                                 visual_tokens=visual_tokens)
+                other = rehearse(
+                    with_settings(result.config, candidate),
+                    shape,
+                    result.layout.world_size,
+                    result.hardware,
+                    visual_tokens=visual_tokens,
+                )
             except ConfigError:
                 continue
             if other.peak_bytes < 0.98 * result.peak_bytes:
@@ -79,9 +87,11 @@ def way_out(result: Rehearsal, shape: ModelShape, visual_tokens: int = -1) -> st
     """What would make it fit, as a sentence."""
     settings, other = find_way_out(result, shape, visual_tokens)
     if other.fits:
-        return (f"it fits with {text(settings)}: {other.peak_bytes / 2 ** 30:.1f} GiB, "
-                f"{other.prompts_per_day:,.0f} prompts per day")
-    tried = f" with {text(settings)} it still takes {other.peak_bytes / 2 ** 30:.1f} GiB;" if settings else ""
+        return (
+            f"it fits with {text(settings)}: {other.peak_bytes / 2**30:.1f} GiB, "
+            f"{other.prompts_per_day:,.0f} prompts per day"
+        )
+    tried = f" with {text(settings)} it still takes {other.peak_bytes / 2**30:.1f} GiB;" if settings else ""
     return f"no setting that was tried makes it fit;{tried} take more ranks or shorter sequences"
 
 
@@ -104,21 +114,30 @@ class _Candidate:
 def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware) -> Iterator[_Candidate]:
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
     for tensor in (size for size in range(1, 9) if shape.num_attention_heads % size == 0):
-        for pipeline in (size for size in range(1, min(shape.num_layers, world_size // tensor) + 1)
-                         if shape.num_layers % size == 0 and world_size % (tensor * size) == 0 and size <= 16):
+        for pipeline in (
+            size
+            for size in range(1, min(shape.num_layers, world_size // tensor) + 1)
+            if shape.num_layers % size == 0 and world_size % (tensor * size) == 0 and size <= 16
+        ):
             for micro in (1, 2, 4):
                 for recompute in (False, True):
-                    settings = {"parallel.tensor_model_parallel_size": tensor,
-                                "parallel.pipeline_model_parallel_size": pipeline, "train.micro_batch_size": micro,
-                                "parallel.recompute_activations": recompute,
-                                "parallel.sequence_parallel": tensor > 1}
+                    settings = {
+                        "parallel.tensor_model_parallel_size": tensor,
+                        "parallel.pipeline_model_parallel_size": pipeline,
+                        "train.micro_batch_size": micro,
+                        "parallel.recompute_activations": recompute,
+                        "parallel.sequence_parallel": tensor > 1,
+                    }
                     changed = with_settings(config, settings)
                     try:
                         layout = check_possible(changed, shape, world_size)
                     except ConfigError:
                         continue
-                    of_update = (config.train.batch_size if config.train.algorithm == "sft" else
-                                 config.rollout.num_prompts // config.rollout.num_minibatches)
+                    of_update = (
+                        config.train.batch_size
+                        if config.train.algorithm == "sft"
+                        else config.rollout.num_prompts // config.rollout.num_minibatches
+                    )
                     per_update = of_update // layout.data_size
                     if micro > per_update:
                         continue
@@ -129,11 +148,14 @@ def _candidates(config: RunConfig, shape: ModelShape, world_size: int, hardware:
                     micro_batches = per_update // micro
                     bubble = (micro_batches + pipeline - 1) / micro_batches
                     kept = micro * min(pipeline, micro_batches) * shape.num_layers / pipeline / tensor
-                    yield _Candidate(settings, changed, bubble * (4 / 3 if recompute else 1) * (1 + 0.04 * tensor), certain, kept)
+                    yield _Candidate(
+                        settings, changed, bubble * (4 / 3 if recompute else 1) * (1 + 0.04 * tensor), certain, kept
+                    )
 
 
-def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware, visual_tokens: int = -1,
-           tries: int = 10) -> str:
+def search(
+    config: RunConfig, shape: ModelShape, world_size: int, hardware: Hardware, visual_tokens: int = -1, tries: int = 10
+) -> str:
     """The five layouts that fit and promise the most prompts per day, as a table.
 
     Layouts whose parameters and gradients alone do not fit are left out by arithmetic; of the others the `tries` that a
@@ -158,11 +180,14 @@ def search(config: RunConfig, shape: ModelShape, world_size: int, hardware: Hard
             bytes_kept[candidate.recomputes] = min(each, bytes_kept.get(candidate.recomputes, each))
             if result.fits:
                 fitting.append((result, candidate.settings))
-    lines = [f"{len(candidates)} layouts of {world_size} ranks can hold their parameters and gradients; {rehearsed} "
-             f"rehearsed, {len(fitting)} fit, {hopeless} left out because those before took too much"]
+    lines = [
+        f"{len(candidates)} layouts of {world_size} ranks can hold their parameters and gradients; {rehearsed} "
+        f"rehearsed, {len(fitting)} fit, {hopeless} left out because those before took too much"
+    ]
     for result, settings in sorted(fitting, key=lambda pair: -pair[0].prompts_per_day)[:5]:
-        lines.append(f"{result.prompts_per_day:>8,.0f} prompts per day, {result.peak_bytes / 2 ** 30:5.1f} GiB: "
-                     f"{text(settings)}")
+        lines.append(
+            f"{result.prompts_per_day:>8,.0f} prompts per day, {result.peak_bytes / 2**30:5.1f} GiB: {text(settings)}"
+        )
     if not fitting:
         lines.append("none fits: take more ranks, shorter sequences, or parallel.offload_optimizer=true")
     return "\n".join(lines)

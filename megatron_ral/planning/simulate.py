@@ -113,7 +113,8 @@ class _SimulatedBatch(DecodingBatch):
             with self._cache.watched.kind("KV cache"):
                 for layer, parts in self._cache.prompt.items():
                     self._cache.response[layer] = tuple(
-                        part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
+                        part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts
+                    )
 
 
 class _SimulatedReduction:
@@ -138,15 +139,27 @@ class SimulatedPolicy(PolicyEngine):
         on_gpu: take the ways that real code takes on a GPU.
     """
 
-    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, config: RunConfig, watched: Watched,
-                 on_gpu: bool = True):
-        self.shape, self.process_groups, self.layout, self.config, self.watched = shape, process_groups, process_groups.layout, config, watched
+    def __init__(
+        self, shape: ModelShape, process_groups: ProcessGroups, config: RunConfig, watched: Watched, on_gpu: bool = True
+    ):
+        self.shape, self.process_groups, self.layout, self.config, self.watched = (
+            shape,
+            process_groups,
+            process_groups.layout,
+            config,
+            watched,
+        )
         self._resident, self._ready, self._gather, self._overlap = True, False, config.parallel.gather, False
         self.deepspeed = SimpleNamespace(coalesce_grad_reduction=nullcontext)
         with process_groups.active():
-            self.stage = MultimodalStage(shape, process_groups.layout, DTYPES[config.model.dtype], process_groups.device,
-                                         config.parallel.sequence_parallel,
-                                         config.parallel.recompute_activations or config.parallel.gather == "layer")
+            self.stage = MultimodalStage(
+                shape,
+                process_groups.layout,
+                DTYPES[config.model.dtype],
+                process_groups.device,
+                config.parallel.sequence_parallel,
+                config.parallel.recompute_activations or config.parallel.gather == "layer",
+            )
         for layer in self.stage.language.decoder.layers:
             layer.self_attention.core_attention.equal_heads_with_mask = True if on_gpu else None
         for name, parameter in self.stage.named_parameters():
@@ -154,21 +167,33 @@ class SimulatedPolicy(PolicyEngine):
             if parameter.requires_grad:
                 parameter.grad_dtype = torch.float32
                 parameter.register_post_accumulate_grad_hook(lambda p: watched.call_it("gradients", p.grad))
-        self._early = EarlyReduction(_SimulatedReduction(), self.stage.language.decoder.layers
-                                     if config.parallel.overlap_communication else ())
-        self._trainable = {name: parameter for name, parameter in self.stage.named_parameters() if parameter.requires_grad}
+        self._early = EarlyReduction(
+            _SimulatedReduction(), self.stage.language.decoder.layers if config.parallel.overlap_communication else ()
+        )
+        self._trainable = {
+            name: parameter for name, parameter in self.stage.named_parameters() if parameter.requires_grad
+        }
         watched.call_it("parameters", *self.stage.parameters(), *self.stage.buffers())
 
     def parameters(self) -> list[SimulatedParameter]:
         """What ZeRO-3 cuts."""
         tied = self.shape.tie_word_embeddings and self.process_groups.embedding is not None
-        layers = {id(parameter): layer.layer_number - 1 for layer in self.stage.language.decoder.layers
-                  for parameter in layer.parameters()}
-        return [SimulatedParameter(
-            parameter.numel(), parameter.requires_grad, layers.get(id(parameter)),
-            self.layout.tensor_size > 1 and getattr(parameter, "partial_over_tensor_ranks", False),
-            tied and self._is_embedding(parameter), "word_embeddings" in name)
-            for name, parameter in self.stage.named_parameters()]
+        layers = {
+            id(parameter): layer.layer_number - 1
+            for layer in self.stage.language.decoder.layers
+            for parameter in layer.parameters()
+        }
+        return [
+            SimulatedParameter(
+                parameter.numel(),
+                parameter.requires_grad,
+                layers.get(id(parameter)),
+                self.layout.tensor_size > 1 and getattr(parameter, "partial_over_tensor_ranks", False),
+                tied and self._is_embedding(parameter),
+                "word_embeddings" in name,
+            )
+            for name, parameter in self.stage.named_parameters()
+        ]
 
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, kind: str) -> AttentionRows:
         with self.watched.kind("attention rows"):
@@ -192,7 +217,7 @@ class _WatchedObjective:
 
 def _kind_of(shape: ModelShape, layout: RankLayout):
     columns = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
-    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size ** 2
+    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
 
     def kind(tensor: Tensor) -> Optional[str]:
         if tensor.dim() == 2 and tensor.shape[-1] == patch and tensor.dtype == torch.float32:
@@ -211,12 +236,20 @@ class _Simulator:
     def __init__(self, engine: SimulatedPolicy, work: Workload, config: RunConfig, result: SimulatedRank):
         self.engine, self.work, self.config, self.result = engine, work, config, result
         process_groups = engine.process_groups
-        self.process_groups = {"tensor": process_groups.tensor, "pipeline": process_groups.pipeline, "data": process_groups.data}
+        self.process_groups = {
+            "tensor": process_groups.tensor,
+            "pipeline": process_groups.pipeline,
+            "data": process_groups.data,
+        }
         if config.train.algorithm == "sft":
             self.objective: RalObjective | SftObjective = SftObjective()
             return
-        self.objective = RalObjective(config.loss, frozenset(engine.shape.layer_indices(config.loss.attention_layers)),
-                                      config.loss.attention_coef, config.rollout.temperature)
+        self.objective = RalObjective(
+            config.loss,
+            frozenset(engine.shape.layer_indices(config.loss.attention_layers)),
+            config.loss.attention_coef,
+            config.rollout.temperature,
+        )
 
     def phase(self, name: str, count: float, run) -> Any:
         watched = self.engine.watched
@@ -228,8 +261,10 @@ class _Simulator:
     def batches(self, count: int) -> list[GroupBatch]:
         engine = self.engine
         features = engine.layout.is_first_stage and self.config.train.algorithm != "sft"  # which encodes in the update
-        batches = [make_groups(engine.shape, self.work, self.work.micro_batch, features, engine.stage.dtype)
-                   for _ in range(count)]
+        batches = [
+            make_groups(engine.shape, self.work, self.work.micro_batch, features, engine.stage.dtype)
+            for _ in range(count)
+        ]
         for batch in batches:
             engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
         return batches
@@ -243,8 +278,9 @@ class _Simulator:
         """One batch of those in flight: its first pass, and the one that takes most memory, with what they send and draw."""
         engine, work = self.engine, self.work
         batch = make_groups(engine.shape, work, work.generation_batch, engine.layout.is_first_stage, engine.stage.dtype)
-        settings = SamplingSettings(work.group_size, work.response_length, 0, 0, self.config.rollout.temperature,
-                                    self.config.rollout.top_p)
+        settings = SamplingSettings(
+            work.group_size, work.response_length, 0, 0, self.config.rollout.temperature, self.config.rollout.top_p
+        )
         engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
         playing = _SimulatedBatch(batch.prompts, batch.visual_embeds, settings, engine.process_groups, ())
         playing.count_cache(engine.watched)
@@ -273,9 +309,17 @@ class _Simulator:
 
             before = engine.watched.live["attention rows"]
             count = self.work.passes - (self.work.on_policy if name == "old" else 0)
-            output, = self.phase(name, count, lambda: engine.forward(
-                batches, layers if recorded else (), temperature=self.objective.temperature,
-                row_kind=self.config.loss.attention_row, keep=keep))
+            (output,) = self.phase(
+                name,
+                count,
+                lambda: engine.forward(
+                    batches,
+                    layers if recorded else (),
+                    temperature=self.objective.temperature,
+                    row_kind=self.config.loss.attention_row,
+                    keep=keep,
+                ),
+            )
             if recorded:
                 kept = output.attention
                 self.result.phases[name].held = engine.watched.live["attention rows"] - before
@@ -289,21 +333,32 @@ class _Simulator:
             kept = {layer: success_target(rows, advantages) for layer, rows in kept.items()}
         tokens = torch.empty(work.micro_batch, work.group_size, work.response_length)
         last = engine.layout.is_last_stage
-        batches = [TrainBatch(
-            groups=groups, totals=StepTotals(1, 1, work.response_length), advantages=advantages,
-            old_logprobs=tokens if last else None,
-            ref_logprobs=tokens if last and self.config.needs_reference else None, target_attention=dict(kept or {}),
-            attention_advantages=advantages, on_policy=work.on_policy > 0,  # the first update forms rows of its own
-            group_mask=torch.ones(work.micro_batch, dtype=torch.bool))
-            for groups in self.batches(played)]
+        batches = [
+            TrainBatch(
+                groups=groups,
+                totals=StepTotals(1, 1, work.response_length),
+                advantages=advantages,
+                old_logprobs=tokens if last else None,
+                ref_logprobs=tokens if last and self.config.needs_reference else None,
+                target_attention=dict(kept or {}),
+                attention_advantages=advantages,
+                on_policy=work.on_policy > 0,  # the first update forms rows of its own
+                group_mask=torch.ones(work.micro_batch, dtype=torch.bool),
+            )
+            for groups in self.batches(played)
+        ]
         engine.stage.train()
-        self.phase("update", work.micro_batches * work.num_updates,
-                   lambda: engine.accumulate(batches, _WatchedObjective(self.objective, engine.watched)))
+        self.phase(
+            "update",
+            work.micro_batches * work.num_updates,
+            lambda: engine.accumulate(batches, _WatchedObjective(self.objective, engine.watched)),
+        )
         self.result.phases["update"].played = played
 
 
-def simulate(shape: ModelShape, config: RunConfig, layout: RankLayout, work: Workload, on_gpu: bool = True,
-         vision: bool = True) -> SimulatedRank:
+def simulate(
+    shape: ModelShape, config: RunConfig, layout: RankLayout, work: Workload, on_gpu: bool = True, vision: bool = True
+) -> SimulatedRank:
     """One rank through the phases of an RL step: vision, prefill, one token, passes without gradient, update; of a
     supervised step: the update.
 
@@ -315,8 +370,12 @@ def simulate(shape: ModelShape, config: RunConfig, layout: RankLayout, work: Wor
         on_gpu: take the ways that real code takes on a GPU.
         vision: run the tower (first stage); it is the same in every layout.
     """
-    with simulate_rank(layout.rank, layout.world_size, tensor_size=layout.tensor_size,
-                   pipeline_size=layout.pipeline_size) as process_groups, fake_tensors():
+    with (
+        simulate_rank(
+            layout.rank, layout.world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size
+        ) as process_groups,
+        fake_tensors(),
+    ):
         watched = Watched(_kind_of(shape, layout))
         engine = SimulatedPolicy(shape, process_groups, config, watched, on_gpu)
         result = SimulatedRank(layout, engine.parameters())

@@ -54,8 +54,10 @@ class Workload:
             visual_tokens: of each prompt; negative: as many as the limits allow.
         """
         length, rollout = config.data.max_prompt_length, config.rollout
-        visual = visual_tokens if visual_tokens >= 0 else min(config.data.max_visual_tokens or length, length - length // 64)
-        rows = next((rows for rows in range(int(visual ** 0.5), 0, -1) if visual % rows == 0), 0) if visual else 0
+        visual = (
+            visual_tokens if visual_tokens >= 0 else min(config.data.max_visual_tokens or length, length - length // 64)
+        )
+        rows = next((rows for rows in range(int(visual**0.5), 0, -1) if visual % rows == 0), 0) if visual else 0
         grid = rows, visual // rows if rows else 0
         if config.train.algorithm == "sft":
             share = config.train.batch_size // data_size
@@ -64,10 +66,22 @@ class Workload:
         share = rollout.num_prompts // data_size
         per_update = share // rollout.num_minibatches
         micro = min(config.train.micro_batch_size, per_update)
-        together = min(rollout.generation_batch_size, -(-share // pipeline_size))  # as `engine/pipelined_decoder.py` spreads them
-        return cls(length, grid, rollout.max_response_length, rollout.group_size, together,
-                   min(pipeline_size, -(-share // together)), micro, share, config.updates_per_rollout, per_update // micro,
-                   on_policy_updates(config) * (per_update // micro))
+        together = min(
+            rollout.generation_batch_size, -(-share // pipeline_size)
+        )  # as `engine/pipelined_decoder.py` spreads them
+        return cls(
+            length,
+            grid,
+            rollout.max_response_length,
+            rollout.group_size,
+            together,
+            min(pipeline_size, -(-share // together)),
+            micro,
+            share,
+            config.updates_per_rollout,
+            per_update // micro,
+            on_policy_updates(config) * (per_update // micro),
+        )
 
 
 def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
@@ -75,20 +89,33 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
     length, visual = work.prompt_length, work.visual_tokens
     merge = shape.vision.spatial_merge_size
     mask = torch.arange(length) < visual
-    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size ** 2
+    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
     grids = [[1, work.grid[0] * merge, work.grid[1] * merge]] if visual else []
     return Prompt(
-        sample=_SAMPLE, input_ids=torch.where(mask, shape.image_token_id, 1), position_ids=torch.arange(length).expand(3, -1),
-        next_position=length, pixel_values=torch.empty(visual * merge * merge, patch),
-        grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3), is_video=torch.zeros(len(grids), dtype=torch.bool),
-        seconds_per_grid=torch.zeros(len(grids)), visual_mask=mask, target_mask=torch.arange(length) < min(visual, 1),
-        response_ids=torch.zeros(0, dtype=torch.int64))
+        sample=_SAMPLE,
+        input_ids=torch.where(mask, shape.image_token_id, 1),
+        position_ids=torch.arange(length).expand(3, -1),
+        next_position=length,
+        pixel_values=torch.empty(visual * merge * merge, patch),
+        grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        is_video=torch.zeros(len(grids), dtype=torch.bool),
+        seconds_per_grid=torch.zeros(len(grids)),
+        visual_mask=mask,
+        target_mask=torch.arange(length) < min(visual, 1),
+        response_ids=torch.zeros(0, dtype=torch.int64),
+    )
 
 
 def make_groups(shape: ModelShape, work: Workload, size: int, embeds: bool, dtype: torch.dtype) -> GroupBatch:
     """`size` groups of the longest kind; embeds: with features of the vision tower."""
     prompts = pad_prompts([make_prompt(shape, work)] * size, 0)
     G, R = work.group_size, work.response_length
-    features = tuple(torch.empty(work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size, dtype=dtype)
-                     for _ in range(size)) if embeds else None
+    features = (
+        tuple(
+            torch.empty(work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size, dtype=dtype)
+            for _ in range(size)
+        )
+        if embeds
+        else None
+    )
     return GroupBatch(prompts, torch.ones(size, G, R, dtype=torch.int64), torch.full((size, G), R), features)

@@ -95,8 +95,11 @@ class StageBytes:
         """Bytes on the device between uses."""
         on_host, host = config.parallel.offload_parameters, config.parallel.offload_optimizer
         shard, trained = self.shard_numel * self.itemsize, 4 * self.trained_numel
-        held = {"parameters": 0 if on_host else shard, "gradients": (0 if host else trained) + self.bucket,
-                "optimizer state": 0 if host else 3 * trained}
+        held = {
+            "parameters": 0 if on_host else shard,
+            "gradients": (0 if host else trained) + self.bucket,
+            "optimizer state": 0 if host else 3 * trained,
+        }
         if config.needs_reference:
             held["reference"] = 0 if on_host else shard
         if config.loss.attention_target == "ema":
@@ -110,8 +113,10 @@ class StageBytes:
     def sent(self, micro_batches: int) -> dict[tuple[str, str], int]:
         """Bytes of one optimizer step by (group, kind), `forward_backward` and `step`."""
         layers = 2 * micro_batches * sum(self.passing.values())
-        sent = {("data", "all-gather"): self.whole - sum(self.passing.values()) + layers,
-                ("data", "reduce-scatter"): 4 * self.data_size * self.trained_numel if self.data_size > 1 else 0,
-                ("tensor", "all-reduce"): 4 * self._shard([p for p in self.trained if p.partial]),
-                ("embedding", "all-reduce"): 4 * self._shard([p for p in self.trained if p.tied])}
+        sent = {
+            ("data", "all-gather"): self.whole - sum(self.passing.values()) + layers,
+            ("data", "reduce-scatter"): 4 * self.data_size * self.trained_numel if self.data_size > 1 else 0,
+            ("tensor", "all-reduce"): 4 * self._shard([p for p in self.trained if p.partial]),
+            ("embedding", "all-reduce"): 4 * self._shard([p for p in self.trained if p.tied]),
+        }
         return {key: size for key, size in sent.items() if size}

@@ -40,8 +40,10 @@ def _find(module_name: str, name: str) -> tuple[object, str]:
     try:
         found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way, and each is a wrong setting
-        return None, (f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); put the "
-                      "folder that holds it on PYTHONPATH")
+        return None, (
+            f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); put the "
+            "folder that holds it on PYTHONPATH"
+        )
     for part in name.split("."):
         if not hasattr(found, part):
             return None, f"names nothing: module '{module_name}' has no '{name}'"
@@ -53,8 +55,10 @@ def _call_problem(function: object) -> str:
     """Why something cannot be called as a reward function; empty if it can."""
     if not callable(function) or inspect.isclass(function):
         return f"is a {'class' if inspect.isclass(function) else type(function).__name__}, not a function {CALL}"
-    if any(test(function) for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction,
-                                       inspect.isasyncgenfunction)):
+    if any(
+        test(function)
+        for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    ):
         return f"is a coroutine or generator, not a function {CALL}"
     try:
         signature = inspect.signature(function)

@@ -8,37 +8,48 @@ from typing import Optional
 MAX_NUMBER_LENGTH = 100
 """A longer text is no number."""
 
-_TYPOGRAPHY = str.maketrans({"−": "-", "－": "-", "–": "-", "＋": "+", "．": ".", "，": ",", "％": "%", "٪": "%",
-                             "٫": ".", "٬": ",", "’": "'"})
-_LATEX = [(re.compile(pattern), text) for pattern, text in (
-    (r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit)\{([^{}]*)\}", r"\1"),
-    (r"\{,\}", ","),
-    (r"\\!", ""),
-    (r"(?<=\d)\\[,;:](?=\d)", ""),
-    (r"\\[,;: ]|(?<=\S)~", " "),
-    (r"\^\{?\\circ\}?|\\degree", "°"),
-    (r"\\([%$])", r"\1"),
-)]
+_TYPOGRAPHY = str.maketrans(
+    {"−": "-", "－": "-", "–": "-", "＋": "+", "．": ".", "，": ",", "％": "%", "٪": "%", "٫": ".", "٬": ",", "’": "'"}
+)
+_LATEX = [
+    (re.compile(pattern), text)
+    for pattern, text in (
+        (r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit)\{([^{}]*)\}", r"\1"),
+        (r"\{,\}", ","),
+        (r"\\!", ""),
+        (r"(?<=\d)\\[,;:](?=\d)", ""),
+        (r"\\[,;: ]|(?<=\S)~", " "),
+        (r"\^\{?\\circ\}?|\\degree", "°"),
+        (r"\\([%$])", r"\1"),
+    )
+]
 _DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
 _NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
 
 _CURRENCY = "$€£¥₹"
 # Alternatives never begin with the same character, so that no text takes more than linear time.
-_UNIT_WORD = (rf"(?![\d_])[\w%‰°℃℉'\"′″{_CURRENCY}]"
-              r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|(?<=[A-WYZa-wyz-])[1-4](?!\d))*")
-_NUMBER = re.compile(rf"(-|\+)?\s*[{_CURRENCY}]?\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)"
-                     rf"(?:\s*({_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}}))?")
+_UNIT_WORD = (
+    rf"(?![\d_])[\w%‰°℃℉'\"′″{_CURRENCY}]"
+    r"(?:(?![\d_])[\w%°/·*.'′″⁻-]|\^-?[1-4](?!\d)|(?<=[A-WYZa-wyz-])[1-4](?!\d))*"
+)
+_NUMBER = re.compile(
+    rf"(-|\+)?\s*[{_CURRENCY}]?\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)"
+    rf"(?:\s*({_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}}))?"
+)
 _OTHER_NUMBER = re.compile(
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|half|and|or|to|plus|minus)\b")
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|half|and|or|to|plus|minus)\b"
+)
 """Words behind a number that make it another one, or leave open which one it is."""
 
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
     r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|\s*\n|$))[).:\]]*(.*)",
-    re.DOTALL | re.IGNORECASE)
+    re.DOTALL | re.IGNORECASE,
+)
 _SECOND_CHOICE = re.compile(
     r"\s*(?:(?:or|and)\b|[,、/&;]|[(\[][a-z][)\]]|[a-z][):\]]|[a-z]\.?(?:\s+[a-z]\.?)+\s*$)|\s*\n\s*[a-z]\.?\s*$",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
 
 
@@ -51,7 +62,7 @@ def plain(text: str) -> str:
         if text.count(r"\boxed{") == 1:
             text = _inside_braces(text, text.index(r"\boxed{") + len(r"\boxed{")).strip()
         for left, right in _DRESS:
-            inner = text[len(left):-len(right)]
+            inner = text[len(left) : -len(right)]
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right) and left not in inner:
                 text = inner.strip()
         if text == before:

@@ -25,8 +25,9 @@ CONSENSUS = 3
 """Matching answers, beside the one left out, that make an answer right."""
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-_NUMBER_WORDS = {word: str(value) for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_NUMBER_WORDS = {
+    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 
 

@@ -61,15 +61,20 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
     if settings.accuracy == "by_type":
         # Only here, because ROUGE's package takes two seconds to import.
         from megatron_ral.rewards.rules import accuracy_by_type as accuracy
-    parts = [RewardPart("accuracy", accuracy, settings.accuracy_weight),
-             RewardPart("format", lambda response, *_: format_reward(response, settings.require_think),
-                        settings.format_weight)]
+    parts = [
+        RewardPart("accuracy", accuracy, settings.accuracy_weight),
+        RewardPart(
+            "format", lambda response, *_: format_reward(response, settings.require_think), settings.format_weight
+        ),
+    ]
     for name, own in settings.functions.items():
         if name in RESERVED:
             raise ConfigError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
         if not name.isidentifier():
-            raise ConfigError(f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
-                                      "with no digit; it becomes the tag rewards/<name>/mean")
+            raise ConfigError(
+                f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
+                "with no digit; it becomes the tag rewards/<name>/mean"
+            )
         parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
     return tuple(parts)
 

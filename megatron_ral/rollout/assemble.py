@@ -15,15 +15,19 @@ from megatron_ral.rollout.collect import RolloutBatch
 from megatron_ral.types import StepTotals, TrainBatch
 
 
-def global_totals(response_lengths: Sequence[Tensor], max_response_length: int, process_groups: ProcessGroups) -> StepTotals:
+def global_totals(
+    response_lengths: Sequence[Tensor], max_response_length: int, process_groups: ProcessGroups
+) -> StepTotals:
     """Denominators of one optimizer step, summed over all data-parallel ranks.
 
     Args:
         response_lengths: [X, G] int64 of each of this rank's micro-batches, X groups that take part (0 or more).
         max_response_length: limit of the generation.
     """
-    counts = torch.tensor([sum(int(lengths.sum()) for lengths in response_lengths),
-                           sum(lengths.numel() for lengths in response_lengths)], device=process_groups.device)
+    counts = torch.tensor(
+        [sum(int(lengths.sum()) for lengths in response_lengths), sum(lengths.numel() for lengths in response_lengths)],
+        device=process_groups.device,
+    )
     num_tokens, num_sequences = all_reduce_sum_(counts, process_groups.data).tolist()
     return StepTotals(max(num_tokens, 1), max(num_sequences, 1), max_response_length)
 
@@ -40,10 +44,14 @@ def on_policy_updates(config: RunConfig) -> int:
     return int(config.rollout.num_epochs == 1)
 
 
-def assemble_minibatches(rollout: Sequence[RolloutBatch], old: Sequence[Optional[ForwardOutput]],
-                         reference: Optional[Sequence[ForwardOutput]],
-                         target: Optional[Sequence[Optional[ForwardOutput]]], config: RunConfig,
-                         process_groups: ProcessGroups) -> list[list[TrainBatch]]:
+def assemble_minibatches(
+    rollout: Sequence[RolloutBatch],
+    old: Sequence[Optional[ForwardOutput]],
+    reference: Optional[Sequence[ForwardOutput]],
+    target: Optional[Sequence[Optional[ForwardOutput]]],
+    config: RunConfig,
+    process_groups: ProcessGroups,
+) -> list[list[TrainBatch]]:
     """Micro-batches of each optimizer step.
 
     Args:
@@ -61,21 +69,33 @@ def assemble_minibatches(rollout: Sequence[RolloutBatch], old: Sequence[Optional
     for start in range(0, len(rollout), per_step):
         indices = range(start, start + per_step)
         parts = {index: groups_taking_part(rollout[index], config) for index in indices}
-        totals = global_totals([rollout[index].groups.response_lengths[part] for index, part in parts.items()],
-                               config.rollout.max_response_length, process_groups)
+        totals = global_totals(
+            [rollout[index].groups.response_lengths[part] for index, part in parts.items()],
+            config.rollout.max_response_length,
+            process_groups,
+        )
         step = []
         for index in indices:
             scored, before = rollout[index], old[index]
             frozen, compared = (None if outputs is None else outputs[index] for outputs in (reference, target))
             kept = compared.attention if compared is not None else {}
             if config.loss.attention_target in ("group", "hindsight"):
-                kept = {layer: success_target(rows, scored.attention_advantages.to(rows.device))
-                        for layer, rows in kept.items()}
-            step.append(TrainBatch(
-                groups=scored.groups, totals=totals, advantages=scored.advantages,
-                old_logprobs=before.tokens.logprobs if before is not None and before.tokens else None,
-                ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                target_attention=dict(kept), group_mask=parts[index], on_policy=before is None,
-                attention_advantages=scored.attention_advantages))
+                kept = {
+                    layer: success_target(rows, scored.attention_advantages.to(rows.device))
+                    for layer, rows in kept.items()
+                }
+            step.append(
+                TrainBatch(
+                    groups=scored.groups,
+                    totals=totals,
+                    advantages=scored.advantages,
+                    old_logprobs=before.tokens.logprobs if before is not None and before.tokens else None,
+                    ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
+                    target_attention=dict(kept),
+                    group_mask=parts[index],
+                    on_policy=before is None,
+                    attention_advantages=scored.attention_advantages,
+                )
+            )
         minibatches.append(step)
     return minibatches

@@ -11,5 +11,8 @@ def longest_first(lengths: Sequence[int], span: int) -> list[int]:
         lengths: tokens of each sample.
         span: divides their number.
     """
-    return [index for start in range(0, len(lengths), span)
-            for index in sorted(range(start, start + span), key=lambda index: -lengths[index])]
+    return [
+        index
+        for start in range(0, len(lengths), span)
+        for index in sorted(range(start, start + span), key=lambda index: -lengths[index])
+    ]

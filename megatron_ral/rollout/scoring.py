@@ -22,12 +22,15 @@ SHOWN_TEXT = 300
 
 def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tuple[tuple[str, ...], ...]:
     """Texts [B][G]."""
-    return tuple(tuple(processor.decode(ids[:length]) for ids, length in zip(group, lengths))
-                 for group, lengths in zip(responses.response_ids, responses.response_lengths.tolist()))
+    return tuple(
+        tuple(processor.decode(ids[:length]) for ids, length in zip(group, lengths))
+        for group, lengths in zip(responses.response_ids, responses.response_lengths.tolist())
+    )
 
 
-def score_responses(responses: ResponseBatch, processor: PromptProcessor, config: RunConfig,
-                    engine: Optional[StageEngine] = None) -> Score:
+def score_responses(
+    responses: ResponseBatch, processor: PromptProcessor, config: RunConfig, engine: Optional[StageEngine] = None
+) -> Score:
     """Decode and score (strings in, floats out; cheap beside a pass of the model).
 
     The project's own rules give every rank the same, so each rank calls them. Functions of the user's own need not (a
@@ -43,11 +46,19 @@ def score_responses(responses: ResponseBatch, processor: PromptProcessor, config
         for text in group:
             tick([sample.identity])  # a function of the user's own may take long
             scored[-1].append(score_response(text, sample.solution, sample.problem_type, parts))
-    components = {name: torch.tensor([[score.components[name] for score in row] for row in scored])
-                  for name in scored[0][0].components}
-    return Score(torch.tensor([[score.reward for score in row] for row in scored]), components, texts,
-                 tuple(tuple(score.problems + _type_problem(sample.problem_type, config) for score in row)
-                       for sample, row in zip(samples, scored)))
+    components = {
+        name: torch.tensor([[score.components[name] for score in row] for row in scored])
+        for name in scored[0][0].components
+    }
+    return Score(
+        torch.tensor([[score.reward for score in row] for row in scored]),
+        components,
+        texts,
+        tuple(
+            tuple(score.problems + _type_problem(sample.problem_type, config) for score in row)
+            for sample, row in zip(samples, scored)
+        ),
+    )
 
 
 def _type_problem(problem_type: str, config: RunConfig) -> tuple[str, ...]:

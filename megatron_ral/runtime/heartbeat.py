@@ -89,10 +89,19 @@ class HealthMonitor:
     def stalled(self, now: float) -> Optional[tuple[list[int], str]]:
         """(ranks whose main thread keeps the others waiting, what to say of them), or None."""
         present = dict(self._present())
-        ranks = [rank for rank, beat in present.items() if self.watches_waiting and not beat.waits_in
-                 and now - self._moved[rank] > self.limits[beat.is_long]]
-        if not ranks and present and (now - max(self._moved[rank] for rank in present)
-                                      > max(self.limits[beat.is_long] for beat in present.values())):
+        ranks = [
+            rank
+            for rank, beat in present.items()
+            if self.watches_waiting and not beat.waits_in and now - self._moved[rank] > self.limits[beat.is_long]
+        ]
+        if (
+            not ranks
+            and present
+            and (
+                now - max(self._moved[rank] for rank in present)
+                > max(self.limits[beat.is_long] for beat in present.values())
+            )
+        ):
             ranks = list(present)
         if not ranks:
             return None

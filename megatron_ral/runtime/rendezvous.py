@@ -35,12 +35,14 @@ class Rendezvous:
             return
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size,
-                                               timeout=timedelta(seconds=timeout_seconds)))
+            store, _, _ = next(
+                dist.rendezvous("env://", self.rank, self.world_size, timeout=timedelta(seconds=timeout_seconds))
+            )
         except (RuntimeError, ValueError) as error:  # c10d's errors are both
-            raise RendezvousError(f"MASTER_ADDR:MASTER_PORT = {where} cannot be used for a meeting of {self.world_size} ranks "
-                               f"({' '.join(str(error).split())[:200]}); is the port free, and open between the nodes?"
-                               ) from None
+            raise RendezvousError(
+                f"MASTER_ADDR:MASTER_PORT = {where} cannot be used for a meeting of {self.world_size} ranks "
+                f"({' '.join(str(error).split())[:200]}); is the port free, and open between the nodes?"
+            ) from None
         _OPEN_STORES.append(store)
         self._store = dist.PrefixStore("meeting", store)
 
@@ -56,11 +58,15 @@ class Rendezvous:
         if self.rank:
             return None
         deadline = time.monotonic() + self._timeout
-        missing = [rank for rank in range(self.world_size)
-                   if not self._wait(f"{name}/{rank}", max(deadline - time.monotonic(), 0.01))]
+        missing = [
+            rank
+            for rank in range(self.world_size)
+            if not self._wait(f"{name}/{rank}", max(deadline - time.monotonic(), 0.01))
+        ]
         if missing:
-            raise RendezvousError(f"ranks {missing} of {self.world_size} did not report within {self._timeout:g} s (at "
-                               f"'{name}')")
+            raise RendezvousError(
+                f"ranks {missing} of {self.world_size} did not report within {self._timeout:g} s (at '{name}')"
+            )
         return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.world_size)]
 
     def announce(self, name: str, value: Any = None) -> Any:
@@ -84,6 +90,8 @@ class Rendezvous:
         except dist.DistStoreError:  # the time is up
             return False
         except RuntimeError as error:
-            raise RendezvousError(f"the connection to MASTER_ADDR:MASTER_PORT was lost while waiting for '{key}' "
-                               f"({' '.join(str(error).split())[:200]}); did the first rank or the launcher end?") from None
+            raise RendezvousError(
+                f"the connection to MASTER_ADDR:MASTER_PORT was lost while waiting for '{key}' "
+                f"({' '.join(str(error).split())[:200]}); did the first rank or the launcher end?"
+            ) from None
         return True

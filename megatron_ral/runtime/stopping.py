@@ -38,5 +38,9 @@ class StopRequests:
         """Why the run has to end, or None: the same on every rank, which all call it at the end of each step."""
         late = bool(self._limit) and time.monotonic() - self._started >= 60.0 * self._limit
         reason = largest_of_all(max(self._asked, int(late)), process_groups)
-        return {0: None, 1: f"train.time_limit_minutes = {self._limit:g} have passed", 2: "SIGUSR1 was received",
-                3: "SIGTERM was received"}[reason]
+        return {
+            0: None,
+            1: f"train.time_limit_minutes = {self._limit:g} have passed",
+            2: "SIGUSR1 was received",
+            3: "SIGTERM was received",
+        }[reason]

@@ -55,7 +55,7 @@ class Process:
     @classmethod
     def own(cls) -> "Process":
         boot = Path("/proc/sys/kernel/random/boot_id")
-        machine = (boot.read_text().strip() if boot.exists() else socket.gethostname())
+        machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         return cls(os.getpid(), _process_state(os.getpid())[1], f"{machine} {namespace}", socket.gethostname())
 
@@ -101,9 +101,14 @@ def _waits_for_ranks(code: CodeType) -> bool:
 def comes_from_a_collective(error: BaseException) -> bool:
     """Whether an exception was raised where ranks wait for each other, so that it may be another one's fault."""
     frames = traceback.extract_tb(error.__traceback__)
-    said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
-    return isinstance(error, dist.DistError) or said or any(
-        frame.name == "wait" or any(part in frame.filename for part in _WAITS_IN) for frame in frames[-6:])
+    said = isinstance(error, RuntimeError) and any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection")
+    )
+    return (
+        isinstance(error, dist.DistError)
+        or said
+        or any(frame.name == "wait" or any(part in frame.filename for part in _WAITS_IN) for frame in frames[-6:])
+    )
 
 
 class Watchdog:
@@ -117,8 +122,16 @@ class Watchdog:
         source: where this rank is.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float, long_timeout: float, watches_waiting: bool,
-                 log: Optional[Path] = None, source: Progress = progress):
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        long_timeout: float,
+        watches_waiting: bool,
+        log: Optional[Path] = None,
+        source: Progress = progress,
+    ):
         self.rank, self.world_size, self.log, self.source = rank, world_size, log, source
         self.timeout, self.interval = timeout, min(1.0, timeout / 10)
         self._thread: Optional[threading.Thread] = None
@@ -141,8 +154,9 @@ class Watchdog:
         self._store = dist.TCPStore(host, port, None, False, wait)
         self._processes: list[Process] = gather_from_all(Process.own())
         own = self._processes[rank]
-        self._neighbours = [other for other, process in enumerate(self._processes)
-                            if other != rank and process.machine == own.machine]
+        self._neighbours = [
+            other for other, process in enumerate(self._processes) if other != rank and process.machine == own.machine
+        ]
         self._send()
         gather_from_all(None)  # every rank has sent a beat
         source.listener = self._phase_changed
@@ -232,8 +246,18 @@ class Watchdog:
         names = list(source.samples[-2:])
         more = f" and {len(source.samples) - len(names)} before" if len(source.samples) > len(names) else ""
         samples = f"last sample{'s' if len(names) > 1 else ''} {', '.join(names)}{more}" if names else ""
-        self._beat = Heartbeat(self._beat.number + 1, source.ticks, source.phase, source.is_long, source.num_phases, source.step,
-                          samples, waits_in, place, self._leaving)
+        self._beat = Heartbeat(
+            self._beat.number + 1,
+            source.ticks,
+            source.phase,
+            source.is_long,
+            source.num_phases,
+            source.step,
+            samples,
+            waits_in,
+            place,
+            self._leaving,
+        )
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._beat)))
         self._told = self._beat.num_phases
 
@@ -269,8 +293,9 @@ class Watchdog:
     def _message(self, ranks: list[int], what: str, beats: Mapping[int, Heartbeat]) -> str:
         lines = [f"watchdog: {name_ranks(ranks)} {what}; the job ends"]
         lines += [f"watchdog: rank {rank} was in {beats[rank].where()}" for rank in ranks[:8]]
-        return "\n".join(lines + ["where every rank was:"] + describe(beats)
-                         + ["go on from the newest checkpoint with --resume", ""])
+        return "\n".join(
+            lines + ["where every rank was:"] + describe(beats) + ["go on from the newest checkpoint with --resume", ""]
+        )
 
     def _obey(self, verdict: Mapping) -> NoReturn:
         """End this process by a verdict."""
@@ -285,8 +310,13 @@ class Watchdog:
         except dist.DistError:
             pass  # the first rank has gone ahead
         deadline = time.monotonic() + max(3.0, 3 * self.interval)
-        while (self.rank not in verdict["ranks"] and 0 in verdict["ranks"] and 0 in self._neighbours
-               and not self._processes[0].is_gone() and time.monotonic() < deadline):
+        while (
+            self.rank not in verdict["ranks"]
+            and 0 in verdict["ranks"]
+            and 0 in self._neighbours
+            and not self._processes[0].is_gone()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)  # it holds the store until all have looked, and ends by itself
         self._end(verdict["ranks"])
 
@@ -300,8 +330,11 @@ class Watchdog:
     def _farewell(self) -> None:
         self._send()  # the beat before may have been made before this rank was about to leave
         deadline = time.monotonic() + 10.0
-        while self.rank == 0 and time.monotonic() < deadline and not all(
-                beat.has_left for beat in self._read(range(self.world_size)).values()):
+        while (
+            self.rank == 0
+            and time.monotonic() < deadline
+            and not all(beat.has_left for beat in self._read(range(self.world_size)).values())
+        ):
             self._check()
             time.sleep(0.02)
 
@@ -310,8 +343,11 @@ class Watchdog:
         process = self._processes[0]
         time.sleep(0.2)  # the process of a lost connection may take a moment to be gone
         near = process.machine == self._processes[self.rank].machine
-        what = (f"died (process {process.pid} on {process.name})" if near and process.is_gone() else
-                f"does not answer ({why}): stopped, or its machine is lost")
+        what = (
+            f"died (process {process.pid} on {process.name})"
+            if near and process.is_gone()
+            else f"does not answer ({why}): stopped, or its machine is lost"
+        )
         self._print(self._message([0], what, {0: self._judge.beats.get(0, Heartbeat()), self.rank: self._beat}), True)
         self._end([0])
 

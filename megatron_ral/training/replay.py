@@ -36,8 +36,10 @@ class Finding:
     samples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (f"data rank {self.data_rank}, micro-batch {self.micro_batch}: {self.what}, "
-                f"sample{'s' if len(self.samples) > 1 else ''} {_some(self.samples)}")
+        return (
+            f"data rank {self.data_rank}, micro-batch {self.micro_batch}: {self.what}, "
+            f"sample{'s' if len(self.samples) > 1 else ''} {_some(self.samples)}"
+        )
 
 
 @dataclass
@@ -68,8 +70,9 @@ class WatchedObjective:
         self._look_at_losses(metrics, batch)
         return loss, metrics
 
-    def attention_loss(self, layer: int, rows: AttentionRows,
-                       batch: TrainBatch) -> tuple[Optional[Tensor], Mapping[str, Tensor]]:
+    def attention_loss(
+        self, layer: int, rows: AttentionRows, batch: TrainBatch
+    ) -> tuple[Optional[Tensor], Mapping[str, Tensor]]:
         self._look(f"attention of layer {layer}", rows.attention, batch)
         self._look_later(f"gradient of the queries of layer {layer}", rows.record.query_BGRnD, batch)
         loss, metrics = self.inner.attention_loss(layer, rows, batch)
@@ -112,12 +115,15 @@ class Pass:
 
     def __str__(self) -> str:
         losses = ", ".join(f"{name} = {value:.6g}" for name, value in self.losses.items())
-        faulty = f"; not finite in {len(self.parameters)} parameters: {_some(self.parameters)}" if self.parameters else ""
+        faulty = (
+            f"; not finite in {len(self.parameters)} parameters: {_some(self.parameters)}" if self.parameters else ""
+        )
         return f"{self.name}: {losses or 'no loss'}; norm of the gradient {self.grad_norm:.6g}{faulty}"
 
 
-def run_again(policy: PolicyEngine, batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], objective: Objective
-              ) -> tuple[bool, list[str], list[Pass]]:
+def run_again(
+    policy: PolicyEngine, batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], objective: Objective
+) -> tuple[bool, list[str], list[Pass]]:
     """Run a skipped step again; every rank calls it.
 
     Args:
@@ -132,28 +138,41 @@ def run_again(policy: PolicyEngine, batches: Sequence[TrainBatch], tensors: Mapp
     data_rank = policy.layout.data_rank
     findings = _unique(gather_from_all(_faulty_inputs(batches, tensors, data_rank)))
     lines = [f"in the batch: {finding}" for finding in findings]
-    weights = _unique(gather_from_all([name for name, shard in policy.master_shards().items()
-                                       if not bool(shard.isfinite().all())]))
+    weights = _unique(
+        gather_from_all([name for name, shard in policy.master_shards().items() if not bool(shard.isfinite().all())])
+    )
     if weights:
         lines.append(f"weights that are not finite, {len(weights)}: {_some(weights)}")
     watched = WatchedObjective(objective, batches, data_rank)
     passes = [_one_pass("whole step", policy, batches, watched)]
     lines += [f"in the passes: {finding}" for finding in _unique(gather_from_all(watched.found))]
     if isinstance(objective, RalObjective):
-        terms = {"tokens": True, "attention": objective.attention_coef > 0,
-                 "distill_attention": objective.distill is not None and objective.distill.settings.attention_coef > 0}
-        passes += [_one_pass(f"term {term} alone", policy, batches, objective.only(term))
-                   for term, acts in terms.items() if acts]
+        terms = {
+            "tokens": True,
+            "attention": objective.attention_coef > 0,
+            "distill_attention": objective.distill is not None and objective.distill.settings.attention_coef > 0,
+        }
+        passes += [
+            _one_pass(f"term {term} alone", policy, batches, objective.only(term))
+            for term, acts in terms.items()
+            if acts
+        ]
     if not passes[0].is_finite and len(batches) > 1:
-        passes += [_one_pass(f"micro-batch {index} of every data rank alone", policy, [batch], objective)
-                   for index, batch in enumerate(batches)]
+        passes += [
+            _one_pass(f"micro-batch {index} of every data rank alone", policy, [batch], objective)
+            for index, batch in enumerate(batches)
+        ]
     return not passes[0].is_finite, lines, passes
 
 
 def _one_pass(name: str, policy: PolicyEngine, batches: Sequence[TrainBatch], objective: Any) -> Pass:
     sums = policy.forward_backward(batches, objective)
-    return Pass(name, {key: value for key, value in sums.items() if key.startswith("loss")},
-                policy.gradient_norm(policy.gradient_shards()), _unique(gather_from_all(policy.faulty_gradients())))
+    return Pass(
+        name,
+        {key: value for key, value in sums.items() if key.startswith("loss")},
+        policy.gradient_norm(policy.gradient_shards()),
+        _unique(gather_from_all(policy.faulty_gradients())),
+    )
 
 
 def _faulty_inputs(batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], data_rank: int) -> list[Finding]:

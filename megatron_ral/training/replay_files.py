@@ -27,12 +27,13 @@ from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.weights.stage_weights import export_stage
 from megatron_ral.parallel.collectives import barrier, from_first_rank_of_all
 from megatron_ral.training.step import SkippedUpdate
-from megatron_ral.types import (
-    GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch)
+from megatron_ral.types import GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch
 
 MANIFEST = "replay.json"
-_TYPES = {kind.__name__: kind for kind in (AttentionRecord, GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals,
-                                           TargetFrames, TrainBatch)}
+_TYPES = {
+    kind.__name__: kind
+    for kind in (AttentionRecord, GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch)
+}
 _LEFT_OUT = {"Sample": {"images": (), "videos": ()}}
 
 
@@ -98,8 +99,13 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, config: RunConfig,
         export_stage(policy.stage, policy.process_groups, config.model.path, str(partial / "hf"))
     if layout.rank == 0:
         (partial / "config.yaml").write_text(dump_config(config))
-        manifest = {"step": step, "update": skipped.update + 1, "world_size": layout.world_size,
-                    "metrics": dict(skipped.metrics), "command": replay_command(folder, layout.world_size)}
+        manifest = {
+            "step": step,
+            "update": skipped.update + 1,
+            "world_size": layout.world_size,
+            "metrics": dict(skipped.metrics),
+            "command": replay_command(folder, layout.world_size),
+        }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -124,5 +130,7 @@ def load_replay(folder: Path, rank: int) -> tuple[list[TrainBatch], Sequence[Sco
 
 def replay_command(folder: Path, world_size: int) -> str:
     """What runs a replay again, in a shell where the training was started."""
-    return (f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc-per-node {world_size} "
-            f"-m megatron_ral.replay {shlex.quote(str(Path(folder).resolve()))}")
+    return (
+        f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc-per-node {world_size} "
+        f"-m megatron_ral.replay {shlex.quote(str(Path(folder).resolve()))}"
+    )

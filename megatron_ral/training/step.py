@@ -62,22 +62,25 @@ class StepReport:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def sft_step(policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptProcessor,
-             config: RunConfig) -> StepReport:
+def sft_step(
+    policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig
+) -> StepReport:
     """One supervised optimizer step on this rank's share of the global batch."""
     report = StepReport()
     with report.timed("update"):
         batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
-        totals = global_totals([batch.response_lengths for batch in batches], config.rollout.max_response_length,
-                               policy.process_groups)
+        totals = global_totals(
+            [batch.response_lengths for batch in batches], config.rollout.max_response_length, policy.process_groups
+        )
         minibatch, report.supervised = [TrainBatch(batch, totals) for batch in batches], batches
         sums = policy.forward_backward(minibatch, SftObjective())
         result = policy.step()
     report.metrics.update(finish_metrics(sums))
     if not result.applied:
         report.skipped.append(SkippedUpdate(0, minibatch, (), report.metrics))
-    report.metrics.update({"grad_norm": result.grad_norm, "lr": result.learning_rate,
-                           "skipped_steps": float(not result.applied)})
+    report.metrics.update(
+        {"grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped_steps": float(not result.applied)}
+    )
     return report
 
 
@@ -86,7 +89,7 @@ def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch
     order = longest_first([len(prompt.input_ids) + len(prompt.response_ids) for prompt in prompts], len(prompts))
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
-        chosen = [prompts[index] for index in order[start:start + micro_batch_size]]
+        chosen = [prompts[index] for index in order[start : start + micro_batch_size]]
         longest = max(len(prompt.response_ids) for prompt in chosen)
         ids = torch.full((len(chosen), 1, longest), pad_token_id)
         for index, prompt in enumerate(chosen):
@@ -110,8 +113,15 @@ class Engines:
     """To distil from."""
 
 
-def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProcessor, objective: RalObjective,
-             config: RunConfig, step: int, measure_gradient_ratio: bool) -> StepReport:
+def ral_step(
+    engines: Engines,
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    objective: RalObjective,
+    config: RunConfig,
+    step: int,
+    measure_gradient_ratio: bool,
+) -> StepReport:
     """One rollout and its optimizer steps.
 
     Args:
@@ -138,19 +148,31 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
         for index, minibatch in enumerate(minibatches):
             last = epoch == config.rollout.num_epochs - 1 and index == len(minibatches) - 1
             if not updates:  # the policy is still the sampler's: do they agree?
-                minibatch = [replace(batch, rollout_logprobs=scored.rollout_logprobs, from_teacher=scored.from_teacher)
-                             for batch, scored in zip(minibatch, report.rollout)]
+                minibatch = [
+                    replace(batch, rollout_logprobs=scored.rollout_logprobs, from_teacher=scored.from_teacher)
+                    for batch, scored in zip(minibatch, report.rollout)
+                ]
             if engines.teacher is not None:  # per update, so that its rows of a whole rollout need not be held
                 with report.timed("teacher"):
                     minibatch = add_teacher_outputs(engines.teacher, minibatch, objective.distill, config, step)
             with report.timed("update"):
                 with policy.ready(policy.local_layers(sorted(objective.recorded_layers))):
-                    metrics = accumulate_gradients(policy, minibatch, objective, config, last and measure_gradient_ratio)
+                    metrics = accumulate_gradients(
+                        policy, minibatch, objective, config, last and measure_gradient_ratio
+                    )
                 result = policy.step()
-            updates.append({**metrics, "grad_norm": result.grad_norm, "lr": result.learning_rate,
-                            "skipped_steps": float(not result.applied)})
+            updates.append(
+                {
+                    **metrics,
+                    "grad_norm": result.grad_norm,
+                    "lr": result.learning_rate,
+                    "skipped_steps": float(not result.applied),
+                }
+            )
             if not result.applied:
-                scores = [scored.score for scored in report.rollout[index * len(minibatch):(index + 1) * len(minibatch)]]
+                scores = [
+                    scored.score for scored in report.rollout[index * len(minibatch) : (index + 1) * len(minibatch)]
+                ]
                 report.skipped.append(SkippedUpdate(len(updates) - 1, minibatch, scores, updates[-1]))
     if engines.average is not None and len(report.skipped) < len(updates):
         engines.average.follow(policy)
@@ -164,20 +186,30 @@ def ral_step(engines: Engines, prompts: Sequence[Prompt], processor: PromptProce
     return report
 
 
-def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, config: RunConfig,
-            report: StepReport
-            ) -> tuple[Sequence[Optional[ForwardOutput]], Optional[Sequence[ForwardOutput]],
-                       Optional[Sequence[Optional[ForwardOutput]]]]:
+def _passes(
+    engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, config: RunConfig, report: StepReport
+) -> tuple[
+    Sequence[Optional[ForwardOutput]], Optional[Sequence[ForwardOutput]], Optional[Sequence[Optional[ForwardOutput]]]
+]:
     """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
     average) the attention is compared with. The policy's leaves out (None) what the first update is made of."""
     target, layers = objective.settings.attention_target, sorted(objective.term_layers)
     own = on_policy_updates(config) * (len(batches) // config.rollout.num_minibatches)
 
-    def run(engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
-            ) -> list[ForwardOutput]:
-        return [] if not batches else engine.forward(
-            batches, layers if recorded else (), temperature=objective.temperature,
-            row_kind=objective.settings.attention_row, keep=objective.term.keep)
+    def run(
+        engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
+    ) -> list[ForwardOutput]:
+        return (
+            []
+            if not batches
+            else engine.forward(
+                batches,
+                layers if recorded else (),
+                temperature=objective.temperature,
+                row_kind=objective.settings.attention_row,
+                keep=objective.term.keep,
+            )
+        )
 
     with report.timed("old"):
         old = [None] * own + run(engines.policy, target in ROLLOUT_POLICY, batches[own:])
@@ -195,12 +227,18 @@ def _passes(engines: Engines, batches: Sequence[GroupBatch], objective: RalObjec
     return old, reference, source
 
 
-def add_teacher_outputs(teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig,
-           step: int) -> list[TrainBatch]:
+def add_teacher_outputs(
+    teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig, step: int
+) -> list[TrainBatch]:
     """The micro-batches of one optimizer step with the teacher's view of them."""
     tokens = config.distill.token_divergence != "cross_entropy"
-    outputs = teacher.read([batch.groups for batch in minibatch], sorted(term.layers), row_kind=term.row_kind,
-                           keep=term.keep, hidden_states=tokens)
+    outputs = teacher.read(
+        [batch.groups for batch in minibatch],
+        sorted(term.layers),
+        row_kind=term.row_kind,
+        keep=term.keep,
+        hidden_states=tokens,
+    )
     result = []
     for batch, output in zip(minibatch, outputs):
         rows = output.attention
@@ -210,8 +248,13 @@ def add_teacher_outputs(teacher: TeacherEngine, minibatch: Sequence[TrainBatch],
     return result
 
 
-def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], objective: RalObjective,
-                         config: RunConfig, measure_ratio: bool) -> dict[str, float]:
+def accumulate_gradients(
+    policy: PolicyEngine,
+    minibatch: Sequence[TrainBatch],
+    objective: RalObjective,
+    config: RunConfig,
+    measure_ratio: bool,
+) -> dict[str, float]:
     """Gradient of one optimizer step, ready for `policy.step`, with the coefficient of the attention term that the
     schedule or the wanted ratio of gradients asks for. Returns metrics."""
     settings = config.loss
@@ -222,16 +265,23 @@ def accumulate_gradients(policy: PolicyEngine, minibatch: Sequence[TrainBatch], 
         token_shards = policy.gradient_shards()
         attention_norm, token_norm = policy.gradient_norm(attention_shards), policy.gradient_norm(token_shards)
         coef = settings.attention_grad_ratio * token_norm / attention_norm if attention_norm > 0 else 0.0
-        policy.set_gradient_shards([token.add_(attention, alpha=coef)
-                                    for token, attention in zip(token_shards, attention_shards)])
+        policy.set_gradient_shards(
+            [token.add_(attention, alpha=coef) for token, attention in zip(token_shards, attention_shards)]
+        )
         attention_sums["loss/attention"] *= coef
         metrics = {**finish_metrics({**attention_sums, **sums}), "attention/coef": coef}
         return {**metrics, "attention/grad_ratio": settings.attention_grad_ratio} if coef > 0 else metrics
-    coef = settings.attention_coef * schedule_factor(policy.num_steps_taken, config.num_optimizer_steps,
-                                                     settings.attention_coef_warmup_steps, settings.attention_coef_decay)
+    coef = settings.attention_coef * schedule_factor(
+        policy.num_steps_taken,
+        config.num_optimizer_steps,
+        settings.attention_coef_warmup_steps,
+        settings.attention_coef_decay,
+    )
     objective = replace(objective, attention_coef=coef)
-    acting = {"attention": coef > 0, "distill_attention": objective.distill is not None and
-              config.distill.attention_coef > 0}
+    acting = {
+        "attention": coef > 0,
+        "distill_attention": objective.distill is not None and config.distill.attention_coef > 0,
+    }
     shards = {}
     for parts in (name for name, acts in acting.items() if acts and measure_ratio):
         policy.forward_backward(minibatch, objective.only(parts))

@@ -63,12 +63,19 @@ class Inputs:
         eval_shards: Sequence[str] = ()
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor(str(config_folder(config.model.path)), config.data.max_prompt_length,
-                                    config.data.include_process, config.data.max_visual_tokens,
-                                    config.data.prompt_suffix)
+        processor = PromptProcessor(
+            str(config_folder(config.model.path)),
+            config.data.max_prompt_length,
+            config.data.include_process,
+            config.data.max_visual_tokens,
+            config.data.prompt_suffix,
+        )
         if config.distills:
-            processor.check_same(PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
-                                 "model.path", "teacher.path")
+            processor.check_same(
+                PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
+                "model.path",
+                "teacher.path",
+            )
         checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
         return cls(processor, sources, eval_shards, checkpoint)
 
@@ -85,17 +92,31 @@ class Trainer:
         stopping: what may end the run before its last step; None: train.time_limit_minutes from now.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, process_groups: ProcessGroups, inputs: Inputs,
-                 teacher_shape: Optional[ModelShape] = None, stopping: Optional[StopRequests] = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: ModelShape,
+        process_groups: ProcessGroups,
+        inputs: Inputs,
+        teacher_shape: Optional[ModelShape] = None,
+        stopping: Optional[StopRequests] = None,
+    ):
         self.config, self.shape, self.process_groups, self.layout = config, shape, process_groups, process_groups.layout
         self.is_main = process_groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
         self.stopping = stopping or StopRequests(config.train.time_limit_minutes)
         self.num_skipped, self.problems = 0, ScoringIssueLog()
         self.loader = PromptLoader(
-            inputs.sources, self.processor, config.data, dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
-            seed=config.seed, batch_size=self.prompts_per_step, report=self.is_main,
-            exchange=gather_from_all)
+            inputs.sources,
+            self.processor,
+            config.data,
+            dp_rank=self.layout.data_rank,
+            dp_size=self.layout.data_size,
+            seed=config.seed,
+            batch_size=self.prompts_per_step,
+            report=self.is_main,
+            exchange=gather_from_all,
+        )
         teacher = None
         if teacher_shape is not None:
             teacher = build_teacher(config, teacher_shape, shape, process_groups, self.processor)
@@ -103,10 +124,16 @@ class Trainer:
         self.policy = PolicyEngine(shape, process_groups, config)
         reference = average = None
         if config.needs_reference:
-            reference = FrozenEngine(shape, process_groups, config.model.dtype,
-                                     config.model.reference_path or config.model.path,
-                                     config.parallel.sequence_parallel, config.parallel.offload_parameters,
-                                     config.parallel.gather, config.parallel.overlap_communication)
+            reference = FrozenEngine(
+                shape,
+                process_groups,
+                config.model.dtype,
+                config.model.reference_path or config.model.path,
+                config.parallel.sequence_parallel,
+                config.parallel.offload_parameters,
+                config.parallel.gather,
+                config.parallel.overlap_communication,
+            )
         if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
             average = AverageEngine(self.policy, config.loss.attention_ema_decay)
         self.engines = Engines(self.policy, reference, average, teacher)
@@ -139,8 +166,14 @@ class Trainer:
         if first == 0:
             self._look(log, probes, 0)
         end = min(config.train.stop_after_step or config.train.num_steps, config.train.num_steps)
-        bar = tqdm(total=end, initial=first, desc=config.train.algorithm, unit="step", disable=not self.is_main,
-                   mininterval=5.0)
+        bar = tqdm(
+            total=end,
+            initial=first,
+            desc=config.train.algorithm,
+            unit="step",
+            disable=not self.is_main,
+            mininterval=5.0,
+        )
         with progress.within("training", is_long=False):
             done, stop = self._steps(first, end, log, probes, bar)
         with progress.within("end", is_long=True):
@@ -151,9 +184,14 @@ class Trainer:
         """What is said and written after the last step."""
         config = self.config
         if stop:
-            self._say(f"{stop}: stopped after step {done} of {config.train.num_steps}, "
-                      + (f"which is checkpointed in {config.train.output_dir}; go on with the same command and --resume"
-                         if done else "nothing to checkpoint; start again"))
+            self._say(
+                f"{stop}: stopped after step {done} of {config.train.num_steps}, "
+                + (
+                    f"which is checkpointed in {config.train.output_dir}; go on with the same command and --resume"
+                    if done
+                    else "nothing to checkpoint; start again"
+                )
+            )
         if config.train.export and done == config.train.num_steps:
             with progress.within("export", is_long=True), self.policy.resident():
                 export_stage(self.policy.stage, self.process_groups, config.model.path, f"{config.train.output_dir}/hf")
@@ -199,15 +237,23 @@ class Trainer:
         log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
         log.scalars(self.throughput.measure(report), step + 1)
         by_reason = self.loader.quarantined_by_reason
-        log.scalars({"timing/step": seconds, "data/quarantined": float(by_reason.total()),
-                     **{f"data/quarantined/{reason}": float(count) for reason, count in by_reason.items()}}, step + 1)
+        log.scalars(
+            {
+                "timing/step": seconds,
+                "data/quarantined": float(by_reason.total()),
+                **{f"data/quarantined/{reason}": float(count) for reason, count in by_reason.items()},
+            },
+            step + 1,
+        )
         self._show_problems(report, step)
         interval = self.config.logging.completions_interval
         if report.rollout and interval and (step % interval == 0):
             log.completions(report.rollout, step + 1)
-        shown = {name.split("/")[-1]: f"{report.metrics[name]:.3g}" for name in
-                 ("loss", "reward", "kl", "attention/divergence", "attention/grad_ratio", "grad_norm")
-                 if name in report.metrics}
+        shown = {
+            name.split("/")[-1]: f"{report.metrics[name]:.3g}"
+            for name in ("loss", "reward", "kl", "attention/divergence", "attention/grad_ratio", "grad_norm")
+            if name in report.metrics
+        }
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
@@ -215,8 +261,11 @@ class Trainer:
         """The first unparsed responses and failures of reward functions in the log, whichever rank had them."""
         if not report.rollout:
             return
-        found = [problem for scored in report.rollout
-                 for problem in scoring_issues(scored.score, scored.groups.prompts.prompts)]
+        found = [
+            problem
+            for scored in report.rollout
+            for problem in scoring_issues(scored.score, scored.groups.prompts.prompts)
+        ]
         gathered = gather_objects(ScoringIssueLog().select(found), self.process_groups.data)
         if self.is_main:
             self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
@@ -227,18 +276,27 @@ class Trainer:
             with progress.within("replay", is_long=True):
                 kept = save_replay(self.policy, skipped, self.config, step + 1)
             if kept is not None and self.is_main:
-                logger.warning("step %d, update %d: the batch is kept with the weights it met; find what is not finite with"
-                               "\n  %s", step + 1, skipped.update + 1, replay_command(kept, self.layout.world_size))
+                logger.warning(
+                    "step %d, update %d: the batch is kept with the weights it met; find what is not finite with\n  %s",
+                    step + 1,
+                    skipped.update + 1,
+                    replay_command(kept, self.layout.world_size),
+                )
         self.num_skipped = self.num_skipped + 1 if report.metrics["skipped_steps"] > 0 else 0
         if self.num_skipped and self.is_main:
-            logger.warning("step %d: a loss or the gradient was not finite; the update was skipped (%d steps in a row)", step + 1,
-                           self.num_skipped)
+            logger.warning(
+                "step %d: a loss or the gradient was not finite; the update was skipped (%d steps in a row)",
+                step + 1,
+                self.num_skipped,
+            )
         if self.num_skipped == self.config.train.max_skipped_steps:
             with progress.within("checkpoint", is_long=True):
                 self.checkpoints.finish()  # one that is being written is what to resume from
-            raise TooManySkippedSteps(f"a loss or the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
-                                      f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
-                                      "resume from an earlier checkpoint")
+            raise TooManySkippedSteps(
+                f"a loss or the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
+                f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
+                "resume from an earlier checkpoint"
+            )
 
     def _probe_prompts(self) -> list:
         settings = self.config.logging
@@ -255,9 +313,14 @@ class Trainer:
                 views = view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher)
             log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
-            prompts = PromptSet(self.eval_shards, self.processor, settings.num_eval_prompts,
-                                dp_rank=self.layout.data_rank, dp_size=self.layout.data_size,
-                                num_readers=self.layout.world_size)
+            prompts = PromptSet(
+                self.eval_shards,
+                self.processor,
+                settings.num_eval_prompts,
+                dp_rank=self.layout.data_rank,
+                dp_size=self.layout.data_size,
+                num_readers=self.layout.world_size,
+            )
             with progress.within("evaluation"):
                 result = evaluate_prompts(self.policy, prompts, self.processor, self.config, layer)
             log.evaluation(result, step)
@@ -268,8 +331,10 @@ class Trainer:
             if engine is None:
                 continue
             held, layout = gather_objects(engine.shard_bytes(), engine.process_groups.data), engine.layout
-            self._say(f"{name}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}; "
-                      "bytes held between steps by the data-parallel ranks of stage 0:")
+            self._say(
+                f"{name}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}; "
+                "bytes held between steps by the data-parallel ranks of stage 0:"
+            )
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
                 self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
@@ -282,15 +347,27 @@ class Trainer:
         if not self.is_main:
             return
         train = self.config.train
-        summary = {"algorithm": train.algorithm, "seconds": round(seconds, 2), "first_step": first,
-                   "last_step": end, "end_step": min(train.stop_after_step or train.num_steps, train.num_steps), "quarantined": self.loader.quarantined,
-                   "quarantined_by_reason": self.loader.quarantined_by_reason, "filtered": self.loader.filtered,
-                   "layout": {"tensor": self.layout.tensor_size, "pipeline": self.layout.pipeline_size,
-                              "data": self.layout.data_size}}
+        summary = {
+            "algorithm": train.algorithm,
+            "seconds": round(seconds, 2),
+            "first_step": first,
+            "last_step": end,
+            "end_step": min(train.stop_after_step or train.num_steps, train.num_steps),
+            "quarantined": self.loader.quarantined,
+            "quarantined_by_reason": self.loader.quarantined_by_reason,
+            "filtered": self.loader.filtered,
+            "layout": {
+                "tensor": self.layout.tensor_size,
+                "pipeline": self.layout.pipeline_size,
+                "data": self.layout.data_size,
+            },
+        }
         path = Path(self.config.train.output_dir) / "summary.json"
         path.write_text(json.dumps(summary, indent=2))
-        self._say(f"{self.config.train.algorithm}: steps {first}..{end} in {seconds:.1f} s; "
-                  f"{len(self.loader.quarantined)} samples quarantined; summary in {path}")
+        self._say(
+            f"{self.config.train.algorithm}: steps {first}..{end} in {seconds:.1f} s; "
+            f"{len(self.loader.quarantined)} samples quarantined; summary in {path}"
+        )
 
     def _say(self, text: str) -> None:
         if self.is_main:

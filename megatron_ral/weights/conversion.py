@@ -18,7 +18,13 @@ from torch import Tensor
 
 from megatron_ral.errors import CheckpointError, ConfigError
 from megatron_ral.weights.folders import (
-    INDEX, HuggingFaceWeights, SafetensorsFile, SafetensorsWriter, Weights, copy_config)
+    INDEX,
+    HuggingFaceWeights,
+    SafetensorsFile,
+    SafetensorsWriter,
+    Weights,
+    copy_config,
+)
 from megatron_ral.models.folder import MANIFEST, read_json
 from megatron_ral.models.families import build_tower
 from megatron_ral.models.shape import ModelShape, read_shape
@@ -83,8 +89,11 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
     unexpected = set(weights) - set(wanted) - ({"lm_head.weight"} if shape.tie_word_embeddings else set())
     rows = [("missing", name, str(wanted[name])) for name in wanted if name not in weights]
     rows += [("unexpected", name, str(weights.shape_of(name))) for name in sorted(unexpected)]
-    rows += [("mis-shaped", name, f"{weights.shape_of(name)} instead of {size}") for name, size in wanted.items()
-             if name in weights and weights.shape_of(name) != size]
+    rows += [
+        ("mis-shaped", name, f"{weights.shape_of(name)} instead of {size}")
+        for name, size in wanted.items()
+        if name in weights and weights.shape_of(name) != size
+    ]
     if rows:
         table = "\n".join(f"  {kind:<11} {name:<60} {size}" for kind, name, size in rows[:40])
         more = f"\n  ... and {len(rows) - 40} more" if len(rows) > 40 else ""
@@ -110,8 +119,11 @@ class MegatronWeights(Weights):
                 for source in tensor.sources:
                     places = self._tied if source in self._where else self._where
                     places[source] = (stage, tensor)
-        self._files = {(rank, stage): SafetensorsFile(self.path / shard_file(rank, stage))
-                       for rank in range(self.tensor_size) for stage in range(self.pipeline_size)}
+        self._files = {
+            (rank, stage): SafetensorsFile(self.path / shard_file(rank, stage))
+            for rank in range(self.tensor_size)
+            for stage in range(self.pipeline_size)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name, *self._where[name], first_rank=0)
@@ -152,12 +164,28 @@ def stage_tables(shape: ModelShape, tensor_size: int, pipeline_size: int) -> Ite
     names = list(visual_shapes(shape))
     for stage in range(pipeline_size):
         layout = RankLayout(stage, pipeline_size, 1, pipeline_size)
-        yield stage, list(stage_tensors(shape, layout.stage_layers(shape.num_layers), layout.is_first_stage,
-                                        layout.is_last_stage, tensor_size, names))
+        yield (
+            stage,
+            list(
+                stage_tensors(
+                    shape,
+                    layout.stage_layers(shape.num_layers),
+                    layout.is_first_stage,
+                    layout.is_last_stage,
+                    tensor_size,
+                    names,
+                )
+            ),
+        )
 
 
-def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeline_size: int,
-                progress: Progress = lambda num_bytes: None) -> Converted:
+def to_megatron(
+    source: str | Path,
+    output: str | Path,
+    tensor_size: int,
+    pipeline_size: int,
+    progress: Progress = lambda num_bytes: None,
+) -> Converted:
     """Write `source` (Hugging Face or Megatron folder) as a Megatron folder of the given layout.
 
     At most the Hugging Face tensors of one parameter and that parameter are in memory at a time.
@@ -174,8 +202,10 @@ def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeli
     partial, moved = _begin(output), 0
     try:
         for stage, table in stage_tables(shape, tensor_size, pipeline_size):
-            files = [SafetensorsWriter(partial / shard_file(rank, stage), _shard_entries(table, weights, shape, tensor_size))
-                     for rank in range(tensor_size)]
+            files = [
+                SafetensorsWriter(partial / shard_file(rank, stage), _shard_entries(table, weights, shape, tensor_size))
+                for rank in range(tensor_size)
+            ]
             for tensor in table:
                 full = tensor.merge([weights[name] for name in tensor.sources])
                 written = 0
@@ -196,8 +226,13 @@ def to_megatron(source: str | Path, output: str | Path, tensor_size: int, pipeli
     return Converted(moved, time.perf_counter() - started)
 
 
-def to_hf(source: str | Path, output: str | Path, max_shard_bytes: int = 5_000_000_000,
-          progress: Progress = lambda num_bytes: None, weights: Optional[Weights] = None) -> Converted:
+def to_hf(
+    source: str | Path,
+    output: str | Path,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress = lambda num_bytes: None,
+    weights: Optional[Weights] = None,
+) -> Converted:
     """Write `source` as a Hugging Face folder, sharded like the hub's with an index.
 
     Args:
@@ -224,7 +259,9 @@ def to_hf(source: str | Path, output: str | Path, max_shard_bytes: int = 5_000_0
         for number, names in enumerate(plan, 1):
             file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             hub = {name: shape.family.hub_name(name) for name in names}
-            writer = SafetensorsWriter(partial / file, [(hub[n], weights.dtype_of(n), weights.shape_of(n)) for n in names])
+            writer = SafetensorsWriter(
+                partial / file, [(hub[n], weights.dtype_of(n), weights.shape_of(n)) for n in names]
+            )
             for name in names:
                 progress(writer.add(hub[name], weights[name]))
                 weight_map[hub[name]] = file
@@ -246,8 +283,10 @@ def differing_weights(first: str | Path, second: str | Path) -> list[str]:
     for name in left:
         if name in right:
             ours = left[name]
-            others = [right[name], *(copy for side in (left, right) if isinstance(side, MegatronWeights)
-                                     for copy in side.copies(name))]
+            others = [
+                right[name],
+                *(copy for side in (left, right) if isinstance(side, MegatronWeights) for copy in side.copies(name)),
+            ]
             if any(ours.dtype != other.dtype or not torch.equal(ours, other) for other in others):
                 apart.append(name)
     return apart

@@ -81,8 +81,9 @@ class SafetensorsFile:
             for name in handle.keys():
                 part = handle.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
-                    raise CheckpointError(f"'{path}': tensor '{name}' has type {part.get_dtype()}; known: "
-                                          f"{', '.join(_DTYPES)}")
+                    raise CheckpointError(
+                        f"'{path}': tensor '{name}' has type {part.get_dtype()}; known: {', '.join(_DTYPES)}"
+                    )
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
 
     def read(self, name: str) -> Tensor:

@@ -95,8 +95,14 @@ def pieces(old: HeldParameter, new: HeldParameter, tensor_rank: int, start: int,
     for row, rows, column, columns in _bands(start, min(stop, new.numel), new.width):
         for old_rank_rows, old_row, count, new_row in _rows(old, new, tensor_rank, row, rows):
             for old_rank_columns, old_column, width, new_column in _columns(old, new, tensor_rank, column, columns):
-                yield Rectangle(old_rank_rows + old_rank_columns, old_row, old_column, count, width,
-                                new_row * new.width + new_column - start)
+                yield Rectangle(
+                    old_rank_rows + old_rank_columns,
+                    old_row,
+                    old_column,
+                    count,
+                    width,
+                    new_row * new.width + new_column - start,
+                )
 
 
 def _bands(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
@@ -113,8 +119,9 @@ def _bands(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, i
             start += rows * width
 
 
-def _rows(old: HeldParameter, new: HeldParameter, tensor_rank: int, row: int, rows: int
-          ) -> Iterator[tuple[int, int, int, int]]:
+def _rows(
+    old: HeldParameter, new: HeldParameter, tensor_rank: int, row: int, rows: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(old tensor rank, its row, rows, new row) for rows of the new part. Rank 0 where rows are not cut."""
     if new.tensor.cut_dim != 0:
         yield 0, row, rows, row
@@ -132,8 +139,9 @@ def _rows(old: HeldParameter, new: HeldParameter, tensor_rank: int, row: int, ro
         row += count
 
 
-def _columns(old: HeldParameter, new: HeldParameter, tensor_rank: int, column: int, columns: int
-             ) -> Iterator[tuple[int, int, int, int]]:
+def _columns(
+    old: HeldParameter, new: HeldParameter, tensor_rank: int, column: int, columns: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(old tensor rank, its column, columns, new column) for columns of the new part. Rank 0 where they are not cut."""
     if new.tensor.cut_dim != 1:
         yield 0, column, columns, column
@@ -159,8 +167,11 @@ class ShardFile:
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, path.stat().st_size)))
-            self._where = {name: (item["dtype"], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
-                           for name, item in header.items() if name != "__metadata__"}
+            self._where = {
+                name: (item["dtype"], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
+                for name, item in header.items()
+                if name != "__metadata__"
+            }
         except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"'{path}' is not a whole safetensors file ({error!r})") from None
 
@@ -178,8 +189,10 @@ class ShardFile:
         """Fill a contiguous flat float32 tensor with the numbers of `name` from `start`."""
         dtype, shape, begin = self._where.get(name, ("nothing", (0,), 0))
         if dtype != "F32" or start + len(target) > torch.Size(shape).numel():
-            raise CheckpointError(f"'{self.path}' has no float32 tensor '{name}' of {start + len(target):,} numbers; it is "
-                                  "damaged or of another model")
+            raise CheckpointError(
+                f"'{self.path}' has no float32 tensor '{name}' of {start + len(target):,} numbers; it is "
+                "damaged or of another model"
+            )
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)
         self._file.seek(begin + 4 * start)
@@ -213,8 +226,10 @@ def fitting_shard(state: StateSource, key: str, numel: int) -> Tensor:
     value = state.get(key)
     if value is None or value.numel() != numel:
         found = "none" if value is None else f"one of {value.numel():,}"
-        raise CheckpointError(f"the checkpoint should have a shard '{key}' of {numel:,} numbers, but has {found}; it is "
-                              "damaged or of another model")
+        raise CheckpointError(
+            f"the checkpoint should have a shard '{key}' of {numel:,} numbers, but has {found}; it is "
+            "damaged or of another model"
+        )
     return value
 
 
@@ -312,7 +327,7 @@ class ReshardedState:
             data_rank, inside = divmod(start + done, size)
             count = min(len(target) - done, size - inside)
             file = self._file(self._old_layout.rank_of(tensor_rank, data_rank, old.stage))
-            file.read_into(key, inside, target[done:done + count])
+            file.read_into(key, inside, target[done : done + count])
             done += count
         self.num_bytes_read += 4 * done
 

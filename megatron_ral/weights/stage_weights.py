@@ -24,8 +24,16 @@ def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
     """
     layout = stage.layout
     visual_names = [name for name, _ in stage.visual.named_parameters()] if stage.visual is not None else []
-    table = list(stage_tensors(stage.shape, layout.stage_layers(stage.shape.num_layers), layout.is_first_stage,
-                               layout.is_last_stage, layout.tensor_size, visual_names))
+    table = list(
+        stage_tensors(
+            stage.shape,
+            layout.stage_layers(stage.shape.num_layers),
+            layout.is_first_stage,
+            layout.is_last_stage,
+            layout.tensor_size,
+            visual_names,
+        )
+    )
     parameters = dict(stage.named_parameters())
     assert {tensor.name for tensor in table} == set(parameters)
     for tensor in table:
@@ -78,8 +86,9 @@ def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: 
     file = f"model-{layout.pipeline_rank + 1:05d}-of-{layout.pipeline_size:05d}.safetensors"
     if layout.tensor_rank == 0 and layout.data_rank == 0:
         save_file(tensors, partial / file, metadata={"format": "pt"})
-    written = gather_objects((file, sorted(tensors), sum(t.numel() * t.element_size() for t in tensors.values())),
-                             process_groups.pipeline)
+    written = gather_objects(
+        (file, sorted(tensors), sum(t.numel() * t.element_size() for t in tensors.values())), process_groups.pipeline
+    )
     barrier()
     if layout.rank == 0:
         weight_map = {name: file for file, names, _ in written for name in names}

@@ -112,8 +112,9 @@ def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]
     return merge, split
 
 
-def stage_tensors(shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int,
-                  visual_names: Sequence[str] = ()) -> Iterator[StageTensor]:
+def stage_tensors(
+    shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int, visual_names: Sequence[str] = ()
+) -> Iterator[StageTensor]:
     """Every parameter of a stage that holds `layers`, in module order.
 
     Args:
@@ -138,17 +139,32 @@ def stage_tensors(shape: ModelShape, layers: range, first: bool, last: bool, ten
         yield StageTensor(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), _one, _same, None)
         for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
             sources = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
-            yield StageTensor(f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts)
-        yield StageTensor(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1,
-                          1, _one)
+            yield StageTensor(
+                f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts
+            )
+        yield StageTensor(
+            f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1, 1, _one
+        )
         for part in "qk" if shape.family.qk_norm else "":
-            yield StageTensor(f"{ours}.self_attention.{part}_layernorm.weight", (f"{attention}.{part}_norm.weight",),
-                              _one, _same, None)
-        yield StageTensor(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), _one,
-                          _same, None)
-        yield StageTensor(f"{ours}.mlp.linear_fc1.weight",
-                          (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"), torch.cat, _halves, 0, 2,
-                          torch.cat)
+            yield StageTensor(
+                f"{ours}.self_attention.{part}_layernorm.weight",
+                (f"{attention}.{part}_norm.weight",),
+                _one,
+                _same,
+                None,
+            )
+        yield StageTensor(
+            f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), _one, _same, None
+        )
+        yield StageTensor(
+            f"{ours}.mlp.linear_fc1.weight",
+            (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
+            torch.cat,
+            _halves,
+            0,
+            2,
+            torch.cat,
+        )
         yield StageTensor(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), _one, _same, 1, 1, _one)
     if last:
         yield StageTensor("language.decoder.final_layernorm.weight", ("model.norm.weight",), _one, _same, None)

@@ -6,7 +6,15 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import (
-    LossConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, SourceConfig, DataConfig, TrainConfig)
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    SourceConfig,
+    DataConfig,
+    TrainConfig,
+)
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
@@ -25,20 +33,37 @@ from megatron_ral.types import GroupBatch, Score, TrainBatch, pad_prompts
 NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
 
-def make_config(path: str, *, tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False,
-                parallel: dict | None = None, dtype: str = "float32", num_groups: int = NUM_GROUPS, learning_rate: float = 1e-3, **loss) -> RunConfig:
+def make_config(
+    path: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence_parallel: bool = False,
+    parallel: dict | None = None,
+    dtype: str = "float32",
+    num_groups: int = NUM_GROUPS,
+    learning_rate: float = 1e-3,
+    **loss,
+) -> RunConfig:
     settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
     return RunConfig(
-        seed=3, model=ModelConfig(path=path, dtype=dtype),
-        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
-                                sequence_parallel=sequence_parallel, **(parallel or {})),
+        seed=3,
+        model=ModelConfig(path=path, dtype=dtype),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=sequence_parallel,
+            **(parallel or {}),
+        ),
         data=DataConfig(train=(SourceConfig(shards="unused"),), max_prompt_length=128),
-        rollout=RolloutConfig(num_prompts=num_groups, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2,
-                              max_response_length=LENGTH),
+        rollout=RolloutConfig(
+            num_prompts=num_groups, group_size=GROUP_SIZE, num_minibatches=1, num_epochs=2, max_response_length=LENGTH
+        ),
         loss=LossConfig(**settings),
         # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide.
         optimizer=OptimizerConfig(learning_rate=learning_rate, clip_grad_norm=0.5, eps=1e-5),
-        train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2))
+        train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2),
+    )
 
 
 def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tuple]:
@@ -59,20 +84,29 @@ def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tup
     return result
 
 
-def micro_batches(process_groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False) -> list[RolloutBatch]:
+def micro_batches(
+    process_groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False
+) -> list[RolloutBatch]:
     """Groups cut into micro-batches of different shapes, or `alike` of the widest; visual embeddings from the engine's frozen
     tower where one is given."""
     widest, result = max(len(prompt.input_ids) for prompt, *_ in process_groups), []
     for start in range(0, len(process_groups), size):
-        prompts, ids, lengths, rewards = zip(*process_groups[start:start + size])
+        prompts, ids, lengths, rewards = zip(*process_groups[start : start + size])
         batch = pad_prompts(prompts, 0, widest if alike else 0)
         embeds = engine.encode_visual(batch) if engine is not None else None
         rewards, ids, lengths = torch.stack(rewards), torch.stack(ids), torch.stack(lengths)
-        ids, score = ids[..., :LENGTH if alike else int(lengths.max())], Score(rewards, {}, ())
-        result.append(RolloutBatch(GroupBatch(batch, ids, lengths, embeds), score, group_advantages(rewards),
-                                   group_advantages(rewards), torch.zeros(ids.shape),
-                                   torch.ones_like(rewards, dtype=torch.bool),
-                                   torch.zeros(len(prompts), dtype=torch.bool)))
+        ids, score = ids[..., : LENGTH if alike else int(lengths.max())], Score(rewards, {}, ())
+        result.append(
+            RolloutBatch(
+                GroupBatch(batch, ids, lengths, embeds),
+                score,
+                group_advantages(rewards),
+                group_advantages(rewards),
+                torch.zeros(ids.shape),
+                torch.ones_like(rewards, dtype=torch.bool),
+                torch.zeros(len(prompts), dtype=torch.bool),
+            )
+        )
     return result
 
 
@@ -81,23 +115,26 @@ def open_policy(path: str, tensor: int, pipeline: int, process_groups=None, **lo
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
     process_groups = process_groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     shape = read_shape(path)
-    objective = RalObjective(config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)),
-                             config.loss.attention_coef)
+    objective = RalObjective(
+        config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)), config.loss.attention_coef
+    )
     return config, process_groups, shape, PolicyEngine(shape, process_groups, config), objective
 
 
 def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
     """Every parameter of every stage by Hugging Face name, on every rank; of trainable ones the float32 master."""
     zero = policy.deepspeed.optimizer
-    return full_tensors(policy, lambda parameter: zero.get_full_hp_param(parameter) if parameter.requires_grad
-                        else parameter.detach())
+    return full_tensors(
+        policy, lambda parameter: zero.get_full_hp_param(parameter) if parameter.requires_grad else parameter.detach()
+    )
 
 
 def full_gradient(policy: PolicyEngine) -> dict[str, torch.Tensor]:
     """The reduced gradient of every trainable parameter by Hugging Face name, on every rank."""
     zero = policy.deepspeed.optimizer
-    return full_tensors(policy, lambda parameter: zero.get_fp32_grad_for_param(parameter) if parameter.requires_grad
-                        else None)
+    return full_tensors(
+        policy, lambda parameter: zero.get_fp32_grad_for_param(parameter) if parameter.requires_grad else None
+    )
 
 
 def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
@@ -117,36 +154,63 @@ def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
                 mine["tied copy"] = full
                 continue
             mine.update({name: piece.clone() for name, piece in zip(tensor.sources, tensor.split(full))})
-    return {name: value for part in gather_objects(mine, policy.process_groups.pipeline) for name, value in part.items()}
+    return {
+        name: value for part in gather_objects(mine, policy.process_groups.pipeline) for name, value in part.items()
+    }
 
 
-def fixed_minibatch(opened: tuple, other: str, data: str, micro_batch_size: int, sequence_parallel: bool = False,
-                    equal_rewards: tuple = (), alike: bool = False) -> list[TrainBatch]:
+def fixed_minibatch(
+    opened: tuple,
+    other: str,
+    data: str,
+    micro_batch_size: int,
+    sequence_parallel: bool = False,
+    equal_rewards: tuple = (),
+    alike: bool = False,
+) -> list[TrainBatch]:
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
     attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all micro-batches
     have one shape."""
     config, process_groups, shape, policy, objective = opened
     frozen = FrozenEngine(shape, process_groups, config.model.dtype, other, sequence_parallel)
-    everything = [(*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
-                  for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))]
+    everything = [
+        (*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
+        for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))
+    ]
     assert len({len(prompt.input_ids) for prompt, *_ in everything}) == 2
     share = len(everything) // process_groups.layout.data_size
-    mine = everything[process_groups.layout.data_rank * share:(process_groups.layout.data_rank + 1) * share]
+    mine = everything[process_groups.layout.data_rank * share : (process_groups.layout.data_rank + 1) * share]
     rollout = micro_batches(mine, min(micro_batch_size, share), policy, alike)
-    reference = frozen.forward([scored.groups for scored in rollout], sorted(objective.recorded_layers),
-                               row_kind=config.loss.attention_row, keep=objective.term.keep)
+    reference = frozen.forward(
+        [scored.groups for scored in rollout],
+        sorted(objective.recorded_layers),
+        row_kind=config.loss.attention_row,
+        keep=objective.term.keep,
+    )
     target = None if config.loss.attention_target == "oracle" else reference
     [minibatch] = assemble_minibatches(rollout, reference, reference, target, config, process_groups)
     return minibatch
 
 
-def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro_batch_size: int,
-             num_steps: int = 1, layers: tuple = (-1,), sequence_parallel: bool = False, equal_rewards: tuple = (),
-             process_groups=None, **loss) -> dict:
+def one_step(
+    path: str,
+    other: str,
+    data: str,
+    tensor: int,
+    pipeline: int,
+    micro_batch_size: int,
+    num_steps: int = 1,
+    layers: tuple = (-1,),
+    sequence_parallel: bool = False,
+    equal_rewards: tuple = (),
+    process_groups=None,
+    **loss,
+) -> dict:
     """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
     its gradient is far from zero. Returns metrics, norms, and all weights. `groups`: process groups that stay open."""
-    opened = open_policy(path, tensor, pipeline, process_groups, attention_layers=layers, sequence_parallel=sequence_parallel,
-                         **loss)
+    opened = open_policy(
+        path, tensor, pipeline, process_groups, attention_layers=layers, sequence_parallel=sequence_parallel, **loss
+    )
     _, _, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, micro_batch_size, sequence_parallel, equal_rewards)
     history, gradient = [], None
@@ -158,11 +222,22 @@ def one_step(path: str, other: str, data: str, tensor: int, pipeline: int, micro
         norm = policy.gradient_norm(policy.gradient_shards())
         gradient = gradient or full_gradient(policy)
         result = policy.step()
-        history.append({**metrics, "own_norm": norm, "grad_norm": result.grad_norm,
-                        "attention_norm": policy.gradient_norm(attention_shards)})
+        history.append(
+            {
+                **metrics,
+                "own_norm": norm,
+                "grad_norm": result.grad_norm,
+                "attention_norm": policy.gradient_norm(attention_shards),
+            }
+        )
     weights = full_weights(policy)
     held = policy.shard_bytes()
     if process_groups is None:
         stop_groups()
-    return {"history": history, "weights": weights, "bytes": held, "gradient": gradient,
-            "changes": {name: weights[name] - before[name] for name in weights}}
+    return {
+        "history": history,
+        "weights": weights,
+        "bytes": held,
+        "gradient": gradient,
+        "changes": {name: weights[name] - before[name] for name in weights},
+    }

@@ -29,8 +29,14 @@ def _server():
 
 
 def _entry(rank: int, world_size: int, port: int, folder: str, function: Callable, arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     try:
         result = function(*arguments)
@@ -48,8 +54,10 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: flo
         port = server.getsockname()[1]
     context = _server()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_entry, args=(rank, world_size, port, folder, function, arguments))
-                     for rank in range(world_size)]
+        processes = [
+            context.Process(target=_entry, args=(rank, world_size, port, folder, function, arguments))
+            for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout

@@ -19,13 +19,23 @@ from tests.distributed.runner import run_ranks
 from tests.distributed.test_layouts import close
 
 SETTINGS = {
-    "reference": {"attention_target": "reference", "attention_row": "predictor", "attention_keys": "visual",
-                  "attention_divergence": "forward_kl", "attention_normalizer": "sequence_sum"},
+    "reference": {
+        "attention_target": "reference",
+        "attention_row": "predictor",
+        "attention_keys": "visual",
+        "attention_divergence": "forward_kl",
+        "attention_normalizer": "sequence_sum",
+    },
     "group": {"attention_target": "group", "attention_keys": "prompt", "layers": (0, 2, -1)},
     "hindsight": {"attention_target": "hindsight", "attention_keys": "visual", "layers": (0, 2, -1)},
     "oracle": {"attention_target": "oracle", "attention_keys": "visual", "attention_divergence": "reverse_kl"},
-    "old": {"attention_target": "old", "attention_store": "qk", "attention_negative_weight": 0.5,
-            "attention_row_cap": 0.02, "layers": (1, -1)},
+    "old": {
+        "attention_target": "old",
+        "attention_store": "qk",
+        "attention_negative_weight": 0.5,
+        "attention_row_cap": 0.02,
+        "layers": (1, -1),
+    },
 }
 #           world, tensor, pipeline, micro-batch
 LAYOUTS = {"TP=2": (2, 2, 1, 2), "PP=2 DP=2": (4, 1, 2, 2)}
@@ -34,10 +44,15 @@ LAYOUTS = {"TP=2": (2, 2, 1, 2), "PP=2 DP=2": (4, 1, 2, 2)}
 def everything(path, other, data, tensor, pipeline, micro_batch_size) -> dict:
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     paths, layout = (path, other, data), (tensor, pipeline)
-    steps = {name: one_step(*paths, *layout, micro_batch_size, process_groups=process_groups, **settings)["history"][0]
-             for name, settings in SETTINGS.items()}
-    result = {"steps": steps, "ratio": by_ratio(*paths, *layout, micro_batch_size, process_groups),
-              "schedule": by_schedule(*paths, *layout, micro_batch_size, process_groups)}
+    steps = {
+        name: one_step(*paths, *layout, micro_batch_size, process_groups=process_groups, **settings)["history"][0]
+        for name, settings in SETTINGS.items()
+    }
+    result = {
+        "steps": steps,
+        "ratio": by_ratio(*paths, *layout, micro_batch_size, process_groups),
+        "schedule": by_schedule(*paths, *layout, micro_batch_size, process_groups),
+    }
     stop_groups()
     return result
 
@@ -58,16 +73,25 @@ def by_ratio(path, other, data, tensor, pipeline, micro_batch_size, groups) -> d
     metrics = accumulate_gradients(policy, minibatch, objective, config, True)
     combined, coef = policy.gradient_shards(), metrics["attention/coef"]
     wrong = [whole - token - coef * part for whole, token, part in zip(combined, tokens, attention)]
-    norms = {name: policy.gradient_norm(shards) for name, shards in (
-        ("attention", attention), ("tokens", tokens), ("combined", combined), ("wrong", wrong))}
+    norms = {
+        name: policy.gradient_norm(shards)
+        for name, shards in (("attention", attention), ("tokens", tokens), ("combined", combined), ("wrong", wrong))
+    }
     stepped = policy.step().grad_norm
     given = open_policy(path, tensor, pipeline, groups, attention_coef=coef)
     minibatch = fixed_minibatch(given, other, data, micro_batch_size)
     plain = accumulate_gradients(given[3], minibatch, given[4], given[0], True)
     given[3].step()
-    return {"metrics": metrics, "attention_metrics": attention_metrics, "token_metrics": token_metrics, "norms": norms,
-            "stepped": stepped, "plain": plain, "changes": changes(full_weights(policy), before),
-            "plain_changes": changes(full_weights(given[3]), before)}
+    return {
+        "metrics": metrics,
+        "attention_metrics": attention_metrics,
+        "token_metrics": token_metrics,
+        "norms": norms,
+        "stepped": stepped,
+        "plain": plain,
+        "changes": changes(full_weights(policy), before),
+        "plain_changes": changes(full_weights(given[3]), before),
+    }
 
 
 def changes(weights, before) -> dict:
@@ -76,8 +100,9 @@ def changes(weights, before) -> dict:
 
 def by_schedule(path, other, data, tensor, pipeline, micro_batch_size, groups) -> list[tuple]:
     """(coefficient, attention loss, the same at coefficient 1, ratio of gradients by their norms, ratio as logged)."""
-    opened = open_policy(path, tensor, pipeline, groups, attention_coef=2.0, attention_coef_warmup_steps=2,
-                         attention_coef_decay="linear")
+    opened = open_policy(
+        path, tensor, pipeline, groups, attention_coef=2.0, attention_coef_warmup_steps=2, attention_coef_decay="linear"
+    )
     config, _, _, policy, objective = opened
     config = replace(config, train=replace(config.train, num_steps=2))  # of two updates each
     minibatch, history = fixed_minibatch(opened, other, data, micro_batch_size), []
@@ -85,8 +110,15 @@ def by_schedule(path, other, data, tensor, pipeline, micro_batch_size, groups) -
         (raw, attention), (_, tokens) = parts_of_gradient(policy, minibatch, objective)
         ratio = policy.gradient_norm(attention) / policy.gradient_norm(tokens)
         metrics = accumulate_gradients(policy, minibatch, objective, config, True)
-        history.append((metrics["attention/coef"], metrics["loss/attention"], raw["loss/attention"], ratio,
-                        metrics.get("attention/grad_ratio")))
+        history.append(
+            (
+                metrics["attention/coef"],
+                metrics["loss/attention"],
+                raw["loss/attention"],
+                ratio,
+                metrics.get("attention/grad_ratio"),
+            )
+        )
         policy.step()
     return history
 
@@ -126,6 +158,7 @@ def test_layout_equals_one_process(alone, results):
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------
+
 
 def check_ratio(found: dict) -> None:
     norms, metrics, coef = found["norms"], found["metrics"], found["metrics"]["attention/coef"]
@@ -187,12 +220,15 @@ def test_ratio_of_nothing_is_coefficient_zero(material):
 
 # --- rows over tensor ranks -------------------------------------------------------------------------------------------
 
+
 def rows_of_every_kind(path, data, tensor):
     """Head-averaged rows of two layers. The model has 4 heads and 2 key/value heads."""
     _, process_groups, _, policy, _ = open_policy(path, tensor, 1)
     [scored] = micro_batches(fixed_groups(path, data)[:3], 3, policy)
-    found = {kind: policy.forward([scored.groups], [0, 3], row_kind=kind, keep=lambda rows, batch: rows.attention)
-             for kind in ROW_KINDS}
+    found = {
+        kind: policy.forward([scored.groups], [0, 3], row_kind=kind, keep=lambda rows, batch: rows.attention)
+        for kind in ROW_KINDS
+    }
     lengths, responses = scored.groups.prompts.prompt_lengths, scored.groups.response_lengths
     stop_groups()
     return {kind: output.attention for kind, [output] in found.items()}, lengths, responses
@@ -207,8 +243,10 @@ def test_rows_are_the_mean_over_all_heads_on_every_tensor_rank(material):
             assert torch.allclose(rows.sum(-1), torch.ones_like(rows[..., 0]), atol=1e-5)
     token, predictor, last = (alone[kind][3] for kind in ("token", "predictor", "last_prompt"))
     assert torch.allclose(predictor[:, :, 1:], token[:, :, :-1], atol=1e-6), "one place earlier"
-    assert torch.allclose(predictor[:, :, :1, :P], last.expand(-1, 3, -1, -1), atol=1e-6), "the first: the prompt's last"
-    assert (token[:, :, 0, P] > 0).all() and not token[:, :, 0, P + 1:].any() and not predictor[:, :, 0, P:].any()
+    assert torch.allclose(predictor[:, :, :1, :P], last.expand(-1, 3, -1, -1), atol=1e-6), (
+        "the first: the prompt's last"
+    )
+    assert (token[:, :, 0, P] > 0).all() and not token[:, :, 0, P + 1 :].any() and not predictor[:, :, 0, P:].any()
     for tensor in (2, 4):
         for found, *_ in run_ranks(tensor, rows_of_every_kind, *arguments, tensor):
             for kind, layers in alone.items():
@@ -217,6 +255,7 @@ def test_rows_are_the_mean_over_all_heads_on_every_tensor_rank(material):
 
 
 # --- target ema -------------------------------------------------------------------------------------------------------
+
 
 def followed(path, other, data, tensor):
     """Three updates, each followed by the average: whole weights of both after each."""

@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 from megatron_ral.functional import distillation_loss
 from megatron_ral.parallel.collectives import gather_shards
 from megatron_ral.parallel.vocab_distillation import (
-    vocab_parallel_divergence, vocab_parallel_top_divergence, vocab_parallel_top_tokens)
+    vocab_parallel_divergence,
+    vocab_parallel_top_divergence,
+    vocab_parallel_top_tokens,
+)
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from tests.distributed.runner import run_ranks
 from tests.unit.distillation_references import KINDS, NAMES, by_definition, of_logprobs, rand
@@ -32,7 +35,7 @@ def shard(tensor, groups):
 
 
 def gathered(value, student, groups):
-    gradient, = torch.autograd.grad(value, student, GRAD.to(value.dtype))
+    (gradient,) = torch.autograd.grad(value, student, GRAD.to(value.dtype))
     return value.detach(), torch.cat(gather_shards(gradient, groups.tensor), -1)
 
 
@@ -46,17 +49,29 @@ def values_and_gradients(tensor: int):
     own, results = alone(), {}
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = (logits(seed, dtype) for seed in (1, 2))
-        student_v, teacher_v = shard(student, process_groups).requires_grad_(), shard(teacher, process_groups).requires_grad_()
+        student_v, teacher_v = (
+            shard(student, process_groups).requires_grad_(),
+            shard(teacher, process_groups).requires_grad_(),
+        )
         for name, divergence in zip(NAMES, KINDS):
             tokens, tokens_alone, tokens_same = (
                 vocab_parallel_top_tokens(of, K, divergence.temperature, group)
-                for of, group in ((teacher_v, process_groups.tensor), (teacher, own), (student_v, process_groups.tensor)))
+                for of, group in (
+                    (teacher_v, process_groups.tensor),
+                    (teacher, own),
+                    (student_v, process_groups.tensor),
+                )
+            )
             full = {"full": teacher_v, "zero": student_v.detach().clone()}
             top = {"top": tokens, "top_alone": tokens_alone, "zero_top": tokens_same}
-            values = {form: vocab_parallel_divergence(student_v, of, divergence, process_groups.tensor)
-                      for form, of in full.items()}
-            values |= {form: vocab_parallel_top_divergence(student_v, of, divergence, process_groups.tensor)
-                       for form, of in top.items()}
+            values = {
+                form: vocab_parallel_divergence(student_v, of, divergence, process_groups.tensor)
+                for form, of in full.items()
+            }
+            values |= {
+                form: vocab_parallel_top_divergence(student_v, of, divergence, process_groups.tensor)
+                for form, of in top.items()
+            }
             results[name, dtype] = {form: gathered(value, student_v, process_groups) for form, value in values.items()}
             results[name, dtype]["tokens"] = tokens
     empty = vocab_parallel_divergence(student_v[:0], teacher_v[:0], KINDS[0], process_groups.tensor)
@@ -80,15 +95,17 @@ def test_values_and_gradients_equal_the_definition(tensor):
 
         student.requires_grad_()
         log_q = torch.log_softmax(student / divergence.temperature, -1)
-        wanted = {"full": by_definition(student, teacher, divergence),
-                  "top": of_logprobs(outcomes(log_q), outcomes(log_p), divergence)}
+        wanted = {
+            "full": by_definition(student, teacher, divergence),
+            "top": of_logprobs(outcomes(log_q), outcomes(log_p), divergence),
+        }
         wanted["top_alone"] = wanted["top"]
         exact = torch.allclose(log_p.gather(-1, first["tokens"].indices), log_p.topk(K, -1).values)  # bfloat16 has ties
         assert exact and (log_p.gather(-1, first["tokens"].indices) - first["tokens"].logprobs).abs().max() < 1e-5
         assert (outcomes(log_p)[..., -1] - first["tokens"].others).abs().max() < 1e-5
         for result in ranks:
             for form, value in wanted.items():
-                gradient, = torch.autograd.grad(value, student, GRAD, retain_graph=True)
+                (gradient,) = torch.autograd.grad(value, student, GRAD, retain_graph=True)
                 ours, ours_gradient = result[name, dtype][form]
                 assert ours.shape == LEADING and ours.dtype == torch.float32 and ours_gradient.dtype == dtype
                 assert (ours - value).abs().max() < 1e-5 and value.max() > 0.02, (name, form)
@@ -104,15 +121,29 @@ def shapes_refused(tensor: int):
     process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
     teacher = vocab_parallel_top_tokens(torch.zeros(4, 6), 3, 1.0, process_groups.tensor)
     for call, message in (
-            (lambda: vocab_parallel_divergence(torch.zeros(4, 6), torch.zeros(4, 12), KINDS[0], process_groups.tensor),
-             r"\(4, 6\) of the student and \(4, 12\) of the teacher"),
-            (lambda: vocab_parallel_divergence(torch.zeros(1, 6), torch.zeros(4, 6), KINDS[0], process_groups.tensor),
-             r"\(1, 6\) of the student and \(4, 6\) of the teacher"),
-            (lambda: vocab_parallel_top_divergence(torch.zeros(5, 6), teacher, KINDS[0], process_groups.tensor),
-             r"\(5, 6\).*\(4, 3\)"),
-            (lambda: vocab_parallel_top_divergence(torch.zeros(4, 6), teacher._replace(others=torch.zeros(3)), KINDS[0],
-                                                   process_groups.tensor), r"others \(3,\)"),
-            (lambda: vocab_parallel_top_tokens(torch.zeros(4, 6), 13, 1.0, process_groups.tensor), "k = 13 is not in 1 .. 12")):
+        (
+            lambda: vocab_parallel_divergence(torch.zeros(4, 6), torch.zeros(4, 12), KINDS[0], process_groups.tensor),
+            r"\(4, 6\) of the student and \(4, 12\) of the teacher",
+        ),
+        (
+            lambda: vocab_parallel_divergence(torch.zeros(1, 6), torch.zeros(4, 6), KINDS[0], process_groups.tensor),
+            r"\(1, 6\) of the student and \(4, 6\) of the teacher",
+        ),
+        (
+            lambda: vocab_parallel_top_divergence(torch.zeros(5, 6), teacher, KINDS[0], process_groups.tensor),
+            r"\(5, 6\).*\(4, 3\)",
+        ),
+        (
+            lambda: vocab_parallel_top_divergence(
+                torch.zeros(4, 6), teacher._replace(others=torch.zeros(3)), KINDS[0], process_groups.tensor
+            ),
+            r"others \(3,\)",
+        ),
+        (
+            lambda: vocab_parallel_top_tokens(torch.zeros(4, 6), 13, 1.0, process_groups.tensor),
+            "k = 13 is not in 1 .. 12",
+        ),
+    ):
         with pytest.raises(ValueError, match=message):
             call()
     stop_groups()
@@ -154,14 +185,19 @@ def elements(tensor: int):
         student_v.requires_grad_()
         tokens = vocab_parallel_top_tokens(teacher_v, K, divergence.temperature, process_groups.tensor)
         for form, call in (
-                ("full", lambda: vocab_parallel_divergence(student_v, teacher_v, divergence, process_groups.tensor)),
-                ("top", lambda: vocab_parallel_top_divergence(student_v, tokens, divergence, process_groups.tensor))):
+            ("full", lambda: vocab_parallel_divergence(student_v, teacher_v, divergence, process_groups.tensor)),
+            ("top", lambda: vocab_parallel_top_divergence(student_v, tokens, divergence, process_groups.tensor)),
+        ):
             saved, forward, backward = [], Alive(), Alive()
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor,
-                                                          lambda tensor: tensor), forward:
+            with (
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+                ),
+                forward,
+            ):
                 value = call()
             with backward:
-                gradient, = torch.autograd.grad(value.sum(), student_v)
+                (gradient,) = torch.autograd.grad(value.sum(), student_v)
             assert gradient.abs().max() > 0
             count = sum(tensor.numel() for tensor in saved), sum(tensor.nbytes for tensor in saved)
             found[form, name] = *count, forward.peak, backward.peak

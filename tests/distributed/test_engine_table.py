@@ -17,10 +17,16 @@ from tests.distributed.runner import run_ranks
 LAYOUTS = list(itertools.product((1, 2), repeat=3))
 SETTINGS = ("sequence_parallel", "recompute", "offload", "layerwise", "overlap", "micro_batches")
 # Rows of an orthogonal array: every pair of settings takes every pair of values.
-PAIRS = [(False, False, False, False, False, 1), (False, False, True, False, True, 5),
-         (False, True, False, True, False, 5), (False, True, True, True, True, 1),
-         (True, False, False, True, True, 1), (True, False, True, True, False, 5),
-         (True, True, False, False, True, 5), (True, True, True, False, False, 1)]
+PAIRS = [
+    (False, False, False, False, False, 1),
+    (False, False, True, False, True, 5),
+    (False, True, False, True, False, 5),
+    (False, True, True, True, True, 1),
+    (True, False, False, True, True, 1),
+    (True, False, True, True, False, 5),
+    (True, True, False, False, True, 5),
+    (True, True, True, False, False, 1),
+]
 NUM_GROUPS = 10
 NAMES = ("grad_norm", "loss/policy", "kl", "loss/attention", "entropy", "attention/divergence")
 
@@ -32,17 +38,40 @@ def cases_of(tensor: int) -> list[tuple]:
     return rows if tensor > 1 else list(dict.fromkeys((False, *row[1:]) for row in rows))
 
 
-def run_cases(path: str, other: str, data: str, tensor: int, pipeline: int, data_size: int, dtype: str,
-              cases: list[tuple]) -> list[dict]:
+def run_cases(
+    path: str, other: str, data: str, tensor: int, pipeline: int, data_size: int, dtype: str, cases: list[tuple]
+) -> list[dict]:
     """Results of all cases in one start of the processes."""
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     results = []
     for sequence_parallel, recompute, offload, layerwise, overlap, micro_batches in cases:
-        parallel = {"recompute_activations": recompute, "offload_optimizer": offload, "offload_parameters": offload,
-                    "gather": "layer" if layerwise else "stage", "overlap_communication": overlap}
+        parallel = {
+            "recompute_activations": recompute,
+            "offload_optimizer": offload,
+            "offload_parameters": offload,
+            "gather": "layer" if layerwise else "stage",
+            "overlap_communication": overlap,
+        }
         size = NUM_GROUPS // data_size // micro_batches
-        results.append(one_step(path, other, data, tensor, pipeline, size, 3, (-1, 1), sequence_parallel, (), process_groups,
-                                parallel=parallel, dtype=dtype, num_groups=NUM_GROUPS, learning_rate=1e-4))
+        results.append(
+            one_step(
+                path,
+                other,
+                data,
+                tensor,
+                pipeline,
+                size,
+                3,
+                (-1, 1),
+                sequence_parallel,
+                (),
+                process_groups,
+                parallel=parallel,
+                dtype=dtype,
+                num_groups=NUM_GROUPS,
+                learning_rate=1e-4,
+            )
+        )
     stop_groups()
     return results
 
@@ -60,8 +89,10 @@ def table_material(material, tmp_path_factory):
 def alone(table_material):
     """One process on the whole batch in one micro-batch, by precision."""
     plain = [(False, False, False, False, False, 1)]
-    return {dtype: run_ranks(1, run_cases, *table_material, 1, 1, 1, dtype, plain)[0][0]
-            for dtype in ("float32", "bfloat16")}
+    return {
+        dtype: run_ranks(1, run_cases, *table_material, 1, 1, 1, dtype, plain)[0][0]
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 def largest(ours: dict, wanted: dict) -> float:
@@ -73,6 +104,7 @@ def largest(ours: dict, wanted: dict) -> float:
 
 def overall(ours: dict, wanted: dict) -> float:
     """Difference of all tensors together relative to their norm."""
+
     def norm(tensors) -> float:
         return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
 
@@ -83,8 +115,17 @@ def overall(ours: dict, wanted: dict) -> float:
 def test_three_steps_equal_one_process(table_material, alone, tensor, pipeline, data_size):
     cases = cases_of(tensor)
     world = tensor * pipeline * data_size
-    ranks = run_ranks(world, run_cases, *table_material, tensor, pipeline, data_size, "float32", cases,
-                      timeout=60.0 + 20.0 * world * len(cases))
+    ranks = run_ranks(
+        world,
+        run_cases,
+        *table_material,
+        tensor,
+        pipeline,
+        data_size,
+        "float32",
+        cases,
+        timeout=60.0 + 20.0 * world * len(cases),
+    )
     wanted = alone["float32"]
     assert all(abs(wanted["history"][0][name]) > 1e-4 for name in NAMES), "a comparison with nothing"
     for number, case in enumerate(cases):
@@ -94,7 +135,9 @@ def test_three_steps_equal_one_process(table_material, alone, tensor, pipeline, 
                 for name in NAMES:
                     ours, value = history[name], wanted["history"][step][name]
                     limit = 1e-6 if name == "grad_norm" else 1e-5
-                    assert abs(ours / value - 1) <= limit, f"{text}: rank {rank}, step {step}, {name} {ours}, not {value}"
+                    assert abs(ours / value - 1) <= limit, (
+                        f"{text}: rank {rank}, step {step}, {name} {ours}, not {value}"
+                    )
         result = ranks[0][number]
         assert largest(result["gradient"], wanted["gradient"]) <= 1e-5, text
         assert largest(result["weights"], wanted["weights"]) <= 1e-5, text
@@ -108,8 +151,17 @@ def test_bfloat16_differs_from_one_process_by_its_rounding(table_material, alone
     the gradient 3 %. After three steps: norms 10 %, float32 master weights 0.2 %."""
     cases = [(tensor > 1, False, False, False, True, 1), (False, True, True, True, True, 5)]
     world = tensor * pipeline * data_size
-    results = run_ranks(world, run_cases, *table_material, tensor, pipeline, data_size, "bfloat16", cases,
-                        timeout=60.0 + 20.0 * world * len(cases))[0]
+    results = run_ranks(
+        world,
+        run_cases,
+        *table_material,
+        tensor,
+        pipeline,
+        data_size,
+        "bfloat16",
+        cases,
+        timeout=60.0 + 20.0 * world * len(cases),
+    )[0]
     wanted, exact = alone["bfloat16"], alone["float32"]
     rounding = overall(wanted["gradient"], exact["gradient"])
     assert 0.01 < rounding < 0.25

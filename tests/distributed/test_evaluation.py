@@ -28,7 +28,9 @@ def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
-    prompts = read_prompts(shards, processor, limit, dp_rank=process_groups.layout.data_rank, dp_size=process_groups.layout.data_size)
+    prompts = read_prompts(
+        shards, processor, limit, dp_rank=process_groups.layout.data_rank, dp_size=process_groups.layout.data_size
+    )
     engine = FrozenEngine(read_shape(path), process_groups, "float32", path)
     result = evaluate_prompts(engine, prompts, processor, config, 1)
     views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
@@ -44,7 +46,9 @@ def test_evaluation_does_not_depend_on_the_layout(material, world, tensor, pipel
     """21 prompts: with two data-parallel ranks one of them has a prompt more."""
     alone, views = run_ranks(1, evaluation, str(material["tiny"]), str(material["data"]), 1, 1)[0]
     assert alone.num_prompts == 21 and alone.unparsed_rate == 1.0, "an untrained model writes no answer tag"
-    for result, other_views in run_ranks(world, evaluation, str(material["tiny"]), str(material["data"]), tensor, pipeline):
+    for result, other_views in run_ranks(
+        world, evaluation, str(material["tiny"]), str(material["data"]), tensor, pipeline
+    ):
         assert result.num_prompts == 21 and result.accuracy == alone.accuracy
         assert (result.unparsed_rate, result.error_rate) == (alone.unparsed_rate, alone.error_rate)
         assert result.target_attention_by_layer == pytest.approx(alone.target_attention_by_layer, rel=1e-5)

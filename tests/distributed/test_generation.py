@@ -38,8 +38,13 @@ class Case:
     num_tokens: int = 0
 
 
-CASES = {"free": Case(2, 1.0, 1.0, False, 60), "ends apart": Case(4, 1.3, 1.0, True, 10),
-         "nucleus": Case(3, 0.9, 0.8, True, 20), "greedy": Case(1, 0.0, 1.0, True), "odd": Case(5, 1.0, 0.5, True, 7)}
+CASES = {
+    "free": Case(2, 1.0, 1.0, False, 60),
+    "ends apart": Case(4, 1.3, 1.0, True, 10),
+    "nucleus": Case(3, 0.9, 0.8, True, 20),
+    "greedy": Case(1, 0.0, 1.0, True),
+    "odd": Case(5, 1.0, 0.5, True, 7),
+}
 
 
 def slow_generation(policy, prompts, settings):
@@ -54,11 +59,11 @@ def slow_generation(policy, prompts, settings):
         for g in range(settings.group_size):
             uniform = uniform_stream(R, *IDENTITY, prompt.sample.identity, g)
             for step in range(R):
-                groups = GroupBatch(batch, ids[None, g:g + 1, : step + 1], torch.tensor([[step + 1]]), embeds)
+                groups = GroupBatch(batch, ids[None, g : g + 1, : step + 1], torch.tensor([[step + 1]]), embeds)
                 with torch.no_grad():
                     logits = policy.stage(groups, AttentionPass(group_layout(groups)))[0, 0, step].float()
                 drawn = logits[: settings.num_tokens or None][None]
-                token = sample_tokens(drawn, uniform[step:step + 1], settings.temperature, settings.top_p)[0]
+                token = sample_tokens(drawn, uniform[step : step + 1], settings.temperature, settings.top_p)[0]
                 ids[g, step] = token
                 logprobs[g, step] = torch.log_softmax(logits / (settings.temperature or 1.0), dim=-1)[token]
                 lengths[g] += 1
@@ -176,9 +181,17 @@ def generated(path, settings, tensor, pipeline, batch_size, block):
 
 
 #          world, tensor, pipeline, batch size, block of the cache
-LAYOUTS = {"one process, all at once": (1, 1, 1, 6, 64), "one process, by two, block 3": (1, 1, 1, 2, 3),
-           "TP=2": (2, 2, 1, 6, 4), "PP=2": (2, 1, 2, 2, 5), "PP=4": (4, 1, 4, 1, 64), "TP=2 PP=2": (4, 2, 2, 2, 2),
-           "DP=2, unequal": (2, 1, 1, 3, 64), "DP=3, one with nothing": (3, 1, 1, 2, 64), "PP=2 DP=2": (4, 1, 2, 1, 7)}
+LAYOUTS = {
+    "one process, all at once": (1, 1, 1, 6, 64),
+    "one process, by two, block 3": (1, 1, 1, 2, 3),
+    "TP=2": (2, 2, 1, 6, 4),
+    "PP=2": (2, 1, 2, 2, 5),
+    "PP=4": (4, 1, 4, 1, 64),
+    "TP=2 PP=2": (4, 2, 2, 2, 2),
+    "DP=2, unequal": (2, 1, 1, 3, 64),
+    "DP=3, one with nothing": (3, 1, 1, 2, 64),
+    "PP=2 DP=2": (4, 1, 2, 1, 7),
+}
 
 
 def check_layout(wanted, layout):
@@ -219,8 +232,9 @@ def test_batches_take_turns_on_the_stages(wanted):
         passes = notes["free"][0]
         batches = list(dict.fromkeys(identities for identities, _ in passes))
         assert len(batches) == count
-        assert passes == [(batches[first + index], step) for first in range(0, count, 2) for step in range(R)
-                          for index in (0, 1)]
+        assert passes == [
+            (batches[first + index], step) for first in range(0, count, 2) for step in range(R) for index in (0, 1)
+        ]
     # a batch that ends early hands its turn on while the other goes on
     _, notes = run_ranks(2, generated, path, settings, 1, 2, 1, 64)[0]
     passes = notes["greedy"][0]
@@ -247,8 +261,9 @@ def test_ended_rows_leave(wanted):
 def one_batch(path, settings, tensor, pipeline):
     policy, prompts = open_policy(path, tensor, pipeline)[3], pad_prompts(read(path), 0)
     embeds = policy.encode_visual(prompts)
-    result = {name: PromptResponses.split(generate(policy, prompts, embeds, settings[name], *IDENTITY))
-              for name in CASES}
+    result = {
+        name: PromptResponses.split(generate(policy, prompts, embeds, settings[name], *IDENTITY)) for name in CASES
+    }
     stop_groups()
     return result
 
@@ -273,8 +288,12 @@ def draws(world):
     for how in ((0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 20), (0.0, 1.0, 20), (1.0, 0.6, 30)):
         temperature, top_p, num_tokens = how
         wanted = sample_tokens(logits[:, : num_tokens or None], uniform, temperature, top_p)
-        found = [vocab_parallel_sample(mine, uniform, temperature, top_p, process_groups.tensor, num_tokens=num_tokens,
-                                       num_candidates=count) for count in (1, 4, 48)]
+        found = [
+            vocab_parallel_sample(
+                mine, uniform, temperature, top_p, process_groups.tensor, num_tokens=num_tokens, num_candidates=count
+            )
+            for count in (1, 4, 48)
+        ]
         result[how] = [torch.equal(token, wanted) for token in found], len(wanted.unique())
     stop_groups()
     return result

@@ -33,8 +33,11 @@ class WeightedSum:
 
 def separate(groups):
     """Each response as a group of one."""
-    return [(prompt, ids[g:g + 1], lengths[g:g + 1], rewards[g:g + 1]) for prompt, ids, lengths, rewards in groups
-            for g in range(len(ids))]
+    return [
+        (prompt, ids[g : g + 1], lengths[g : g + 1], rewards[g : g + 1])
+        for prompt, ids, lengths, rewards in groups
+        for g in range(len(ids))
+    ]
 
 
 def group_against_sequences(path, data):
@@ -45,8 +48,12 @@ def group_against_sequences(path, data):
     result = {}
     for name, groups_, weight in (("group", everything, weights), ("separate", alone, weights.reshape(9, 1))):
         prompts = pad_prompts([row[0] for row in groups_], 0)
-        batch = GroupBatch(prompts, torch.stack([row[1] for row in groups_]), torch.stack([row[2] for row in groups_]),
-                           policy.encode_visual(prompts))
+        batch = GroupBatch(
+            prompts,
+            torch.stack([row[1] for row in groups_]),
+            torch.stack([row[2] for row in groups_]),
+            policy.encode_visual(prompts),
+        )
         output = policy.forward([batch], [1, 3])[0]
         mask = batch.response_mask
         policy.forward_backward([TrainBatch(batch, StepTotals(1, 1, 1), weight)], WeightedSum())
@@ -54,9 +61,11 @@ def group_against_sequences(path, data):
         names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
         result[name] = {
             "logprobs": (output.tokens.logprobs * mask).reshape(9, -1),
-            "attention": {layer: (rows * mask[..., None]).reshape(9, 7, -1)
-                          for layer, rows in output.attention.items()},
-            "gradients": dict(zip(names, gradients))}
+            "attention": {
+                layer: (rows * mask[..., None]).reshape(9, 7, -1) for layer, rows in output.attention.items()
+            },
+            "gradients": dict(zip(names, gradients)),
+        }
     stop_groups()
     return result
 
@@ -76,16 +85,22 @@ def test_group_equals_separate_sequences(material):
 def generated_against_training(path, data, tensor, pipeline):
     config, process_groups, shape, policy, _ = open_policy(path, tensor, pipeline)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
-    settings = SamplingSettings(group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8,
-                                top_p=0.9)
+    settings = SamplingSettings(
+        group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8, top_p=0.9
+    )
     with policy.resident():
         embeds = policy.encode_visual(prompts)
         sampled = generate(policy, prompts, embeds, settings, 0, 0)
     batch = GroupBatch(prompts, sampled.response_ids, sampled.response_lengths, embeds)
     output = policy.forward([batch], temperature=0.8)[0]
     mask = batch.response_mask
-    result = {"ids": sampled.response_ids, "lengths": sampled.response_lengths, "finished": sampled.finished,
-              "rollout": sampled.rollout_logprobs, "training": None}
+    result = {
+        "ids": sampled.response_ids,
+        "lengths": sampled.response_lengths,
+        "finished": sampled.finished,
+        "rollout": sampled.rollout_logprobs,
+        "training": None,
+    }
     if output.tokens is not None:
         result["training"] = output.tokens.logprobs * mask
     stop_groups()
@@ -94,7 +109,9 @@ def generated_against_training(path, data, tensor, pipeline):
 
 @pytest.mark.parametrize("world, tensor, pipeline", [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2)])
 def test_generated_logprobs_are_training_logprobs(material, world, tensor, pipeline):
-    results = run_ranks(world, generated_against_training, str(material["tiny"]), str(material["data"]), tensor, pipeline)
+    results = run_ranks(
+        world, generated_against_training, str(material["tiny"]), str(material["data"]), tensor, pipeline
+    )
     first, last = results[0], results[-1]
     assert torch.allclose(last["rollout"], last["training"], atol=1e-4)
     assert last["training"].abs().max() > 1
@@ -163,16 +180,23 @@ def test_attention_term_is_exactly_zero_on_policy_and_acts_after_a_step(material
     assert second["attention/divergence"] > 0.0
     # Last layer: only W_q and W_k matter to its own rows; W_v, W_o, MLP, final norm and LM head do not.
     last = "language.decoder.layers.3."
-    for name in (f"{last}self_attention.linear_proj.weight", f"{last}pre_mlp_layernorm.weight",
-                 f"{last}mlp.linear_fc1.weight", f"{last}mlp.linear_fc2.weight",
-                 "language.decoder.final_layernorm.weight"):
+    for name in (
+        f"{last}self_attention.linear_proj.weight",
+        f"{last}pre_mlp_layernorm.weight",
+        f"{last}mlp.linear_fc1.weight",
+        f"{last}mlp.linear_fc2.weight",
+        "language.decoder.final_layernorm.weight",
+    ):
         assert not after[name].any(), name
     qkv = after[f"{last}self_attention.linear_qkv.weight"].view(2, 4, 32, 128)  # groups x [q q k v] x D x hidden
     assert qkv[:, :3].any() and not qkv[:, 3].any()
     bias = after[f"{last}self_attention.linear_qkv.bias"].view(2, 4, 32)
     assert bias[:, :2].any() and not bias[:, 3].any()
-    for name in ("language.decoder.layers.0.mlp.linear_fc2.weight", f"{last}input_layernorm.weight",
-                 "language.embedding.word_embeddings.weight"):
+    for name in (
+        "language.decoder.layers.0.mlp.linear_fc2.weight",
+        f"{last}input_layernorm.weight",
+        "language.embedding.word_embeddings.weight",
+    ):
         assert after[name].any(), name
 
 

@@ -18,8 +18,15 @@ from tests.distributed.test_layouts import close
 
 FILTERED = {"equal_rewards": (0, 1, 5), "filter_equal_rewards": True}
 FAMILY = {
-    "gspo": {"policy_loss": "gspo", "aggregation": "sequence_mean", "clip_low": 0.02, "clip_high": 0.03,
-             "kl_estimator": "k2", "entropy_coef": 0.5, **FILTERED},
+    "gspo": {
+        "policy_loss": "gspo",
+        "aggregation": "sequence_mean",
+        "clip_low": 0.02,
+        "clip_high": 0.03,
+        "kl_estimator": "k2",
+        "entropy_coef": 0.5,
+        **FILTERED,
+    },
     "cispo": {"policy_loss": "cispo", "aggregation": "sequence_sum_norm", "clip_low": 1.0, "kl_clamp": 0.1, **FILTERED},
 }
 
@@ -47,8 +54,10 @@ def gradients_of_logits(tensor: int):
     weights = torch.randn(2, 5, generator=generator)
     mine = logits.chunk(tensor, -1)[process_groups.layout.tensor_rank].contiguous().requires_grad_()
     values = vocab_parallel_logprobs(mine, targets, process_groups.tensor)
-    found = [torch.autograd.grad(sum((weights[i] * values[i]).sum() for i in chosen), mine, retain_graph=True)[0]
-             for chosen in ((0,), (1,), (0, 1))]
+    found = [
+        torch.autograd.grad(sum((weights[i] * values[i]).sum() for i in chosen), mine, retain_graph=True)[0]
+        for chosen in ((0,), (1,), (0, 1))
+    ]
     found = [torch.cat(gather_shards(gradient, process_groups.tensor), -1) for gradient in found]
     stop_groups()
     return logits, targets, weights, found
@@ -62,5 +71,5 @@ def test_entropy_and_logprobs_carry_gradient_to_every_shard(tensor):
         values = logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
         for chosen, gradient in zip(((0,), (1,), (0, 1)), found):
             loss = sum((weights[i] * values[i]).sum() for i in chosen)
-            wanted, = torch.autograd.grad(loss, logits, retain_graph=True)
+            (wanted,) = torch.autograd.grad(loss, logits, retain_graph=True)
             assert torch.allclose(gradient.double(), wanted, atol=1e-6) and wanted.abs().max() > 0.1

@@ -16,8 +16,11 @@ class WatchedWeights(LayerWeights):
 
     def enter(self, hidden):
         result = super().enter(hidden)
-        whole = sum(parameter.ds_numel for parameter in self.stage.parameters()
-                    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        whole = sum(
+            parameter.ds_numel
+            for parameter in self.stage.parameters()
+            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE
+        )
         WatchedWeights.most = max(WatchedWeights.most, whole)
         return result
 
@@ -38,15 +41,28 @@ def kept_bytes(path: str, other: str, data: str, parallel: dict) -> dict:
     stage_module.LayerWeights, WatchedWeights.stage = WatchedWeights, policy.stage
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy.forward_backward(minibatch[:1], objective)
-    layers = [sum(parameter.ds_numel for parameter in layer.parameters()) for layer in policy.stage.language.decoder.layers]
-    return {"kept": sum(kept.values()), "most": WatchedWeights.most, "layers": layers,
-            "stage": sum(parameter.ds_numel for parameter in policy.stage.parameters())}
+    layers = [
+        sum(parameter.ds_numel for parameter in layer.parameters()) for layer in policy.stage.language.decoder.layers
+    ]
+    return {
+        "kept": sum(kept.values()),
+        "most": WatchedWeights.most,
+        "layers": layers,
+        "stage": sum(parameter.ds_numel for parameter in policy.stage.parameters()),
+    }
 
 
 def test_recomputation_keeps_less_and_layers_are_whole_one_at_a_time(material):
     arguments = (str(material["tiny"]), str(material["tiny_other"]), str(material["data"]))
-    plain, recomputed, layerwise, ahead = (run_ranks(2, kept_bytes, *arguments, parallel)[0] for parallel in (
-        {}, {"recompute_activations": True}, {"gather": "layer", "overlap_communication": False}, {"gather": "layer"}))
+    plain, recomputed, layerwise, ahead = (
+        run_ranks(2, kept_bytes, *arguments, parallel)[0]
+        for parallel in (
+            {},
+            {"recompute_activations": True},
+            {"gather": "layer", "overlap_communication": False},
+            {"gather": "layer"},
+        )
+    )
     assert len(plain["layers"]) == 4 and plain["most"] == recomputed["most"] == 0
     # three of four layers keep their input alone; embedding, recorded layer, head and loss keep what they did
     assert recomputed["kept"] < 0.6 * plain["kept"]

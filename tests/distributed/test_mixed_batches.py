@@ -25,10 +25,20 @@ def samples() -> list[Sample]:
     """Eight samples; with two data-parallel ranks the second rank gets text alone."""
     images = [((56, 56),), ((84, 28), (56, 28)), (), ()] + [()] * 4
     clip = FramePictures(tuple(png(56, 84) for _ in range(4)), fps=1.0)
-    return [Sample(key=f"k{index}", shard="s", problem="Which digit is red? " + "Which colour is cell 2? " * (index % 3),
-                   solution=f"<answer>{index}</answer>", process="<think>red</think>" * (1 + index % 2), problem_type="",
-                   images=tuple(png(*size) for size in sizes), target_boxes=(), videos=(clip,) if index == 3 else ())
-            for index, sizes in enumerate(images)]
+    return [
+        Sample(
+            key=f"k{index}",
+            shard="s",
+            problem="Which digit is red? " + "Which colour is cell 2? " * (index % 3),
+            solution=f"<answer>{index}</answer>",
+            process="<think>red</think>" * (1 + index % 2),
+            problem_type="",
+            images=tuple(png(*size) for size in sizes),
+            target_boxes=(),
+            videos=(clip,) if index == 3 else (),
+        )
+        for index, sizes in enumerate(images)
+    ]
 
 
 def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int):
@@ -40,13 +50,12 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     processor = PromptProcessor(path, 128)
     prompts = [processor(sample) for sample in samples()]
     share = len(prompts) // process_groups.layout.data_size
-    mine = prompts[process_groups.layout.data_rank * share:(process_groups.layout.data_rank + 1) * share]
+    mine = prompts[process_groups.layout.data_rank * share : (process_groups.layout.data_rank + 1) * share]
     batches = supervised_batches(mine, processor.pad_token_id, min(micro_batch_size, share))
     totals = global_totals([batch.response_lengths for batch in batches], 7, process_groups)
     losses, norms = [], []
     for _ in range(2):
-        losses.append(policy.forward_backward([TrainBatch(batch, totals) for batch in batches],
-                                              SftObjective())["loss"])
+        losses.append(policy.forward_backward([TrainBatch(batch, totals) for batch in batches], SftObjective())["loss"])
         norms.append(policy.step().grad_norm)
     weights = full_weights(policy)
     stop_groups()
@@ -79,7 +88,7 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     processor = PromptProcessor(path, 128)
     share = len(samples()) // process_groups.layout.data_size
     start = process_groups.layout.data_rank * share
-    prompts = [processor(sample) for sample in samples()[start:start + share]]
+    prompts = [processor(sample) for sample in samples()[start : start + share]]
     rollout = collect_rollout(policy, prompts, processor, config, 0, 2)
     widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]
     assert len(set(widths)) > 1, widths  # micro-batches of different shapes in one pass, also between stages
@@ -90,8 +99,11 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
         for b, key in enumerate(scored.groups.prompts.identities):
             for g in range(scored.groups.response_ids.shape[1]):
                 n = int(scored.groups.response_lengths[b, g])
-                result[key, g] = (scored.groups.response_ids[b, g, :n].tolist(), scored.rollout_logprobs[b, g, :n],
-                                  output.tokens.logprobs[b, g, :n] if output.tokens else None)
+                result[key, g] = (
+                    scored.groups.response_ids[b, g, :n].tolist(),
+                    scored.rollout_logprobs[b, g, :n],
+                    output.tokens.logprobs[b, g, :n] if output.tokens else None,
+                )
     return result
 
 

@@ -57,7 +57,8 @@ def test_step_is_skipped_everywhere_and_leaves_nothing(material, world, tensor, 
     straight = run_ranks(world, steps, *places, tensor, pipeline, "")
     for spoils in ("loss", "gradient", "both", "attention"):
         for (states, applied, norms), (wanted, _, wanted_norms) in zip(
-                run_ranks(world, steps, *places, tensor, pipeline, spoils), straight):
+            run_ranks(world, steps, *places, tensor, pipeline, spoils), straight
+        ):
             assert applied == [True, False, True], (spoils, applied)
             assert norms[0] == wanted_norms[0] and norms[2] == wanted_norms[1]
             for before, after in ((states[0], states[1]), (wanted[1], states[2])):

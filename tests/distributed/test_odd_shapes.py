@@ -21,8 +21,13 @@ def odd_model(source, target, *, kv_heads: int, layers: int, vocab: int, seed: i
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     raw = json.loads((source / "config.json").read_text())
-    raw["text_config"].update(num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab,
-                              layer_types=["full_attention"] * layers, max_window_layers=layers)
+    raw["text_config"].update(
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        layer_types=["full_attention"] * layers,
+        max_window_layers=layers,
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(raw))
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -34,15 +39,21 @@ def odd_model(source, target, *, kv_heads: int, layers: int, vocab: int, seed: i
 def odd(material, tmp_path_factory):
     """1 kv head, 5 layers, 509 rows of vocabulary; and a second model of the same shape."""
     folder = tmp_path_factory.mktemp("odd")
-    return [odd_model(material["tiny"], folder / f"odd{seed}", kv_heads=1, layers=5, vocab=509, seed=seed)
-            for seed in (1, 2)]
+    return [
+        odd_model(material["tiny"], folder / f"odd{seed}", kv_heads=1, layers=5, vocab=509, seed=seed)
+        for seed in (1, 2)
+    ]
 
 
-@pytest.mark.parametrize("num_layers, stages, sizes", [
-    (4, 2, [2, 2]), (5, 2, [3, 2]), (5, 3, [2, 2, 1]), (4, 3, [1, 2, 1]), (28, 8, [3, 4, 4, 4, 4, 3, 3, 3])])
+@pytest.mark.parametrize(
+    "num_layers, stages, sizes",
+    [(4, 2, [2, 2]), (5, 2, [3, 2]), (5, 3, [2, 2, 1]), (4, 3, [1, 2, 1]), (28, 8, [3, 4, 4, 4, 4, 3, 3, 3])],
+)
 def test_stage_sizes(num_layers, stages, sizes):
     assert stage_sizes(num_layers, stages) == sizes and sum(sizes) == num_layers
-    covered = [layer for rank in range(stages) for layer in RankLayout(rank, stages, 1, stages).stage_layers(num_layers)]
+    covered = [
+        layer for rank in range(stages) for layer in RankLayout(rank, stages, 1, stages).stage_layers(num_layers)
+    ]
     assert covered == list(range(num_layers))
     layout = RankLayout(0, stages, 1, stages)
     for layer in range(num_layers):
@@ -51,7 +62,9 @@ def test_stage_sizes(num_layers, stages, sizes):
 
 
 @pytest.mark.parametrize("world, tensor, pipeline", [(4, 4, 1), (3, 1, 3)])
-def test_logits_and_attention_rows_of_an_exported_step_equal_transformers(material, odd, tmp_path, world, tensor, pipeline):
+def test_logits_and_attention_rows_of_an_exported_step_equal_transformers(
+    material, odd, tmp_path, world, tensor, pipeline
+):
     source, output = str(odd[0]), str(tmp_path / "hf")
     results = run_ranks(world, export_and_read, source, str(material["data"]), output, tensor, pipeline)
     check_against_transformers(results, source, output, str(material["data"]))

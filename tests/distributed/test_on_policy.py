@@ -20,11 +20,14 @@ def made_up_reward(completion: str, solution: str, problem_type: str) -> float:
 def one_rollout(path: str, data: str, pipeline: int, num_minibatches: int, target: str, left_out: int) -> dict:
     """One RL step in which `left_out` updates are believed to need no pass of the old policy."""
     steps.on_policy_updates = lambda config: left_out
-    config, _, _, policy, objective = open_policy(path, 1, pipeline, attention_target=target, attention_layers=(1, -1),
-                                                  kl_coef=0.0)
+    config, _, _, policy, objective = open_policy(
+        path, 1, pipeline, attention_target=target, attention_layers=(1, -1), kl_coef=0.0
+    )
     config = dataclasses.replace(
-        config, rollout=dataclasses.replace(config.rollout, num_minibatches=num_minibatches, num_epochs=1),
-        reward=RewardConfig(functions={"made_up": RewardFunctionConfig(f"{__name__}:made_up_reward", 1.0)}))
+        config,
+        rollout=dataclasses.replace(config.rollout, num_minibatches=num_minibatches, num_epochs=1),
+        reward=RewardConfig(functions={"made_up": RewardFunctionConfig(f"{__name__}:made_up_reward", 1.0)}),
+    )
     before, passed, forward = full_weights(policy), [], policy.forward
 
     def counted(batches, *arguments, **settings):
@@ -32,12 +35,22 @@ def one_rollout(path: str, data: str, pipeline: int, num_minibatches: int, targe
         return forward(batches, *arguments, **settings)
 
     policy.forward = counted
-    report = steps.ral_step(steps.Engines(policy), [row[0] for row in fixed_groups(path, data)],
-                            PromptProcessor(path, 128), objective, config, 0, measure_gradient_ratio=True)
+    report = steps.ral_step(
+        steps.Engines(policy),
+        [row[0] for row in fixed_groups(path, data)],
+        PromptProcessor(path, 128),
+        objective,
+        config,
+        0,
+        measure_gradient_ratio=True,
+    )
     weights = full_weights(policy)
     stop_groups()
-    return {"changes": {name: weights[name] - before[name] for name in weights}, "metrics": report.metrics,
-            "passed": passed}
+    return {
+        "changes": {name: weights[name] - before[name] for name in weights},
+        "metrics": report.metrics,
+        "passed": passed,
+    }
 
 
 @pytest.mark.parametrize("target, pipeline, num_minibatches", [("old", 1, 2), ("old", 2, 1), ("group", 2, 2)])

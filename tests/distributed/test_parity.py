@@ -44,11 +44,27 @@ def frames(count: int, width: int, height: int, fps: float) -> FramePictures:
 
 
 def samples() -> list[Sample]:
-    media = {"text": ((), ()), "image": (("112x84",), ()), "two": (("56x84", "140x64"), ()),
-             "video": ((), (frames(6, 84, 112, 2.0),)), "mixed": (("64x64",), (frames(4, 56, 84, 1.0),))}
-    return [Sample(key=key, shard="s", problem="Which digit is red? " * (1 + index % 2), solution="<answer>3</answer>",
-                   process="", problem_type="", images=tuple(picture(*map(int, size.split("x"))) for size in sizes),
-                   target_boxes=(), videos=videos) for index, (key, (sizes, videos)) in enumerate(media.items())]
+    media = {
+        "text": ((), ()),
+        "image": (("112x84",), ()),
+        "two": (("56x84", "140x64"), ()),
+        "video": ((), (frames(6, 84, 112, 2.0),)),
+        "mixed": (("64x64",), (frames(4, 56, 84, 1.0),)),
+    }
+    return [
+        Sample(
+            key=key,
+            shard="s",
+            problem="Which digit is red? " * (1 + index % 2),
+            solution="<answer>3</answer>",
+            process="",
+            problem_type="",
+            images=tuple(picture(*map(int, size.split("x"))) for size in sizes),
+            target_boxes=(),
+            videos=videos,
+        )
+        for index, (key, (sizes, videos)) in enumerate(media.items())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +74,26 @@ def models(tmp_path_factory):
     for family in FAMILIES:
         for kind, options in KINDS.items():
             made = root / f"made_{family}_{kind}"
-            run_tool("make_tiny_model.py", "--output", made, "--family", family, "--num-layers", 7, "--vocab-size", 509,
-                     "--num-heads", 8, "--intermediate-size", 676, "--vision-depth", 3, "--rope-theta", 1000, *options)
+            run_tool(
+                "make_tiny_model.py",
+                "--output",
+                made,
+                "--family",
+                family,
+                "--num-layers",
+                7,
+                "--vocab-size",
+                509,
+                "--num-heads",
+                8,
+                "--intermediate-size",
+                676,
+                "--vision-depth",
+                3,
+                "--rope-theta",
+                1000,
+                *options,
+            )
             perturbed_copy(made, root / f"{family}_{kind}", scale=0.05)
     return root
 
@@ -73,13 +107,16 @@ def prompts_and_responses(path: str):
     return processor, prompts, ids, lengths
 
 
-def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_parallel: bool = False,
-                         dtype: str = "float32", export: str = "") -> dict:
+def logits_and_gradients(
+    path: str, tensor: int, pipeline: int, sequence_parallel: bool = False, dtype: str = "float32", export: str = ""
+) -> dict:
     """One forward and backward of the supervised loss; logits (last stage) and whole gradients by name."""
     config = make_config(path, tensor=tensor, pipeline=pipeline)
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, dtype=dtype),
-        parallel=dataclasses.replace(config.parallel, sequence_parallel=sequence_parallel))
+        config,
+        model=dataclasses.replace(config.model, dtype=dtype),
+        parallel=dataclasses.replace(config.parallel, sequence_parallel=sequence_parallel),
+    )
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     policy = PolicyEngine(read_shape(path), process_groups, config)
     _, prompts, ids, lengths = prompts_and_responses(path)
@@ -95,7 +132,9 @@ def logits_and_gradients(path: str, tensor: int, pipeline: int, sequence_paralle
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
-    metrics = policy.forward_backward([TrainBatch(batch, StepTotals(int(lengths.sum()), lengths.numel(), LENGTH))], SftObjective())
+    metrics = policy.forward_backward(
+        [TrainBatch(batch, StepTotals(int(lengths.sum()), lengths.numel(), LENGTH))], SftObjective()
+    )
     gradients = full_gradients(policy)
     if export:
         with policy.resident():
@@ -131,12 +170,15 @@ def reference(path: str, dtype: torch.dtype = torch.float32) -> tuple[list[torch
     for prompt, responses, sizes in zip(prompts, ids, lengths):
         for response, size in zip(responses, sizes):
             tokens = torch.cat([prompt.input_ids, response[:size]])
-            rows = model(**processor.stock_inputs(prompt, tokens)).logits[0, len(prompt.input_ids) - 1:-1].float()
+            rows = model(**processor.stock_inputs(prompt, tokens)).logits[0, len(prompt.input_ids) - 1 : -1].float()
             loss = loss + torch.nn.functional.cross_entropy(rows, response[:size], reduction="sum")
             logits.append(rows.detach())
     (loss / lengths.sum()).backward()
-    gradients = {common_name(name): parameter.grad.float() for name, parameter in model.named_parameters()
-                 if ".visual." not in name and (name != "lm_head.weight" or not model.config.tie_word_embeddings)}
+    gradients = {
+        common_name(name): parameter.grad.float()
+        for name, parameter in model.named_parameters()
+        if ".visual." not in name and (name != "lm_head.weight" or not model.config.tie_word_embeddings)
+    }
     return logits, gradients
 
 
@@ -168,8 +210,9 @@ def test_logits_and_gradients_equal_stock_transformers(models, family, kind, ten
 def test_sequence_parallel_and_export(models, tmp_path, family, tensor, pipeline):
     """The same under sequence parallelism (lengths that its ranks do not divide); the exported folder is the source."""
     path = str(models / f"{family}_tied")
-    results = run_ranks(tensor * pipeline, logits_and_gradients, path, tensor, pipeline, True, "float32",
-                        str(tmp_path / "hf"))
+    results = run_ranks(
+        tensor * pipeline, logits_and_gradients, path, tensor, pipeline, True, "float32", str(tmp_path / "hf")
+    )
     check_against_stock(results[-1], path)
     assert not differing_weights(path, tmp_path / "hf")
 
@@ -181,19 +224,22 @@ def distance(ours: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tensor, pipeline, sequence_parallel", [(1, 1, False), (2, 1, True), (1, 3, False),
-                                                                 (2, 2, False)])
+@pytest.mark.parametrize(
+    "tensor, pipeline, sequence_parallel", [(1, 1, False), (2, 1, True), (1, 3, False), (2, 2, False)]
+)
 def test_bfloat16_is_as_near_to_float32_as_stock_bfloat16(models, family, tensor, pipeline, sequence_parallel):
     """Tolerance: 1.3 times the distance of stock transformers in bfloat16 from itself in float32, for logits and for
     all gradients together (seen: 0.91 to 1.06)."""
     path = str(models / f"{family}_tied")
     logits, gradients = reference(path)
     stock_logits, stock_gradients = reference(path, torch.bfloat16)
-    result = run_ranks(tensor * pipeline, logits_and_gradients, path, tensor, pipeline, sequence_parallel,
-                       "bfloat16")[-1]
+    result = run_ranks(tensor * pipeline, logits_and_gradients, path, tensor, pipeline, sequence_parallel, "bfloat16")[
+        -1
+    ]
     allowed = 1.3 * distance(stock_logits, logits)
     assert 0 < distance(real_rows(result["logits"], path), logits) <= allowed
     names = sorted(gradients)
-    ours, theirs, wanted = ([values[name] for name in names]
-                            for values in (result["gradients"], stock_gradients, gradients))
+    ours, theirs, wanted = (
+        [values[name] for name in names] for values in (result["gradients"], stock_gradients, gradients)
+    )
     assert 0 < distance(ours, wanted) <= 1.3 * distance(theirs, wanted)

@@ -41,7 +41,9 @@ def meet(path, overrides, changed) -> tuple[str, str]:
     except DataError as error:
         problems.append(error)
     try:
-        end = preflight.check_launch(config, read_shape(config.model.path), None, problems, {"--resume": False}, said.append)
+        end = preflight.check_launch(
+            config, read_shape(config.model.path), None, problems, {"--resume": False}, said.append
+        )
     except preflight.PreflightError as error:
         end = str(error)
     return "\n".join(said), end
@@ -88,7 +90,9 @@ def test_all_is_well(run):
 
 def test_a_slow_node_still_finds_the_ports_of_the_others_open(run):
     path, overrides, _ = run
-    results = run_ranks(3, meet, path, overrides, {rank: {"node": rank, "slow": 1.0 * (rank != 2)} for rank in range(3)})
+    results = run_ranks(
+        3, meet, path, overrides, {rank: {"node": rank, "slow": 1.0 * (rank != 2)} for rank in range(3)}
+    )
     assert all(said == "" and end.startswith("preflight: 3 ranks agree") for said, end in results), results
 
 
@@ -96,8 +100,9 @@ def test_the_file_of_another_writer_stays_until_all_have_looked(run):
     """The first rank cannot write; the second, which can, does not wait for it or for the slow third to look."""
     path, overrides, folder = run
     (folder / "a_file").touch()
-    results = run_ranks(3, meet, path, overrides, {0: {"overrides": [f"train.output_dir={folder}/a_file/run"]},
-                                                   2: {"late": 1.0}})
+    results = run_ranks(
+        3, meet, path, overrides, {0: {"overrides": [f"train.output_dir={folder}/a_file/run"]}, 2: {"late": 1.0}}
+    )
     said = results[0][0]
     assert "cannot be written to" in said and "a_file" in said
     assert not any(row.startswith("rank 2 (") for row in rows(said)), said
@@ -121,16 +126,28 @@ def test_everything_that_is_wrong_comes_at_once(run, material):
         (other / shard.name).write_bytes(shard.read_bytes())
     here = f"data.train=[{{shards: '{folder}/shards/rl-*.tar'}}]"
     (folder / "shards").symlink_to(material["data"])
-    results = run_ranks(4, meet, path, [*overrides, here], {
-        1: {"overrides": ["loss.kl_coef=0.1", f"data.train=[{{shards: '{folder}/nothing/rl-*.tar'}}]"]},
-        2: {"overrides": [f"data.train=[{{shards: '{other}/rl-*.tar'}}]"], "version": "0123456789ab"},
-        3: {"overrides": [f"train.output_dir={path}/below_a_file"], "clock": 120.0}})
+    results = run_ranks(
+        4,
+        meet,
+        path,
+        [*overrides, here],
+        {
+            1: {"overrides": ["loss.kl_coef=0.1", f"data.train=[{{shards: '{folder}/nothing/rl-*.tar'}}]"]},
+            2: {"overrides": [f"data.train=[{{shards: '{other}/rl-*.tar'}}]"], "version": "0123456789ab"},
+            3: {"overrides": [f"train.output_dir={path}/below_a_file"], "clock": 120.0},
+        },
+    )
     said = results[0][0]
     lines = rows(said)
     assert said.splitlines()[0] == f"{len(lines)} things are wrong; nothing was started", said
-    for wanted in (("rank 1 (", "loss.kl_coef", "0.1", "0.04"), ("rank 1 (", "data.train", "nothing/rl-*.tar", "matches no file"),
-                   ("rank 2 (", "data.train.0.shards", "7 files", "8 files"), ("rank 2 (", "megatron_ral", "0123456789ab"),
-                   ("rank 3 (", "train.output_dir", "below_a_file", "cannot be written to"), ("rank 3 (", "clock", "+120 s")):
+    for wanted in (
+        ("rank 1 (", "loss.kl_coef", "0.1", "0.04"),
+        ("rank 1 (", "data.train", "nothing/rl-*.tar", "matches no file"),
+        ("rank 2 (", "data.train.0.shards", "7 files", "8 files"),
+        ("rank 2 (", "megatron_ral", "0123456789ab"),
+        ("rank 3 (", "train.output_dir", "below_a_file", "cannot be written to"),
+        ("rank 3 (", "clock", "+120 s"),
+    ):
         assert any(all(part in line for part in wanted) for line in lines), (wanted, said)
     assert not any("rank 0 (" in line or "all ranks" in line for line in lines), said
 
@@ -171,8 +188,9 @@ def test_disk_that_is_too_small(material):
     from megatron_ral.planning.disk import checkpoint_bytes, disk_problem, needed_bytes
 
     shape = read_shape(material["tiny"])
-    config = load_config("pretrained_configs/runs/ral_tiny.yaml", [f"model.path={material['tiny']}",
-                                                                   "train.output_dir=/nonexistent"])
+    config = load_config(
+        "pretrained_configs/runs/ral_tiny.yaml", [f"model.path={material['tiny']}", "train.output_dir=/nonexistent"]
+    )
     from safetensors import safe_open
 
     [file] = Path(material["tiny"]).glob("*.safetensors")

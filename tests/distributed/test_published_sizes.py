@@ -29,8 +29,9 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
         with torch.device("meta"):
-            stage = MultimodalStage(shape, RankLayout(rank, world, tensor, pipeline), torch.bfloat16,
-                                    torch.device("meta"))
+            stage = MultimodalStage(
+                shape, RankLayout(rank, world, tensor, pipeline), torch.bfloat16, torch.device("meta")
+            )
         describe_stage(stage)  # the table names exactly the parameters that were built
         counts[rank] = sum(parameter.numel() for parameter in stage.parameters())
         parallel_state.destroy_model_parallel()
@@ -38,9 +39,14 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
     return counts
 
 
-@pytest.mark.parametrize("size, tensor, pipeline, total", [
-    ("qwen2.5-vl-72b", 8, 4, 73_410_777_344), ("qwen2.5-vl-3b", 4, 3, 3_754_622_976),
-    ("qwen3-vl-8b", 4, 2, 8_767_123_696)])
+@pytest.mark.parametrize(
+    "size, tensor, pipeline, total",
+    [
+        ("qwen2.5-vl-72b", 8, 4, 73_410_777_344),
+        ("qwen2.5-vl-3b", 4, 3, 3_754_622_976),
+        ("qwen3-vl-8b", 4, 2, 8_767_123_696),
+    ],
+)
 def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
     """3B: tied embeddings, 2 key/value heads under 4 tensor ranks."""
     path = MODELS / size

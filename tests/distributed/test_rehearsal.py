@@ -22,7 +22,9 @@ RUNS = PROJECT / "pretrained_configs" / "runs"
 
 def published(size: str, *overrides: str):
     run = {"qwen2.5-vl-72b": "ral_70b", "qwen2.5-vl-7b": "ral_7b"}[size]
-    return load_config(RUNS / f"{run}.yaml", [f"model.path={MODELS / size}", *overrides]), read_shape(str(MODELS / size))
+    return load_config(RUNS / f"{run}.yaml", [f"model.path={MODELS / size}", *overrides]), read_shape(
+        str(MODELS / size)
+    )
 
 
 def held_stages(size: str, world_size: int) -> list[tuple]:
@@ -38,17 +40,30 @@ def held_stages(size: str, world_size: int) -> list[tuple]:
     layout, result = check_possible(config, shape, world_size), []
     for stages in distinct_stages(config, shape, layout):
         rank = layout.rank_of(0, 0, stages[0])
-        with simulate_rank(rank, world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size) as process_groups, \
-                fake_tensors():
+        with (
+            simulate_rank(
+                rank, world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size
+            ) as process_groups,
+            fake_tensors(),
+        ):
             parameters = SimulatedPolicy(shape, process_groups, config, Watched()).parameters()
         zero = StageBytes(parameters, layout.data_size, 2, "stage", (), False)
-        result.append((stages, sum(parameter.numel for parameter in parameters), zero.shard_numel, zero.padding,
-                       len(parameters), zero.trained_numel))
+        result.append(
+            (
+                stages,
+                sum(parameter.numel for parameter in parameters),
+                zero.shard_numel,
+                zero.padding,
+                len(parameters),
+                zero.trained_numel,
+            )
+        )
     return result
 
 
-@pytest.mark.parametrize("size, world_size, total", [("qwen2.5-vl-72b", 64, 73_410_777_344),
-                                                     ("qwen2.5-vl-72b", 256, 73_410_777_344)])
+@pytest.mark.parametrize(
+    "size, world_size, total", [("qwen2.5-vl-72b", 64, 73_410_777_344), ("qwen2.5-vl-72b", 256, 73_410_777_344)]
+)
 def test_a_published_size_adds_up(size, world_size, total):
     """At the layout of the launch script: all shards of all ranks are the published model, copies aside."""
     [result] = run_ranks(1, held_stages, size, world_size)
@@ -80,13 +95,16 @@ def test_what_cannot_work_is_refused():
 
     config, shape = published("qwen2.5-vl-72b")
     for world_size, key, value, message in (
-            (60, "tensor_model_parallel_size", 8, "does not divide the world size 60"),
-            (60, "tensor_model_parallel_size", 5, "5 does not divide the 64 attention heads"),
-            (81 * 8, "pipeline_model_parallel_size", 81, "81 is more than the 80 layers"),
-            (1024, "tensor_model_parallel_size", 8, "rollout.num_prompts = 64 is not divisible by 64 data-parallel ranks")):
+        (60, "tensor_model_parallel_size", 8, "does not divide the world size 60"),
+        (60, "tensor_model_parallel_size", 5, "5 does not divide the 64 attention heads"),
+        (81 * 8, "pipeline_model_parallel_size", 81, "81 is more than the 80 layers"),
+        (1024, "tensor_model_parallel_size", 8, "rollout.num_prompts = 64 is not divisible by 64 data-parallel ranks"),
+    ):
         parallel = replace(config.parallel, **{"pipeline_model_parallel_size": 2, key: value})
         parallel = replace(parallel, pipeline_model_parallel_size=1) if value == 5 else parallel
-        changed = replace(config, parallel=parallel, rollout=replace(config.rollout, num_prompts=64 if value != 5 else 48))
+        changed = replace(
+            config, parallel=parallel, rollout=replace(config.rollout, num_prompts=64 if value != 5 else 48)
+        )
         with pytest.raises(ConfigError, match=message):
             check_possible(changed, shape, world_size)
 
@@ -100,15 +118,23 @@ def way_out(path: str) -> dict:
 
     config, shape = make_config(path, tensor=2, pipeline=2, num_groups=16), read_shape(path)
     result = rehearse(config, shape, 4)
-    hardware = Hardware(gpu_memory_gib=0.9 * result.peak_bytes / 2 ** 30, reserved_gib=0.0)
+    hardware = Hardware(gpu_memory_gib=0.9 * result.peak_bytes / 2**30, reserved_gib=0.0)
     result = replace(result, hardware=hardware)
     settings, again = find_way_out(result, shape)
-    supervised = replace(config, train=replace(config.train, algorithm="sft", batch_size=8), loss=replace(config.loss, kl_coef=0.0))
-    return {"before": result.fits, "peak": result.peak_bytes, "settings": settings, "after": again.fits,
-            "smaller": again.peak_bytes, "text": describe(result), "phases": list(result.seconds),
-            "cache": [
-                (report.memory["generation"]["KV cache"], report.rank.cache_bytes) for report in result.ranks],
-            "sft": list(rehearse(supervised, shape, 4).seconds)}
+    supervised = replace(
+        config, train=replace(config.train, algorithm="sft", batch_size=8), loss=replace(config.loss, kl_coef=0.0)
+    )
+    return {
+        "before": result.fits,
+        "peak": result.peak_bytes,
+        "settings": settings,
+        "after": again.fits,
+        "smaller": again.peak_bytes,
+        "text": describe(result),
+        "phases": list(result.seconds),
+        "cache": [(report.memory["generation"]["KV cache"], report.rank.cache_bytes) for report in result.ranks],
+        "sft": list(rehearse(supervised, shape, 4).seconds),
+    }
 
 
 def test_what_does_not_fit_names_a_setting_with_which_it_does(material):
@@ -132,17 +158,28 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
     gc.collect()
     watched = Watched()
     watched.call_it("before", *(value for value in gc.get_objects() if isinstance(value, torch.Tensor)))
-    with CountedTraffic({**named, **({"embedding": process_groups.embedding} if process_groups.embedding else {})}) as traffic:
+    with CountedTraffic(
+        {**named, **({"embedding": process_groups.embedding} if process_groups.embedding else {})}
+    ) as traffic:
         with watched, watched.phase() as seen:
             policy.forward_backward(minibatch, objective)
         policy.step()
     prompts = minibatch[0].groups.prompts
-    sent = {("pipeline" if kind == "send" else group, kind): size for (group, kind), size in traffic.sent_bytes.items()
-            # Point-to-point calls do not always name their group; a group of one rank moves nothing.
-            if kind != "receive" and not (group == "data" and process_groups.layout.data_size == 1)}
-    return {"sent": sent, "P": prompts.input_ids.shape[1], "micro_batches": len(minibatch),
-            "visual": int(prompts.visual_mask[0].sum()), "held": policy.shard_bytes(),
-            "peak": seen.peak_bytes - seen.peak["before"], "stage": policy.layout.pipeline_rank}
+    sent = {
+        ("pipeline" if kind == "send" else group, kind): size
+        for (group, kind), size in traffic.sent_bytes.items()
+        # Point-to-point calls do not always name their group; a group of one rank moves nothing.
+        if kind != "receive" and not (group == "data" and process_groups.layout.data_size == 1)
+    }
+    return {
+        "sent": sent,
+        "P": prompts.input_ids.shape[1],
+        "micro_batches": len(minibatch),
+        "visual": int(prompts.visual_mask[0].sum()),
+        "held": policy.shard_bytes(),
+        "peak": seen.peak_bytes - seen.peak["before"],
+        "stage": policy.layout.pipeline_rank,
+    }
 
 
 def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, settings: dict) -> dict:
@@ -150,8 +187,12 @@ def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, sett
     from megatron_ral.planning.rehearse import rehearse
 
     config = make_config(path, tensor=tensor, pipeline=pipeline, num_groups=16, **settings)
-    config = replace(config, data=replace(config.data, max_prompt_length=P), rollout=replace(config.rollout, num_epochs=1),
-                     logging=replace(config.logging, gradient_ratio_interval=0))
+    config = replace(
+        config,
+        data=replace(config.data, max_prompt_length=P),
+        rollout=replace(config.rollout, num_epochs=1),
+        logging=replace(config.logging, gradient_ratio_interval=0),
+    )
     result, stages = rehearse(config, read_shape(path), 4, visual_tokens=visual, on_gpu=False), {}
     assert (result.work.micro_batch, result.work.group_size, result.work.response_length) == (2, GROUP_SIZE, LENGTH)
     for report in result.ranks:
@@ -159,19 +200,32 @@ def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, sett
         rows = sum(phase.held for name, phase in report.rank.phases.items() if name in ("old", "reference"))
         rows *= result.work.passes
         beside = held + report.memory["update"]["visual features"] + rows
-        peak = max(sum(report.memory["gather"].values()) - held,
-                   *(sum(report.memory[name].values()) - beside for name in ("update", "reduce")))
+        peak = max(
+            sum(report.memory["gather"].values()) - held,
+            *(sum(report.memory[name].values()) - beside for name in ("update", "reduce")),
+        )
         for stage in report.stages:
-            stages[stage] = {"sent": {key: size for key, size in report.sent["update"].items() if key[1] != "receive"},
-                             "micro_batches": result.work.micro_batches, "peak": peak, "share": report.update_share,
-                             "shard": report.zero.shard_numel * 4, "trained": report.zero.trained_numel * 4,
-                             "whole": report.rank.numel * 4}
+            stages[stage] = {
+                "sent": {key: size for key, size in report.sent["update"].items() if key[1] != "receive"},
+                "micro_batches": result.work.micro_batches,
+                "peak": peak,
+                "share": report.update_share,
+                "shard": report.zero.shard_numel * 4,
+                "trained": report.zero.trained_numel * 4,
+                "whole": report.rank.numel * 4,
+            }
     return stages
 
 
-CASES = [(2, 2, {"sequence_parallel": True}), (1, 2, {}), (2, 1, {}), (1, 1, {}),
-         (1, 2, {"parallel": {"recompute_activations": True}}), (1, 2, {"parallel": {"gather": "layer"}}),
-         (1, 2, {"parallel": {"overlap_communication": False}})]
+CASES = [
+    (2, 2, {"sequence_parallel": True}),
+    (1, 2, {}),
+    (2, 1, {}),
+    (1, 1, {}),
+    (1, 2, {"parallel": {"recompute_activations": True}}),
+    (1, 2, {"parallel": {"gather": "layer"}}),
+    (1, 2, {"parallel": {"overlap_communication": False}}),
+]
 """Tensor and pipeline ranks of 4, and what else is set; the test takes three, tools/benchmarks/rehearsal.py all."""
 
 

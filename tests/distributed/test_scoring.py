@@ -21,13 +21,18 @@ def rank(completion: str, solution: str, problem_type: str) -> float:
 def score_on_a_rank(tensor: int, pipeline: int):
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     sample = SimpleNamespace(solution="7", problem_type="", identity="a/b")
-    responses = ResponseBatch(SimpleNamespace(prompts=[SimpleNamespace(sample=sample)] * 2),
-                              torch.arange(12).reshape(2, 2, 3), torch.full((2, 2), 3), torch.zeros(2, 2, 3),
-                              torch.ones(2, 2, dtype=torch.bool))
+    responses = ResponseBatch(
+        SimpleNamespace(prompts=[SimpleNamespace(sample=sample)] * 2),
+        torch.arange(12).reshape(2, 2, 3),
+        torch.full((2, 2), 3),
+        torch.zeros(2, 2, 3),
+        torch.ones(2, 2, dtype=torch.bool),
+    )
     processor = SimpleNamespace(decode=lambda ids: str(ids.tolist()))
     own = {"rank": RewardFunctionConfig(f"{__name__}:rank", 1.0)}
-    score = score_responses(responses, processor, RunConfig(reward=RewardConfig(functions=own)),
-                            SimpleNamespace(groups=process_groups))
+    score = score_responses(
+        responses, processor, RunConfig(reward=RewardConfig(functions=own)), SimpleNamespace(groups=process_groups)
+    )
     stop_groups()
     return score.components["rank"], score.rewards, score.texts
 

@@ -26,18 +26,33 @@ from tests.distributed.test_layouts import close
 
 SETTINGS = {
     "paper": {"attention_layers": (-1,)},
-    "all layers, predicting rows": {"token_divergence": "jsd", "beta": 0.3, "attention_row": "predictor",
-                                    "attention_coef": 3.0},
-    "top tokens, visual keys": {"token_divergence": "forward_kl", "top_tokens": 9, "temperature": 1.5,
-                                "attention_keys": "visual", "attention_layers": (0, 2), "attention_normalizer": "sequence_sum",
-                                "attention_rows": "shuffled"},
+    "all layers, predicting rows": {
+        "token_divergence": "jsd",
+        "beta": 0.3,
+        "attention_row": "predictor",
+        "attention_coef": 3.0,
+    },
+    "top tokens, visual keys": {
+        "token_divergence": "forward_kl",
+        "top_tokens": 9,
+        "temperature": 1.5,
+        "attention_keys": "visual",
+        "attention_layers": (0, 2),
+        "attention_normalizer": "sequence_sum",
+        "attention_rows": "shuffled",
+    },
     "tokens alone": {"attention_coef": 0.0, "token_coef": 0.5},
     "attention alone": {"token_coef": 0.0, "attention_divergence": "reverse_kl", "attention_row_cap": 1.0},
 }
 #            world, student (tensor, pipeline), teacher (tensor, pipeline), micro-batch
-LAYOUTS = {"student PP=2, teacher TP=2": (2, (1, 2), (2, 1), 2), "student TP=2, teacher PP=2": (2, (2, 1), (1, 2), 2),
-           "student DP=2, teacher TP=2": (2, (1, 1), (2, 1), 1), "student TP=2 PP=2, teacher DP=4": (4, (2, 2), (1, 1), 4),
-           "student DP=4, teacher TP=2 PP=2": (4, (1, 1), (2, 2), 2), "same layout, TP=2 PP=2": (4, (2, 2), (2, 2), 4)}
+LAYOUTS = {
+    "student PP=2, teacher TP=2": (2, (1, 2), (2, 1), 2),
+    "student TP=2, teacher PP=2": (2, (2, 1), (1, 2), 2),
+    "student DP=2, teacher TP=2": (2, (1, 1), (2, 1), 1),
+    "student TP=2 PP=2, teacher DP=4": (4, (2, 2), (1, 1), 4),
+    "student DP=4, teacher TP=2 PP=2": (4, (1, 1), (2, 2), 2),
+    "same layout, TP=2 PP=2": (4, (2, 2), (2, 2), 4),
+}
 
 
 def open_teacher(opened, path, layout, **settings):
@@ -45,8 +60,15 @@ def open_teacher(opened, path, layout, **settings):
     config, process_groups, shape, policy, objective = opened
     config = replace(config, distill=DistillConfig(**settings))
     processor = PromptProcessor(config.model.path, 128)
-    teacher = TeacherEngine(read_shape(path), another_layout(process_groups, tensor_size=layout[0], pipeline_size=layout[1]),
-                            "float32", path, student=process_groups, student_shape=shape, processor=processor)
+    teacher = TeacherEngine(
+        read_shape(path),
+        another_layout(process_groups, tensor_size=layout[0], pipeline_size=layout[1]),
+        "float32",
+        path,
+        student=process_groups,
+        student_shape=shape,
+        processor=processor,
+    )
     layers = shape.layer_indices(config.distill.attention_layers) or range(shape.num_layers)
     term = DistillTerm(config.distill, frozenset(layers), process_groups.tensor, teacher.head)
     return config, teacher, replace(objective, distill=term)
@@ -72,10 +94,14 @@ def steps(paths, student, teacher_layout, micro_batch_size) -> dict:
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.step().grad_norm
         after = full_weights(policy)
-        assert all(parameter.grad is None and torch.equal(parameter.ds_tensor, old)
-                   for parameter, old in zip(teacher.stage.parameters(), held))
-        result[name] = {"metrics": {**metrics, **norms, "grad_norm": norm},
-                        "changes": {key: after[key] - before[key] for key in after}}
+        assert all(
+            parameter.grad is None and torch.equal(parameter.ds_tensor, old)
+            for parameter, old in zip(teacher.stage.parameters(), held)
+        )
+        result[name] = {
+            "metrics": {**metrics, **norms, "grad_norm": norm},
+            "changes": {key: after[key] - before[key] for key in after},
+        }
     stop_groups()
     return result
 
@@ -94,18 +120,23 @@ def test_every_term_acts_in_one_process(alone):
     """The comparison would be worth little if a term were zero."""
     for name, settings in SETTINGS.items():
         metrics = alone[name]["metrics"]
-        for key in ("distill/token_divergence", "distill/attention_divergence",
-                    "distill/teacher_target_mass", "distill/student_target_mass", "norm of attention", "norm of tokens"):
+        for key in (
+            "distill/token_divergence",
+            "distill/attention_divergence",
+            "distill/teacher_target_mass",
+            "distill/student_target_mass",
+            "norm of attention",
+            "norm of tokens",
+        ):
             assert metrics[key] > 1e-4, (name, key, metrics[key])
         assert (metrics["norm of distill_attention"] > 1e-4) == (settings.get("attention_coef", 1.0) > 0), name
-    assert (alone["tokens alone"]["metrics"]["norm of tokens"] != alone["attention alone"]["metrics"]["norm of tokens"])
+    assert alone["tokens alone"]["metrics"]["norm of tokens"] != alone["attention alone"]["metrics"]["norm of tokens"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_equal_one_process(paths, alone, layout):
     world, student, teacher, micro_batch_size = LAYOUTS[layout]
-    for rank, result in enumerate(run_ranks(world, steps, paths, student, teacher, micro_batch_size,
-                                            timeout=420.0)):
+    for rank, result in enumerate(run_ranks(world, steps, paths, student, teacher, micro_batch_size, timeout=420.0)):
         for name, wanted in alone.items():
             for key, value in wanted["metrics"].items():
                 close(f"rank {rank}, {name}, {key}", result[name]["metrics"][key], value)
@@ -115,6 +146,7 @@ def test_layouts_equal_one_process(paths, alone, layout):
 
 
 # --- one model as teacher and student ---------------------------------------------------------------------------------
+
 
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that is made inside, views of `known` left out."""
@@ -162,8 +194,9 @@ def learn_from_itself(path, data, layout, top_tokens) -> dict:
 @pytest.mark.parametrize("top_tokens", [0, 5])
 def test_a_teacher_that_is_the_student_teaches_nothing(material, layout, top_tokens):
     """Both terms and the whole gradient are exactly 0; logits take no more than rows x V / TP."""
-    results = run_ranks(layout[0] * layout[1], learn_from_itself, str(material["tiny"]), str(material["data"]), layout,
-                        top_tokens)
+    results = run_ranks(
+        layout[0] * layout[1], learn_from_itself, str(material["tiny"]), str(material["data"]), layout, top_tokens
+    )
     for result in results:
         for name in ("distill/token_divergence", "distill/attention_divergence", "norm", "loss/token"):
             assert result[name] == 0.0, name
@@ -173,6 +206,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(material, layout, top_tok
 
 
 # --- stock transformers -------------------------------------------------------------------------------------------------
+
 
 def measured(path, teacher_path, data, settings) -> dict:
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
@@ -188,9 +222,11 @@ def measured(path, teacher_path, data, settings) -> dict:
 def test_divergences_equal_those_of_stock_transformers(material, paths, row):
     """Full vocabularies and eager attention in float64, a loop over rows."""
     path, _, teacher_path, data = paths
-    found, = run_ranks(1, measured, path, teacher_path, data, {"attention_row": row})
-    models = [AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").double().eval()
-              for folder in (path, teacher_path)]
+    (found,) = run_ranks(1, measured, path, teacher_path, data, {"attention_row": row})
+    models = [
+        AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").double().eval()
+        for folder in (path, teacher_path)
+    ]
     # student layer -> teacher layer at the same share of the depth, of 4 and 6 layers
     match = {0: 1, 1: 2, 2: 4, 3: 5}
     processor, count, kl, jsd, agreed = PromptProcessor(path, 128), 0, 0.0, 0.0, 0
@@ -198,8 +234,10 @@ def test_divergences_equal_those_of_stock_transformers(material, paths, row):
         P = len(prompt.input_ids)
         for g in range(len(ids)):
             tokens = torch.cat([prompt.input_ids, ids[g, : lengths[g]]])
-            inputs = {name: value.double() if value.is_floating_point() else value
-                      for name, value in processor.stock_inputs(prompt, tokens).items()}
+            inputs = {
+                name: value.double() if value.is_floating_point() else value
+                for name, value in processor.stock_inputs(prompt, tokens).items()
+            }
             with torch.no_grad():
                 student, teacher = (model(**inputs, output_attentions=True) for model in models)
             for t in range(P, len(tokens)):
@@ -208,7 +246,9 @@ def test_divergences_equal_those_of_stock_transformers(material, paths, row):
                 agreed += int(log_q.argmax() == log_p.argmax())
                 at = t if row == "token" else t - 1
                 for mine, theirs in match.items():
-                    q, p = (out.attentions[layer][0].mean(0)[at, :at] for out, layer in ((student, mine), (teacher, theirs)))
+                    q, p = (
+                        out.attentions[layer][0].mean(0)[at, :at] for out, layer in ((student, mine), (teacher, theirs))
+                    )
                     q, p = q / q.sum(), p / p.sum()
                     m = (p + q) / 2
                     jsd += float((p * (p / m).log() + q * (q / m).log()).sum() / 2) / len(match)
@@ -221,14 +261,19 @@ def test_divergences_equal_those_of_stock_transformers(material, paths, row):
 
 # --- the teacher's own responses ----------------------------------------------------------------------------------------
 
+
 def answers(paths, student, teacher_layout) -> list:
     """The teacher's responses to 6 prompts, of which data rank 0 asks 5 where there are two."""
     path, _, teacher_path, data = paths
     process_groups = start_groups(tensor_size=student[0], pipeline_size=student[1], seed=0)
     opened = open_policy(path, *student, process_groups)
     _, teacher, _ = open_teacher(opened, teacher_path, teacher_layout)
-    prompts = read_prompts(open_sources([(f"{data}/rl-*.tar", 0)], "data.train")[0].shards, PromptProcessor(path, 128), 6)
-    share = {1: [slice(0, 6)], 2: [slice(0, 5), slice(5, 6)]}[process_groups.layout.data_size][process_groups.layout.data_rank]
+    prompts = read_prompts(
+        open_sources([(f"{data}/rl-*.tar", 0)], "data.train")[0].shards, PromptProcessor(path, 128), 6
+    )
+    share = {1: [slice(0, 6)], 2: [slice(0, 5), slice(5, 6)]}[process_groups.layout.data_size][
+        process_groups.layout.data_rank
+    ]
     rows = teacher.answer(prompts[share], SamplingSettings(2, 6, 319, 0), 4, "seed")
     found = [row for part in gather_objects(rows, process_groups.data) for row in part]
     stop_groups()

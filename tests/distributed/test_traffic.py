@@ -25,7 +25,8 @@ def counted(path: str, other: str, data: str, micro_batches: list[int], gather: 
     result, begun = {}, []
     # The last gradient of the layers to come, with a bucket that holds about one layer.
     policy.stage.language.decoder.layers[0].input_layernorm.weight.register_post_accumulate_grad_hook(
-        lambda _: begun.append(traffic.of("zero").get("reduce-scatter", (0, 0))[0]))
+        lambda _: begun.append(traffic.of("zero").get("reduce-scatter", (0, 0))[0])
+    )
     for count in micro_batches:
         minibatch = fixed_minibatch(opened, other, data, 16 // count)
         assert len(minibatch) == count
@@ -34,11 +35,21 @@ def counted(path: str, other: str, data: str, micro_batches: list[int], gather: 
             policy.step()
         result[count] = traffic.of("zero")
     whole, layers = gathered_bytes(policy, shape.num_layers - 1)
-    trained = sum(parameter.ds_tensor.numel() * process_groups.layout.data_size * 4 for parameter in policy.stage.parameters()
-                  if parameter.requires_grad)
+    trained = sum(
+        parameter.ds_tensor.numel() * process_groups.layout.data_size * 4
+        for parameter in policy.stage.parameters()
+        if parameter.requires_grad
+    )
     recorded = policy.local_layers(sorted(objective.recorded_layers))
-    return {"text": policy.traffic(recorded), "counted": result, "whole": whole, "layers": layers, "trained": trained,
-            "begun": begun, "num_layers": len(policy.stage.language.decoder.layers)}
+    return {
+        "text": policy.traffic(recorded),
+        "counted": result,
+        "whole": whole,
+        "layers": layers,
+        "trained": trained,
+        "begun": begun,
+        "num_layers": len(policy.stage.language.decoder.layers),
+    }
 
 
 @pytest.mark.parametrize("gather, overlap", [("stage", True), ("stage", False), ("layer", True)])
@@ -46,19 +57,26 @@ def test_bytes_on_the_zero_group_are_those_of_one_gather_and_one_reduce(material
     """With overlap in more calls: a gather for each layer and one for the rest, and some gradients are reduced before the
     last backward pass has left the first layer of the stage, none before that pass."""
     counts = [1, 4, 16]
-    for rank in run_ranks(4, counted, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), counts,
-                          gather, overlap):
+    for rank in run_ranks(
+        4, counted, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), counts, gather, overlap
+    ):
         for before, count in enumerate(counts):
-            *earlier, last = rank["begun"][sum(counts[:before]):][:count]
+            *earlier, last = rank["begun"][sum(counts[:before]) :][:count]
             assert not any(earlier) and bool(last) == overlap
             sent = rank["counted"][count]
             gathers, gathered = sent["all-gather"]
             reduces, reduced = sent["reduce-scatter"]
             assert f"{reduced:,} bytes of gradients once" in rank["text"]
             assert reduced == rank["trained"], "every gradient once, in float32"
-            assert reduces == rank["counted"][1]["reduce-scatter"][0] and (1 < reduces < 10 if overlap else reduces == 1)
+            assert reduces == rank["counted"][1]["reduce-scatter"][0] and (
+                1 < reduces < 10 if overlap else reduces == 1
+            )
             if gather == "stage":
-                assert gathers == 1 + overlap * rank["num_layers"] and gathered == rank["whole"] and f"gathers {gathered:,} bytes once," in rank["text"]
+                assert (
+                    gathers == 1 + overlap * rank["num_layers"]
+                    and gathered == rank["whole"]
+                    and f"gathers {gathered:,} bytes once," in rank["text"]
+                )
             else:
                 assert f"{rank['layers']:,} bytes" in rank["text"] and "twice per micro-batch" in rank["text"]
                 assert gathered == rank["whole"] - rank["layers"] + 2 * count * rank["layers"]

@@ -35,8 +35,13 @@ def await_doom(rank: int, doom: dict) -> None:
                 if entries == doom["entry"] and due == float("inf"):
                     due = since + doom["delay"]
             time.sleep(0.0005)
-        note = {"phase": progress.phase, "before": before, "seconds": time.monotonic() - since, "step": progress.step,
-                "samples": list(progress.samples[-1:])}
+        note = {
+            "phase": progress.phase,
+            "before": before,
+            "seconds": time.monotonic() - since,
+            "step": progress.step,
+            "samples": list(progress.samples[-1:]),
+        }
         Path(doom["note"] + ".partial").write_text(json.dumps(note))
         os.rename(doom["note"] + ".partial", doom["note"])
         os.kill(os.getpid(), SIGNALS[doom["how"]])

@@ -28,14 +28,26 @@ train: {{algorithm: ral, num_steps: {STEPS}, micro_batch_size: 2, checkpoint_int
 logging: {{probe_interval: 0}}
 watchdog: {{timeout_seconds: {LIMIT}}}
 """
-PHASES = {"start-up": 1, "data": STEPS, "rollout": STEPS, "old": STEPS, "average": STEPS, "update": 2 * STEPS,
-          "checkpoint": STEPS, "export": 1}
+PHASES = {
+    "start-up": 1,
+    "data": STEPS,
+    "rollout": STEPS,
+    "old": STEPS,
+    "average": STEPS,
+    "update": 2 * STEPS,
+    "checkpoint": STEPS,
+    "export": 1,
+}
 """Phase -> how often a run enters it."""
 
 
 def tool(name: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, str(PROJECT / "tools" / name), *map(str, arguments)], check=True, capture_output=True,
-                   cwd=PROJECT)
+    subprocess.run(
+        [sys.executable, str(PROJECT / "tools" / name), *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        cwd=PROJECT,
+    )
 
 
 class Job:
@@ -50,18 +62,42 @@ class Job:
         self.ranks = int(os.environ.get("NPROC", "2"))
         self.output = output
         self._command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m",
-            "tests.faults.doom", "--config", str(work / "run.yaml"), f"model.path={work}/tiny",
-            f"data.train=[{{shards: '{work}/data/rl-*.tar'}}]", f"train.output_dir={output}",
-            *os.environ.get("SETTINGS", "").split()]
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.ranks),
+            "-m",
+            "tests.faults.doom",
+            "--config",
+            str(work / "run.yaml"),
+            f"model.path={work}/tiny",
+            f"data.train=[{{shards: '{work}/data/rl-*.tar'}}]",
+            f"train.output_dir={output}",
+            *os.environ.get("SETTINGS", "").split(),
+        ]
 
     def run(self, *more: str, doom: dict | None = None) -> tuple[int, str]:
         """(exit status, what was printed)"""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(PROJECT),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         if doom is not None:
             environment["DOOM"] = json.dumps(doom)
-        done = subprocess.run(self._command + list(more), cwd=PROJECT, env=environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, errors="replace", timeout=900)
+        done = subprocess.run(
+            self._command + list(more),
+            cwd=PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=900,
+        )
         return done.returncode, done.stdout
 
     def result(self) -> dict[str, bytes]:
@@ -136,8 +172,23 @@ def main(count: int) -> int:
     work.mkdir(parents=True, exist_ok=True)
     print(f"SEED={seed}, {count} rounds, files in {work}", flush=True)
     tool("make_tiny_model.py", "--output", work / "tiny", "--seed", 0)
-    tool("make_digit_search.py", "--output", work / "data", "--num-single", 8, "--num-search", 8, "--num-biased", 8,
-         "--num-rl", 48, "--num-heldout", 8, "--shard-size", 16)
+    tool(
+        "make_digit_search.py",
+        "--output",
+        work / "data",
+        "--num-single",
+        8,
+        "--num-search",
+        8,
+        "--num-biased",
+        8,
+        "--num-rl",
+        48,
+        "--num-heldout",
+        8,
+        "--shard-size",
+        16,
+    )
     (work / "run.yaml").write_text(CONFIG)
     straight = Job(work, work / "straight")
     status, log = straight.run()
@@ -151,8 +202,12 @@ def main(count: int) -> int:
         order = order or draw.sample(sorted(PHASES), len(PHASES))  # every phase in turn
         phase = order.pop()
         delay = draw.uniform(0.0, 12.0) if phase == "start-up" else draw.expovariate(1 / 0.05)
-        chosen = {"rank": draw.randrange(straight.ranks), "phase": phase, "entry": draw.randint(1, PHASES[phase]),
-                  "delay": delay}
+        chosen = {
+            "rank": draw.randrange(straight.ranks),
+            "phase": phase,
+            "entry": draw.randint(1, PHASES[phase]),
+            "delay": delay,
+        }
         good, text = one_round(number, work, chosen, wanted)
         passed, phases[phase] = passed + good, phases[phase] + 1
         print(f"{number + 1}/{count} {text}", flush=True)

@@ -27,10 +27,18 @@ class Ended:
     """From `clock` (the first end of a rank, or the doom) to the last end."""
 
 
-def _entry(rank: int, world_size: int, port: int, folder: str, module: str, arguments: Sequence[str],
-           doom: Optional[dict]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+def _entry(
+    rank: int, world_size: int, port: int, folder: str, module: str, arguments: Sequence[str], doom: Optional[dict]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
     torch.set_num_threads(1)
     file = os.open(f"{folder}/rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -45,8 +53,14 @@ def _entry(rank: int, world_size: int, port: int, folder: str, module: str, argu
     os._exit(0)
 
 
-def run_job(world_size: int, folder: Path, arguments: Sequence[str], doom: Optional[dict] = None,
-            module: str = "megatron_ral.train", timeout: float = 120.0) -> Ended:
+def run_job(
+    world_size: int,
+    folder: Path,
+    arguments: Sequence[str],
+    doom: Optional[dict] = None,
+    module: str = "megatron_ral.train",
+    timeout: float = 120.0,
+) -> Ended:
     """Run to the end of all ranks; without a launcher that would end the others when one has died."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as server:
@@ -54,8 +68,10 @@ def run_job(world_size: int, folder: Path, arguments: Sequence[str], doom: Optio
         port = server.getsockname()[1]
     note = folder / "note.json"
     doom = None if doom is None else {**doom, "note": str(note)}
-    processes = [runner._server().Process(target=_entry, args=(rank, world_size, port, str(folder), module, arguments, doom))
-                 for rank in range(world_size)]
+    processes = [
+        runner._server().Process(target=_entry, args=(rank, world_size, port, str(folder), module, arguments, doom))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     deadline, met = time.monotonic() + timeout, None

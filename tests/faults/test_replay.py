@@ -42,19 +42,37 @@ def test_damaged_weight_that_one_sample_meets(material, tmp_path):
     tensors[name][token] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     path, overrides = write_config(tmp_path, SFT, model, material["data"])
-    ended = run_job(2, tmp_path / "job", ["--config", path, *overrides, f"data.train=[{{shards: '{shard}'}}]",
-                                          "data.shuffle=false", "train.num_steps=2", f"train.output_dir={tmp_path}/run"])
+    ended = run_job(
+        2,
+        tmp_path / "job",
+        [
+            "--config",
+            path,
+            *overrides,
+            f"data.train=[{{shards: '{shard}'}}]",
+            "data.shuffle=false",
+            "train.num_steps=2",
+            f"train.output_dir={tmp_path}/run",
+        ],
+    )
     assert ended.codes == [0, 0], ended.output
     spoilt = number // 8 + 1  # of 2 steps with 8 samples
     log = ended.output[0]
     assert f"step {spoilt}: a loss or the gradient was not finite" in log and f"step {3 - spoilt}: a loss" not in log
-    states = {0: load_file(file)[name], **{step: load_file(tmp_path / f"run/checkpoints/step_{step:08d}/rank_00000.safetensors")
-                                           for step in (1, 2)}}
+    states = {
+        0: load_file(file)[name],
+        **{step: load_file(tmp_path / f"run/checkpoints/step_{step:08d}/rank_00000.safetensors") for step in (1, 2)},
+    }
     assert states[2]["adamw_step"] == 1
     if spoilt == 2:
-        assert all(torch.equal(states[1][key], states[2][key]) or not states[1][key].isfinite().all() for key in states[1])
+        assert all(
+            torch.equal(states[1][key], states[2][key]) or not states[1][key].isfinite().all() for key in states[1]
+        )
     [folder] = replay_of(log)
-    assert json.loads((tmp_path / "run/replay" / f"step_{spoilt:08d}_update_001" / "replay.json").read_text())["step"] == spoilt
+    assert (
+        json.loads((tmp_path / "run/replay" / f"step_{spoilt:08d}_update_001" / "replay.json").read_text())["step"]
+        == spoilt
+    )
     again = run_job(2, tmp_path / "again", [folder], module="megatron_ral.replay")
     report = again.output[0]
     assert again.codes == [0, 0] and "reproduced: the loss or the gradient is not finite" in report, report
@@ -73,15 +91,31 @@ def test_damaged_weight_that_one_sample_meets(material, tmp_path):
 def test_weights_that_blew_up_in_rl(material, tmp_path):
     """A learning rate of 1000: the updates after the first are skipped, weights, moments and average stand still."""
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
-    ended = run_job(2, tmp_path / "job", [
-        "--config", path, *overrides, "logging.probe_interval=0", "logging.eval_interval=0", "train.num_steps=2",
-        "optimizer.learning_rate=1000.0", "parallel.pipeline_model_parallel_size=2", "loss.attention_target=ema",
-        "train.keep_replays=1", "train.export=false", f"train.output_dir={tmp_path}/run"])
+    ended = run_job(
+        2,
+        tmp_path / "job",
+        [
+            "--config",
+            path,
+            *overrides,
+            "logging.probe_interval=0",
+            "logging.eval_interval=0",
+            "train.num_steps=2",
+            "optimizer.learning_rate=1000.0",
+            "parallel.pipeline_model_parallel_size=2",
+            "loss.attention_target=ema",
+            "train.keep_replays=1",
+            "train.export=false",
+            f"train.output_dir={tmp_path}/run",
+        ],
+    )
     assert ended.codes == [0, 0], ended.output
     [folder] = replay_of(ended.output[0])  # the second is one too many
     assert folder.endswith("step_00000001_update_002")
     for rank in range(2):
-        first, second = (load_file(tmp_path / f"run/checkpoints/step_{step:08d}/rank_{rank:05d}.safetensors") for step in (1, 2))
+        first, second = (
+            load_file(tmp_path / f"run/checkpoints/step_{step:08d}/rank_{rank:05d}.safetensors") for step in (1, 2)
+        )
         assert any(key.startswith("ema/") for key in first) and set(first) == set(second)
         assert all(torch.equal(first[key], second[key]) for key in first) and first["adamw_step"] == 1
     again = run_job(2, tmp_path / "again", [folder], module="megatron_ral.replay")
@@ -93,7 +127,9 @@ def test_replay_of_a_finite_batch_says_so(material, tmp_path):
     """With the damage repaired in the kept weights, the same batch is finite: the report is about what is there."""
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
     common = ["--config", path, *overrides, "logging.probe_interval=0", "logging.eval_interval=0", "train.num_steps=1"]
-    ended = run_job(2, tmp_path / "job", common + ["optimizer.learning_rate=1000.0", f"train.output_dir={tmp_path}/run"])
+    ended = run_job(
+        2, tmp_path / "job", common + ["optimizer.learning_rate=1000.0", f"train.output_dir={tmp_path}/run"]
+    )
     [folder] = replay_of(ended.output[0])
     for file in (tmp_path / "run/replay").glob("*/hf/*.safetensors"):
         [source] = material["tiny"].glob("*.safetensors")

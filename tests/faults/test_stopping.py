@@ -9,11 +9,23 @@ from tests.integration.cases import RL, write_config
 
 def test_sigterm_to_one_rank_checkpoints_and_resume_is_exact(material, tmp_path):
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
-    common = ["--config", path, *overrides, "logging.probe_interval=0", "logging.eval_interval=0", "train.num_steps=3",
-              "train.checkpoint_interval=0", "reward.functions={varied: {path: 'tests.faults.doom:varied', weight: 1.0}}"]
+    common = [
+        "--config",
+        path,
+        *overrides,
+        "logging.probe_interval=0",
+        "logging.eval_interval=0",
+        "train.num_steps=3",
+        "train.checkpoint_interval=0",
+        "reward.functions={varied: {path: 'tests.faults.doom:varied', weight: 1.0}}",
+    ]
     straight = run_job(2, tmp_path / "a", [*common, f"train.output_dir={tmp_path}/straight"])
-    asked = run_job(2, tmp_path / "b", [*common, f"train.output_dir={tmp_path}/cut"],
-                    {"rank": 1, "phase": "rollout", "entry": 2, "delay": 0.0, "how": "ask"})
+    asked = run_job(
+        2,
+        tmp_path / "b",
+        [*common, f"train.output_dir={tmp_path}/cut"],
+        {"rank": 1, "phase": "rollout", "entry": 2, "delay": 0.0, "how": "ask"},
+    )
     assert straight.codes == asked.codes == [0, 0], asked.output
     assert "SIGTERM was received: stopped after step 2 of 3" in asked.output[0] and "--resume" in asked.output[0]
     assert not (tmp_path / "cut/hf").exists()
@@ -27,8 +39,19 @@ def test_sigterm_to_one_rank_checkpoints_and_resume_is_exact(material, tmp_path)
 
 def test_time_limit_that_is_over_before_the_first_step(material, tmp_path):
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
-    ended = run_job(1, tmp_path / "job", ["--config", path, *overrides, "logging.probe_interval=0", "logging.eval_interval=0",
-                                          "train.time_limit_minutes=0.0001", f"train.output_dir={tmp_path}/run"])
+    ended = run_job(
+        1,
+        tmp_path / "job",
+        [
+            "--config",
+            path,
+            *overrides,
+            "logging.probe_interval=0",
+            "logging.eval_interval=0",
+            "train.time_limit_minutes=0.0001",
+            f"train.output_dir={tmp_path}/run",
+        ],
+    )
     assert ended.codes == [0], ended.output
     assert "train.time_limit_minutes = 0.0001 have passed: stopped after step 0 of 4" in ended.output[0]
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/hf").exists()

@@ -24,8 +24,10 @@ def test_a_whole_run_in_bfloat16(material, tmp_path):
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("dtype, width, bound", [(torch.float32, 64, 1e-5), (torch.float32, 80, 1e-5),
-                                                 (torch.bfloat16, 128, 2e-2), (torch.float16, 128, 5e-3)])
+@pytest.mark.parametrize(
+    "dtype, width, bound",
+    [(torch.float32, 64, 1e-5), (torch.float32, 80, 1e-5), (torch.bfloat16, 128, 2e-2), (torch.float16, 128, 5e-3)],
+)
 @pytest.mark.parametrize("lag", [0, 1])
 def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     """Rows, values, gradients, with grouped heads, padded prompts and several tiles; the same bits on a second run."""
@@ -38,8 +40,15 @@ def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     def make(*shape):
         return torch.randn(*shape, generator=generator).to("cuda", dtype).requires_grad_()
 
-    qk = RowQK(make(B, G, R, n, width), make(B, P, k, width), make(B, G, R, k, width),
-               torch.tensor([P, 130], device="cuda"), lag, width ** -0.5, n)
+    qk = RowQK(
+        make(B, G, R, n, width),
+        make(B, P, k, width),
+        make(B, G, R, k, width),
+        torch.tensor([P, 130], device="cuda"),
+        lag,
+        width**-0.5,
+        n,
+    )
     own = torch.arange(R, device="cuda").expand(B, R) + P - lag
     own = torch.where(own < P, qk.prompt_lengths_B[:, None] - 1, own)
     keys = RowKeys(torch.ones(B, P + R, dtype=torch.bool, device="cuda"), own)

@@ -31,14 +31,20 @@ def write_config(folder, text, model, data, train="search") -> str:
     """A configuration file with its paths filled in by overrides (returned as arguments of `run_training`)."""
     path = folder / "run.yaml"
     path.write_text(text)
-    return str(path), [f"model.path={model}", f"data.train=[{{shards: '{data}/{train}-*.tar'}}]",
-                       f"data.eval_shards={data}/heldout-*.tar"]
+    return str(path), [
+        f"model.path={model}",
+        f"data.train=[{{shards: '{data}/{train}-*.tar'}}]",
+        f"data.eval_shards={data}/heldout-*.tar",
+    ]
 
 
 def run_training(path: str, overrides: list[str], resume: bool = False) -> None:
     config = load_config(path, overrides)
-    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
-                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
+    process_groups = start_groups(
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        pipeline_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+    )
     teacher = read_shape(config.teacher.path) if config.distills else None
     Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume), teacher).run()
     stop_groups()

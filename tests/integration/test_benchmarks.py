@@ -17,15 +17,41 @@ from tests.unit.shard_faults import picture
 from tests.unit.test_video import clip
 from tools import make_shards
 
-STAR = [{"image": "a.png", "text": "Which digit is red?\n(A) 1\n(B) 2\n(C) 3", "category": category, "label": "B",
-         "question_id": str(number)} for number, category in enumerate(["direct_attributes", "relative_position"])]
+STAR = [
+    {
+        "image": "a.png",
+        "text": "Which digit is red?\n(A) 1\n(B) 2\n(C) 3",
+        "category": category,
+        "label": "B",
+        "question_id": str(number),
+    }
+    for number, category in enumerate(["direct_attributes", "relative_position"])
+]
 CHART = [{"imgname": "a.png", "query": "Which digit is red?", "label": label} for label in ("0.57", "Yes", "3")]
-MME = [{"question_id": "a.png", "image": {"bytes": picture(), "path": "a.png"}, "question": f"Is it {colour}?",
-        "answer": answer, "category": "color"} for colour, answer in (("red", "Yes"), ("blue", "No"))]
-MUIR = [{"idx": "0", "task": "Counting", "question": "<image> Which is red? <image>", "options": ["<image>", "2"], "answer": "A",
-         "image_list": [{"bytes": picture(), "path": None}] * 3}]
-MVBENCH = [{"video": name, "question": "Where?", "candidates": ["Up.", "Down."], "answer": "Down."}
-           for name in ("v.webm", "v.mp4", "frames")]
+MME = [
+    {
+        "question_id": "a.png",
+        "image": {"bytes": picture(), "path": "a.png"},
+        "question": f"Is it {colour}?",
+        "answer": answer,
+        "category": "color",
+    }
+    for colour, answer in (("red", "Yes"), ("blue", "No"))
+]
+MUIR = [
+    {
+        "idx": "0",
+        "task": "Counting",
+        "question": "<image> Which is red? <image>",
+        "options": ["<image>", "2"],
+        "answer": "A",
+        "image_list": [{"bytes": picture(), "path": None}] * 3,
+    }
+]
+MVBENCH = [
+    {"video": name, "question": "Where?", "candidates": ["Up.", "Down."], "answer": "Down."}
+    for name in ("v.webm", "v.mp4", "frames")
+]
 # name -> records, arguments of make_shards.py, categories with their numbers of prompts
 KINDS = {
     "star": (STAR, (), {"direct_attributes": 1, "relative_position": 1}),
@@ -52,16 +78,37 @@ def shards(material, tmp_path_factory):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), source)
         else:
             source.write_text("".join(json.dumps(record) + "\n" for record in records))
-        assert make_shards.main(["--input", str(source), "--media", str(media), "--output", str(root / "out" / name), "--model",
-                                 str(material["tiny"]), "--workers", "1", *options]) == 0
+        assert (
+            make_shards.main(
+                [
+                    "--input",
+                    str(source),
+                    "--media",
+                    str(media),
+                    "--output",
+                    str(root / "out" / name),
+                    "--model",
+                    str(material["tiny"]),
+                    "--workers",
+                    "1",
+                    *options,
+                ]
+            )
+            == 0
+        )
         assert (root / "out" / name / "rejects.jsonl").read_text() == ""
     return root / "out"
 
 
 def test_one_table_over_all_kinds(shards, material, tmp_path, add_teacher_outputs):
     path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
-    overrides += [f"data.eval_shards={shards}/*/*.tar", "reward.accuracy=by_type", "data.max_prompt_length=400",
-                  "logging.num_eval_prompts=100", "rollout.max_response_length=4"]
+    overrides += [
+        f"data.eval_shards={shards}/*/*.tar",
+        "reward.accuracy=by_type",
+        "data.max_prompt_length=400",
+        "logging.num_eval_prompts=100",
+        "rollout.max_response_length=4",
+    ]
     printed = evaluate(path, overrides, add_teacher_outputs, tmp_path / "e.json")
     record = json.loads((tmp_path / "e.json").read_text())
     wanted = {name: count for _, _, categories in KINDS.values() for name, count in categories.items()}
@@ -72,15 +119,21 @@ def test_one_table_over_all_kinds(shards, material, tmp_path, add_teacher_output
     assert {line["solution"] for line in lines if line["category"] == "moving_direction"} == {"<answer>B</answer>"}
     assert all(line["visual_tokens"] > 0 for line in lines)
     [counted] = [line for line in lines if line["category"] == "Counting"]
-    assert counted["visual_tokens"] == 3 and counted["problem"].startswith("[image 1] Which is red? [image 2]\nOptions:\nA. [image 3]")
+    assert counted["visual_tokens"] == 3 and counted["problem"].startswith(
+        "[image 1] Which is red? [image 2]\nOptions:\nA. [image 3]"
+    )
 
 
 SMALL = ["--prompt-length", "64", "--group-size", "2", "--length", "4", "--rounds", "1"]
 
 
 def small_run(name: str, *arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -94,8 +147,11 @@ def test_ral_over_grpo_extrapolates_what_it_prints():
     part = {name: float(value) for name, value in re.findall(r"(fixed|layer|term|measured) (-?\d+\.\d+)", formula)}
     every = float(re.search(r"([-\d.]+) \(each of all\)", formula)[1])
     bare = part["fixed"] + 28 * part["layer"]
-    wanted = {"": (bare + part["term"]) / (bare + part["measured"]), "_bare": (bare + part["term"]) / bare,
-              "_all_layers": (bare + 28 * every) / (bare + part["measured"])}
+    wanted = {
+        "": (bare + part["term"]) / (bare + part["measured"]),
+        "_bare": (bare + part["term"]) / bare,
+        "_all_layers": (bare + 28 * every) / (bare + part["measured"]),
+    }
     ratios = dict(line.split()[1:] for line in lines if line.startswith("ratio "))
     assert lines[-1] == f"ratio ral_over_grpo {ratios['ral_over_grpo']}" and len(ratios) == 5
     for name, value in wanted.items():

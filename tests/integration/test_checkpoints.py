@@ -32,14 +32,23 @@ from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, write_config
 
 # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide.
-COMMON = ["train.keep_checkpoints=9", "optimizer.eps=1.0e-5", "train.export=false", "train.num_steps=4",
-          "logging.eval_interval=0", "logging.probe_interval=0"]
+COMMON = [
+    "train.keep_checkpoints=9",
+    "optimizer.eps=1.0e-5",
+    "train.export=false",
+    "train.num_steps=4",
+    "logging.eval_interval=0",
+    "logging.probe_interval=0",
+]
 
 
 def open_trainer(path: str, overrides: list[str], resume: bool) -> Trainer:
     config = load_config(path, overrides)
-    process_groups = start_groups(tensor_size=config.parallel.tensor_model_parallel_size,
-                          pipeline_size=config.parallel.pipeline_model_parallel_size, seed=config.seed)
+    process_groups = start_groups(
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        pipeline_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+    )
     return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume))
 
 
@@ -70,8 +79,10 @@ def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
     T, place = manifest.tensor_size, manifest.layout
     tables = dict(stage_tables(shape, T, manifest.pipeline_size))
     for stage, held in enumerate(held_parameters(shape, T, manifest.pipeline_size)):
-        files = [[load_file(folder / f"rank_{place.rank_of(t, d, stage):05d}.safetensors") for d in range(place.data_size)]
-                 for t in range(T)]
+        files = [
+            [load_file(folder / f"rank_{place.rank_of(t, d, stage):05d}.safetensors") for d in range(place.data_size)]
+            for t in range(T)
+        ]
         assert len({float(file["adamw_step"]) for row in files for file in row}) == 1
         result["adamw_step"] = files[0][0]["adamw_step"]
         for tensor in tables[stage]:
@@ -91,8 +102,12 @@ def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
-            if not tag.startswith(("timing", "data", "throughput", "memory", "final"))}
+    return {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+        if not tag.startswith(("timing", "data", "throughput", "memory", "final"))
+    }
 
 
 def check_like_straight(straight: Path, resumed: Path) -> None:
@@ -108,13 +123,35 @@ def check_like_straight(straight: Path, resumed: Path) -> None:
 
 
 CASES = {
-    "tied, RL with average": (RL, "taught", (2, 1, 2), (1, 2, 1), ["loss.attention_target=ema"], [
-        "rollout.generation_batch_size=2", "train.micro_batch_size=1"]),
-    "tied, vision trained": (SFT, "taught", (1, 2, 1), (2, 1, 2), [], [
-        "train.micro_batch_size=1", "parallel.offload_optimizer=true"]),
-    "untied": (SFT, "untied", (1, 1, 1), (2, 2, 2), ["model.train_vision=false"], [
-        "parallel.sequence_parallel=true", "train.micro_batch_size=1", "parallel.recompute_activations=true",
-        "parallel.gather=layer"]),
+    "tied, RL with average": (
+        RL,
+        "taught",
+        (2, 1, 2),
+        (1, 2, 1),
+        ["loss.attention_target=ema"],
+        ["rollout.generation_batch_size=2", "train.micro_batch_size=1"],
+    ),
+    "tied, vision trained": (
+        SFT,
+        "taught",
+        (1, 2, 1),
+        (2, 1, 2),
+        [],
+        ["train.micro_batch_size=1", "parallel.offload_optimizer=true"],
+    ),
+    "untied": (
+        SFT,
+        "untied",
+        (1, 1, 1),
+        (2, 2, 2),
+        ["model.train_vision=false"],
+        [
+            "parallel.sequence_parallel=true",
+            "train.micro_batch_size=1",
+            "parallel.recompute_activations=true",
+            "parallel.gather=layer",
+        ],
+    ),
 }
 
 
@@ -128,8 +165,13 @@ def test_goes_on_in_another_layout_like_the_undisturbed_run(material, add_teache
     run_ranks(torch.Size(old).numel(), run, path, [*overrides, *layout_settings(old), f"train.output_dir={straight}"])
     checkpoint = "checkpoints/step_00000002"
     shutil.copytree(straight / checkpoint, cut / checkpoint)
-    undisturbed = run_ranks(torch.Size(new).numel(), run, path, [
-        *overrides, *layout_settings(new), *new_settings, f"train.output_dir={cut}"], str(again))
+    undisturbed = run_ranks(
+        torch.Size(new).numel(),
+        run,
+        path,
+        [*overrides, *layout_settings(new), *new_settings, f"train.output_dir={cut}"],
+        str(again),
+    )
     assert all(undisturbed), "training drew from a global random generator"
     saved, mapped = whole_state(straight / checkpoint, str(model)), whole_state(again / checkpoint, str(model))
     assert set(saved) == set(mapped) and any(name.startswith("ema/") for name in saved) == ("average" in case)
@@ -153,9 +195,28 @@ def test_entry_point_resumes_in_another_layout(material, add_teacher_outputs, tm
     damaged = cut / "checkpoints/step_00000003/rank_00003.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_ral.train",
-         "--config", path, "--resume", *overrides, *layout_settings((1, 2, 1)), f"train.output_dir={cut}"],
-        capture_output=True, text=True, cwd=PROJECT, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "megatron_ral.train",
+            "--config",
+            path,
+            "--resume",
+            *overrides,
+            *layout_settings((1, 2, 1)),
+            f"train.output_dir={cut}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"resumed from {cut}/checkpoints/step_00000002: 2 of 4 steps done" in result.stdout
     [warning] = [line for line in result.stderr.splitlines() if "passed over" in line]
@@ -213,7 +274,8 @@ def saves(path: str, overrides: list[str], output: str) -> dict:
     seen["when all have"] = whole()
     file = load_file(f"{output}/checkpoints/step_00000002/rank_{rank:05d}.safetensors")
     seen["saved is what was"] = file.keys() == before.keys() and all(
-        torch.equal(file[name], value) for name, value in before.items())
+        torch.equal(file[name], value) for name, value in before.items()
+    )
     checkpoints.save(3)
     while whole() != ["step_00000002", "step_00000003"]:  # keep_checkpoints: 2
         checkpoints.poll()
@@ -253,8 +315,10 @@ def test_saves_in_a_thread(material, add_teacher_outputs, tmp_path):
         assert seen["saved is what was"]
         assert "rank 1: checkpoint" in seen["full disk"] and "step_00000004' could not be written" in seen["full disk"]
         assert "No space left on device" in seen["full disk"]
-        assert seen["after a failed save"] == (["step_00000002", "step_00000003"], [
-            "latest", "step_00000002", "step_00000003", "step_00000004.partial"])
+        assert seen["after a failed save"] == (
+            ["step_00000002", "step_00000003"],
+            ["latest", "step_00000002", "step_00000003", "step_00000004.partial"],
+        )
         assert seen["in the end"] == ["latest", "step_00000003", "step_00000005"]
     # the global random generators, which a reward function of the user's own may draw from
     drawn = run_ranks(2, draws_after_restore, path, overrides)
@@ -280,8 +344,10 @@ def test_ranks_agree_on_a_checkpoint_or_say_that_they_cannot(material, add_teach
     steps = {"all": (1, 2, 3), "behind": (1, 2), "none": ()}
     for name, kept in steps.items():
         for step in kept if name != "all" else ():
-            shutil.copytree(tmp_path / "all" / "checkpoints" / f"step_0000000{step}",
-                            tmp_path / name / "checkpoints" / f"step_0000000{step}")
+            shutil.copytree(
+                tmp_path / "all" / "checkpoints" / f"step_0000000{step}",
+                tmp_path / name / "checkpoints" / f"step_0000000{step}",
+            )
     folders = {name: str(tmp_path / name) for name in steps}
     results = run_ranks(2, agreed, path, overrides, [folders["all"], folders["behind"]])
     assert results == [f"{folders[name]}/checkpoints/step_00000002" for name in ("all", "behind")]

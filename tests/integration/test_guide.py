@@ -21,14 +21,29 @@ BLOCKS = re.findall(r"^```bash run\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL
 def ran(tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder and what each block printed."""
     folder = tmp_path_factory.mktemp("guide")
-    own = {name: value for name, value in os.environ.items()  # not what a group in this process has left there
-           if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    environment = {**own, "OUT": str(folder), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    own = {
+        name: value
+        for name, value in os.environ.items()  # not what a group in this process has left there
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    environment = {
+        **own,
+        "OUT": str(folder),
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     printed = []
     for block in BLOCKS:
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=PROJECT, env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=PROJECT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        )
         assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}"
         printed.append(done.stdout)
     return folder, printed
@@ -49,8 +64,11 @@ def test_what_the_guide_names_exists():
     """Settings, and files of the project."""
     known = set(_known_keys(RunConfig))
     sections = {key.split(".")[0] for key in known}
-    named = {match for match in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", GUIDE) if match.split(".")[0] in sections
-             and not match.endswith((".json", ".md", ".html", ".py"))}
+    named = {
+        match
+        for match in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", GUIDE)
+        if match.split(".")[0] in sections and not match.endswith((".json", ".md", ".html", ".py"))
+    }
     assert len(named) > 30 and named - known <= {"model.generate", "watchdog.log"}, named - known  # a call, a file
     for path in re.findall(r"\b((?:tools|docs|launch_scripts|tests|pretrained_configs)/[\w./-]+\w)", GUIDE):
         assert (PROJECT / path).exists(), path
@@ -60,10 +78,15 @@ def test_settings_document_is_up_to_date():
     sys.path.insert(0, str(PROJECT / "tools"))
     import make_settings_doc
 
-    assert (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8") == make_settings_doc.render(), \
+    assert (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8") == make_settings_doc.render(), (
         "run python tools/make_settings_doc.py"
+    )
     documented = set(re.findall(r"^\| `([\w.]+)` \|", make_settings_doc.render(), re.MULTILINE))
-    leaves = {key for key in _known_keys(RunConfig) if not any(other.startswith(f"{key}.") for other in _known_keys(RunConfig))}
+    leaves = {
+        key
+        for key in _known_keys(RunConfig)
+        if not any(other.startswith(f"{key}.") for other in _known_keys(RunConfig))
+    }
     assert leaves <= documented and {"data.train.N.shards", "reward.functions.NAME.weight"} <= documented
 
 

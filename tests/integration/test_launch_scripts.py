@@ -17,15 +17,30 @@ ALL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *(PROJECT / "tes
 RUNS = {"sft_7b": 8, "grpo_7b": 8, "ral_7b": 8, "ral_zero_7b": 8, "distill_32b_to_7b": 8, "ral_32b": 32, "ral_70b": 64}
 SHELLCHECK = shutil.which("shellcheck") or next(iter(map(str, (PROJECT / ".venv" / "bin").glob("shellcheck"))), None)
 
-TINY = ["model.dtype=float32", "data.max_prompt_length=128", "data.prompt_suffix=''", "rollout.num_prompts=4",
-        "rollout.group_size=2", "rollout.num_minibatches=2", "rollout.max_response_length=4", "train.num_steps=2",
-        "train.checkpoint_interval=1", "optimizer.warmup_steps=0", "logging.probe_interval=0", "logging.tensorboard=false",
-        "logging.gradient_ratio_interval=0"]
+TINY = [
+    "model.dtype=float32",
+    "data.max_prompt_length=128",
+    "data.prompt_suffix=''",
+    "rollout.num_prompts=4",
+    "rollout.group_size=2",
+    "rollout.num_minibatches=2",
+    "rollout.max_response_length=4",
+    "train.num_steps=2",
+    "train.checkpoint_interval=1",
+    "optimizer.warmup_steps=0",
+    "logging.probe_interval=0",
+    "logging.tensorboard=false",
+    "logging.gradient_ratio_interval=0",
+]
 
 
 def environment(**values: object) -> dict[str, str]:
-    keep = {name: value for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MODEL_DIR", "TRAIN_SHARDS", "OUTPUT_DIR", "TEACHER_DIR")}
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if name
+        not in ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MODEL_DIR", "TRAIN_SHARDS", "OUTPUT_DIR", "TEACHER_DIR")
+    }
     return {**keep, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in values.items()}}
 
 
@@ -43,8 +58,13 @@ def test_script_reads_well(path):
 def test_dry_run(name, ranks, tmp_path):
     from megatron_ral.config import load_config
 
-    done = subprocess.run(["bash", str(SCRIPTS / f"{name}.sh"), "--dry-run", "seed=77"], capture_output=True, text=True,
-                          env=environment(OUTPUT_DIR=tmp_path / "never"), timeout=120)
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / f"{name}.sh"), "--dry-run", "seed=77"],
+        capture_output=True,
+        text=True,
+        env=environment(OUTPUT_DIR=tmp_path / "never"),
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(done.stdout.split("\n\n")[0])
@@ -61,10 +81,16 @@ def test_dry_run(name, ranks, tmp_path):
 def test_grpo_and_zero_differ_from_ral_in_nothing_else():
     from megatron_ral.config import flat_settings, load_config
 
-    ral, grpo, zero = (flat_settings(load_config(PROJECT / f"pretrained_configs/runs/{name}.yaml", ["model.path=x"]))
-                       for name in ("ral_7b", "grpo_7b", "ral_zero_7b"))
+    ral, grpo, zero = (
+        flat_settings(load_config(PROJECT / f"pretrained_configs/runs/{name}.yaml", ["model.path=x"]))
+        for name in ("ral_7b", "grpo_7b", "ral_zero_7b")
+    )
     assert {key for key in ral if ral[key] != grpo[key]} == {"loss.attention_coef"}
-    assert {key for key in ral if ral[key] != zero[key]} == {"reward.require_think", "data.include_process", "data.prompt_suffix"}
+    assert {key for key in ral if ral[key] != zero[key]} == {
+        "reward.require_think",
+        "data.include_process",
+        "data.prompt_suffix",
+    }
 
 
 class Node:
@@ -73,10 +99,21 @@ class Node:
     def __init__(self, number: int, port: int, folder: Path, material: dict, *settings: str):
         self.log = folder / f"node_{number}.log"
         self.process = subprocess.Popen(
-            ["bash", str(SCRIPTS / "ral_70b.sh"), *TINY, *settings], stdout=self.log.open("a"), stderr=subprocess.STDOUT,
-            start_new_session=True, env=environment(
-                NNODES=2, NPROC_PER_NODE=2, NODE_RANK=number, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                MODEL_DIR=material["tiny"], TRAIN_SHARDS=f"{material['data']}/rl-*.tar", OUTPUT_DIR=folder / "run"))
+            ["bash", str(SCRIPTS / "ral_70b.sh"), *TINY, *settings],
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment(
+                NNODES=2,
+                NPROC_PER_NODE=2,
+                NODE_RANK=number,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                MODEL_DIR=material["tiny"],
+                TRAIN_SHARDS=f"{material['data']}/rl-*.tar",
+                OUTPUT_DIR=folder / "run",
+            ),
+        )
 
     def text(self) -> str:
         return self.log.read_text()
@@ -84,7 +121,10 @@ class Node:
     def kill(self) -> None:
         """As when a node is switched off: nothing on it gets to say a word."""
         if self.process.poll() is None:  # ranks are in sessions of their own
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+            for process in [
+                *psutil.Process(self.process.pid).children(recursive=True),
+                psutil.Process(self.process.pid),
+            ]:
                 process.kill()
 
 
@@ -131,8 +171,11 @@ def test_two_nodes_lose_one_and_go_on(material, tmp_path, nodes):
 
 def fake_slurm(folder: Path) -> Path:
     """The three commands of Slurm that the job file calls, for a job of one node; what is requeued is written down."""
-    programs = {"scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "{folder}/requeued"; fi',
-                "squeue": f'[ -f "{folder}/busy" ] || {{ touch "{folder}/busy"; exit 1; }}; cat "{folder}/left"', "srun": 'while [[ "$1" = --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"'}
+    programs = {
+        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "{folder}/requeued"; fi',
+        "squeue": f'[ -f "{folder}/busy" ] || {{ touch "{folder}/busy"; exit 1; }}; cat "{folder}/left"',
+        "srun": 'while [[ "$1" = --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
+    }
     (folder / "bin").mkdir()
     (folder / "left").write_text("1-00:05:30\n")
     for name, text in programs.items():
@@ -142,9 +185,19 @@ def fake_slurm(folder: Path) -> Path:
 
 
 def test_slurm_job_stops_is_queued_again_and_ends(material, tmp_path):
-    values = environment(PATH=f"{fake_slurm(tmp_path)}:{os.environ['PATH']}", SLURM_SUBMIT_DIR=PROJECT, SLURM_JOB_ID=4711,
-                         SLURM_JOB_NUM_NODES=1, SLURM_JOB_NODELIST="node[1]", NPROC_PER_NODE=1, MASTER_PORT=free_port(),
-                         MODEL_DIR=material["tiny"], TRAIN_SHARDS=f"{material['data']}/rl-*.tar", OUTPUT_DIR=tmp_path / "run", SQUEUE_PAUSE=0)
+    values = environment(
+        PATH=f"{fake_slurm(tmp_path)}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=PROJECT,
+        SLURM_JOB_ID=4711,
+        SLURM_JOB_NUM_NODES=1,
+        SLURM_JOB_NODELIST="node[1]",
+        NPROC_PER_NODE=1,
+        MASTER_PORT=free_port(),
+        MODEL_DIR=material["tiny"],
+        TRAIN_SHARDS=f"{material['data']}/rl-*.tar",
+        OUTPUT_DIR=tmp_path / "run",
+        SQUEUE_PAUSE=0,
+    )
     values.pop("NNODES", None)
     (tmp_path / "asks.py").write_text(
         "import os, signal\n"
@@ -152,13 +205,25 @@ def test_slurm_job_stops_is_queued_again_and_ends(material, tmp_path):
         f"    if not os.path.exists('{tmp_path}/asked'):\n"
         f"        open('{tmp_path}/asked', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    return float(len(completion) % 2)\n")
+        "    return float(len(completion) % 2)\n"
+    )
     values["PYTHONPATH"] = str(tmp_path)
-    settings = [*TINY, "reward.functions={asks: {path: 'asks:once', weight: 1.0}}", "train.num_steps=3", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    settings = [
+        *TINY,
+        "reward.functions={asks: {path: 'asks:once', weight: 1.0}}",
+        "train.num_steps=3",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.sequence_parallel=false",
+    ]
 
     def job(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["bash", str(SCRIPTS / "slurm.sbatch"), "ral_7b", *settings, *more], capture_output=True,
-                              text=True, env=values, timeout=200)
+        return subprocess.run(
+            ["bash", str(SCRIPTS / "slurm.sbatch"), "ral_7b", *settings, *more],
+            capture_output=True,
+            text=True,
+            env=values,
+            timeout=200,
+        )
 
     (tmp_path / "left").write_text("INVALID\n")
     unknown = job()

@@ -24,16 +24,28 @@ from tools.convert_checkpoint import main as convert_checkpoint
 
 
 def exported(folder) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted((folder / "hf").glob("*.safetensors"))
-            for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted((folder / "hf").glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
-@pytest.mark.parametrize("text, world, layout", [
-    (RL, 2, []), (SFT, 2, []), (RL, 2, ["parallel.pipeline_model_parallel_size=2"]),
-    (RL, 2, ["parallel.tensor_model_parallel_size=2"]), (RL, 2, ["loss.attention_target=ema"])],
-    ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-ema-dp2"])
+@pytest.mark.parametrize(
+    "text, world, layout",
+    [
+        (RL, 2, []),
+        (SFT, 2, []),
+        (RL, 2, ["parallel.pipeline_model_parallel_size=2"]),
+        (RL, 2, ["parallel.tensor_model_parallel_size=2"]),
+        (RL, 2, ["loss.attention_target=ema"]),
+    ],
+    ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-ema-dp2"],
+)
 def test_resumed_run_equals_straight_run_bit_for_bit(material, add_teacher_outputs, tmp_path, text, world, layout):
-    path, overrides = write_config(tmp_path, text, add_teacher_outputs, material["data"], "rl" if text is RL else "search")
+    path, overrides = write_config(
+        tmp_path, text, add_teacher_outputs, material["data"], "rl" if text is RL else "search"
+    )
     overrides = overrides + layout
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/straight"])
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/cut", "train.stop_after_step=2"])
@@ -61,17 +73,30 @@ def check_written_from_a_checkpoint(run, folder) -> None:
 
 def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, add_teacher_outputs, tmp_path, capsys):
     path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
-    run_ranks(2, run_training, path, [*overrides, f"train.output_dir={tmp_path}/run", "train.num_steps=2",
-                                      "model.dtype=bfloat16", "model.train_vision=false", "train.keep_checkpoints=2"])
+    run_ranks(
+        2,
+        run_training,
+        path,
+        [
+            *overrides,
+            f"train.output_dir={tmp_path}/run",
+            "train.num_steps=2",
+            "model.dtype=bfloat16",
+            "model.train_vision=false",
+            "train.keep_checkpoints=2",
+        ],
+    )
     check_written_from_a_checkpoint(tmp_path / "run", tmp_path)
     first = str(tmp_path / "run/checkpoints/step_00000001")
     assert convert_checkpoint(["from-run", "--checkpoint", first, "--output", str(tmp_path / "first")]) == 0
     apart = differing_weights(tmp_path / "first", tmp_path / "again")
     assert apart and not any("visual" in name for name in apart), "language moved from step 1 to 2, the tower did not"
     capsys.readouterr()
-    for arguments, said in ((["--checkpoint", str(tmp_path / "run")], "is no whole checkpoint of a run"),
-                            (["--checkpoint", first, "--model", str(tmp_path / "gone")], "--model = '"),
-                            (["--checkpoint", first, "--model", str(material["untied"])], "another model")):
+    for arguments, said in (
+        (["--checkpoint", str(tmp_path / "run")], "is no whole checkpoint of a run"),
+        (["--checkpoint", first, "--model", str(tmp_path / "gone")], "--model = '"),
+        (["--checkpoint", first, "--model", str(material["untied"])], "another model"),
+    ):
         assert convert_checkpoint(["from-run", *arguments, "--output", str(tmp_path / "never")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "never").exists()
 
@@ -89,8 +114,14 @@ def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_ou
     with pytest.raises(CheckpointError, match="optimizer.learning_rate = 0.5 but checkpoint"):
         find_checkpoint(load_config(path, overrides + ["optimizer.learning_rate=0.5"]), resume=True)
     assert find_checkpoint(load_config(path, overrides + ["logging.num_probes=1"]), resume=True) is not None
-    free = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "train.micro_batch_size=1",
-            "rollout.generation_batch_size=1", "train.async_checkpoint=false", "loss.attention_store=qk"]
+    free = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "train.micro_batch_size=1",
+        "rollout.generation_batch_size=1",
+        "train.async_checkpoint=false",
+        "loss.attention_store=qk",
+    ]
     assert find_checkpoint(load_config(path, overrides + free), resume=True) is not None
 
 
@@ -99,11 +130,20 @@ def test_one_rank_with_unusable_samples_goes_on_and_reports_them(add_teacher_out
     from tests.unit.test_data import good, write_shard
 
     write_shard(tmp_path / "s-0.tar", [good(f"a{index}") for index in range(8)])
-    write_shard(tmp_path / "s-1.tar", [good("b0")] + [good(f"bad{index}", target_boxes=[[0, 0, 999, 9]])
-                                                      for index in range(3)] + [good(f"b{index}") for index in (1, 2, 3)])
+    write_shard(
+        tmp_path / "s-1.tar",
+        [good("b0")]
+        + [good(f"bad{index}", target_boxes=[[0, 0, 999, 9]]) for index in range(3)]
+        + [good(f"b{index}") for index in (1, 2, 3)],
+    )
     path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
-    run_ranks(2, run_training, path, overrides + [f"data.train=[{{shards: '{tmp_path}/s-*.tar'}}]",
-                                                  f"train.output_dir={tmp_path}/run", "train.num_steps=2"])
+    run_ranks(
+        2,
+        run_training,
+        path,
+        overrides
+        + [f"data.train=[{{shards: '{tmp_path}/s-*.tar'}}]", f"train.output_dir={tmp_path}/run", "train.num_steps=2"],
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert sorted(summary["quarantined"]) == [f"s-1.tar/bad{index}" for index in range(3)]
     assert summary["last_step"] == 2
@@ -128,13 +168,29 @@ def finished(material, add_teacher_outputs, tmp_path_factory):
 def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_path):
     """GSPO, Dr. GRPO's advantages, entropy bonus, groups filtered: steps are made and every number is finite."""
     path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
-    settings = {"policy_loss": "gspo", "aggregation": "sequence_mean", "advantage_scale": "none", "kl_estimator": "k2",
-                "clip_low": 3e-4, "clip_high": 4e-4, "entropy_coef": 0.01, "filter_equal_rewards": "true"}
-    run_ranks(2, run_training, path, overrides + [f"loss.{key}={value}" for key, value in settings.items()]
-              + [f"train.output_dir={tmp_path}/run", "logging.peak_tflops=0.5"])
+    settings = {
+        "policy_loss": "gspo",
+        "aggregation": "sequence_mean",
+        "advantage_scale": "none",
+        "kl_estimator": "k2",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "entropy_coef": 0.01,
+        "filter_equal_rewards": "true",
+    }
+    run_ranks(
+        2,
+        run_training,
+        path,
+        overrides
+        + [f"loss.{key}={value}" for key, value in settings.items()]
+        + [f"train.output_dir={tmp_path}/run", "logging.peak_tflops=0.5"],
+    )
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    flops, mfu = ([event.value for event in events.Scalars(f"throughput/{tag}")] for tag in ("model_tflops_per_rank", "mfu"))
+    flops, mfu = (
+        [event.value for event in events.Scalars(f"throughput/{tag}")] for tag in ("model_tflops_per_rank", "mfu")
+    )
     assert mfu == pytest.approx([value / 0.5 for value in flops]) and min(mfu) > 0
     for tag in ("loss/policy", "loss/token", "loss/attention", "kl", "ratio", "entropy", "grad_norm"):
         values = [event.value for event in events.Scalars(tag)]
@@ -143,20 +199,47 @@ def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_
     assert exported_difference(exported(tmp_path / "run"), add_teacher_outputs) > 1e-3
 
 
-@pytest.mark.parametrize("layout, settings", [
-    ((1, 2), ["loss.policy_coef=1.0", "distill.token_divergence=jsd"]),
-    ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4", "distill.attention_layers=[0, -1]"])], ids=["with RL", "mixture"])
+@pytest.mark.parametrize(
+    "layout, settings",
+    [
+        ((1, 2), ["loss.policy_coef=1.0", "distill.token_divergence=jsd"]),
+        ((1, 1), ["loss.policy_coef=0.0", "distill.teacher_rollouts=0.4", "distill.attention_layers=[0, -1]"]),
+    ],
+    ids=["with RL", "mixture"],
+)
 def test_run_with_a_teacher_in_another_layout(material, add_teacher_outputs, tmp_path, layout, settings):
     """A larger teacher, cut over tensor ranks where the student is not: what a user looks at is there."""
     path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
-    run_ranks(2, run_training, path, overrides + settings + [
-        f"train.output_dir={tmp_path}/run", "train.num_steps=2", "loss.attention_coef=0.0", f"teacher.path={material['teacher']}",
-        "teacher.dtype=float32", "teacher.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=1",
-        f"parallel.pipeline_model_parallel_size={layout[1]}"])
+    run_ranks(
+        2,
+        run_training,
+        path,
+        overrides
+        + settings
+        + [
+            f"train.output_dir={tmp_path}/run",
+            "train.num_steps=2",
+            "loss.attention_coef=0.0",
+            f"teacher.path={material['teacher']}",
+            "teacher.dtype=float32",
+            "teacher.tensor_model_parallel_size=2",
+            "teacher.pipeline_model_parallel_size=1",
+            f"parallel.pipeline_model_parallel_size={layout[1]}",
+        ],
+    )
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    for tag in ("distill/token_divergence", "distill/attention_divergence", "distill/agreement", "distill/teacher_target_mass",
-                "distill/student_target_mass", "distill/attention_grad_ratio", "timing/teacher", "reward", "grad_norm"):
+    for tag in (
+        "distill/token_divergence",
+        "distill/attention_divergence",
+        "distill/agreement",
+        "distill/teacher_target_mass",
+        "distill/student_target_mass",
+        "distill/attention_grad_ratio",
+        "timing/teacher",
+        "reward",
+        "grad_norm",
+    ):
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 2 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
     assert min(event.value for event in events.Scalars("distill/attention_divergence")) > 1e-4
@@ -173,13 +256,37 @@ def test_tensorboard_holds_what_a_user_looks_at(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
-    wanted = {"reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/mean",
-              "rewards/unparsed/mean", "rewards/error/mean", "kl", "entropy", "completions/mean_length",
-              "completions/clipped_ratio", "eval/unparsed_rate", "eval/error_rate", "clip_ratio/low", "clip_ratio/high",
-              "grad_norm", "lr", "timing/rollout", "timing/update", "timing/step",
-              "attention/divergence", "attention/grad_ratio", "attention/visual_mass", "attention/target_mass",
-              "attention/sink_mass", "sampling/logprob_difference", "eval/accuracy", "eval/target_attention",
-              "data/quarantined"}
+    wanted = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/accuracy/mean",
+        "rewards/format/mean",
+        "rewards/unparsed/mean",
+        "rewards/error/mean",
+        "kl",
+        "entropy",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "eval/unparsed_rate",
+        "eval/error_rate",
+        "clip_ratio/low",
+        "clip_ratio/high",
+        "grad_norm",
+        "lr",
+        "timing/rollout",
+        "timing/update",
+        "timing/step",
+        "attention/divergence",
+        "attention/grad_ratio",
+        "attention/visual_mass",
+        "attention/target_mass",
+        "attention/sink_mass",
+        "sampling/logprob_difference",
+        "eval/accuracy",
+        "eval/target_attention",
+        "data/quarantined",
+    }
     assert wanted <= set(tags["scalars"]), wanted - set(tags["scalars"])
     assert [event.step for event in events.Scalars("reward")] == [1, 2, 3, 4]
     for tag in wanted:
@@ -221,7 +328,8 @@ def test_tensorboard_says_how_fast_a_run_is(finished):
     tokens = values("completions/tokens")
     for tag, phase in (("generated", rollout), ("trained", update)):
         assert values(f"throughput/{tag}_tokens_per_second") == pytest.approx(
-            [count / seconds for count, seconds in zip(tokens, phase)], rel=1e-4)
+            [count / seconds for count, seconds in zip(tokens, phase)], rel=1e-4
+        )
     assert all(0.1 < value < 100 for value in values("memory/host_gib"))
     assert min(values("throughput/model_tflops_per_rank")) > 0
     assert "throughput/mfu" not in events.Tags()["scalars"], "the peak of a CPU is not known"
@@ -234,22 +342,37 @@ def test_runs_compare_by_settings_and_last_figures(finished):
     scalars = events.Tags()["scalars"]
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["reward", "attention", "policy", "throughput", "evaluation"]
-    empty = {chart.title for category in layout.category for chart in category.chart
-             if not any(re.search(tag, scalar) for tag in chart.multiline.tag for scalar in scalars)}
+    assert [category.title for category in layout.category] == [
+        "reward",
+        "attention",
+        "policy",
+        "throughput",
+        "evaluation",
+    ]
+    empty = {
+        chart.title
+        for category in layout.category
+        for chart in category.chart
+        if not any(re.search(tag, scalar) for tag in chart.multiline.tag for scalar in scalars)
+    }
     assert empty == {"utilisation"}
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["_method"].string_value == "ral" and settings["loss.attention_coef"].number_value == 1.0
-    assert settings["rollout.group_size"].number_value == 3 and settings["data.train.0.shards"].string_value.endswith("rl-*.tar")
+    assert settings["rollout.group_size"].number_value == 3 and settings["data.train.0.shards"].string_value.endswith(
+        "rl-*.tar"
+    )
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     compared = {info.name.tag for info in plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos}
-    assert compared == {tag for tag in scalars if tag.startswith("final/")} | {"final/loss"}, "supervised runs have that"
+    assert compared == {tag for tag in scalars if tag.startswith("final/")} | {"final/loss"}, (
+        "supervised runs have that"
+    )
     rewards = [event.value for event in events.Scalars("reward")]
     assert events.Scalars("final/reward")[0].value == pytest.approx(sum(rewards) / 4)
     assert events.Scalars("final/eval/accuracy")[0].value == events.Scalars("eval/accuracy")[-1].value
     ended = plugin_data_pb2.HParamsPluginData.FromString(
-        events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content)
+        events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
+    )
     assert ended.HasField("session_end_info")
 
 
@@ -270,7 +393,9 @@ def export_and_read(path, data, output, tensor, pipeline):
     from megatron_ral.parallel.process_groups import stop_groups
     from megatron_ral.rollout.assemble import assemble_minibatches
 
-    config, process_groups, shape, policy, objective = open_policy(path, tensor, pipeline, attention_target="old", kl_coef=0.0)
+    config, process_groups, shape, policy, objective = open_policy(
+        path, tensor, pipeline, attention_target="old", kl_coef=0.0
+    )
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
     old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
     [minibatch] = assemble_minibatches(rollout, old, None, old, config, process_groups)
@@ -293,9 +418,10 @@ def export_and_read(path, data, output, tensor, pipeline):
     return {"logits": seen.get("logits"), "attention": result.attention}
 
 
-@pytest.mark.parametrize("world, tensor, pipeline, kind", [
-    (1, 1, 1, "tiny"), (2, 2, 1, "tiny"), (2, 1, 2, "tiny"), (4, 2, 2, "untied"),
-    (2, 2, 1, "qwen3")])
+@pytest.mark.parametrize(
+    "world, tensor, pipeline, kind",
+    [(1, 1, 1, "tiny"), (2, 2, 1, "tiny"), (2, 1, 2, "tiny"), (4, 2, 2, "untied"), (2, 2, 1, "qwen3")],
+)
 def test_exported_folder_in_stock_transformers(material, tmp_path, world, tensor, pipeline, kind):
     """The outside reference: logits and eager attention of stock transformers on the exported folder."""
     source, output = str(material[kind]), str(tmp_path / "hf")
@@ -318,13 +444,13 @@ def check_against_transformers(results, source, output, data):
             with torch.no_grad():
                 out = model(**processor.stock_inputs(prompt, tokens), output_attentions=True)
             vocab = out.logits.shape[-1]  # ours may be padded
-            assert torch.allclose(logits[b, g, :n, :vocab], out.logits[0, length - 1:-1], atol=1e-4)
+            assert torch.allclose(logits[b, g, :n, :vocab], out.logits[0, length - 1 : -1], atol=1e-4)
             for layer in (1, 3):
                 eager = out.attentions[layer][0].mean(0)[length:]  # head average, response rows
                 keys = RowKeys(torch.ones(1, length + n, dtype=torch.bool), length + torch.arange(n)[None])
                 for mine, wanted in zip(rows[layer], (eager, attention_distribution(eager[None, None], keys)[0][0, 0])):
                     mine = mine[b, g, :n]
-                    assert torch.allclose(torch.cat([mine[:, :length], mine[:, P:P + n]], -1), wanted, atol=1e-5)
+                    assert torch.allclose(torch.cat([mine[:, :length], mine[:, P : P + n]], -1), wanted, atol=1e-5)
     before, after = load_hub(source), load_hub(output)
     assert set(before) == set(after)
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

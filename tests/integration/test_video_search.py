@@ -18,9 +18,30 @@ def evaluate(config, overrides, model, output, *options, world=1) -> str:
     """`megatron_ral.evaluate` under torchrun; what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m",
-         "megatron_ral.evaluate", "--config", config, "--model", str(model), "--output", str(output), *options, *overrides],
-        capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=170)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(world),
+            "-m",
+            "megatron_ral.evaluate",
+            "--config",
+            config,
+            "--model",
+            str(model),
+            "--output",
+            str(output),
+            *options,
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=PROJECT,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -31,9 +52,20 @@ def test_training_on_clips_and_its_pictures(material, clips, tmp_path):
         model = material["tiny"] if text is SFT else tmp_path / "SFT" / "hf"
         output = tmp_path / ("SFT" if text is SFT else "RL")
         path, overrides = write_config(tmp_path, text, model, clips, split)
-        run_ranks(1, run_training, path, overrides + [
-            f"train.output_dir={output}", f"train.num_steps={steps}", "logging.probe_interval=1", "logging.num_probes=1",
-            "train.checkpoint_interval=0", "logging.num_eval_prompts=4"])
+        run_ranks(
+            1,
+            run_training,
+            path,
+            overrides
+            + [
+                f"train.output_dir={output}",
+                f"train.num_steps={steps}",
+                "logging.probe_interval=1",
+                "logging.num_probes=1",
+                "train.checkpoint_interval=0",
+                "logging.num_eval_prompts=4",
+            ],
+        )
         events = EventAccumulator(str(output / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
         events.Reload()
         picture = events.Images("attention/probe_0")[-1]
@@ -50,7 +82,17 @@ def evaluated(material, add_teacher_outputs, tmp_path_factory):
     path, overrides = write_config(folder, RL, add_teacher_outputs, material["data"], "rl")
     overrides = overrides + [f"data.eval_shards={material['data']}/search-*.tar", "logging.num_eval_prompts=41"]
     printed = evaluate(path, overrides, add_teacher_outputs, folder / "one.json", "--samples", "3")
-    evaluate(path, overrides, add_teacher_outputs, folder / "two.json", "--samples", "3", "--completions", str(folder / "two.txt"), world=2)
+    evaluate(
+        path,
+        overrides,
+        add_teacher_outputs,
+        folder / "two.json",
+        "--samples",
+        "3",
+        "--completions",
+        str(folder / "two.txt"),
+        world=2,
+    )
     return folder, printed
 
 
@@ -79,8 +121,13 @@ def test_evaluation_is_the_same_on_two_data_parallel_ranks(evaluated):
     folder, _ = evaluated
     one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
     assert one["categories"] == two["categories"] and one["overall"] == two["overall"]
-    one, two = ([(line["key"], line["greedy"]["text"], [sample["text"] for sample in line["sampled"]])
-                 for line in map(json.loads, (folder / name).read_text().splitlines())] for name in ("one.jsonl", "two.txt"))
+    one, two = (
+        [
+            (line["key"], line["greedy"]["text"], [sample["text"] for sample in line["sampled"]])
+            for line in map(json.loads, (folder / name).read_text().splitlines())
+        ]
+        for name in ("one.jsonl", "two.txt")
+    )
     assert one == two
 
 
@@ -95,20 +142,42 @@ def test_report_reads_the_evaluation(evaluated, tmp_path):
     assert report["rl"]["accuracy"] == json.loads((folder / "one.json").read_text())["accuracy"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--samples", "-1"], "--samples must not be negative, got -1"),
-    (["--completions", "{output}"], "--output and --completions are one file"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--samples", "-1"], "--samples must not be negative, got -1"),
+        (["--completions", "{output}"], "--output and --completions are one file"),
+    ],
+)
 def test_evaluate_refuses(material, tmp_path, options, message):
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
     options = [option.format(output=tmp_path / "e.json") for option in options]
-    done = subprocess.run([sys.executable, "-m", "megatron_ral.evaluate", "--config", path, "--output",
-                           str(tmp_path / "e.json"), *options, *overrides], capture_output=True, text=True, cwd=PROJECT,
-                          env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megatron_ral.evaluate",
+            "--config",
+            path,
+            "--output",
+            str(tmp_path / "e.json"),
+            *options,
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "e.json").exists()
 
 
 def test_unknown_task_is_refused():
-    done = subprocess.run(["bash", "launch_scripts/ral_tiny.sh"], capture_output=True, text=True, cwd=PROJECT,
-                          env={**os.environ, "TASK": "chess"})
+    done = subprocess.run(
+        ["bash", "launch_scripts/ral_tiny.sh"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env={**os.environ, "TASK": "chess"},
+    )
     assert done.returncode == 2 and "TASK = chess is neither digit-search nor video-search" in done.stderr

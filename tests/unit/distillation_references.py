@@ -5,14 +5,32 @@ import pytest
 import torch
 
 from megatron_ral.functional.distillation_loss import (
-    TokenDivergence, divergence_gradient, divergence_partials, local_statistics, merge_statistics, wide)
+    TokenDivergence,
+    divergence_gradient,
+    divergence_partials,
+    local_statistics,
+    merge_statistics,
+    wide,
+)
 from megatron_ral.functional.distillation_top_tokens import (
-    TopTokens, outcome_divergence, outcome_gradient, outcome_logprobs, outcome_partials, top_candidates)
+    TopTokens,
+    outcome_divergence,
+    outcome_gradient,
+    outcome_logprobs,
+    outcome_partials,
+    top_candidates,
+)
 
 ROWS, V = 6, 13
-KINDS = [TokenDivergence("forward_kl"), TokenDivergence("reverse_kl"), TokenDivergence("jsd"),
-         TokenDivergence("jsd", beta=0.2), TokenDivergence("jsd", beta=0.9, temperature=0.7),
-         TokenDivergence("forward_kl", temperature=2.5), TokenDivergence("reverse_kl", temperature=0.6)]
+KINDS = [
+    TokenDivergence("forward_kl"),
+    TokenDivergence("reverse_kl"),
+    TokenDivergence("jsd"),
+    TokenDivergence("jsd", beta=0.2),
+    TokenDivergence("jsd", beta=0.9, temperature=0.7),
+    TokenDivergence("forward_kl", temperature=2.5),
+    TokenDivergence("reverse_kl", temperature=0.6),
+]
 NAMES = [f"{kind.kind}-{kind.beta}-{kind.temperature}" for kind in KINDS]
 every_kind = pytest.mark.parametrize("divergence", KINDS, ids=NAMES)
 
@@ -51,11 +69,14 @@ def by_shards(student, teacher, divergence, grad, shards=1):
     """Value and gradient from `shards` pieces of the vocabulary, not all equally wide."""
     dtype, temperature = wide(student, teacher), divergence.temperature
     pieces = list(zip(student.tensor_split(shards, -1), teacher.tensor_split(shards, -1)))
-    rows = [merge_statistics([local_statistics(piece[index], temperature, dtype) for piece in pieces], temperature)
-            for index in (0, 1)]
+    rows = [
+        merge_statistics([local_statistics(piece[index], temperature, dtype) for piece in pieces], temperature)
+        for index in (0, 1)
+    ]
     value, mean = sum(divergence_partials(*piece, *rows, divergence) for piece in pieces)
-    return value, torch.cat([divergence_gradient(*piece, *rows, mean, grad.to(dtype), divergence)
-                             for piece in pieces], -1)
+    return value, torch.cat(
+        [divergence_gradient(*piece, *rows, mean, grad.to(dtype), divergence) for piece in pieces], -1
+    )
 
 
 def starts(pieces):
@@ -64,8 +85,10 @@ def starts(pieces):
 
 def outcomes_by_shards(logits, indices, temperature, shards):
     pieces = logits.tensor_split(shards, -1)
-    partials = [outcome_partials(piece, indices, start, temperature, wide(logits))
-                for piece, start in zip(pieces, starts(pieces))]
+    partials = [
+        outcome_partials(piece, indices, start, temperature, wide(logits))
+        for piece, start in zip(pieces, starts(pieces))
+    ]
     others = merge_statistics([partial.others for partial in partials], temperature)
     return others, outcome_logprobs(others, sum(partial.logits for partial in partials), temperature)
 
@@ -84,5 +107,10 @@ def by_top_tokens(student, teacher, divergence, grad, shards=1):
     others, outcomes = outcomes_by_shards(student, teacher.indices, divergence.temperature, shards)
     value, gradient = outcome_divergence(outcomes, teacher.outcomes(outcomes.dtype), divergence)
     gradient, pieces = gradient * grad[:, None], student.tensor_split(shards, -1)
-    return value, torch.cat([outcome_gradient(piece, teacher.indices, start, others, gradient, divergence.temperature)
-                             for piece, start in zip(pieces, starts(pieces))], -1)
+    return value, torch.cat(
+        [
+            outcome_gradient(piece, teacher.indices, start, others, gradient, divergence.temperature)
+            for piece, start in zip(pieces, starts(pieces))
+        ],
+        -1,
+    )

@@ -38,7 +38,8 @@ def several_tiles(dtype=torch.float32, R=40, P=70, length=50, **options) -> dict
     qk = qk._replace(query_BGRnD=query, prompt_lengths_B=torch.tensor([length]), scale=0.1)
     keys = RowKeys(torch.ones(1, P + R, dtype=torch.bool), P + torch.arange(R)[None])
     other = random_qk(B=1, R=R, P=P, D=80, k=1, m=2, dtype=dtype, seed=1, **options)._replace(
-        prompt_lengths_B=torch.tensor([length]), scale=0.1)
+        prompt_lengths_B=torch.tensor([length]), scale=0.1
+    )
     return both(qk, keys, attention_distribution(head_mean_attention(other), keys)[0], "jsd")
 
 
@@ -60,8 +61,12 @@ def head_shards() -> dict:
     shards = [head_shard(qk, rank, 2) for rank in range(2)]
     attention = sum(head_mean_attention(shard, True) for shard in shards)
     values = [row_divergence(shard, attention, target, keys, "jsd", True) for shard in shards]
-    found = [torch.cat(parts, dim=-2) for parts in zip(*(torch.autograd.grad((value * weights).sum(), shard[:3])
-                                                         for value, shard in zip(values, shards)))]
+    found = [
+        torch.cat(parts, dim=-2)
+        for parts in zip(
+            *(torch.autograd.grad((value * weights).sum(), shard[:3]) for value, shard in zip(values, shards))
+        )
+    ]
     return {name: (ours, wanted[name][1]) for name, ours in zip(wanted, (attention, values[0], *found))}
 
 
@@ -113,5 +118,13 @@ if __name__ == "__main__":
         start = time.perf_counter()
         results[name] = case()
         print(f"{name}: {time.perf_counter() - start:.1f} s")
-    torch.save({"faults": faults(), **{name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
-                for name, case in results.items()}}, sys.argv[1])
+    torch.save(
+        {
+            "faults": faults(),
+            **{
+                name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
+                for name, case in results.items()
+            },
+        },
+        sys.argv[1],
+    )

@@ -25,12 +25,22 @@ def pixel_bomb(side: int = 20000) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(2**16))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(2**16)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def text(**changes) -> bytes:
-    record = {"problem": "Which digit is red?", "solution": "<answer>7</answer>", "data_type": "image",
-              "problem_type": "numerical", **changes}
+    record = {
+        "problem": "Which digit is red?",
+        "solution": "<answer>7</answer>",
+        "data_type": "image",
+        "problem_type": "numerical",
+        **changes,
+    }
     return json.dumps({name: value for name, value in record.items() if value is not None}).encode()
 
 
@@ -52,11 +62,24 @@ def faulty(kind: str, images: dict) -> dict[str, bytes]:
     }[kind]
 
 
-KINDS = ("broken_image", "missing_field", "target_box", "answer_not_in_options", "image_too_large", "broken_video",
-         "unreadable_text", "duplicate_key", "unsafe_member", "truncated", "missing_media")
+KINDS = (
+    "broken_image",
+    "missing_field",
+    "target_box",
+    "answer_not_in_options",
+    "image_too_large",
+    "broken_video",
+    "unreadable_text",
+    "duplicate_key",
+    "unsafe_member",
+    "truncated",
+    "missing_media",
+)
 
 
-def write_faulty_set(folder: Path, num_shards: int, shard_size: int, faults_per_shard: int) -> tuple[list[str], dict[str, str]]:
+def write_faulty_set(
+    folder: Path, num_shards: int, shard_size: int, faults_per_shard: int
+) -> tuple[list[str], dict[str, str]]:
     """Shards of shard_size samples; returns the identities of the good ones, and identity -> reason of the others.
 
     Kinds take turns, so that each is met alike often. A shard whose turn it is
@@ -67,8 +90,11 @@ def write_faulty_set(folder: Path, num_shards: int, shard_size: int, faults_per_
     for shard in range(num_shards):
         path, members = folder / f"s-{shard:02d}.tar", []
         kinds = [KINDS[(shard * faults_per_shard + turn) % len(KINDS)] for turn in range(faults_per_shard)]
-        places = {3 + turn * (shard_size - 4) // faults_per_shard: kind for turn, kind in enumerate(kinds)
-                  if kind != "truncated"}
+        places = {
+            3 + turn * (shard_size - 4) // faults_per_shard: kind
+            for turn, kind in enumerate(kinds)
+            if kind != "truncated"
+        }
         if "truncated" in kinds:
             places[shard_size - 1] = "truncated"
         for number in range(shard_size):
@@ -86,7 +112,7 @@ def write_faulty_set(folder: Path, num_shards: int, shard_size: int, faults_per_
             members += [(f"{key}.{suffix}", data) for suffix, data in content.items()]
         write_members(path, members)
         if "truncated" in kinds:
-            path.write_bytes(path.read_bytes()[:_last_member(path) + 520])  # its header and 8 bytes
+            path.write_bytes(path.read_bytes()[: _last_member(path) + 520])  # its header and 8 bytes
             bad[path.name] = "truncated"
     return good, bad
 

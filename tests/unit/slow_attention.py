@@ -7,8 +7,9 @@ from torch import Tensor
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 
-def slow_attention(query: Tensor, prompt_key: Tensor, response_key: Tensor, prompt_lengths: Tensor, lag: int,
-                   scale: float) -> Tensor:
+def slow_attention(
+    query: Tensor, prompt_key: Tensor, response_key: Tensor, prompt_lengths: Tensor, lag: int, scale: float
+) -> Tensor:
     """[B, G, R, P + T]: softmax over the visible keys head by head, then the mean over heads."""
     B, G, R, n, _ = query.shape
     P, T, shared = prompt_key.shape[1], response_key.shape[2], n // prompt_key.shape[2]
@@ -49,12 +50,17 @@ def slow_divergence(p: Tensor, q: Tensor, kind: str) -> Tensor:
         return sum(terms, torch.zeros((), dtype=p.dtype))
 
     mean = (p + q) / 2
-    return {"jsd": lambda: (kl(p, mean) + kl(q, mean)) / 2, "forward_kl": lambda: kl(q, p),
-            "reverse_kl": lambda: kl(p, q)}[kind]()
+    return {
+        "jsd": lambda: (kl(p, mean) + kl(q, mean)) / 2,
+        "forward_kl": lambda: kl(q, p),
+        "reverse_kl": lambda: kl(p, q),
+    }[kind]()
 
 
 def slow_divergences(p: Tensor, q: Tensor, kind: str) -> Tensor:
     """[B, G, R] of rows [B, G, R, S]; 0 where either has no mass."""
-    values = [slow_divergence(a, b, kind) if float(a.sum()) > 0 and float(b.sum()) > 0 else 0.0 * a.sum()
-              for a, b in zip(p.flatten(0, 2), q.expand_as(p).flatten(0, 2))]
+    values = [
+        slow_divergence(a, b, kind) if float(a.sum()) > 0 and float(b.sum()) > 0 else 0.0 * a.sum()
+        for a, b in zip(p.flatten(0, 2), q.expand_as(p).flatten(0, 2))
+    ]
     return torch.stack(values).view(p.shape[:3])

@@ -4,11 +4,30 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_ral"
-FLOOR = {"config": 1, "functional": 1, "rewards": 1, "types": 1, "progress": 1, "parallel": 2, "data": 2, "compat": 3, "models": 3,
-         "engine": 4, "rollout": 5, "training": 6, "planning": 7, "evaluate": 8, "train": 8, "cli": 8, "replay": 8}
+FLOOR = {
+    "config": 1,
+    "functional": 1,
+    "rewards": 1,
+    "types": 1,
+    "progress": 1,
+    "parallel": 2,
+    "data": 2,
+    "compat": 3,
+    "models": 3,
+    "engine": 4,
+    "rollout": 5,
+    "training": 6,
+    "planning": 7,
+    "evaluate": 8,
+    "train": 8,
+    "cli": 8,
+    "replay": 8,
+}
 MAY_IMPORT = {
-    "torch.distributed": {"parallel", "compat"}, "deepspeed": {"engine", "compat"},
-    "webdataset": {"data/shards.py"}, "tensorboard": {"training/logging/tensorboard.py"},
+    "torch.distributed": {"parallel", "compat"},
+    "deepspeed": {"engine", "compat"},
+    "webdataset": {"data/shards.py"},
+    "tensorboard": {"training/logging/tensorboard.py"},
     "triton": {"attention/triton_backend.py"},
     "torch.utils.tensorboard": {"training/logging/tensorboard.py"},
 }
@@ -61,8 +80,7 @@ def test_third_parties_stay_in_their_rooms():
         for name in imports(path):
             for package, rooms in MAY_IMPORT.items():
                 if name == package or name.startswith(package + "."):
-                    assert relative in rooms or room(relative) in rooms, \
-                        f"{relative} imports {name}"
+                    assert relative in rooms or room(relative) in rooms, f"{relative} imports {name}"
 
 
 def test_files_stay_short():

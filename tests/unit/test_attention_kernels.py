@@ -23,16 +23,31 @@ from tests.unit.test_attention_rows import random_qk
 
 pytest.importorskip("triton")
 
-CASES = ("token", "predictor", "prompt alone", "four heads of a key", "bfloat16", "float16", "several tiles",
-         "pieces of rows", "head shards", "silent")
+CASES = (
+    "token",
+    "predictor",
+    "prompt alone",
+    "four heads of a key",
+    "bfloat16",
+    "float16",
+    "several tiles",
+    "pieces of rows",
+    "head shards",
+    "silent",
+)
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on compute capability 9.0."""
 
 
 def run_module(name: str, interpret: bool, *arguments: object) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-    done = subprocess.run([sys.executable, "-m", f"tests.unit.{name}", *map(str, arguments)], cwd=PROJECT, text=True,
-                          capture_output=True, env={**environment, **({"TRITON_INTERPRET": "1"} if interpret else {})})
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.unit.{name}", *map(str, arguments)],
+        cwd=PROJECT,
+        text=True,
+        capture_output=True,
+        env={**environment, **({"TRITON_INTERPRET": "1"} if interpret else {})},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -58,7 +73,7 @@ def test_kernels_equal_pytorch(results, case):
             continue
         assert wanted.abs().max() > 1e-2, "the case has no power"
         coarse = name.endswith(("query", "key")) and case in ("bfloat16", "float16")  # one rounding of the gradient
-        bound = {"bfloat16": 2 ** -8, "float16": 2 ** -10}[case] if coarse else 2e-6
+        bound = {"bfloat16": 2**-8, "float16": 2**-10}[case] if coarse else 2e-6
         assert (ours - wanted).abs().max() <= bound * wanted.abs().max(), name
         if name == "rows":
             assert torch.equal(ours == 0, wanted == 0), "columns that a row cannot see must be exactly 0"
@@ -95,8 +110,11 @@ def test_the_path_follows_device_type_and_width():
     cuda = torch.device("cuda")
     assert kernels_for(cuda, torch.bfloat16, 128) == (True, "Triton kernels")
     assert [kernels_for(cuda, dtype, 80)[0] for dtype in (torch.float16, torch.float32)] == [True, True]
-    for arguments, word in (((torch.device("cpu"), torch.float32, 64), "cpu"), ((cuda, torch.float64, 64), "float64"),
-                            ((cuda, torch.float32, 256), "256")):
+    for arguments, word in (
+        ((torch.device("cpu"), torch.float32, 64), "cpu"),
+        ((cuda, torch.float64, 64), "float64"),
+        ((cuda, torch.float32, 256), "256"),
+    ):
         kernels, why = kernels_for(*arguments)
         assert not kernels and word in why
 

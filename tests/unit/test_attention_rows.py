@@ -18,7 +18,11 @@ from tests.unit.slow_attention import KINDS, slow_attention, slow_divergences, s
 
 SCALE, LENGTHS = 0.6, (5, 3)
 ROWS = ("token", "predictor", "prompt alone")
-COLUMNS = {"all": [[1] * 5, [1] * 5], "prompt": [[1] * 5, [1, 1, 1, 0, 0]], "visual": [[0, 1, 1, 0, 0], [1, 0, 1, 0, 0]]}
+COLUMNS = {
+    "all": [[1] * 5, [1] * 5],
+    "prompt": [[1] * 5, [1, 1, 1, 0, 0]],
+    "visual": [[0, 1, 1, 0, 0], [1, 0, 1, 0, 0]],
+}
 
 
 def random_qk(rows="token", *, k=2, m=2, B=2, G=3, R=4, P=5, D=3, dtype=torch.float64, seed=0) -> RowQK:
@@ -30,8 +34,9 @@ def random_qk(rows="token", *, k=2, m=2, B=2, G=3, R=4, P=5, D=3, dtype=torch.fl
 
     T = 0 if rows == "prompt alone" else R
     lengths = torch.tensor([LENGTHS[b % 2] for b in range(B)])
-    return RowQK(make(B, G, R, k * m, D), make(B, P, k, D), make(B, G, T, k, D), lengths, int(rows == "predictor"),
-                 SCALE, k * m)
+    return RowQK(
+        make(B, G, R, k * m, D), make(B, P, k, D), make(B, G, T, k, D), lengths, int(rows == "predictor"), SCALE, k * m
+    )
 
 
 def row_keys(qk: RowQK, rows="token", columns="all", own=True) -> RowKeys:
@@ -40,8 +45,11 @@ def row_keys(qk: RowQK, rows="token", columns="all", own=True) -> RowKeys:
     P, T = qk.prompt_key_BPkD.shape[1], qk.response_key_BGTkD.shape[2]
     chosen = [COLUMNS[columns][b % 2] + [int(columns == "all")] * T for b in range(B)]
     last = [int(length) - 1 for length in qk.prompt_lengths_B]
-    tokens = {"token": lambda b: [P + r for r in range(R)], "prompt alone": lambda b: [last[b]] * R,
-              "predictor": lambda b: [last[b]] + [P + r for r in range(R - 1)]}[rows]
+    tokens = {
+        "token": lambda b: [P + r for r in range(R)],
+        "prompt alone": lambda b: [last[b]] * R,
+        "predictor": lambda b: [last[b]] + [P + r for r in range(R - 1)],
+    }[rows]
     return RowKeys(torch.tensor(chosen).bool(), torch.tensor([tokens(b) for b in range(B)]) if own else None)
 
 
@@ -94,6 +102,7 @@ def random_weights(qk: RowQK) -> torch.Tensor:
 
 # --- rows and policies ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("rows", ROWS)
@@ -120,8 +129,10 @@ def test_heads_are_averaged_before_renormalising():
 
 def head_shard(qk: RowQK, rank: int, ranks: int) -> RowQK:
     """The key/value heads, and the query heads that share them, of one tensor rank."""
-    cut = [tensor.detach().chunk(ranks, dim=3 if tensor.dim() == 5 else 2)[rank].clone().requires_grad_()
-           for tensor in qk[:3]]
+    cut = [
+        tensor.detach().chunk(ranks, dim=3 if tensor.dim() == 5 else 2)[rank].clone().requires_grad_()
+        for tensor in qk[:3]
+    ]
     return RowQK(*cut, *qk[3:])
 
 
@@ -133,13 +144,16 @@ def test_head_shards_add_up_and_their_gradients_are_slices(rows):
     shards = [head_shard(qk, rank, 2) for rank in range(2)]
     attention = sum(head_mean_attention(shard) for shard in shards)
     assert torch.allclose(attention, whole, rtol=0, atol=1e-15)
-    found = [torch.autograd.grad((row_divergence(shard, attention, target, keys) * weights).sum(), shard[:3])
-             for shard in shards]
+    found = [
+        torch.autograd.grad((row_divergence(shard, attention, target, keys) * weights).sum(), shard[:3])
+        for shard in shards
+    ]
     for parts, wanted in zip(zip(*found), gradients(qk, target, keys, weights=weights)):
         assert torch.allclose(torch.cat(parts, dim=-2), wanted, rtol=0, atol=1e-15)
 
 
 # --- value and gradient of the divergence -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("columns, own", [("all", True), ("all", False), ("visual", True), ("prompt", True)])
 @pytest.mark.parametrize("rows", ROWS)
@@ -166,10 +180,10 @@ def test_gradcheck(kind, rows, columns):
     target = another_policy(qk, keys, rows)
 
     def loss(*leaves):
-        moved = RowQK(*leaves, *qk[len(leaves):])
+        moved = RowQK(*leaves, *qk[len(leaves) :])
         return (row_divergence(moved, head_mean_attention(moved), target, keys, kind) * weights).sum()
 
-    assert torch.autograd.gradcheck(loss, qk[:2 if rows == "prompt alone" else 3], atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(loss, qk[: 2 if rows == "prompt alone" else 3], atol=1e-7, rtol=1e-5)
 
 
 def test_gradient_equals_eager_autograd_at_a_larger_size():
@@ -211,6 +225,7 @@ def test_a_step_down_the_gradient_brings_rows_nearer(kind):
 
 # --- invariances ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("noise", [50.0, 1e4])
 @pytest.mark.parametrize("rows", ["token", "predictor"])
 def test_padding_changes_nothing(rows, noise):
@@ -218,9 +233,11 @@ def test_padding_changes_nothing(rows, noise):
     qk = random_qk(rows)
     query, prompt, own = (tensor.detach() for tensor in qk[:3])
     loud = [torch.full_like(tensor, noise) for tensor in (query[:, :, :2], prompt[:, :2], own[:, :, :2])]
-    wide = qk._replace(query_BGRnD=torch.cat([query, loud[0]], 2).requires_grad_(),
-                       prompt_key_BPkD=torch.cat([prompt, loud[1]], 1).requires_grad_(),
-                       response_key_BGTkD=torch.cat([own, loud[2]], 2).requires_grad_())
+    wide = qk._replace(
+        query_BGRnD=torch.cat([query, loud[0]], 2).requires_grad_(),
+        prompt_key_BPkD=torch.cat([prompt, loud[1]], 1).requires_grad_(),
+        response_key_BGTkD=torch.cat([own, loud[2]], 2).requires_grad_(),
+    )
     real = torch.tensor([0, 1, 2, 3, 4, 7, 8, 9, 10])  # columns of the padded rows that are not padding
     keys, weights = row_keys(qk, rows), random_weights(qk)
     last = (qk.prompt_lengths_B - 1)[:, None]
@@ -229,8 +246,9 @@ def test_padding_changes_nothing(rows, noise):
         own_columns = torch.cat([last, own_columns[:, :-1]], dim=1)
     wide_keys = RowKeys(torch.ones(2, 13, dtype=torch.bool), own_columns)
     target = another_policy(qk, keys, rows)
-    wide_target = torch.zeros(2, 3, 6, 13, dtype=torch.float64).index_copy(3, real, torch.nn.functional.pad(
-        target, (0, 0, 0, 2)))
+    wide_target = torch.zeros(2, 3, 6, 13, dtype=torch.float64).index_copy(
+        3, real, torch.nn.functional.pad(target, (0, 0, 0, 2))
+    )
     padded = head_mean_attention(wide)
     assert torch.allclose(padded[:, :, :4, real], head_mean_attention(qk), rtol=0, atol=1e-15)
     assert not padded[:, :, :, 5:7].any() and not padded[:, :, :4, 11:].any()
@@ -244,8 +262,13 @@ def test_padding_changes_nothing(rows, noise):
     assert not found[1][1, 3:].any(), "keys beyond a shorter prompt get no gradient"
 
 
-CUTS = {"a row and a head at a time": (1, 1), "two rows": (2 * 18, 2 * 9), "whole responses": (80, 50),
-        "whole groups": (240, 120), "everything at once": (1 << 20, 1 << 20)}
+CUTS = {
+    "a row and a head at a time": (1, 1),
+    "two rows": (2 * 18, 2 * 9),
+    "whole responses": (80, 50),
+    "whole groups": (240, 120),
+    "everything at once": (1 << 20, 1 << 20),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,16 +281,29 @@ def test_cutting_into_pieces_changes_nothing(monkeypatch, cut, kind):
 
     def everything():
         attention = head_mean_attention(qk)
-        return (attention, attention_distribution(attention, keys)[0], row_divergence(qk, attention, target, keys, kind),
-                *gradients(qk, target, keys, kind, weights))
+        return (
+            attention,
+            attention_distribution(attention, keys)[0],
+            row_divergence(qk, attention, target, keys, kind),
+            *gradients(qk, target, keys, kind, weights),
+        )
 
     wanted = everything()
     small, large = CUTS[cut]
     monkeypatch.setattr(attention_rows, "_SMALL_PIECE", small)
     monkeypatch.setattr(attention_rows, "_LARGE_PIECE", large)
     boxes = list(attention_rows._weight_pieces(qk))
-    assert len(boxes) == {"a row and a head at a time": 24, "two rows": 12, "whole responses": 6, "whole groups": 2,
-                          "everything at once": 1}[cut] == len(list(attention_rows.pieces(shape, S)))
+    assert (
+        len(boxes)
+        == {
+            "a row and a head at a time": 24,
+            "two rows": 12,
+            "whole responses": 6,
+            "whole groups": 2,
+            "everything at once": 1,
+        }[cut]
+        == len(list(attention_rows.pieces(shape, S)))
+    )
     assert len(list(attention_rows._heads(qk, boxes[0]))) == (1 if cut == "everything at once" else 2)
     for ours, value in zip(everything(), wanted):
         assert torch.allclose(ours, value, rtol=1e-5, atol=1e-7)
@@ -302,6 +338,7 @@ def test_order_of_responses_is_kept():
 
 # --- precision --------------------------------------------------------------------------------------------------------
 
+
 def test_bfloat16_inputs_give_float32_rows_and_bfloat16_gradients():
     """The maths is that of float32 on the same numbers; only the gradient is rounded."""
     coarse = random_qk(dtype=torch.bfloat16)
@@ -312,8 +349,9 @@ def test_bfloat16_inputs_give_float32_rows_and_bfloat16_gradients():
     assert attention.dtype == torch.float32 and torch.equal(attention, head_mean_attention(fine))
     value = row_divergence(coarse, attention, target, keys)
     assert value.dtype == torch.float32 and torch.equal(value, row_divergence(fine, attention, target, keys))
-    for ours, wanted in zip(gradients(coarse, target, keys, weights=weights),
-                            gradients(fine, target, keys, weights=weights)):
+    for ours, wanted in zip(
+        gradients(coarse, target, keys, weights=weights), gradients(fine, target, keys, weights=weights)
+    ):
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted.bfloat16()) and wanted.abs().max() > 1e-2
 
 
@@ -356,8 +394,10 @@ def test_the_signal_of_ral_is_positive_and_right_in_float32(kind):
     """Rows after a small step: true divergences near 1e-9 nats, from the same float32 rows in float64."""
     qk = random_qk(B=2, G=4, R=8, P=5, D=8, dtype=torch.float32)
     keys = row_keys(qk)
-    moved = qk._replace(query_BGRnD=qk.query_BGRnD + 1e-4 * torch.randn(
-        qk.query_BGRnD.shape, generator=torch.Generator().manual_seed(3)))
+    moved = qk._replace(
+        query_BGRnD=qk.query_BGRnD
+        + 1e-4 * torch.randn(qk.query_BGRnD.shape, generator=torch.Generator().manual_seed(3))
+    )
     rows, target = head_mean_attention(moved), attention_distribution(head_mean_attention(qk), keys)[0]
     exact_rows = slow_policy(rows.double(), *keys)
     exact_target = target.double() / target.double().sum(-1, keepdim=True)
@@ -371,6 +411,7 @@ def test_the_signal_of_ral_is_positive_and_right_in_float32(kind):
 
 
 # --- rows and entries without mass ------------------------------------------------------------------------------------
+
 
 def assert_silent(qk, target, keys, kind, where):
     """Rows `where` [B] give 0, the others do not; no gradient comes from the former, none is NaN."""
@@ -422,6 +463,7 @@ def test_keys_and_rows_of_next_to_no_mass_give_no_nan(kind, columns, gap):
 
 # --- where rows look --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("size", [1, 6, 1 << 18])
 def test_row_mass_by_hand(monkeypatch, size):
     """Four prompt columns and two of the response; the row's own column is left out before anything is counted."""
@@ -430,13 +472,19 @@ def test_row_mass_by_hand(monkeypatch, size):
     keys = RowKeys(torch.ones(1, 6, dtype=torch.bool), torch.tensor([[4, 5]]))
     visual, target = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, True, False]])
     mass = row_mass(attention, keys, visual, target)
-    wanted = {"visual": [0.5, 0.0], "prompt": [1.0, 0.7], "sink": [0.1, 0.5], "target_share": [0.6, 0.0], "entropy": [
-        -sum(p * math.log(p) for p in row) for row in ([0.1, 0.2, 0.3, 0.4], [0.5, 0.2, 0.3])]}
+    wanted = {
+        "visual": [0.5, 0.0],
+        "prompt": [1.0, 0.7],
+        "sink": [0.1, 0.5],
+        "target_share": [0.6, 0.0],
+        "entropy": [-sum(p * math.log(p) for p in row) for row in ([0.1, 0.2, 0.3, 0.4], [0.5, 0.2, 0.3])],
+    }
     for name, values in wanted.items():
         assert getattr(mass, name).flatten().tolist() == pytest.approx(values, rel=1e-6), name
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
 
 def peak_bytes(function) -> int:
     """Most bytes allocated at once while `function` runs, above those before it."""
@@ -459,7 +507,7 @@ def memory_case(R: int, S: int = 4096, n: int = 28, k: int = 4, D: int = 128):
         return torch.randn(*shape, generator=generator, requires_grad=True)
 
     P = S - R
-    qk = RowQK(make(1, 1, R, n, D), make(1, P, k, D), make(1, 1, R, k, D), torch.tensor([P]), 0, D ** -0.5, n)
+    qk = RowQK(make(1, 1, R, n, D), make(1, P, k, D), make(1, 1, R, k, D), torch.tensor([P]), 0, D**-0.5, n)
     keys = RowKeys(torch.ones(1, S, dtype=torch.bool), P + torch.arange(R)[None])
     return qk, keys, torch.softmax(torch.randn(1, 1, R, S, generator=generator), -1)
 

@@ -5,7 +5,14 @@ from dataclasses import replace
 from megatron_ral.runtime.heartbeat import Heartbeat, HealthMonitor, stragglers, describe
 from megatron_ral.runtime.progress import Progress
 
-USUAL = Heartbeat(phase="rollout", is_long=False, num_phases=5, step=2, samples="last sample a", place="engine/pipelined_decoder.py:1 in f")
+USUAL = Heartbeat(
+    phase="rollout",
+    is_long=False,
+    num_phases=5,
+    step=2,
+    samples="last sample a",
+    place="engine/pipelined_decoder.py:1 in f",
+)
 LIMITS = (10.0, 100.0)
 
 
@@ -48,8 +55,11 @@ def test_waiting_alone_counts_only_when_nobody_gets_on():
         told(judge, float(now), r0={"ticks": 1, "waits_in": "barrier"}, r1={"ticks": 1, "waits_in": "barrier"})
         assert judge.stalled(now) is None
     for now in range(50, 70):
-        told(judge, float(now), **{f"r{rank}": {"ticks": 1, "waits_in": "barrier", "num_phases": 5 - (rank == 2)}
-                                   for rank in range(3)})
+        told(
+            judge,
+            float(now),
+            **{f"r{rank}": {"ticks": 1, "waits_in": "barrier", "num_phases": 5 - (rank == 2)} for rank in range(3)},
+        )
         assert (judge.stalled(now) is not None) == (now > 60), now
     assert judge.stalled(69) == ([2], "did not get on for 19 s, all ranks waiting for each other")
 
@@ -85,7 +95,9 @@ def test_blame_and_description():
     assert stragglers(beats) == [1]
     assert stragglers({0: waiting, 2: replace(waiting, num_phases=8)}) == [2]
     lines = describe(beats)
-    assert len(lines) == 2 and lines[0].startswith("  ranks 0, 2: phase 'rollout' of step 2, last sample a, waits for other")
+    assert len(lines) == 2 and lines[0].startswith(
+        "  ranks 0, 2: phase 'rollout' of step 2, last sample a, waits for other"
+    )
     assert lines[1].startswith("  ranks 1, 3: phase 'rollout'")
 
 

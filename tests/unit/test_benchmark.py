@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from megatron_ral.evaluation.tables import (
-    BenchmarkTable, CategoryRow, Figure, PromptResult, ScoredResponse, write_completions)
+    BenchmarkTable,
+    CategoryRow,
+    Figure,
+    PromptResult,
+    ScoredResponse,
+    write_completions,
+)
 from megatron_ral.types import Sample
 
 
@@ -16,8 +22,18 @@ def response(accuracy: float, text: str = "<answer>1</answer>") -> ScoredRespons
 
 
 def result(key: str, accuracy: float, sampled=(), category="", problem_type="", group="") -> PromptResult:
-    sample = Sample(key, "folder/a.tar", f"Which digit is {key}?", "<answer>1</answer>", "", problem_type, (), (),
-                    category=category, question_group=group)
+    sample = Sample(
+        key,
+        "folder/a.tar",
+        f"Which digit is {key}?",
+        "<answer>1</answer>",
+        "",
+        problem_type,
+        (),
+        (),
+        category=category,
+        question_group=group,
+    )
     return PromptResult(sample, 30, 16, response(accuracy), tuple(response(value) for value in sampled))
 
 
@@ -28,7 +44,8 @@ def test_figure_is_the_mean_and_its_standard_error():
     # what it is for: the spread of means of many draws of 50
     draws = np.random.default_rng(0).random((4000, 50)) < 0.3
     assert np.mean([Figure.of(row).error for row in draws.astype(float).tolist()]) == pytest.approx(
-        draws.mean(axis=1).std(), rel=0.03)
+        draws.mean(axis=1).std(), rel=0.03
+    )
 
 
 def test_rows_of_a_category():
@@ -45,17 +62,29 @@ def test_rows_of_a_category():
 
 def test_groups_are_right_where_every_question_is():
     """MME: two questions of a picture."""
-    rows = [result("a", 1, group="1"), result("b", 1, group="1"), result("c", 1, group="2"), result("d", 0, group="2"),
-            result("e", 0, group="3"), result("f", 1, group="3")]
+    rows = [
+        result("a", 1, group="1"),
+        result("b", 1, group="1"),
+        result("c", 1, group="2"),
+        result("d", 0, group="2"),
+        result("e", 0, group="3"),
+        result("f", 1, group="3"),
+    ]
     row = CategoryRow.of(rows)
-    assert row.accuracy.mean == pytest.approx(4 / 6) and row.num_groups == 3 and row.all_right.mean == pytest.approx(1 / 3)
+    assert (
+        row.accuracy.mean == pytest.approx(4 / 6) and row.num_groups == 3 and row.all_right.mean == pytest.approx(1 / 3)
+    )
     assert row.record()["all_right"] == pytest.approx(1 / 3)
     assert "all_right" not in CategoryRow.of([result("a", 1)]).record()
 
 
 def test_categories_and_their_mean():
-    rows = [result("a", 1, category="colour"), result("b", 0, category="colour"),
-            *(result(f"c{index}", 1, problem_type="numerical") for index in range(3)), result("d", 0)]
+    rows = [
+        result("a", 1, category="colour"),
+        result("b", 0, category="colour"),
+        *(result(f"c{index}", 1, problem_type="numerical") for index in range(3)),
+        result("d", 0),
+    ]
     table = BenchmarkTable.of(rows)
     assert list(table.categories) == ["(none)", "colour", "numerical"]
     assert [row.num_prompts for row in table.categories.values()] == [1, 2, 3]
@@ -64,16 +93,36 @@ def test_categories_and_their_mean():
     two = BenchmarkTable.of(rows[:-1])
     assert two.mean_of_categories == (0.75, pytest.approx(math.sqrt(0.5**2 + 0**2) / 2))
     record = json.loads(json.dumps(two.record(), allow_nan=False))
-    assert record["categories"]["colour"] == {"num_prompts": 2, "accuracy": 0.5, "accuracy_error": 0.5, "format_rate": 1.0,
-                                              "unparsed_rate": 0.0}
+    assert record["categories"]["colour"] == {
+        "num_prompts": 2,
+        "accuracy": 0.5,
+        "accuracy_error": 0.5,
+        "format_rate": 1.0,
+        "unparsed_rate": 0.0,
+    }
     assert record["overall"]["accuracy"] == 0.8 and record["mean_of_categories"] == 0.75
 
 
 def test_table_as_text():
-    rows = [result("a", 1, (1, 0), category="scene 1"), result("b", 0, (0, 0), category="scene 2"),
-            result("c", 1, (1, 1), category="scene 2", group="g")]
+    rows = [
+        result("a", 1, (1, 0), category="scene 1"),
+        result("b", 0, (0, 0), category="scene 2"),
+        result("c", 1, (1, 1), category="scene 2", group="g"),
+    ]
     lines = str(BenchmarkTable.of(rows)).splitlines()
-    assert lines[0].split() == ["n", "accuracy", "format", "unparsed", "sampled", "best", "of", "n", "groups", "all", "right"]
+    assert lines[0].split() == [
+        "n",
+        "accuracy",
+        "format",
+        "unparsed",
+        "sampled",
+        "best",
+        "of",
+        "n",
+        "groups",
+        "all",
+        "right",
+    ]
     assert lines[1].split() == "scene 1 1 1.000 1.000 0.000 0.500 1.000 0 -".split()
     assert lines[2].split() == "scene 2 2 0.500 +- 0.500 1.000 0.000 0.500 +- 0.500 0.500 +- 0.500 1 1.000".split()
     assert lines[3].startswith("all prompts") and lines[4].split() == "mean of categories 0.750".split()
@@ -82,13 +131,19 @@ def test_table_as_text():
 
 
 def test_completions_are_one_object_per_line(tmp_path):
-    odd = PromptResult(Sample("k", "x/b.tar", "zwei\nZeilen \u2028 \u00fc?", "1", "", "OCR", (), ()), 5, 0, response(0, "a\n\"b\""))
+    odd = PromptResult(
+        Sample("k", "x/b.tar", "zwei\nZeilen \u2028 \u00fc?", "1", "", "OCR", (), ()), 5, 0, response(0, 'a\n"b"')
+    )
     write_completions(tmp_path / "new" / "c.jsonl", [result("a", 1, (1, 0), group="7"), odd])
     text = (tmp_path / "new" / "c.jsonl").read_text(encoding="utf-8")
     first, second = (json.loads(line) for line in text.strip("\n").split("\n"))
     assert first["key"] == "a" and first["shard"] == "a.tar" and first["problem"] == "Which digit is a?"
     assert first["question_group"] == "7" and [sample["parts"]["accuracy"] for sample in first["sampled"]] == [1, 0]
-    assert first["greedy"] == {"text": "<answer>1</answer>", "finished": True, "reward": 1.0,
-                               "parts": {"accuracy": 1, "format": 1.0, "unparsed": 0.0}}
-    assert second["problem"] == "zwei\nZeilen \u2028 \u00fc?" and second["greedy"]["text"] == "a\n\"b\""
+    assert first["greedy"] == {
+        "text": "<answer>1</answer>",
+        "finished": True,
+        "reward": 1.0,
+        "parts": {"accuracy": 1, "format": 1.0, "unparsed": 0.0},
+    }
+    assert second["problem"] == "zwei\nZeilen \u2028 \u00fc?" and second["greedy"]["text"] == 'a\n"b"'
     assert second["category"] == "OCR" and second["sampled"] == [] and "question_group" not in second

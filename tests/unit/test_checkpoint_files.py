@@ -9,15 +9,26 @@ import pytest
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.shape import read_shape
 from megatron_ral.training.checkpoint.files import (
-    MANIFEST, Manifest, begin_folder, checkpoint_root, finish_folder, newest_checkpoint, parameter_tables, read_manifest,
-    whole_checkpoints, write_synced)
+    MANIFEST,
+    Manifest,
+    begin_folder,
+    checkpoint_root,
+    finish_folder,
+    newest_checkpoint,
+    parameter_tables,
+    read_manifest,
+    whole_checkpoints,
+    write_synced,
+)
 
 
 def save(output, step: int, keep: int = 9):
     root = checkpoint_root(str(output))
     begin_folder(root, step)
     partial = root / f"step_{step:08d}.partial"
-    files = {name: write_synced(partial / name, "x" * (100 + step)) for name in ("rank_00000.safetensors", "config.yaml")}
+    files = {
+        name: write_synced(partial / name, "x" * (100 + step)) for name in ("rank_00000.safetensors", "config.yaml")
+    }
     return finish_folder(root, Manifest(step, 1, 1, 1, [], files), keep)
 
 
@@ -46,13 +57,16 @@ def unnamed(folder):
     folder.rename(folder.with_name(folder.name + ".partial"))
 
 
-@pytest.mark.parametrize("harm, said", [
-    (cut_short, "step_00000003' is passed over: file 'rank_00000.safetensors' has 99 bytes instead of 103"),
-    (remove_file, "step_00000003' is passed over: file 'config.yaml' is missing"),
-    (remove_manifest, "step_00000003' is passed over: its save was cut off before manifest.json"),
-    (half_a_manifest, "step_00000003' is passed over: manifest.json is not readable"),
-    (unnamed, "step_00000003.partial' is passed over: its save was cut off"),
-])
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (cut_short, "step_00000003' is passed over: file 'rank_00000.safetensors' has 99 bytes instead of 103"),
+        (remove_file, "step_00000003' is passed over: file 'config.yaml' is missing"),
+        (remove_manifest, "step_00000003' is passed over: its save was cut off before manifest.json"),
+        (half_a_manifest, "step_00000003' is passed over: manifest.json is not readable"),
+        (unnamed, "step_00000003.partial' is passed over: its save was cut off"),
+    ],
+)
 def test_damaged_folders_are_passed_over(tmp_path, caplog, harm, said):
     first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
     assert newest_checkpoint(str(tmp_path), warn=True) == third and not caplog.records
@@ -67,16 +81,23 @@ def test_damaged_folders_are_passed_over(tmp_path, caplog, harm, said):
     # the same step again takes its place
     again = save(tmp_path, 3)
     assert newest_checkpoint(str(tmp_path)) == again and names(tmp_path) == [
-        "latest", "step_00000001", "step_00000002", "step_00000003"]
+        "latest",
+        "step_00000001",
+        "step_00000002",
+        "step_00000003",
+    ]
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda manifest: manifest.pop("version"), "has version 1 of the format, this program reads version 2"),
-    (lambda manifest: manifest.update(version=3), "has version 3 of the format"),
-    (lambda manifest: manifest.update(format="other"), "was not written by this program"),
-    (lambda manifest: manifest.pop("files"), "was not written by this program"),
-    (lambda manifest: manifest.pop("world_size"), "has no 'world_size'"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda manifest: manifest.pop("version"), "has version 1 of the format, this program reads version 2"),
+        (lambda manifest: manifest.update(version=3), "has version 3 of the format"),
+        (lambda manifest: manifest.update(format="other"), "was not written by this program"),
+        (lambda manifest: manifest.pop("files"), "was not written by this program"),
+        (lambda manifest: manifest.pop("world_size"), "has no 'world_size'"),
+    ],
+)
 def test_other_formats_are_an_error_and_not_passed_over(tmp_path, change, said):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
@@ -129,10 +150,14 @@ def test_manifest_is_checked_against_the_model(material, tmp_path):
     tables = parameter_tables(shape, 2, 2, False)
     manifest = Manifest(1, 4, 2, 2, tables, {})
     manifest.check_model(tmp_path, shape, False)
-    assert [len(stage) for stage in tables] == [1 + 2 * 7, 2 * 7 + 2] and json.loads(manifest.text())["parameters"] == tables
+    assert [len(stage) for stage in tables] == [1 + 2 * 7, 2 * 7 + 2] and json.loads(manifest.text())[
+        "parameters"
+    ] == tables
     fc1 = tables[0]["language.decoder.layers.0.mlp.linear_fc1.weight"]
     assert fc1 == {"shape": [shape.ffn_hidden_size, shape.hidden_size], "cut_dim": 0, "blocks": 2}
-    with pytest.raises(CheckpointError, match="'language.decoder.layers.0.mlp.linear_fc1.weight' of stage 0.*another model"):
+    with pytest.raises(
+        CheckpointError, match="'language.decoder.layers.0.mlp.linear_fc1.weight' of stage 0.*another model"
+    ):
         manifest.check_model(tmp_path, dataclasses.replace(shape, ffn_hidden_size=shape.ffn_hidden_size // 2), False)
     with pytest.raises(CheckpointError, match="parameter 'visual.*as None"):
         manifest.check_model(tmp_path, shape, True)

@@ -32,9 +32,15 @@ def test_overrides_apply_in_order_and_reach_lists(file):
     assert config.data.train[0].num_samples == 7
 
 
-@pytest.mark.parametrize("overrides, needed", [
-    (["loss.kl_coef=0"], False), ([], True), (["train.algorithm=sft"], False),
-    (["loss.kl_coef=0", "loss.attention_target=reference", "loss.attention_coef=0"], True)])
+@pytest.mark.parametrize(
+    "overrides, needed",
+    [
+        (["loss.kl_coef=0"], False),
+        ([], True),
+        (["train.algorithm=sft"], False),
+        (["loss.kl_coef=0", "loss.attention_target=reference", "loss.attention_coef=0"], True),
+    ],
+)
 def test_reference_is_held_where_something_is_compared_with_it(file, overrides, needed):
     assert load_config(file, overrides).needs_reference == needed
 
@@ -46,48 +52,57 @@ def test_dump_reads_back_equal(file, tmp_path):
     assert load_config(again) == config
 
 
-@pytest.mark.parametrize("override, named", [
-    ("loss.atention_coef=2", ["loss.atention_coef", "loss.attention_coef"]),
-    ("los.attention_coef=2", ["'los'", "'loss'"]),
-    ("rollout.group_size=1", ["rollout.group_size", "1"]),
-    ("seed=-1", ["seed", "-1"]),
-    ("seed=one", ["seed", "one"]),
-    ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "fast"]),
-    ("loss.policy_loss=ppo", ["loss.policy_loss", "ppo", "'gspo'"]),
-    ("loss.dual_clip=0.5", ["loss.dual_clip", "0.5", "more than 1"]),
-    ("loss={policy_loss: cispo, dual_clip: 3.0}", ["loss.dual_clip", "3.0", "cispo"]),
-    ("loss.attention_target=olds", ["loss.attention_target", "olds", "'old'"]),
-    ("parallel=3", ["parallel", "3"]),
-    ("rollout.num_prompts=30", ["rollout.num_prompts", "30", "rollout.num_minibatches"]),
-    ("data.train.0.num_samples=0", ["data.train.0.num_samples", "0"]),
-    ("data.train=[]", ["data.train"]),
-    ("model.path=''", ["model.path"]),
-    ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "[1, 1]"]),
-    ("loss.attention_layers=[]", ["loss.attention_layers", "[]"]),
-    ("loss.attention_target=group", ["loss.attention_keys", "= all", "loss.attention_target = group", "prompt"]),
-    ("loss.attention_target=hindsight", ["loss.attention_keys", "= all", "loss.attention_target = hindsight"]),
-    ("loss.attention_target=oracle", ["loss.attention_keys", "= all", "loss.attention_target = oracle", "visual"]),
-    ("loss={attention_target: oracle, attention_keys: prompt}", ["loss.attention_keys", "= prompt", "oracle"]),
-    ("loss={attention_target: group, attention_keys: prompt, attention_store: qk}",
-     ["loss.attention_store", "= qk", "loss.attention_target = group", "rows"]),
-    ("loss={attention_target: hindsight, attention_keys: visual, attention_store: qk}",
-     ["loss.attention_store", "= qk", "loss.attention_target = hindsight"]),
-    ("loss={attention_target: oracle, attention_keys: visual, attention_store: qk}",
-     ["loss.attention_store", "= qk", "loss.attention_target = oracle"]),
-    ("loss.attention_ema_decay=1.0", ["loss.attention_ema_decay", "1.0"]),
-    ("loss.attention_ema_decay=0", ["loss.attention_ema_decay", "0"]),
-    ("loss.attention_row=next", ["loss.attention_row", "next", "'predictor'"]),
-    ("loss.attention_divergence=kl", ["loss.attention_divergence", "kl", "'forward_kl'"]),
-    ("loss.attention_negative_weight=-1", ["loss.attention_negative_weight", "-1"]),
-    ("loss.attention_row_cap=-0.1", ["loss.attention_row_cap", "-0.1"]),
-    ("loss.attention_coef_decay=step", ["loss.attention_coef_decay", "step", "'linear'"]),
-    ("loss.attention_coef_warmup_steps=-1", ["loss.attention_coef_warmup_steps", "-1"]),
-    ("loss.attention_grad_ratio=-0.1", ["loss.attention_grad_ratio", "-0.1"]),
-    ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
-    ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0"]),
-    ("data={[1]: 2}", ["data"]),
-    ("no_equals_sign", ["no_equals_sign", "dotted.key=value"]),
-])
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("loss.atention_coef=2", ["loss.atention_coef", "loss.attention_coef"]),
+        ("los.attention_coef=2", ["'los'", "'loss'"]),
+        ("rollout.group_size=1", ["rollout.group_size", "1"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("seed=one", ["seed", "one"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate", "fast"]),
+        ("loss.policy_loss=ppo", ["loss.policy_loss", "ppo", "'gspo'"]),
+        ("loss.dual_clip=0.5", ["loss.dual_clip", "0.5", "more than 1"]),
+        ("loss={policy_loss: cispo, dual_clip: 3.0}", ["loss.dual_clip", "3.0", "cispo"]),
+        ("loss.attention_target=olds", ["loss.attention_target", "olds", "'old'"]),
+        ("parallel=3", ["parallel", "3"]),
+        ("rollout.num_prompts=30", ["rollout.num_prompts", "30", "rollout.num_minibatches"]),
+        ("data.train.0.num_samples=0", ["data.train.0.num_samples", "0"]),
+        ("data.train=[]", ["data.train"]),
+        ("model.path=''", ["model.path"]),
+        ("loss.attention_layers=[1, 1]", ["loss.attention_layers", "[1, 1]"]),
+        ("loss.attention_layers=[]", ["loss.attention_layers", "[]"]),
+        ("loss.attention_target=group", ["loss.attention_keys", "= all", "loss.attention_target = group", "prompt"]),
+        ("loss.attention_target=hindsight", ["loss.attention_keys", "= all", "loss.attention_target = hindsight"]),
+        ("loss.attention_target=oracle", ["loss.attention_keys", "= all", "loss.attention_target = oracle", "visual"]),
+        ("loss={attention_target: oracle, attention_keys: prompt}", ["loss.attention_keys", "= prompt", "oracle"]),
+        (
+            "loss={attention_target: group, attention_keys: prompt, attention_store: qk}",
+            ["loss.attention_store", "= qk", "loss.attention_target = group", "rows"],
+        ),
+        (
+            "loss={attention_target: hindsight, attention_keys: visual, attention_store: qk}",
+            ["loss.attention_store", "= qk", "loss.attention_target = hindsight"],
+        ),
+        (
+            "loss={attention_target: oracle, attention_keys: visual, attention_store: qk}",
+            ["loss.attention_store", "= qk", "loss.attention_target = oracle"],
+        ),
+        ("loss.attention_ema_decay=1.0", ["loss.attention_ema_decay", "1.0"]),
+        ("loss.attention_ema_decay=0", ["loss.attention_ema_decay", "0"]),
+        ("loss.attention_row=next", ["loss.attention_row", "next", "'predictor'"]),
+        ("loss.attention_divergence=kl", ["loss.attention_divergence", "kl", "'forward_kl'"]),
+        ("loss.attention_negative_weight=-1", ["loss.attention_negative_weight", "-1"]),
+        ("loss.attention_row_cap=-0.1", ["loss.attention_row_cap", "-0.1"]),
+        ("loss.attention_coef_decay=step", ["loss.attention_coef_decay", "step", "'linear'"]),
+        ("loss.attention_coef_warmup_steps=-1", ["loss.attention_coef_warmup_steps", "-1"]),
+        ("loss.attention_grad_ratio=-0.1", ["loss.attention_grad_ratio", "-0.1"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate"]),
+        ("optimizer.beta1=1.0", ["optimizer.beta1", "1.0"]),
+        ("data={[1]: 2}", ["data"]),
+        ("no_equals_sign", ["no_equals_sign", "dotted.key=value"]),
+    ],
+)
 def test_wrong_setting_is_named(file, override, named):
     with pytest.raises(ConfigError) as error:
         load_config(file, [override])
@@ -97,10 +112,17 @@ def test_wrong_setting_is_named(file, override, named):
         assert part in sentence, sentence
 
 
-@pytest.mark.parametrize("settings", [
-    "attention_target: group, attention_keys: prompt", "attention_target: hindsight, attention_keys: visual",
-    "attention_target: oracle, attention_keys: visual", "attention_target: ema, attention_store: qk",
-    "attention_target: reference, attention_store: qk, attention_keys: visual", "attention_store: qk"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "attention_target: group, attention_keys: prompt",
+        "attention_target: hindsight, attention_keys: visual",
+        "attention_target: oracle, attention_keys: visual",
+        "attention_target: ema, attention_store: qk",
+        "attention_target: reference, attention_store: qk, attention_keys: visual",
+        "attention_store: qk",
+    ],
+)
 def test_possible_attention_settings_load(file, settings):
     loss = load_config(file, [f"loss={{{settings}}}"]).loss
     for pair in settings.split(", "):
@@ -109,8 +131,11 @@ def test_possible_attention_settings_load(file, settings):
 
 
 def test_attention_acts_by_coefficient_or_by_ratio(file):
-    for overrides, acts in (([], True), (["loss.attention_coef=0"], False),
-                            (["loss.attention_coef=0", "loss.attention_grad_ratio=0.1"], True)):
+    for overrides, acts in (
+        ([], True),
+        (["loss.attention_coef=0"], False),
+        (["loss.attention_coef=0", "loss.attention_grad_ratio=0.1"], True),
+    ):
         assert load_config(file, overrides).attention_acts == acts
 
 
@@ -128,12 +153,15 @@ def test_file_is_named(file, tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("world, overrides, named", [
-    (3, ["parallel.tensor_model_parallel_size=2"], ["tensor_model_parallel_size", "2", "world size 3"]),
-    (3, [], ["rollout.num_prompts", "32", "3 data-parallel"]),
-    (1, ["train.micro_batch_size=3"], ["train.micro_batch_size", "3", "8 prompt groups"]),
-    (5, ["train.algorithm=sft"], ["train.batch_size", "32"]),
-])
+@pytest.mark.parametrize(
+    "world, overrides, named",
+    [
+        (3, ["parallel.tensor_model_parallel_size=2"], ["tensor_model_parallel_size", "2", "world size 3"]),
+        (3, [], ["rollout.num_prompts", "32", "3 data-parallel"]),
+        (1, ["train.micro_batch_size=3"], ["train.micro_batch_size", "3", "8 prompt groups"]),
+        (5, ["train.algorithm=sft"], ["train.batch_size", "32"]),
+    ],
+)
 def test_world_size_that_does_not_fit_is_named(file, world, overrides, named):
     with pytest.raises(ConfigError) as error:
         check_layout(load_config(file, overrides), world)
@@ -149,7 +177,9 @@ def test_shipped_configurations_load():
     for path in files:
         config = load_config(path, ["model.path=somewhere"])
         teacher_tensor, teacher_pipeline = config.teacher_layout
-        model = math.lcm(config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size,
-                         teacher_tensor * teacher_pipeline)
+        model = math.lcm(
+            config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size,
+            teacher_tensor * teacher_pipeline,
+        )
         for data in (1, 2, 4):
             check_layout(config, model * data)

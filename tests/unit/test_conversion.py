@@ -20,12 +20,14 @@ from megatron_ral.weights.tensor_table import stage_tensors
 PROJECT = Path(__file__).parents[2]
 
 
-def odd_folder(source: Path, target: Path, *, kv_heads: int, layers: int, vocab: int, tied: bool,
-               dtype=torch.float32) -> Path:
+def odd_folder(
+    source: Path, target: Path, *, kv_heads: int, layers: int, vocab: int, tied: bool, dtype=torch.float32
+) -> Path:
     """Random weights of an odd shape, written with our own writer."""
     raw = json.loads((source / "config.json").read_text())
-    raw["text_config"].update(num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab,
-                              tie_word_embeddings=tied)
+    raw["text_config"].update(
+        num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab, tie_word_embeddings=tied
+    )
     raw["text_config"].pop("layer_types", None)
     raw["tie_word_embeddings"] = tied
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -40,13 +42,20 @@ def odd_folder(source: Path, target: Path, *, kv_heads: int, layers: int, vocab:
     return target
 
 
-@pytest.mark.parametrize("family, kv_heads, layers, vocab, tied, dtype", [
-    ("tiny", 1, 5, 509, True, torch.float32), ("tiny", 2, 3, 511, False, torch.bfloat16),
-    ("tiny", 4, 4, 512, False, torch.float32), ("qwen3", 1, 8, 509, True, torch.bfloat16),
-    ("qwen3", 2, 7, 510, False, torch.float32)])
+@pytest.mark.parametrize(
+    "family, kv_heads, layers, vocab, tied, dtype",
+    [
+        ("tiny", 1, 5, 509, True, torch.float32),
+        ("tiny", 2, 3, 511, False, torch.bfloat16),
+        ("tiny", 4, 4, 512, False, torch.float32),
+        ("qwen3", 1, 8, 509, True, torch.bfloat16),
+        ("qwen3", 2, 7, 510, False, torch.float32),
+    ],
+)
 def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv_heads, layers, vocab, tied, dtype):
-    source = odd_folder(material[family], tmp_path / "hf", kv_heads=kv_heads, layers=layers, vocab=vocab, tied=tied,
-                        dtype=dtype)
+    source = odd_folder(
+        material[family], tmp_path / "hf", kv_heads=kv_heads, layers=layers, vocab=vocab, tied=tied, dtype=dtype
+    )
     previous = source
     for number, (tensor, pipeline) in enumerate([(1, 1), (2, 3), (4, 1), (4, 2), (1, 3)]):
         to_megatron(previous, tmp_path / f"m{number}", tensor, pipeline)
@@ -58,7 +67,6 @@ def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv
     assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 3
     for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
-
 
     assert set(stored_names(tmp_path / "back")) == set(stored_names(source)), "names as on the hub"
 
@@ -103,8 +111,9 @@ def header_bytes(path: Path) -> int:
 def test_result_loads_in_stock_transformers(material, tmp_path, kind):
     to_megatron(material[kind], tmp_path / "m", 2, 2)
     to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
-    ours, stock = (AutoModelForImageTextToText.from_pretrained(path).state_dict()
-                   for path in (tmp_path / "hf", material[kind]))
+    ours, stock = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (tmp_path / "hf", material[kind])
+    )
     assert set(ours) == set(stock) and all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
@@ -136,10 +145,14 @@ def test_damage_is_named_and_leaves_nothing(material, tmp_path):
     refused("'qwen2' model; known families", family, ConfigError)
     (family / "config.json").write_text('{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": "x"}}')
     refused("config.json is not readable", family, ConfigError)
-    for change, named in (({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-                          ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, "layer_types"),
-                          ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0,
-                                                "mrope_section": [4, 6, 6]}}, "rope_type = 'linear'")):
+    for change, named in (
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, "layer_types"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10.0, "mrope_section": [4, 6, 6]}},
+            "rope_type = 'linear'",
+        ),
+    ):
         config = json.loads((material["tiny"] / "config.json").read_text())
         config["text_config"].pop("layer_types", None)
         config["text_config"].update(change)
@@ -167,8 +180,10 @@ def test_interrupted_conversion_leaves_nothing_visible(material, tmp_path, monke
     def stop(num_bytes):
         raise KeyboardInterrupt
 
-    for convert in (lambda: to_megatron(material["tiny"], tmp_path / "out", 2, 2, stop),
-                    lambda: to_hf(material["tiny"], tmp_path / "out", progress=stop)):
+    for convert in (
+        lambda: to_megatron(material["tiny"], tmp_path / "out", 2, 2, stop),
+        lambda: to_hf(material["tiny"], tmp_path / "out", progress=stop),
+    ):
         with pytest.raises(KeyboardInterrupt):
             convert()
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
@@ -176,11 +191,24 @@ def test_interrupted_conversion_leaves_nothing_visible(material, tmp_path, monke
 
 def test_command_line(material, tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)], cwd=PROJECT,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+        )
 
-    done = run("to-megatron", "--hf", material["tiny"], "--output", tmp_path / "m", "--tensor-parallel", 2,
-               "--pipeline-parallel", 3)
+    done = run(
+        "to-megatron",
+        "--hf",
+        material["tiny"],
+        "--output",
+        tmp_path / "m",
+        "--tensor-parallel",
+        2,
+        "--pipeline-parallel",
+        3,
+    )
     assert done.returncode == 0 and "bytes in" in done.stdout and "GB/s" in done.stdout, done.stderr
     proof = run("verify", "--hf", material["tiny"], "--megatron", tmp_path / "m")
     assert proof.returncode == 0, proof.stdout + proof.stderr
@@ -193,8 +221,13 @@ def test_command_line(material, tmp_path):
     assert wrong.returncode == 2 and "is not a Megatron folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-PUBLISHED = {"qwen2.5-vl-3b": 3_754_622_976, "qwen2.5-vl-7b": 8_292_166_656, "qwen2.5-vl-32b": 33_452_718_336,
-             "qwen2.5-vl-72b": 73_410_777_344, "qwen3-vl-8b": 8_767_123_696}
+PUBLISHED = {
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3-vl-8b": 8_767_123_696,
+}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

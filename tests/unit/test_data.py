@@ -29,8 +29,15 @@ def png(width=56, height=56) -> bytes:
 
 
 def record(**changes) -> dict:
-    return {"problem": "Which digit is red?", "solution": "<answer>7</answer>", "process": "<think>red</think>",
-            "problem_type": "numerical", "data_type": "image", "target_boxes": [[0, 0, 28, 28]], **changes}
+    return {
+        "problem": "Which digit is red?",
+        "solution": "<answer>7</answer>",
+        "process": "<think>red</think>",
+        "problem_type": "numerical",
+        "data_type": "image",
+        "target_boxes": [[0, 0, 28, 28]],
+        **changes,
+    }
 
 
 def write_shard(path, samples) -> None:
@@ -57,8 +64,12 @@ class Ranks:
 
     def __init__(self, shards, processor, size, **settings):
         self.barrier, self.slots = threading.Barrier(size, timeout=600), [None] * size
-        self.loaders = [loader(shards, processor, rank, size, exchange=lambda value, rank=rank: self.exchange(rank, value),
-                               **settings) for rank in range(size)]
+        self.loaders = [
+            loader(
+                shards, processor, rank, size, exchange=lambda value, rank=rank: self.exchange(rank, value), **settings
+            )
+            for rank in range(size)
+        ]
 
     def exchange(self, rank, value):
         self.slots[rank] = value
@@ -80,11 +91,20 @@ class Ranks:
 
 def loader(shards, processor, rank=0, size=1, num_samples=0, shuffle=True, exchange=None, **settings):
     sources = open_sources([(str(shards), num_samples)], "data.train")
-    return PromptLoader(sources, processor, DataConfig(**{"shuffle": shuffle, "shuffle_buffer": 4, **settings}),
-                        dp_rank=rank, dp_size=size, seed=1, batch_size=6, exchange=exchange)
+    return PromptLoader(
+        sources,
+        processor,
+        DataConfig(**{"shuffle": shuffle, "shuffle_buffer": 4, **settings}),
+        dp_rank=rank,
+        dp_size=size,
+        seed=1,
+        batch_size=6,
+        exchange=exchange,
+    )
 
 
 # --- refused before training ------------------------------------------------------------------------------------------
+
 
 def test_missing_shard_is_named(tmp_path):
     with pytest.raises(DataError, match="data.train = .*none-.*matches no file"):
@@ -108,10 +128,11 @@ def test_readable_part_of_a_damaged_shard_is_used_and_the_damage_reported(tmp_pa
     whole = (tmp_path / "whole.tar").read_bytes()
     second = whole.index(b"s1.png")  # its header
     for name, data, keys, damage in (
-            ("cut", whole[:second + 1600], ["s0"], "cut short in member 's1.json'"),
-            # garbage where a header should be: a reader would take it for the end of the archive
-            ("damaged", whole[:second] + b"x" * 3000 + whole[second:], ["s0"], f"damaged at byte {second}"),
-            ("unfinished", whole[:whole.index(b"s3.png")], ["s0", "s1", "s2"], "without the mark of a whole archive")):
+        ("cut", whole[: second + 1600], ["s0"], "cut short in member 's1.json'"),
+        # garbage where a header should be: a reader would take it for the end of the archive
+        ("damaged", whole[:second] + b"x" * 3000 + whole[second:], ["s0"], f"damaged at byte {second}"),
+        ("unfinished", whole[: whole.index(b"s3.png")], ["s0", "s1", "s2"], "without the mark of a whole archive"),
+    ):
         (tmp_path / f"{name}.tar").write_bytes(data)
         stream = loader(tmp_path / f"{name}.tar", processor, shuffle=False)
         assert [prompt.sample.key for prompt in stream.take(2 * len(keys))] == 2 * keys
@@ -123,10 +144,16 @@ def test_readable_part_of_a_damaged_shard_is_used_and_the_damage_reported(tmp_pa
 
 
 def test_first_of_several_samples_with_one_key_is_used(tmp_path, processor):
-    write_shard(tmp_path / "a.tar", [good("s0"), good("s1", problem="first"), good("s1", problem="second"), good("s2"),
-                                     good("s0", problem="far")])
+    write_shard(
+        tmp_path / "a.tar",
+        [good("s0"), good("s1", problem="first"), good("s1", problem="second"), good("s2"), good("s0", problem="far")],
+    )
     stream = loader(tmp_path / "a.tar", processor, shuffle=False)
-    assert [prompt.sample.problem for prompt in stream.take(3)] == ["Which digit is red?", "first", "Which digit is red?"]
+    assert [prompt.sample.problem for prompt in stream.take(3)] == [
+        "Which digit is red?",
+        "first",
+        "Which digit is red?",
+    ]
     assert stream.quarantined_by_reason == {"duplicate_key": 2}
     assert set(stream.quarantined) == {"a.tar/s1#2", "a.tar/s0#4"}
 
@@ -156,6 +183,7 @@ def test_shard_without_images_is_named(tmp_path):
 
 # --- samples and prompts ----------------------------------------------------------------------------------------------
 
+
 def test_image_tokens_positions_and_target(processor, tmp_path):
     write_shard(tmp_path / "a.tar", [good("s0", target_boxes=[[28, 0, 56, 28]])])
     prompt = loader(tmp_path / "a.tar", processor).take(1)[0]
@@ -168,19 +196,22 @@ def test_image_tokens_positions_and_target(processor, tmp_path):
 
 
 def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, tmp_path, caplog):
-    write_shard(tmp_path / "a.tar", [
-        good("good0"),
-        good("literal", problem="What does <|image_pad|> mean?"),
-        good("turn", process="<think>red<|im_end|></think>"),
-        ("thin", {"png": png(1200, 4), "json": json.dumps(record(target_boxes=[])).encode()}),
-        ("boxed", {"json": json.dumps(record(data_type="text")).encode()}),
-        ("broken", {"png": png()[:60], "json": json.dumps(record()).encode()}),
-        good("outside", target_boxes=[[0, 0, 500, 28]]),
-        good("long", problem="Which digit is red? " * 60),
-        ("textless", {"png": png(), "json": b"\xff\xfe"}),
-        good("listed", process=["a", 1]),
-        good("good1"),
-    ])
+    write_shard(
+        tmp_path / "a.tar",
+        [
+            good("good0"),
+            good("literal", problem="What does <|image_pad|> mean?"),
+            good("turn", process="<think>red<|im_end|></think>"),
+            ("thin", {"png": png(1200, 4), "json": json.dumps(record(target_boxes=[])).encode()}),
+            ("boxed", {"json": json.dumps(record(data_type="text")).encode()}),
+            ("broken", {"png": png()[:60], "json": json.dumps(record()).encode()}),
+            good("outside", target_boxes=[[0, 0, 500, 28]]),
+            good("long", problem="Which digit is red? " * 60),
+            ("textless", {"png": png(), "json": b"\xff\xfe"}),
+            good("listed", process=["a", 1]),
+            good("good1"),
+        ],
+    )
     stream = loader(tmp_path / "a.tar", processor, shuffle=False)
     keys = [prompt.sample.key for prompt in stream.take(4)]
     assert keys == ["good0", "good1", "good0", "good1"]
@@ -206,8 +237,10 @@ def test_patches_are_those_of_the_stock_processor_bit_for_bit(material, family):
         pixels, grid = patchify_image(image, stock)
         assert torch.equal(pixels, wanted["pixel_values"]) and torch.equal(grid, wanted["image_grid_thw"][0])
     small = type(stock)(**{**stock.to_dict(), "size": {"shortest_edge": 4 * 28**2, "longest_edge": 20 * 28**2}})
-    assert torch.equal(patchify_image(image.resize((400, 333)), small)[0],
-                       small(images=[image.resize((400, 333))], return_tensors="pt")["pixel_values"])
+    assert torch.equal(
+        patchify_image(image.resize((400, 333)), small)[0],
+        small(images=[image.resize((400, 333))], return_tensors="pt")["pixel_values"],
+    )
     odd = type(stock)(**{**stock.to_dict(), "do_normalize": False})
     assert torch.equal(patchify_image(image, odd)[0], odd(images=[image], return_tensors="pt")["pixel_values"])
 
@@ -240,13 +273,16 @@ def test_a_whole_epoch_without_a_usable_sample_ends_the_run(processor, tmp_path)
 def test_members_are_never_unpickled(tmp_path, processor):
     """A pickle beside a sample is carried as bytes and ignored."""
     evil = b"cos\nsystem\n(S'false'\ntR."
-    write_shard(tmp_path / "a.tar", [("s0", {"png": png(), "pyd": evil, "pth": evil, "json": json.dumps(record()).encode()})])
+    write_shard(
+        tmp_path / "a.tar", [("s0", {"png": png(), "pyd": evil, "pth": evil, "json": json.dumps(record()).encode()})]
+    )
     assert loader(tmp_path / "a.tar", processor).take(1)[0].sample.key == "s0"
     with pytest.raises(ValueError, match="no .json"):
         parse_sample({"__key__": "k", "__url__": "u", "pyd": evil})
 
 
 # --- order, ranks, resume ---------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def four_shards(tmp_path_factory):
@@ -298,15 +334,22 @@ def test_video_of_qwen3_stands_behind_its_time_stamps(material):
     sample = Sample("v", "s", "Which digit is red?", "<answer>3</answer>", "", "", (), (), (frames,))
     text = processor.tokenizer.decode(processor(sample).input_ids)
     pad = "<|video_pad|>" * 4
-    assert "".join(text.split()).startswith("".join((
-        f"<|im_start|>user <0.5 seconds><|vision_start|>{pad}<|vision_end|>"
-        f"<2.5 seconds><|vision_start|>{pad}<|vision_end|>Which digit is red?").split()))
+    assert "".join(text.split()).startswith(
+        "".join(
+            (
+                f"<|im_start|>user <0.5 seconds><|vision_start|>{pad}<|vision_end|>"
+                f"<2.5 seconds><|vision_start|>{pad}<|vision_end|>Which digit is red?"
+            ).split()
+        )
+    )
 
 
 def test_mp4_members_are_videos(tmp_path, processor):
     clip = mp4_clip("mp4", 40)
-    write_shard(tmp_path / "a.tar", [("s0", {"mp4": clip, "json": json.dumps(
-        record(data_type="video", target_boxes=[])).encode()})])
+    write_shard(
+        tmp_path / "a.tar",
+        [("s0", {"mp4": clip, "json": json.dumps(record(data_type="video", target_boxes=[])).encode()})],
+    )
     prompt = loader(tmp_path / "a.tar", processor).take(1)[0]
     assert prompt.is_video.tolist() == [True] and int(prompt.grid_thw.prod()) // 4 == int(prompt.visual_mask.sum()) > 0
     write_shard(tmp_path / "b.tar", [("s0", {"json": json.dumps(record(data_type="video", target_boxes=[])).encode()})])

@@ -10,10 +10,21 @@ import torch
 from megatron_ral.functional import distillation_loss
 from megatron_ral.functional.distillation_loss import TokenDivergence
 from tests.unit.distillation_references import (
-    GRAD, ROWS, STUDENT, TEACHER, V, by_definition, by_shards, every_kind, rand, with_gradient)
+    GRAD,
+    ROWS,
+    STUDENT,
+    TEACHER,
+    V,
+    by_definition,
+    by_shards,
+    every_kind,
+    rand,
+    with_gradient,
+)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
+
 
 def test_two_tokens_by_hand():
     """P = (1/2, 1/2) the teacher, Q = (1/4, 3/4) the student."""
@@ -26,8 +37,7 @@ def test_two_tokens_by_hand():
 
     assert found("forward_kl") == (pytest.approx(0.5 * ln(4 / 3), rel=1e-14), pytest.approx([-0.25, 0.25]))
     reverse = 0.75 * ln(3) - ln(2)
-    assert found("reverse_kl") == (pytest.approx(reverse, rel=1e-14),
-                                   pytest.approx([-3 / 16 * ln(3), 3 / 16 * ln(3)]))
+    assert found("reverse_kl") == (pytest.approx(reverse, rel=1e-14), pytest.approx([-3 / 16 * ln(3), 3 / 16 * ln(3)]))
     # M = (3/8, 5/8), and (5/16, 11/16) with a teacher that counts a quarter
     half = 0.5 * (0.5 * ln(4 / 3) + 0.5 * ln(4 / 5)) + 0.5 * (0.25 * ln(2 / 3) + 0.75 * ln(6 / 5))
     quarter = 0.25 * (0.5 * ln(8 / 5) + 0.5 * ln(8 / 11)) + 0.75 * (0.25 * ln(4 / 5) + 0.75 * ln(12 / 11))
@@ -38,13 +48,19 @@ def test_two_tokens_by_hand():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    for settings, message in (({"kind": "kl"}, "kl"), ({"beta": 0.0}, "beta = 0.0"), ({"beta": 1.0}, "forward_kl"),
-                              ({"temperature": 0.0}, "temperature"), ({"temperature": float("nan")}, "temperature")):
+    for settings, message in (
+        ({"kind": "kl"}, "kl"),
+        ({"beta": 0.0}, "beta = 0.0"),
+        ({"beta": 1.0}, "forward_kl"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+    ):
         with pytest.raises(ValueError, match=message):
             TokenDivergence(**settings)
 
 
 # --- the definition over the whole vocabulary -------------------------------------------------------------------------
+
 
 @every_kind
 @pytest.mark.parametrize("shards", [1, 2, 3, 4])
@@ -74,8 +90,9 @@ class Cut(torch.autograd.Function):
 
 @every_kind
 def test_gradcheck(divergence):
-    assert torch.autograd.gradcheck(lambda student: Cut.apply(student, TEACHER, divergence),
-                                    (STUDENT.clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda student: Cut.apply(student, TEACHER, divergence), (STUDENT.clone().requires_grad_(),)
+    )
 
 
 @pytest.mark.parametrize("kind, share", [("forward_kl", lambda beta: beta), ("reverse_kl", lambda beta: 1 - beta)])
@@ -99,10 +116,12 @@ def test_jsd_is_bounded_by_the_entropy_of_beta():
 
 # --- public formulas --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.8, 1.0])
 def test_beta_of_trl(beta):
     """huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8, trl/experimental/gkd/gkd_trainer.py:271-300, afresh:
     `kl_div(input, target)` with log_target is target (log target - input), that is KL(target || input)."""
+
     def trl(student, teacher, divergence):
         log_q, log_p = (torch.log_softmax(logits / divergence.temperature, -1) for logits in (student, teacher))
         pointwise = torch.nn.functional.kl_div
@@ -110,17 +129,21 @@ def test_beta_of_trl(beta):
             first, second = (log_q, log_p) if beta == 0.0 else (log_p, log_q)
             return pointwise(first, second, reduction="none", log_target=True).sum(-1)
         mixture = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
-        return (beta * pointwise(mixture, log_p, reduction="none", log_target=True)
-                + (1 - beta) * pointwise(mixture, log_q, reduction="none", log_target=True)).sum(-1)
+        return (
+            beta * pointwise(mixture, log_p, reduction="none", log_target=True)
+            + (1 - beta) * pointwise(mixture, log_q, reduction="none", log_target=True)
+        ).sum(-1)
 
     settings = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}.get(beta, {"kind": "jsd", "beta": beta})
     ours = TokenDivergence(**settings, temperature=0.9)
-    for found, wanted in zip(by_shards(STUDENT, TEACHER, ours, GRAD, 2),
-                             with_gradient(trl, STUDENT, TEACHER, ours, GRAD)):
+    for found, wanted in zip(
+        by_shards(STUDENT, TEACHER, ours, GRAD, 2), with_gradient(trl, STUDENT, TEACHER, ours, GRAD)
+    ):
         assert torch.allclose(found, wanted, rtol=1e-11, atol=1e-14)
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
+
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,8 +208,9 @@ def test_far_logits_stay_finite(divergence):
 
 @every_kind
 def test_pieces_of_rows_change_nothing(divergence, monkeypatch):
-    student, teacher, grad = (rand(*shape, seed=seed, dtype=torch.float32)
-                              for shape, seed in (((37, 50), 7), ((37, 50), 8), ((37,), 9)))
+    student, teacher, grad = (
+        rand(*shape, seed=seed, dtype=torch.float32) for shape, seed in (((37, 50), 7), ((37, 50), 8), ((37,), 9))
+    )
     whole = by_shards(student, teacher, divergence, grad, 2)
     monkeypatch.setattr(distillation_loss, "_PIECE", 1)
     for pieces in (37, 5):

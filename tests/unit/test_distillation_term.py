@@ -25,16 +25,23 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from distill_study import steps_to  # noqa: E402
 
 
-@pytest.mark.parametrize("student, teacher, wanted", [
-    (4, 4, [0, 1, 2, 3]), (4, 8, [1, 3, 5, 7]), (4, 6, [1, 2, 4, 5]), (4, 2, [0, 0, 1, 1]), (1, 5, [4])])
+@pytest.mark.parametrize(
+    "student, teacher, wanted",
+    [(4, 4, [0, 1, 2, 3]), (4, 8, [1, 3, 5, 7]), (4, 6, [1, 2, 4, 5]), (4, 2, [0, 0, 1, 1]), (1, 5, [4])],
+)
 def test_layers_are_matched_by_relative_depth(student, teacher, wanted):
-    engine = SimpleNamespace(shape=SimpleNamespace(num_layers=teacher), student_shape=SimpleNamespace(num_layers=student))
+    engine = SimpleNamespace(
+        shape=SimpleNamespace(num_layers=teacher), student_shape=SimpleNamespace(num_layers=student)
+    )
     assert [TeacherEngine.matching_layer(engine, layer) for layer in range(student)] == wanted
 
 
 def groups(*masks):
-    return SimpleNamespace(prompts=SimpleNamespace(identities=[f"key {index}" for index in range(len(masks))],
-                                                   visual_mask=torch.tensor(masks)))
+    return SimpleNamespace(
+        prompts=SimpleNamespace(
+            identities=[f"key {index}" for index in range(len(masks))], visual_mask=torch.tensor(masks)
+        )
+    )
 
 
 def test_shuffled_rows_keep_the_mass_on_the_picture_and_lose_the_place():
@@ -55,15 +62,24 @@ def test_shuffled_rows_keep_the_mass_on_the_picture_and_lose_the_place():
 
 
 def warnings(*, path="teacher", loss=LossConfig(attention_coef=0.0, policy_coef=0.0), **settings) -> str:
-    return "\n".join(silent_setting_warnings(RunConfig(model=ModelConfig(path="m"), teacher=TeacherConfig(path=path), loss=loss,
-                                                       distill=DistillConfig(**settings))))
+    return "\n".join(
+        silent_setting_warnings(
+            RunConfig(
+                model=ModelConfig(path="m"),
+                teacher=TeacherConfig(path=path),
+                loss=loss,
+                distill=DistillConfig(**settings),
+            )
+        )
+    )
 
 
 def test_settings_without_effect_are_named():
     assert not warnings() and not warnings(token_divergence="jsd", beta=0.3)
     assert "distill.beta = 0.3 has no effect" in warnings(beta=0.3)
-    assert "distill.top_tokens = 5 has no effect" in warnings(token_divergence="cross_entropy", teacher_rollouts=1.0,
-                                                              top_tokens=5)
+    assert "distill.top_tokens = 5 has no effect" in warnings(
+        token_divergence="cross_entropy", teacher_rollouts=1.0, top_tokens=5
+    )
     assert "only measured" in warnings(token_coef=0.0, attention_coef=0.0)
     assert "distill.top_tokens has no effect without teacher.path" in warnings(path="", top_tokens=5)
     assert "rewards give no gradient" in warnings(path="")

@@ -9,8 +9,21 @@ import torch
 from megatron_ral.functional import distillation_loss
 from megatron_ral.functional.distillation_loss import TokenDivergence
 from tests.unit.distillation_references import (
-    GRAD, KINDS, ROWS, STUDENT, TEACHER, V, by_definition, by_shards, by_top_tokens, every_kind, of_logprobs, rand,
-    top_tokens, with_gradient)
+    GRAD,
+    KINDS,
+    ROWS,
+    STUDENT,
+    TEACHER,
+    V,
+    by_definition,
+    by_shards,
+    by_top_tokens,
+    every_kind,
+    of_logprobs,
+    rand,
+    top_tokens,
+    with_gradient,
+)
 
 
 @every_kind
@@ -28,11 +41,14 @@ def test_top_tokens_equal_the_definition_over_outcomes(divergence, k, shards):
         others = logprobs.masked_fill(chosen, float("-inf")).logsumexp(-1, keepdim=True)
         return torch.cat([logprobs.gather(-1, teacher.indices), others], -1)
 
-    wanted = with_gradient(lambda student, *_: of_logprobs(outcomes(student), outcomes(TEACHER), divergence),
-                           STUDENT, None, None, GRAD)
+    wanted = with_gradient(
+        lambda student, *_: of_logprobs(outcomes(student), outcomes(TEACHER), divergence), STUDENT, None, None, GRAD
+    )
     without_mass = teacher._replace(others=None)
-    for found in (by_top_tokens(STUDENT, teacher, divergence, GRAD, shards),
-                  by_top_tokens(STUDENT, without_mass, divergence, GRAD, 2)):
+    for found in (
+        by_top_tokens(STUDENT, teacher, divergence, GRAD, shards),
+        by_top_tokens(STUDENT, without_mass, divergence, GRAD, 2),
+    ):
         assert torch.allclose(found[0], wanted[0], rtol=1e-10, atol=0)
         assert torch.allclose(found[1], wanted[1], rtol=1e-9, atol=1e-13) and wanted[1].abs().max() > 1e-3
     assert (wanted[0] <= by_definition(STUDENT, TEACHER, divergence) + 1e-12).all()
@@ -59,8 +75,9 @@ def test_small_mass_of_the_others_is_summed_not_subtracted():
     assert chosen.indices.tolist() == [[7]] and float(chosen.others) == pytest.approx(math.log(1e-9), rel=1e-6)
     for divergence in KINDS[:3]:
         value, gradient = by_top_tokens(student, chosen, divergence, torch.ones(1), 2)
-        wanted, wanted_gradient = with_gradient(by_definition, student.double(), teacher, divergence,
-                                                torch.ones(1, dtype=torch.float64))
+        wanted, wanted_gradient = with_gradient(
+            by_definition, student.double(), teacher, divergence, torch.ones(1, dtype=torch.float64)
+        )
         assert float(value) == pytest.approx(float(wanted), rel=1e-2) and wanted > 1e-10
         assert torch.allclose(gradient.double(), wanted_gradient, rtol=1e-2, atol=0)
 
@@ -81,8 +98,9 @@ def test_bucket_of_verl_and_trl():
         left = 1 - teacher.logprobs.exp().sum(-1)
         return kept + left * (left.log() - rest.log())
 
-    for found, wanted in zip(by_top_tokens(STUDENT, teacher, divergence, GRAD, 3),
-                             with_gradient(verl, STUDENT, teacher, divergence, GRAD)):
+    for found, wanted in zip(
+        by_top_tokens(STUDENT, teacher, divergence, GRAD, 3), with_gradient(verl, STUDENT, teacher, divergence, GRAD)
+    ):
         assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
     sharper = torch.full_like(TEACHER, -5.0).scatter(-1, teacher.indices, teacher.logprobs + 1)
     assert (tokens(sharper)[0] < 0).any() and (by_top_tokens(sharper, teacher, divergence, GRAD)[0] > 0).all()

@@ -41,7 +41,7 @@ def test_value_equals_the_definition(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_slope_equals_the_gradient_of_the_definition_up_to_a_constant(kind):
     p, q = torch.softmax(logits(20, 9, seed=1), -1).requires_grad_(), torch.softmax(logits(20, 9, seed=2), -1)
-    wanted, = torch.autograd.grad(sum(slow_divergence(a, b, kind) for a, b in zip(p, q)), p)
+    (wanted,) = torch.autograd.grad(sum(slow_divergence(a, b, kind) for a, b in zip(p, q)), p)
     slope = DIVERGENCES[kind].slope(p.detach(), q)
     assert torch.allclose(slope - slope[:, :1], wanted - wanted[:, :1], rtol=1e-11, atol=1e-13)
     assert (slope - slope[:, :1]).abs().max() > 0.1
@@ -49,8 +49,11 @@ def test_slope_equals_the_gradient_of_the_definition_up_to_a_constant(kind):
 
 def test_values_by_hand():
     p, q = torch.tensor([1 / 2, 1 / 2], dtype=torch.float64), torch.tensor([1 / 4, 3 / 4], dtype=torch.float64)
-    wanted = {"reverse_kl": math.log(4 / 3) / 2, "forward_kl": math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4,
-              "jsd": (math.log(4 / 3) + math.log(4 / 5)) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8}
+    wanted = {
+        "reverse_kl": math.log(4 / 3) / 2,
+        "forward_kl": math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4,
+        "jsd": (math.log(4 / 3) + math.log(4 / 5)) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8,
+    }
     for kind, value in wanted.items():
         assert float(DIVERGENCES[kind].value(p, q)) == pytest.approx(value, rel=1e-14), kind
 
@@ -85,8 +88,11 @@ def test_common_float32_forms_fail_where_ours_are_right():
     """What the tests above would not notice if the signal were larger: the textbook form, at 1e-9 nats."""
     p, q = near_pair(1e-4)
     mean = (p + q) / 2
-    textbook = {"jsd": (p * (p / mean).log() + q * (q / mean).log()).sum() / 2,
-                "forward_kl": (q * (q / p).log()).sum(), "reverse_kl": (p * (p / q).log()).sum()}
+    textbook = {
+        "jsd": (p * (p / mean).log() + q * (q / mean).log()).sum() / 2,
+        "forward_kl": (q * (q / p).log()).sum(),
+        "reverse_kl": (p * (p / q).log()).sum(),
+    }
     for kind, value in textbook.items():
         assert abs(float(value) / exact(p, q, kind) - 1) > 0.1, kind
 

@@ -22,11 +22,15 @@ from tests.unit.test_data import good, write_shard
 def shards(tmp_path_factory):
     """Eleven samples in two shards; three cannot be used, the last one by its name."""
     folder = tmp_path_factory.mktemp("shards")
-    write_shard(folder / "a.tar", [good(f"a{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == 2 else {}))
-                                   for index in range(6)])
+    write_shard(
+        folder / "a.tar",
+        [good(f"a{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == 2 else {})) for index in range(6)],
+    )
     key, members = good("b0")
-    write_shard(folder / "b.tar", [(key, {**members, "png": picture()[:60]}), good("b1"), good("b2"), good("b3"),
-                                   ("../b4", members)])
+    write_shard(
+        folder / "b.tar",
+        [(key, {**members, "png": picture()[:60]}), good("b1"), good("b2"), good("b3"), ("../b4", members)],
+    )
     return sorted(map(str, folder.glob("*.tar")))
 
 
@@ -59,8 +63,11 @@ def test_ranks_share_the_set(shards, processor, limit):
 
 def test_a_picture_is_decoded_when_its_prompt_is_reached(shards, processor, monkeypatch):
     decoded = []
-    monkeypatch.setattr(evaluation, "parse_sample", lambda entry, parse=evaluation.parse_sample: (
-        decoded.append(entry["__key__"]), parse(entry))[1])
+    monkeypatch.setattr(
+        evaluation,
+        "parse_sample",
+        lambda entry, parse=evaluation.parse_sample: (decoded.append(entry["__key__"]), parse(entry))[1],
+    )
     prompts = iter(PromptSet(shards, processor, 100))
     assert decoded == [] and next(prompts).sample.key == "a0" and decoded == ["a0"]
     assert next(prompts).sample.key == "a1" and next(prompts).sample.key == "a3" and decoded == ["a0", "a1", "a2", "a3"]
@@ -109,7 +116,12 @@ def test_what_an_evaluation_says_first(shards, material, caplog):
     assert "reward.accuracy=exact" in caplog.text and "rules of their own (numerical)" in caplog.text
     assert "only the first" not in caplog.text
     caplog.clear()
-    by_type = replace(config, reward=RewardConfig(accuracy="by_type"), logging=replace(config.logging, num_eval_prompts=5))
+    by_type = replace(
+        config, reward=RewardConfig(accuracy="by_type"), logging=replace(config.logging, num_eval_prompts=5)
+    )
     say_what_is_scored(source, by_type)
     assert "only the first 5 of 6 samples" in caplog.text and "exact" not in caplog.text
-    assert unused_rules(["", "exact", "no such type", "VizWiz", "multiple-choice"], config) == ["VizWiz", "multiple-choice"]
+    assert unused_rules(["", "exact", "no such type", "VizWiz", "multiple-choice"], config) == [
+        "VizWiz",
+        "multiple-choice",
+    ]

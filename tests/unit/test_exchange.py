@@ -12,8 +12,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (6, 2)]
 
 def everywhere(world, home, away, counts):
     """The assignment as each rank sees it."""
-    return [Assignment(RankLayout(rank, world, *home), RankLayout(rank, world, *away), counts)
-            for rank in range(world)]
+    return [Assignment(RankLayout(rank, world, *home), RankLayout(rank, world, *away), counts) for rank in range(world)]
 
 
 @pytest.mark.parametrize("home, away", itertools.product(LAYOUTS, LAYOUTS))
@@ -36,7 +35,8 @@ def test_every_item_is_taken_by_one_replica_and_arrives_everywhere_it_is_needed(
         assert transfer.what in taken[transfer.source]
         assert views[transfer.target].home.data_rank == transfer.what[0]
     assert {(t.target, t.what) for t in plan.answers()} == {
-        (rank, item) for rank, view in enumerate(views) for item in plan.items() if item[0] == view.home.data_rank}
+        (rank, item) for rank, view in enumerate(views) for item in plan.items() if item[0] == view.home.data_rank
+    }
     for away_stage, home_stage in itertools.product(range(away[1]), range(home[1])):
         transfers = plan.stage_results("rows", away_stage, home_stage)
         for transfer in transfers:

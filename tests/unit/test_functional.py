@@ -8,11 +8,17 @@ import torch
 
 from megatron_ral.functional.advantages import group_advantages, has_signal
 from megatron_ral.functional.logprobs import (
-    VocabPartials, combine_logprobs, entropy_gradient, logprob_gradient, vocab_partials)
+    VocabPartials,
+    combine_logprobs,
+    entropy_gradient,
+    logprob_gradient,
+    vocab_partials,
+)
 from megatron_ral.functional.sampling import sample_candidates, sample_tokens, uniform_stream
 
 
 # --- advantages -------------------------------------------------------------------------------------------------------
+
 
 def test_advantages_by_hand():
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]))
@@ -44,6 +50,7 @@ def test_advantages_refuse_groups_of_one():
 
 # --- log-probabilities (the losses made of them: test_policy_losses.py) -----------------------------------------------
 
+
 def test_vocabulary_shards_give_log_softmax_entropy_and_gradient():
     logits = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets, grad = torch.tensor([0, 5, 11]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -53,20 +60,27 @@ def test_vocabulary_shards_give_log_softmax_entropy_and_gradient():
     maximum = logits.detach().max(-1).values
     shards = logits.detach().chunk(3, -1)
     partials = [vocab_partials(shard, targets, maximum, 4 * index) for index, shard in enumerate(shards)]
-    total = VocabPartials(*(sum(getattr(partial, name) for partial in partials)
-                            for name in ("sum_exp", "target_logit", "weighted_logit")))
+    total = VocabPartials(
+        *(sum(getattr(partial, name) for partial in partials) for name in ("sum_exp", "target_logit", "weighted_logit"))
+    )
     ours, entropy = combine_logprobs(total)
     assert torch.allclose(ours, picked.detach(), atol=1e-14)
     assert torch.allclose(entropy, -(logprobs.exp() * logprobs).sum(-1).detach(), atol=1e-13)
-    gradient = torch.cat([logprob_gradient(shard, targets, maximum, total.sum_exp, grad, 4 * index)
-                          for index, shard in enumerate(shards)], -1)
+    gradient = torch.cat(
+        [
+            logprob_gradient(shard, targets, maximum, total.sum_exp, grad, 4 * index)
+            for index, shard in enumerate(shards)
+        ],
+        -1,
+    )
     assert torch.allclose(gradient, logits.grad, atol=1e-14)
-    wanted, = torch.autograd.grad(-(logprobs.exp() * logprobs).sum(-1), logits, grad)
+    (wanted,) = torch.autograd.grad(-(logprobs.exp() * logprobs).sum(-1), logits, grad)
     gradient = torch.cat([entropy_gradient(shard, maximum, total, grad) for shard in shards], -1)
     assert torch.allclose(gradient, wanted, atol=1e-14) and wanted.abs().max() > 0.1
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
+
 
 def test_greedy_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double())
@@ -98,14 +112,15 @@ def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_
     uniform[::7], uniform[1::7] = 0.0, 1 - 1e-9
     ids, least = [], []
     for start in range(0, 20 * num_shards, 20):
-        shard = logits[:, start:start + 20]
+        shard = logits[:, start : start + 20]
         chosen = shard.topk(num_candidates).indices.sort(-1).values
         ids.append(chosen + start)
         least.append(shard.gather(1, chosen).amin(1) if num_candidates < 20 else torch.full((400,), -math.inf))
     ids, maximum = torch.cat(ids, 1), logits.amax(1)
     total = ((logits.double() - maximum[:, None]) / 0.7).exp().sum(1)
-    token, settled = sample_candidates(logits.gather(1, ids), ids, torch.stack(least).amax(0), maximum, total, uniform, 0.7,
-                                       top_p)
+    token, settled = sample_candidates(
+        logits.gather(1, ids), ids, torch.stack(least).amax(0), maximum, total, uniform, 0.7, top_p
+    )
     wanted = sample_tokens(logits, uniform, 0.7, top_p)
     assert torch.equal(token[settled], wanted[settled])
     if num_candidates == 20:

@@ -26,7 +26,7 @@ def random(*shape, dtype=torch.float64):
 def dense(query, keys, values):
     """[heads, D], [S, kv, D] -> [heads, D]."""
     keys, values = (part.double().repeat_interleave(HEADS // KV, dim=1) for part in (keys, values))
-    weights = torch.softmax(torch.einsum("hd,shd->hs", query.double(), keys) * D ** -0.5, dim=-1)
+    weights = torch.softmax(torch.einsum("hd,shd->hs", query.double(), keys) * D**-0.5, dim=-1)
     return torch.einsum("hs,shd->hd", weights, values)
 
 
@@ -53,10 +53,13 @@ def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tole
             own[row][0].append(key[index])
             own[row][1].append(value[index])
             b = row // G
-            keys, values = (torch.cat([prompt[b, : LENGTHS[b]], torch.stack(mine)])
-                            for prompt, mine in zip((prompt_key, prompt_value), own[row]))
-            assert torch.allclose(output[0, index].view(HEADS, D).double(), dense(query[index], keys, values),
-                                  atol=tolerance), (step, row)
+            keys, values = (
+                torch.cat([prompt[b, : LENGTHS[b]], torch.stack(mine)])
+                for prompt, mine in zip((prompt_key, prompt_value), own[row])
+            )
+            assert torch.allclose(
+                output[0, index].view(HEADS, D).double(), dense(query[index], keys, values), atol=tolerance
+            ), (step, row)
         if step in CUTS:
             going, cut = CUTS[step]
             index = torch.tensor([rows.index(row) for row in going])
@@ -85,6 +88,7 @@ def test_large_scores_do_not_overflow():
     cache.store_prompt(LAYER, big, torch.ones(1, 2, KV, D))
     pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(1, 0), 2, 0), cache=cache, decode_step=0)
     for sign, wanted in ((1.0, 1.0), (-1.0, 3.0)):  # all on the prompt, all on itself
-        output = layer(torch.full((1, 1, HEADS, D), 100.0 * sign), torch.zeros(1, 1, KV, D),
-                       torch.full((1, 1, KV, D), 3.0), pass_)
+        output = layer(
+            torch.full((1, 1, HEADS, D), 100.0 * sign), torch.zeros(1, 1, KV, D), torch.full((1, 1, KV, D), 3.0), pass_
+        )
         assert torch.equal(output, torch.full_like(output, wanted))

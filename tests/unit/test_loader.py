@@ -39,6 +39,7 @@ def identities(prompts) -> list[str]:
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
+
 def test_faults_of_every_kind_in_2000_samples(tmp_path, processor, monkeypatch):
     """5 % are at fault: each is counted under its reason with its key, all others are seen once per epoch."""
     monkeypatch.chdir(tmp_path)
@@ -70,7 +71,11 @@ def test_a_pixel_bomb_is_refused_by_its_header(processor):
 
 def test_links_and_sparse_members_are_refused(tmp_path, processor):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, kind in (("linked.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("device.png", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("linked.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("device.png", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
@@ -91,14 +96,21 @@ def test_a_shard_that_vanishes_ends_the_run(tmp_path, processor):
         stream.take(1)
 
 
-@pytest.mark.parametrize("members, reason", [
-    ({"json": b'{"problem": ' + b"1" * 5000 + b"}"}, "unreadable_text"),
-    ({"json": text(data_type=None, target_boxes=[[0, 0, 10**400, 1]])}, "target_box"),
-    ({"json": text(data_type=None, target_boxes=["1234"])}, "target_box"),
-    ({"json": text(data_type=None, target_frames=[{"seconds": [0, 10**400]}])}, "target_box"),
-    ({"json": text(data_type=None, fps=10**400), "frames/1.png": picture()}, "wrong_field"),
-    ({"json": text(data_type=None, fps=1e-320), "frames/1.png": picture(), "frames/2.png": picture()}, "wrong_field"),
-    ({"json": text(), "9" * 5000 + ".png": picture()}, "missing_media")])
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ({"json": b'{"problem": ' + b"1" * 5000 + b"}"}, "unreadable_text"),
+        ({"json": text(data_type=None, target_boxes=[[0, 0, 10**400, 1]])}, "target_box"),
+        ({"json": text(data_type=None, target_boxes=["1234"])}, "target_box"),
+        ({"json": text(data_type=None, target_frames=[{"seconds": [0, 10**400]}])}, "target_box"),
+        ({"json": text(data_type=None, fps=10**400), "frames/1.png": picture()}, "wrong_field"),
+        (
+            {"json": text(data_type=None, fps=1e-320), "frames/1.png": picture(), "frames/2.png": picture()},
+            "wrong_field",
+        ),
+        ({"json": text(), "9" * 5000 + ".png": picture()}, "missing_media"),
+    ],
+)
 def test_hostile_numbers_are_faults_of_their_sample(members, reason):
     with pytest.raises(SampleError) as refused:
         parse_sample({"__key__": "k", "__url__": "s", **members})
@@ -126,8 +138,18 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, mo
 def test_hostile_archives(tmp_path, processor):
     """Members with names of our own, numbers too large for a place, names of names of names."""
     path = tmp_path / "a.tar"
-    write_members(path, [("s0.png", picture()), ("s0.json", text()), ("s0.__key__", b"other"), ("s0.__url__", b"other"),
-                         ("../../etc/passwd", b"root"), ("s1.png", picture()), ("s1.json", text())])
+    write_members(
+        path,
+        [
+            ("s0.png", picture()),
+            ("s0.json", text()),
+            ("s0.__key__", b"other"),
+            ("s0.__url__", b"other"),
+            ("../../etc/passwd", b"root"),
+            ("s1.png", picture()),
+            ("s1.json", text()),
+        ],
+    )
     stream = loader(path, processor, shuffle=False)
     assert [prompt.sample.identity for prompt in stream.take(3)] == ["a.tar/s0", "a.tar/s1", "a.tar/s0"]
     assert stream.quarantined_by_reason == {"unsafe_member": 1} and "a.tar/../../etc/passwd" in stream.quarantined
@@ -151,14 +173,19 @@ def test_hostile_archives(tmp_path, processor):
 
 # --- stopping and going on ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def with_faults(tmp_path_factory):
     """Four shards of 7 samples, one of each at fault in a way that only decoding finds."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(4):
-        write_shard(folder / f"s-{shard}.tar", [
-            good(f"k{shard}{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == shard + 1 else {}))
-            for index in range(7)])
+        write_shard(
+            folder / f"s-{shard}.tar",
+            [
+                good(f"k{shard}{index}", **({"target_boxes": [[0, 0, 99, 9]]} if index == shard + 1 else {}))
+                for index in range(7)
+            ],
+        )
     return folder / "s-*.tar"
 
 
@@ -184,7 +211,7 @@ def test_any_batch_any_number_of_ranks(with_faults, processor):
             ranks = Ranks(with_faults, processor, size)
             for stream in ranks.loaders:
                 stream.restore(state)
-            for batch in per_batch[stop: stop + 3]:
+            for batch in per_batch[stop : stop + 3]:
                 assert [f"s-{key[1]}.tar/{key}" for key in ranks.keys(5)] == batch
 
 
@@ -193,8 +220,9 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
 
     def make(rank, size, exchange=None):
         sources = open_sources([(str(tmp_path / "b.tar"), 5), (str(with_faults), 0)], "data.train")
-        return PromptLoader(sources, processor, DataConfig(shuffle_buffer=4), dp_rank=rank, dp_size=size, seed=0,
-                            exchange=exchange)
+        return PromptLoader(
+            sources, processor, DataConfig(shuffle_buffer=4), dp_rank=rank, dp_size=size, seed=0, exchange=exchange
+        )
 
     straight = make(0, 1)
     keys = [prompt.sample.key for prompt in straight.take(12)]
@@ -222,9 +250,17 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(processor, tmp_path):
 def test_any_batch_any_number_of_ranks_in_batches_of_similar_length(processor, tmp_path):
     """With an index, a sample in each shard that only decoding finds at fault, and epochs that end inside batches."""
     for shard in range(3):
-        write_members(tmp_path / f"s-{shard}.tar", [
-            (f"k{shard}{number}.{suffix}", data) for number in range(9) for suffix, data in (
-                ("png", picture(28 * ((5 * number + shard) % 9 + 1), 28)[: 60 if number == shard else None]), ("json", text()))])
+        write_members(
+            tmp_path / f"s-{shard}.tar",
+            [
+                (f"k{shard}{number}.{suffix}", data)
+                for number in range(9)
+                for suffix, data in (
+                    ("png", picture(28 * ((5 * number + shard) % 9 + 1), 28)[: 60 if number == shard else None]),
+                    ("json", text()),
+                )
+            ],
+        )
         index_shard(str(tmp_path / f"s-{shard}.tar"), processor)
     settings = {"group_by_length": True, "shuffle_buffer": 7}
     straight, per_batch, states = loader(tmp_path / "s-*.tar", processor, **settings), [], []
@@ -240,7 +276,7 @@ def test_any_batch_any_number_of_ranks_in_batches_of_similar_length(processor, t
             ranks = Ranks(tmp_path / "s-*.tar", processor, size, **settings)
             for stream in ranks.loaders:
                 stream.restore(state)
-            for batch in per_batch[stop: stop + 3]:
+            for batch in per_batch[stop : stop + 3]:
                 assert ranks.keys(6) == batch
 
 
@@ -279,23 +315,40 @@ def test_memory_stays_flat_over_20_epochs(tmp_path, processor):
 
 # --- index ----------------------------------------------------------------------------------------------------------------
 
+
 def several_lengths(folder, count=40) -> None:
     """Samples of 1 to `count` visual tokens, in a mixed order."""
-    write_members(folder / "a.tar", [(f"s{number:02d}.{suffix}", data) for number in range(count) for suffix, data in (
-        ("png", picture(28 * ((7 * number) % count + 1), 28)), ("json", text()))])
+    write_members(
+        folder / "a.tar",
+        [
+            (f"s{number:02d}.{suffix}", data)
+            for number in range(count)
+            for suffix, data in (("png", picture(28 * ((7 * number) % count + 1), 28)), ("json", text()))
+        ],
+    )
 
 
 @pytest.mark.parametrize("family", ["tiny", "qwen3"])
 def test_lengths_from_headers_are_those_of_the_prompt(material, family):
     processor = PromptProcessor(str(material[family]), 4096)
     frames = {f"frames/{number}.png": picture(64, 48) for number in range(5)}
-    samples = [{"png": picture(300, 41)}, {"0.jpg": picture(56, 90, "jpg"), "1.png": picture(28, 28)}, {},
-               {"mp4": clip("mp4", 30)}, {"gif": clip("gif", 9)}, {"png": picture(), "webm": clip("webm", 25)}, frames]
+    samples = [
+        {"png": picture(300, 41)},
+        {"0.jpg": picture(56, 90, "jpg"), "1.png": picture(28, 28)},
+        {},
+        {"mp4": clip("mp4", 30)},
+        {"gif": clip("gif", 9)},
+        {"png": picture(), "webm": clip("webm", 25)},
+        frames,
+    ]
     for members in samples:
         sample = parse_sample({"__key__": "k", "__url__": "s", "json": text(data_type=None, fps=0.5), **members})
         lengths, prompt = processor.lengths(sample), processor(sample)
-        assert (lengths.prompt_length, lengths.visual_tokens, lengths.response_length) == \
-            (len(prompt.input_ids), int(prompt.visual_mask.sum()), len(prompt.response_ids))
+        assert (lengths.prompt_length, lengths.visual_tokens, lengths.response_length) == (
+            len(prompt.input_ids),
+            int(prompt.visual_mask.sum()),
+            len(prompt.response_ids),
+        )
         assert lengths.num_images + lengths.num_videos == len(prompt.grid_thw)
     assert isinstance(sample.videos[0], FramePictures) and sample.videos[0].fps == 0.5
 
@@ -363,9 +416,15 @@ def test_an_index_made_for_a_run_is_believed_by_it(tmp_path, material, caplog):
         assert ("data.prompt_suffix" in caplog.text) != believed
 
 
-@pytest.mark.parametrize("change, said", [
-    ("missing", "the index of 1 of 1 shards is missing"), ("stale", "is stale"), ("cut", "is unreadable"),
-    ("foreign", "made with another tokenizer, image processor or data.prompt_suffix")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("missing", "the index of 1 of 1 shards is missing"),
+        ("stale", "is stale"),
+        ("cut", "is unreadable"),
+        ("foreign", "made with another tokenizer, image processor or data.prompt_suffix"),
+    ],
+)
 def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, material, caplog, change, said):
     several_lengths(tmp_path, 6)
     shard = tmp_path / "a.tar"
@@ -380,7 +439,7 @@ def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, materia
                 archive.addfile(tarfile.TarInfo(f"later.{number}.txt"))
     elif change == "cut":
         content = index_path(shard).read_text()
-        index_path(shard).write_text(content[:len(content) - 40])
+        index_path(shard).write_text(content[: len(content) - 40])
     limited = PromptProcessor(str(material["tiny"]), 128, max_visual_tokens=3)
     stream = loader(shard, limited, group_by_length=True)
     assert caplog.text.count(said) == 1 and "group_by_length has no effect" in caplog.text
@@ -388,10 +447,24 @@ def test_an_index_that_does_not_fit_is_not_believed(tmp_path, processor, materia
     assert sorted(int(prompt.visual_mask.sum()) for prompt in stream.take(3)) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("change", [
-    {"key": 7}, {"key": None}, {"offset": -1}, {"offset": 10**30}, {"offset": 1.5}, {"size": 2**40}, {"size": "9"},
-    {"prompt_length": 10**30}, {"visual_tokens": 2**40}, {"visual_tokens": "12"}, {"reason": "none of ours", "text": "t"},
-    {"reason": {}, "text": "t"}, {"reason": "truncated", "text": 5}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": 7},
+        {"key": None},
+        {"offset": -1},
+        {"offset": 10**30},
+        {"offset": 1.5},
+        {"size": 2**40},
+        {"size": "9"},
+        {"prompt_length": 10**30},
+        {"visual_tokens": 2**40},
+        {"visual_tokens": "12"},
+        {"reason": "none of ours", "text": "t"},
+        {"reason": {}, "text": "t"},
+        {"reason": "truncated", "text": 5},
+    ],
+)
 def test_an_index_with_impossible_values_is_not_believed(tmp_path, processor, change):
     write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
     index_shard(str(tmp_path / "a.tar"), processor)
@@ -417,8 +490,10 @@ def test_an_index_of_another_archive_of_the_same_size_is_noticed(tmp_path, proce
 def test_members_by_their_place_are_those_of_the_file(tmp_path):
     """Long names and names that are no ASCII have headers of their own before them."""
     names = ["plain", "x" * 180, "größe", "folder/inside"]
-    write_members(tmp_path / "a.tar", [(f"{name}.{suffix}", f"{name} {suffix}".encode()) for name in names
-                                       for suffix in ("json", "txt")])
+    write_members(
+        tmp_path / "a.tar",
+        [(f"{name}.{suffix}", f"{name} {suffix}".encode()) for name in names for suffix in ("json", "txt")],
+    )
     index = open_index(tmp_path / "a.tar")
     assert list(index.keys) == names and not index.damage
     for number in (3, 0, 2, 1):
@@ -428,6 +503,7 @@ def test_members_by_their_place_are_those_of_the_file(tmp_path):
 
 
 # --- similar lengths --------------------------------------------------------------------------------------------------------
+
 
 def padding(stream, batches, size) -> tuple[int, list[str]]:
     wasted, seen = 0, []
@@ -464,15 +540,19 @@ def test_order_has_every_sample_once_from_any_offset():
             assert sorted(whole) == [(shard, number) for shard, part in enumerate(numbers) for number in part]
             fresh = EpochOrder(numbers, seed=3, shuffle=True, window=6, lengths=lengths, batch_size=batch_size)
             for offset in range(26):
-                assert fresh.at(epoch, offset, 3) == whole[offset: offset + 3]
+                assert fresh.at(epoch, offset, 3) == whole[offset : offset + 3]
 
 
 def test_batches_stay_whole_after_an_epoch_that_ends_inside_one():
     import numpy as np
 
-    order = EpochOrder([np.arange(10)], seed=1, shuffle=True, window=100, lengths=[np.arange(10)], batch_size=4, phase=1)
-    stream = [None] + [place for epoch in range(4) for place in order.at(epoch, 0, 10)]  # one sample of another source before
-    inside = [stream[start: start + 4] for start in range(0, 40, 4) if (start - 1) % 10 <= 6 and start]
+    order = EpochOrder(
+        [np.arange(10)], seed=1, shuffle=True, window=100, lengths=[np.arange(10)], batch_size=4, phase=1
+    )
+    stream = [None] + [
+        place for epoch in range(4) for place in order.at(epoch, 0, 10)
+    ]  # one sample of another source before
+    inside = [stream[start : start + 4] for start in range(0, 40, 4) if (start - 1) % 10 <= 6 and start]
     assert len(inside) == 6
     for batch in inside:
         numbers = sorted(number for _, number in batch)

@@ -22,17 +22,43 @@ from tools import inspect_shards, make_shards
 
 
 def video_r1(number: int, **changes) -> dict:
-    return {"problem_id": number, "problem": "Which digit is red?", "data_type": "image", "problem_type": "numerical",
-            "options": [], "process": "<think>red</think>", "solution": "<answer>7</answer>", "path": "./a/red.png", **changes}
+    return {
+        "problem_id": number,
+        "problem": "Which digit is red?",
+        "data_type": "image",
+        "problem_type": "numerical",
+        "options": [],
+        "process": "<think>red</think>",
+        "solution": "<answer>7</answer>",
+        "path": "./a/red.png",
+        **changes,
+    }
 
 
-CHAT = {"id": "chat-1", "messages": [
-    {"role": "system", "content": "Look well."},
-    {"role": "user", "content": [{"type": "image", "image": "a/red.png"}, {"type": "image", "image": "wide.jpg"},
-                                 {"type": "text", "text": "Which is wider?"}]},
-    {"role": "assistant", "content": "<think>the second</think><answer>second</answer>"}]}
-V_STAR = {"question_id": 15, "image": "wide.jpg", "question": "What colour is it?", "options": ["red", "blue"], "label": "B",
-          "bbox": [[2, 3, 10, 20]], "category": "direct_attributes"}
+CHAT = {
+    "id": "chat-1",
+    "messages": [
+        {"role": "system", "content": "Look well."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "a/red.png"},
+                {"type": "image", "image": "wide.jpg"},
+                {"type": "text", "text": "Which is wider?"},
+            ],
+        },
+        {"role": "assistant", "content": "<think>the second</think><answer>second</answer>"},
+    ],
+}
+V_STAR = {
+    "question_id": 15,
+    "image": "wide.jpg",
+    "question": "What colour is it?",
+    "options": ["red", "blue"],
+    "label": "B",
+    "bbox": [[2, 3, 10, 20]],
+    "category": "direct_attributes",
+}
 FRAMES = video_r1(20, data_type="video", path="clip", fps=2.0, problem_type="free-form")
 # reason -> a record that is rejected for it
 BAD = {
@@ -71,15 +97,38 @@ def media(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records():
-    plenty = [video_r1(number, path=["a/red.png", "wide.jpg"] if number % 3 == 0 else "wide.jpg") for number in range(8)]
-    urls = [video_r1(50, path="pipe:cat /etc/passwd"), video_r1(51, path="http://host/a.png"), video_r1(52, path="link.png")]
-    return plenty + [CHAT, V_STAR, FRAMES, video_r1(21, data_type="video", path="v.mov"),
-                     video_r1(22, data_type="text", path=[])] + list(BAD.values()) + urls
+    plenty = [
+        video_r1(number, path=["a/red.png", "wide.jpg"] if number % 3 == 0 else "wide.jpg") for number in range(8)
+    ]
+    urls = [
+        video_r1(50, path="pipe:cat /etc/passwd"),
+        video_r1(51, path="http://host/a.png"),
+        video_r1(52, path="link.png"),
+    ]
+    return (
+        plenty
+        + [CHAT, V_STAR, FRAMES, video_r1(21, data_type="video", path="v.mov"), video_r1(22, data_type="text", path=[])]
+        + list(BAD.values())
+        + urls
+    )
 
 
 def arguments(source, media, output, material, *rest) -> list[str]:
-    return ["--input", str(source), "--media", str(media), "--output", str(output), "--model", str(material["tiny"]),
-            "--shard-size", "5", "--workers", "1", *map(str, rest)]
+    return [
+        "--input",
+        str(source),
+        "--media",
+        str(media),
+        "--output",
+        str(output),
+        "--model",
+        str(material["tiny"]),
+        "--shard-size",
+        "5",
+        "--workers",
+        "1",
+        *map(str, rest),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +142,20 @@ def made(records, media, material, tmp_path_factory):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
 
+
 def test_fields_of_the_layouts():
     chat, star = read_record(CHAT), read_record(V_STAR)
     assert chat.fields["problem"] == "Look well.\nWhich is wider?" and chat.images == ("a/red.png", "wide.jpg")
-    assert chat.fields["process"] == "<think>the second</think>" and chat.fields["solution"] == "<answer>second</answer>"
+    assert (
+        chat.fields["process"] == "<think>the second</think>" and chat.fields["solution"] == "<answer>second</answer>"
+    )
     assert star.fields["problem"] == "What colour is it?\nOptions:\nA. red\nB. blue"
     assert star.fields["solution"] == "<answer>B</answer>" and star.fields["problem_type"] == "multiple choice"
     assert star.fields["target_boxes"] == [[2, 3, 12, 23]] and star.fields["category"] == "direct_attributes"
@@ -109,8 +163,12 @@ def test_fields_of_the_layouts():
     assert read_record({**V_STAR, "label": 1}).fields["solution"] == "<answer>B</answer>"
     lettered = read_record(video_r1(1, options=["A. 3", "B. 7"], solution="<answer>B</answer>"))
     assert lettered.fields["problem"] == "Which digit is red?\nOptions:\nA. 3\nB. 7"
-    placed = read_record({"messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "7"}],
-                          "images": ["a.png"]})
+    placed = read_record(
+        {
+            "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "7"}],
+            "images": ["a.png"],
+        }
+    )
     assert placed.fields["problem"] == "What?" and placed.images == ("a.png",)
     assert placed.fields["solution"] == "<answer>7</answer>"
 
@@ -121,21 +179,42 @@ def picked(record: dict, *names: str) -> list:
 
 def test_benchmarks_as_published():
     """The fields of V*, MuirBench, MVBench, ChartQA, MME and VizWiz as their files have them."""
-    star = {"image": "direct_attributes/sa_4690.jpg", "text": "What is the material of the glove?\n(A) rubber\n(B) cotton\n"
-            "Answer with the option's letter from the given choices directly.", "category": "direct_attributes",
-            "label": "A", "question_id": "0"}
+    star = {
+        "image": "direct_attributes/sa_4690.jpg",
+        "text": "What is the material of the glove?\n(A) rubber\n(B) cotton\n"
+        "Answer with the option's letter from the given choices directly.",
+        "category": "direct_attributes",
+        "label": "A",
+        "question_id": "0",
+    }
     assert picked(star, "problem", "solution", "problem_type", "category") == [
-        star["text"], "<answer>A</answer>", "multiple choice", "direct_attributes"]
+        star["text"],
+        "<answer>A</answer>",
+        "multiple choice",
+        "direct_attributes",
+    ]
     assert picked({"question": "Which letter is red?", "answer": "A"}, "problem_type") == [""]
-    muir = {"idx": "7", "task": "Visual Retrieval", "question": "<image> Which is the same place?", "image_relation": "x",
-            "options": ["<image>", "<image>", "None of them"], "answer": "B", "image_type": "photo",
-            "image_list": [{"bytes": picture(), "path": None}] * 3}
+    muir = {
+        "idx": "7",
+        "task": "Visual Retrieval",
+        "question": "<image> Which is the same place?",
+        "image_relation": "x",
+        "options": ["<image>", "<image>", "None of them"],
+        "answer": "B",
+        "image_type": "photo",
+        "image_list": [{"bytes": picture(), "path": None}] * 3,
+    }
     assert picked(muir, "problem", "category", "problem_type") == [
-        "[image 1] Which is the same place?\nOptions:\nA. [image 2]\nB. [image 3]\nC. None of them", "Visual Retrieval",
-        "multiple choice"]
+        "[image 1] Which is the same place?\nOptions:\nA. [image 2]\nB. [image 3]\nC. None of them",
+        "Visual Retrieval",
+        "multiple choice",
+    ]
     assert len(read_record(muir).images) == 3
     mvbench = {"video": "1.webm", "question": "Where does it move?", "candidates": ["Up.", "Down."], "answer": "Down."}
-    assert picked(mvbench, "problem", "solution") == ["Where does it move?\nOptions:\nA. Up.\nB. Down.", "<answer>B</answer>"]
+    assert picked(mvbench, "problem", "solution") == [
+        "Where does it move?\nOptions:\nA. Up.\nB. Down.",
+        "<answer>B</answer>",
+    ]
     with pytest.raises(SampleError, match="about a part of its video"):
         read_record({**mvbench, "start": 1.0, "end": 3.5})
     chart = read_record({"imgname": "4.png", "query": "How many?", "label": "0.57"})
@@ -157,40 +236,72 @@ def test_questions_never_lose_their_pictures_or_options_in_silence():
             read_record({"question": "What?", "answer": "7", "image_1": value})
     assert not read_record({"question": "What?", "answer": "a.png", "about": "It is cat.png, look"}).images
     assert read_record({"question": "What?", "answer": "7", "image": None, "images": ["a.png"]}).images == ("a.png",)
-    for record in (video_r1(1, problem="<image> and <image>?"), {"question": "<image><image>?", "answer": "7", "image": "a"}):
+    for record in (
+        video_r1(1, problem="<image> and <image>?"),
+        {"question": "<image><image>?", "answer": "7", "image": "a"},
+    ):
         with pytest.raises(SampleError, match="<image> 2 times but there are 1"):
             read_record(record)
     # options named in the question, but not by their letters, are listed
-    [listed, bare] = [picked(video_r1(1, problem="Which is more, 3 or 7?", options=options, solution="B"), "problem")[0]
-                      for options in (["3", "7"], ["A.M.", "P.M."])]
+    [listed, bare] = [
+        picked(video_r1(1, problem="Which is more, 3 or 7?", options=options, solution="B"), "problem")[0]
+        for options in (["3", "7"], ["A.M.", "P.M."])
+    ]
     assert listed.endswith("\nA. 3\nB. 7") and bare.endswith("\nA. A.M.\nB. P.M.")
     assert picked(video_r1(1, problem="Which? (A) 3 (B) 7", options=["(A) 3", "(B) 7"], solution="B"), "problem") == [
-        "Which? (A) 3 (B) 7"]
-    thought = read_record({"messages": [{"role": "user", "content": "What?"},
-                                        {"role": "assistant", "content": "<think>red</think>\n7"}]})
+        "Which? (A) 3 (B) 7"
+    ]
+    thought = read_record(
+        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "<think>red</think>\n7"}]}
+    )
     assert thought.fields["solution"] == "<answer>7</answer>" and thought.fields["process"] == "<think>red</think>"
 
 
-@pytest.mark.parametrize("record, said", [
-    ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list"), ({"messages": [{"role": []}]}, "the role"),
-    ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "has the type"),
-    ({**V_STAR, "options": ["a"] * 27}, "more than there are letters"), ({**V_STAR, "bbox": [["a"] * 4]}, "'bbox' must be"),
-    ({"question": "What?", "answer": [None]}, "must be a list of texts"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}]}, "has no answer"),
-    ([1], "not an object"), ({"x": 1}, "none of the fields"), ({"messages": [{"role": "tool"}]}, "role 'tool'"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
-     "more than one question"),
-    ({"messages": [{"role": "user", "content": "<image> a"}, {"role": "assistant", "content": "b"}]}, "<image> 1 times"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
-    (video_r1(1, path=None), "'path' names nothing"), (video_r1(1, path=7), "must name files"),
-    ({**V_STAR, "label": 2}, "answer 2 is none of the 2"), ({**V_STAR, "bbox": [[1, 2]]}, "'bbox' must be")])
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list"),
+        ({"messages": [{"role": []}]}, "the role"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "has the type"),
+        ({**V_STAR, "options": ["a"] * 27}, "more than there are letters"),
+        ({**V_STAR, "bbox": [["a"] * 4]}, "'bbox' must be"),
+        ({"question": "What?", "answer": [None]}, "must be a list of texts"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}]},
+            "has no answer",
+        ),
+        ([1], "not an object"),
+        ({"x": 1}, "none of the fields"),
+        ({"messages": [{"role": "tool"}]}, "role 'tool'"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                ]
+            },
+            "more than one question",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<image> a"}, {"role": "assistant", "content": "b"}]},
+            "<image> 1 times",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        (video_r1(1, path=None), "'path' names nothing"),
+        (video_r1(1, path=7), "must name files"),
+        ({**V_STAR, "label": 2}, "answer 2 is none of the 2"),
+        ({**V_STAR, "bbox": [[1, 2]]}, "'bbox' must be"),
+    ],
+)
 def test_records_that_no_layout_reads(record, said):
     with pytest.raises(SampleError, match=said):
         read_record(record)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------------
+
 
 def test_good_samples_are_in_the_shards_and_bad_ones_in_the_report(made, records, material):
     shards = sorted(map(str, (made / "out").glob("*.tar")))
@@ -200,8 +311,12 @@ def test_good_samples_are_in_the_shards_and_bad_ones_in_the_report(made, records
     rejects = [json.loads(line) for line in (made / "out" / "rejects.jsonl").read_text().splitlines()]
     found = {(reject["key"], reject["reason"]) for reject in rejects}
     named = {(str(record.get("problem_id", record.get("question_id"))), reason) for reason, record in BAD.items()}
-    assert found == named | {("50", "refused_path"), ("51", "refused_path"), ("52", "refused_path"),
-                             (f"{len(records):08d}", "unreadable_text")}
+    assert found == named | {
+        ("50", "refused_path"),
+        ("51", "refused_path"),
+        ("52", "refused_path"),
+        (f"{len(records):08d}", "unreadable_text"),
+    }
     for reject in rejects:
         assert f"'{reject['key']}'" in reject["text"]
     summary = json.loads((made / "out" / "dataset.json").read_text())
@@ -221,26 +336,32 @@ def test_good_samples_are_in_the_shards_and_bad_ones_in_the_report(made, records
 
 def test_a_killed_run_goes_on_to_the_same_result(made, media, material, tmp_path):
     output = tmp_path / "out"
-    script = ("import sys; sys.path.insert(0, sys.argv.pop(1)); from tools import make_shards as m\n"
-              "build, done = m.ShardMaker.build, []\n"
-              "def stop(self, number, records):\n"
-              "    if number == 2:\n"
-              "        import os\n"
-              "        (self.output / 'shard-000002.partial').write_bytes(b'half')\n"
-              "        os._exit(9)\n"
-              "    build(self, number, records)\n"
-              "m.ShardMaker.build = stop\n"
-              "m.main(sys.argv[1:])\n")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from tools import make_shards as m\n"
+        "build, done = m.ShardMaker.build, []\n"
+        "def stop(self, number, records):\n"
+        "    if number == 2:\n"
+        "        import os\n"
+        "        (self.output / 'shard-000002.partial').write_bytes(b'half')\n"
+        "        os._exit(9)\n"
+        "    build(self, number, records)\n"
+        "m.ShardMaker.build = stop\n"
+        "m.main(sys.argv[1:])\n"
+    )
     project = Path(make_shards.__file__).parents[1]
-    killed = subprocess.run([sys.executable, "-c", script, str(project),
-                             *arguments(made / "train.jsonl", media, output, material)], capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(project), *arguments(made / "train.jsonl", media, output, material)],
+        capture_output=True,
+    )
     assert killed.returncode == 9, killed.stderr.decode()
     assert len(list(output.glob("*.tar"))) == 2 and not (output / "dataset.json").exists()
     kept = index_path(output / "shard-000000.tar").stat().st_mtime_ns
     assert make_shards.main(arguments(made / "train.jsonl", media, output, material)) == 0
     assert content(output) == content(made / "out")
     assert index_path(output / "shard-000000.tar").stat().st_mtime_ns == kept, "a finished shard is not made again"
-    assert make_shards.main(arguments(made / "train.jsonl", media, output, material)) == 0, "a finished set is left alone"
+    assert make_shards.main(arguments(made / "train.jsonl", media, output, material)) == 0, (
+        "a finished set is left alone"
+    )
     assert make_shards.main(arguments(made / "train.jsonl", media, output, material, "--keys", "number")) == 2
     assert content(output) == content(made / "out")
 
@@ -255,8 +376,16 @@ def test_json_and_parquet_give_the_same_shards(records, media, material, tmp_pat
         chosen.append({name: value for name, value in record.items() if name != "options"} | {"path": paths})
     (tmp_path / "a.json").write_text(json.dumps(chosen))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chosen), tmp_path / "a.parquet")
-    embedded = [{"problem": "What?", "solution": "7", "data_type": "image", "problem_id": number,
-                 "path": {"bytes": (media / "a/red.png").read_bytes(), "path": "red.png"}} for number in range(3)]
+    embedded = [
+        {
+            "problem": "What?",
+            "solution": "7",
+            "data_type": "image",
+            "problem_id": number,
+            "path": {"bytes": (media / "a/red.png").read_bytes(), "path": "red.png"},
+        }
+        for number in range(3)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(embedded), tmp_path / "b.parquet")
     outputs = []
     for name in ("a.json", "a.parquet", "b.parquet"):
@@ -276,12 +405,20 @@ def test_media_that_are_no_plain_paths_are_refused_one_by_one(media, material, t
     (folder / "clip" / "2.png").symlink_to(media.parent / "outside.png")
     (folder / "a.png").write_bytes(picture())
     (folder / "ring.png").symlink_to("ring.png")
-    bad = [video_r1(1, path="ring.png"), video_r1(2, path="x" * 5000 + ".png"), video_r1(3, path="\ud800.png"),
-           video_r1(4, path="clip", data_type="video"), video_r1(5, path="a\0.png"), video_r1(6, path="/etc/passwd")]
+    bad = [
+        video_r1(1, path="ring.png"),
+        video_r1(2, path="x" * 5000 + ".png"),
+        video_r1(3, path="\ud800.png"),
+        video_r1(4, path="clip", data_type="video"),
+        video_r1(5, path="a\0.png"),
+        video_r1(6, path="/etc/passwd"),
+    ]
     (tmp_path / "a.json").write_text(json.dumps([*bad, video_r1(7, path="a.png")]))
     assert make_shards.main(arguments(tmp_path / "a.json", folder, tmp_path / "out", material)) == 0
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert {(reject["key"], reject["reason"]) for reject in rejects} == {(str(number), "refused_path") for number in range(1, 7)}
+    assert {(reject["key"], reject["reason"]) for reject in rejects} == {
+        (str(number), "refused_path") for number in range(1, 7)
+    }
     assert [entry["__key__"] for entry in shard_entries(sorted(map(str, (tmp_path / "out").glob("*.tar"))))] == ["7"]
 
 
@@ -299,14 +436,35 @@ def test_frames_are_in_the_order_of_their_numbers(material, tmp_path):
 
 def test_what_the_command_line_says_of_records_that_do_not(material, media, tmp_path):
     """MME: two questions of a picture with one id."""
-    records = [{"question_id": "pos/1.png", "image": "wide.jpg", "question": question, "answer": answer, **more}
-               for question, answer, more in (("Is it red?", "No", {}), ("Is it blue?", "Yes", {"problem_type": "exact"}))]
+    records = [
+        {"question_id": "pos/1.png", "image": "wide.jpg", "question": question, "answer": answer, **more}
+        for question, answer, more in (("Is it red?", "No", {}), ("Is it blue?", "Yes", {"problem_type": "exact"}))
+    ]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    assert make_shards.main(arguments(tmp_path / "a.json", media, tmp_path / "out", material, "--keys", "number",
-                                      "--problem-type", "yes/no", "--category", "position", "--group-field", "question_id")) == 0
+    assert (
+        make_shards.main(
+            arguments(
+                tmp_path / "a.json",
+                media,
+                tmp_path / "out",
+                material,
+                "--keys",
+                "number",
+                "--problem-type",
+                "yes/no",
+                "--category",
+                "position",
+                "--group-field",
+                "question_id",
+            )
+        )
+        == 0
+    )
     samples = [parse_sample(entry) for entry in shard_entries(list(map(str, (tmp_path / "out").glob("*.tar"))))]
     assert [(sample.problem_type, sample.category, sample.question_group) for sample in samples] == [
-        ("yes/no", "position", "pos/1.png"), ("exact", "position", "pos/1.png")]
+        ("yes/no", "position", "pos/1.png"),
+        ("exact", "position", "pos/1.png"),
+    ]
 
 
 @pytest.mark.parametrize("text, said", [("{", "no JSON in UTF-8"), ('{"a": 1}', "must hold a list")])
@@ -323,27 +481,52 @@ def test_inspection_counts_and_draws(made, capsys, tmp_path):
     assert "numerical 10" in report and "letter 1" in report and "number 11" in report
     assert "prompt lengths: min" in report and "0 images, 1 videos 2" in report
     assert Image.open(tmp_path / "sheet.png").size == (4 * 280, 4 * (280 + 7 * 15 + 8))
-    [boxed] = [entry for entry in shard_entries(sorted(map(str, (made / "out").glob("*.tar")))) if entry["__key__"] == "15"]
+    [boxed] = [
+        entry for entry in shard_entries(sorted(map(str, (made / "out").glob("*.tar")))) if entry["__key__"] == "15"
+    ]
     cell = inspect_shards.draw_sample(parse_sample(boxed))
     red = {(x, y) for x in range(280) for y in range(280) if cell.getpixel((x, y)) == (255, 0, 0)}
     # 90 x 40 pixels three times enlarged, in the middle of a cell of 280; the box is [2, 3, 12, 23]
-    assert red and {x for x, _ in red} <= set(range(5 + 6, 5 + 37)) and {y for _, y in red} <= set(range(80 + 9, 80 + 70))
+    assert (
+        red and {x for x, _ in red} <= set(range(5 + 6, 5 + 37)) and {y for _, y in red} <= set(range(80 + 9, 80 + 70))
+    )
 
 
 def test_inspection_draws_no_bomb_and_starts_no_foreign_decoder(monkeypatch):
     opened = []
     open_image = Image.open
-    monkeypatch.setattr(Image, "open", lambda *args, **more: opened.append(more["formats"]) or open_image(*args, **more))
-    for data in (pixel_bomb(), pixel_bomb(12000), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n"):
-        sample = parse_sample({"__key__": "k", "__url__": "s", "png": data, "json": json.dumps(
-            {"problem": "p", "solution": "7"}).encode()})
+    monkeypatch.setattr(
+        Image, "open", lambda *args, **more: opened.append(more["formats"]) or open_image(*args, **more)
+    )
+    for data in (
+        pixel_bomb(),
+        pixel_bomb(12000),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"\x89PNG\r\n\x1a\n",
+    ):
+        sample = parse_sample(
+            {
+                "__key__": "k",
+                "__url__": "s",
+                "png": data,
+                "json": json.dumps({"problem": "p", "solution": "7"}).encode(),
+            }
+        )
         assert inspect_shards.draw_sample(sample).getpixel((10, 200)) == (211, 211, 211), "a grey cell with the reason"
     assert opened == [("PNG", "JPEG", "WEBP")] * 4
 
 
 def test_inspection_frames_the_annotated_part_of_a_video():
-    record = {"problem": "p", "solution": "7", "fps": 1.0, "target_frames": [{"seconds": [5, 6], "boxes": [[8, 8, 40, 40]]}]}
+    record = {
+        "problem": "p",
+        "solution": "7",
+        "fps": 1.0,
+        "target_frames": [{"seconds": [5, 6], "boxes": [[8, 8, 40, 40]]}],
+    }
     members = {f"frames/{number}.png": picture(64, 64, colour="black") for number in range(12)}
-    cell = inspect_shards.draw_sample(parse_sample({"__key__": "k", "__url__": "s", **members,
-                                                    "json": json.dumps(record).encode()}))
-    assert sum(count for count, (red, green, blue) in cell.getcolors(2**16) if red > 120 and green < 60 and blue < 60) > 50
+    cell = inspect_shards.draw_sample(
+        parse_sample({"__key__": "k", "__url__": "s", **members, "json": json.dumps(record).encode()})
+    )
+    assert (
+        sum(count for count, (red, green, blue) in cell.getcolors(2**16) if red > 120 and green < 60 and blue < 60) > 50
+    )

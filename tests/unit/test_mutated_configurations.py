@@ -51,7 +51,11 @@ def contradictions():
     yield "rollout.num_prompts", "31", ["rollout.num_prompts=31"]
     yield "loss.attention_keys", "all", ["loss.attention_target=group", "loss.attention_store=rows"]
     yield "loss.attention_keys", "prompt", ["loss.attention_target=oracle", "loss.attention_keys=prompt"]
-    yield "loss.attention_store", "qk", ["loss.attention_target=group", "loss.attention_keys=prompt", "loss.attention_store=qk"]
+    yield (
+        "loss.attention_store",
+        "qk",
+        ["loss.attention_target=group", "loss.attention_keys=prompt", "loss.attention_store=qk"],
+    )
     yield "loss.attention_layers", "[2, 2]", ["loss.attention_layers=[2, 2]"]
     yield "loss.dual_clip", "3.0", ["loss.dual_clip=3.0", "loss.policy_loss=cispo"]
     yield "loss.dual_clip", "0.5", ["loss.dual_clip=0.5"]

@@ -38,9 +38,14 @@ def rand(*shape, seed):
 def batch(num_tokens, **parts) -> TrainBatch:
     """A micro-batch of a step that has `num_tokens` response tokens, 9 responses of at most 6 tokens."""
     prompts = PromptBatch(
-        prompts=(None,) * B, input_ids=torch.zeros(B, P, dtype=torch.int64), prompt_lengths=PROMPTS,
-        position_ids=torch.zeros(3, B, P, dtype=torch.int64), next_position=PROMPTS, visual_mask=VISUAL,
-        target_mask=BOX)
+        prompts=(None,) * B,
+        input_ids=torch.zeros(B, P, dtype=torch.int64),
+        prompt_lengths=PROMPTS,
+        position_ids=torch.zeros(3, B, P, dtype=torch.int64),
+        next_position=PROMPTS,
+        visual_mask=VISUAL,
+        target_mask=BOX,
+    )
     groups = GroupBatch(prompts, torch.zeros(B, G, R, dtype=torch.int64), LENGTHS)
     return TrainBatch(groups, StepTotals(num_tokens, 9, 6), **parts)
 
@@ -56,8 +61,11 @@ def slow_token_loss(new, old, ref, entropy, settings, num_tokens, groups=range(B
     for b in groups:
         for g in range(G):
             length = int(LENGTHS[b, g])
-            weight = {"token_mean": 1 / num_tokens, "sequence_mean": 1 / (9 * length),
-                      "sequence_sum_norm": 1 / (9 * 6)}[settings.aggregation]
+            weight = {
+                "token_mean": 1 / num_tokens,
+                "sequence_mean": 1 / (9 * length),
+                "sequence_sum_norm": 1 / (9 * 6),
+            }[settings.aggregation]
             sequence = sum(new[b, g, r] - old[b, g, r] for r in range(length)) / length
             for r in range(length):
                 advantage, low, high = float(ADVANTAGES[b, g]), 1 - settings.clip_low, 1 + settings.clip_high
@@ -69,8 +77,9 @@ def slow_token_loss(new, old, ref, entropy, settings, num_tokens, groups=range(B
                 if settings.dual_clip and advantage < 0:
                     policy = torch.clamp(policy, max=-settings.dual_clip * advantage)
                 difference = ref[b, g, r] - new[b, g, r]
-                kl = {"k1": -difference, "k2": difference ** 2 / 2,
-                      "k3": torch.exp(difference) - difference - 1}[settings.kl_estimator]
+                kl = {"k1": -difference, "k2": difference**2 / 2, "k3": torch.exp(difference) - difference - 1}[
+                    settings.kl_estimator
+                ]
                 if settings.kl_clamp:
                     kl = torch.clamp(kl, -settings.kl_clamp, settings.kl_clamp)
                 total = total + weight * (policy + settings.kl_coef * kl - settings.entropy_coef * entropy[b, g, r])
@@ -78,7 +87,8 @@ def slow_token_loss(new, old, ref, entropy, settings, num_tokens, groups=range(B
 
 
 FAMILY = {
-    "grpo": {}, "dapo": {"clip_high": 0.4, "dual_clip": 1.5, "entropy_coef": 0.3, "kl_clamp": 0.2},
+    "grpo": {},
+    "dapo": {"clip_high": 0.4, "dual_clip": 1.5, "entropy_coef": 0.3, "kl_clamp": 0.2},
     "grpo as published": {"aggregation": "sequence_mean"},
     "dr_grpo": {"aggregation": "sequence_sum_norm", "kl_estimator": "k1"},
     "gspo": {"policy_loss": "gspo", "aggregation": "sequence_mean", "kl_estimator": "k2", "clip_low": 0.05},
@@ -94,13 +104,15 @@ def test_token_loss_of_the_family(name, num_tokens):
     entropy = rand(B, G, R, seed=4).exp().requires_grad_()
     old, ref = 0.4 * rand(B, G, R, seed=2) - 2, 0.4 * rand(B, G, R, seed=3) - 2
     objective = RalObjective(settings, frozenset({3}), settings.attention_coef)
-    loss, metrics = objective.token_loss(TokenOutputs(new, entropy), batch(
-        num_tokens, advantages=ADVANTAGES, old_logprobs=old, ref_logprobs=ref, attention_advantages=-ADVANTAGES))
+    loss, metrics = objective.token_loss(
+        TokenOutputs(new, entropy),
+        batch(num_tokens, advantages=ADVANTAGES, old_logprobs=old, ref_logprobs=ref, attention_advantages=-ADVANTAGES),
+    )
     wanted = slow_token_loss(new, old, ref, entropy, settings, num_tokens)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-12)
     for source in (new, entropy)[: 1 + (settings.entropy_coef > 0)]:
-        ours, = torch.autograd.grad(loss, source, retain_graph=True)
-        theirs, = torch.autograd.grad(wanted, source, retain_graph=True)
+        (ours,) = torch.autograd.grad(loss, source, retain_graph=True)
+        (theirs,) = torch.autograd.grad(wanted, source, retain_graph=True)
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-16) and ours.abs().max() > 1e-3
         assert not ours[~REAL].any()
     assert float(metrics["loss/token"]) == pytest.approx(float(wanted), rel=1e-12)
@@ -114,12 +126,14 @@ def test_token_loss_prefers_what_was_rewarded():
     """One gradient step down the loss must make tokens of A > 0 likelier and of A < 0 less likely (kl_coef = 0)."""
     new = torch.full((B, G, R), -2.0, dtype=torch.float64, requires_grad=True)
     loss, _ = make_objective(kl_coef=0.0).token_loss(
-        TokenOutputs(new, torch.ones_like(new)), batch(16, advantages=ADVANTAGES, old_logprobs=new.detach()))
+        TokenOutputs(new, torch.ones_like(new)), batch(16, advantages=ADVANTAGES, old_logprobs=new.detach())
+    )
     step = -torch.autograd.grad(loss, new)[0]
     assert (torch.sign(step) == torch.sign(ADVANTAGES)[..., None] * REAL).all()
 
 
 # --- the attention term -----------------------------------------------------------------------------------------------
+
 
 @lru_cache
 def record(seed: int) -> AttentionRecord:
@@ -151,12 +165,16 @@ def slow_rows(seed: int, kind: str) -> torch.Tensor:
 
 def slow_policies(seed: int, kind: str, settings: LossConfig) -> torch.Tensor:
     """Policies over the keys of the settings, columns and own token written down by hand."""
-    columns = {"all": [[1] * 5 + [1] * R] * 2, "visual": [[0, 1, 1, 1, 0] + [0] * R, [1, 1, 0, 0, 0] + [0] * R],
-               "prompt": [[1] * 5 + [0] * R, [1, 1, 1, 0, 0] + [0] * R]}[settings.attention_keys]
-    own = {"token": [[5, 6, 7, 8], [5, 6, 7, 8]], "predictor": [[4, 5, 6, 7], [2, 5, 6, 7]],
-           "last_prompt": [[4], [2]]}[kind]
+    columns = {
+        "all": [[1] * 5 + [1] * R] * 2,
+        "visual": [[0, 1, 1, 1, 0] + [0] * R, [1, 1, 0, 0, 0] + [0] * R],
+        "prompt": [[1] * 5 + [0] * R, [1, 1, 1, 0, 0] + [0] * R],
+    }[settings.attention_keys]
+    own = {"token": [[5, 6, 7, 8], [5, 6, 7, 8]], "predictor": [[4, 5, 6, 7], [2, 5, 6, 7]], "last_prompt": [[4], [2]]}[
+        kind
+    ]
     attention = slow_rows(seed, kind)
-    columns = torch.tensor(columns).bool()[:, :attention.shape[-1]]
+    columns = torch.tensor(columns).bool()[:, : attention.shape[-1]]
     return slow_policy(attention, columns, torch.tensor(own) if settings.attention_exclude_self else None)
 
 
@@ -178,9 +196,11 @@ def slow_target(settings: LossConfig, kind: str, advantages: torch.Tensor) -> to
     if target in ("old", "reference", "ema"):
         return slow_policies(2, kind, settings).detach()
     policy = slow_policies(1, kind, settings).detach()
-    row = {"group": lambda: slow_success_rows(settings, advantages),
-           "hindsight": lambda: slow_success_rows(settings, advantages),
-           "oracle": lambda: torch.tensor([[0, 0, 0.5, 0.5, 0], [0] * 5], dtype=torch.float64)}[target]()
+    row = {
+        "group": lambda: slow_success_rows(settings, advantages),
+        "hindsight": lambda: slow_success_rows(settings, advantages),
+        "oracle": lambda: torch.tensor([[0, 0, 0.5, 0.5, 0], [0] * 5], dtype=torch.float64),
+    }[target]()
     same = torch.zeros_like(policy)
     same[..., :P] = row[:, None, None]
     same = same * (policy > 0)
@@ -190,8 +210,11 @@ def slow_target(settings: LossConfig, kind: str, advantages: torch.Tensor) -> to
 def slow_weight(settings: LossConfig, advantages: torch.Tensor, b: int, g: int) -> float:
     advantage = float(advantages[b, g])
     scaled = advantage * (settings.attention_negative_weight if advantage < 0 else 1.0)
-    return {"group": max(-scaled, 0.0), "oracle": float(BOX[b].any()),
-            "hindsight": sum(max(float(other), 0.0) for other in advantages[b])}.get(settings.attention_target, scaled)
+    return {
+        "group": max(-scaled, 0.0),
+        "oracle": float(BOX[b].any()),
+        "hindsight": sum(max(float(other), 0.0) for other in advantages[b]),
+    }.get(settings.attention_target, scaled)
 
 
 def slow_attention_term(settings: LossConfig, num_tokens: int, advantages=ADVANTAGES, prompts=range(B)):
@@ -234,10 +257,21 @@ def attention_loss(objective: RalObjective, train: TrainBatch, source=None) -> t
 
 
 COMPARED = [(target, keys) for target in ("old", "reference", "ema") for keys in ("all", "visual", "prompt")] + [
-    ("group", "visual"), ("group", "prompt"), ("hindsight", "visual"), ("hindsight", "prompt"), ("oracle", "visual")]
-EXTRAS = [{}, {"attention_normalizer": "sequence_sum"}, {"attention_row_cap": 0.1},
-          {"attention_negative_weight": 0.25}, {"attention_negative_weight": 0.0, "attention_row_cap": 0.5},
-          {"attention_normalizer": "sequence_sum", "attention_negative_weight": 3.0}, {"attention_row_cap": 5.0}]
+    ("group", "visual"),
+    ("group", "prompt"),
+    ("hindsight", "visual"),
+    ("hindsight", "prompt"),
+    ("oracle", "visual"),
+]
+EXTRAS = [
+    {},
+    {"attention_normalizer": "sequence_sum"},
+    {"attention_row_cap": 0.1},
+    {"attention_negative_weight": 0.25},
+    {"attention_negative_weight": 0.0, "attention_row_cap": 0.5},
+    {"attention_normalizer": "sequence_sum", "attention_negative_weight": 3.0},
+    {"attention_row_cap": 5.0},
+]
 
 
 @pytest.mark.parametrize("exclude_self", [True, False])
@@ -247,8 +281,14 @@ def test_attention_loss_in_every_setting(target, keys, row, exclude_self):
     """Value, gradient to queries and keys, and metrics of the divergence, against the loop."""
     for index, kind in enumerate(KINDS):
         extra = EXTRAS[(COMPARED.index((target, keys)) * 5 + 2 * index + (row == "token") + exclude_self) % len(EXTRAS)]
-        settings = {"attention_target": target, "attention_keys": keys, "attention_row": row,
-                    "attention_exclude_self": exclude_self, "attention_divergence": kind, **extra}
+        settings = {
+            "attention_target": target,
+            "attention_keys": keys,
+            "attention_row": row,
+            "attention_exclude_self": exclude_self,
+            "attention_divergence": kind,
+            **extra,
+        }
         check_attention_loss(settings, num_tokens=16)
 
 
@@ -272,13 +312,18 @@ def check_attention_loss(settings: dict, num_tokens: int, layers=(3,), coef=1.0)
         assert torch.allclose(torch.zeros(()) if ours is None else ours, gradient, rtol=1e-9, atol=1e-12), settings
         largest = max(largest, float(gradient.abs().max()))
     assert largest > 1e-5 or settings.get("attention_row_cap"), "a comparison of zeros"
-    chosen = {"divergence": [value for _, value in seen],
-              "above_floor": [value > PRECISION_FLOOR[torch.float64] for _, value in seen]}
+    chosen = {
+        "divergence": [value for _, value in seen],
+        "above_floor": [value > PRECISION_FLOOR[torch.float64] for _, value in seen],
+    }
     if settings["attention_target"] != "hindsight":
-        chosen |= {"divergence_positive": [value for advantage, value in seen if advantage > 0],
-                   "divergence_negative": [value for advantage, value in seen if advantage < 0]}
+        chosen |= {
+            "divergence_positive": [value for advantage, value in seen if advantage > 0],
+            "divergence_negative": [value for advantage, value in seen if advantage < 0],
+        }
     assert {name for name in metrics if "divergence" in name and name.endswith("sum")} == {
-        f"attention/{name}:sum" for name in chosen if "divergence" in name}
+        f"attention/{name}:sum" for name in chosen if "divergence" in name
+    }
     for name, values in chosen.items():
         assert float(metrics[f"attention/{name}:sum"]) == pytest.approx(sum(values), rel=1e-9, abs=1e-14), name
         assert int(metrics[f"attention/{name}:count"]) == len(values) > 0, name
@@ -289,12 +334,21 @@ def check_attention_loss(settings: dict, num_tokens: int, layers=(3,), coef=1.0)
 def test_the_settings_make_a_difference():
     """The comparison would be worth little if a setting changed nothing in it."""
     base = {"attention_target": "old", "attention_keys": "prompt"}
-    changed = [{}, {"attention_keys": "all"}, {"attention_keys": "visual"}, {"attention_row": "predictor"},
-               {"attention_divergence": "forward_kl"}, {"attention_divergence": "reverse_kl"},
-               {"attention_normalizer": "sequence_sum"}, {"attention_row_cap": 0.1}, {"attention_target": "group"},
-               {"attention_negative_weight": 0.25}, {"attention_target": "hindsight"},
-               {"attention_keys": "all", "attention_exclude_self": False},
-               {"attention_target": "oracle", "attention_keys": "visual"}]
+    changed = [
+        {},
+        {"attention_keys": "all"},
+        {"attention_keys": "visual"},
+        {"attention_row": "predictor"},
+        {"attention_divergence": "forward_kl"},
+        {"attention_divergence": "reverse_kl"},
+        {"attention_normalizer": "sequence_sum"},
+        {"attention_row_cap": 0.1},
+        {"attention_target": "group"},
+        {"attention_negative_weight": 0.25},
+        {"attention_target": "hindsight"},
+        {"attention_keys": "all", "attention_exclude_self": False},
+        {"attention_target": "oracle", "attention_keys": "visual"},
+    ]
     values = []
     for change in changed:
         objective = make_objective(**{**base, **change})
@@ -307,7 +361,7 @@ def test_rows_beyond_the_cap_give_no_gradient_and_the_others_theirs():
     free, capped = make_objective(), make_objective(attention_row_cap=0.1)
     train = train_batch(free)
     divergence = rows(record(1)).divergence(train.target_attention[3])
-    beyond = (divergence > 0.1)
+    beyond = divergence > 0.1
     assert 3 < int((beyond & REAL).sum()) < 13
     of_free, of_capped = attention_loss(free, train)[1][0], attention_loss(capped, train)[1][0]
     assert not of_capped[beyond].any() and torch.equal(of_capped[~beyond], of_free[~beyond])
@@ -320,8 +374,12 @@ def test_stored_queries_and_keys_equal_stored_rows_bit_for_bit(target, row):
     """In float32, from views of whole layers as a pass hands them over, of which nothing else is kept alive."""
     whole = rand(P + G * R, B, 4, 3, seed=5).float(), rand(P + G * R, B, 2, 3, seed=6).float()
     query, key = (tensor.transpose(0, 1) for tensor in whole)
-    other = AttentionRecord(query[:, P:].unflatten(1, (G, R)), query[torch.arange(B), PROMPTS - 1], key[:, :P],
-                            key[:, P:].unflatten(1, (G, R)))
+    other = AttentionRecord(
+        query[:, P:].unflatten(1, (G, R)),
+        query[torch.arange(B), PROMPTS - 1],
+        key[:, :P],
+        key[:, P:].unflatten(1, (G, R)),
+    )
     mine = AttentionRecord(*(tensor.detach().float() for tensor in leaves(record(1))))
     found = []
     for store in ("rows", "qk"):
@@ -352,13 +410,20 @@ def test_groups_that_take_no_part_leave_no_trace():
     new, entropy = (0.4 * rand(B, G, R, seed=1) - 2).requires_grad_(), rand(B, G, R, seed=4).exp()
     old, ref = 0.4 * rand(B, G, R, seed=2) - 2, 0.4 * rand(B, G, R, seed=3) - 2
     for group_mask in ([False, True], [False, False]):
-        train = train_batch(objective, 7, advantages=ADVANTAGES, old_logprobs=old, ref_logprobs=ref,
-                            group_mask=torch.tensor(group_mask))
-        train = batch(7, advantages=ADVANTAGES, **{name: getattr(train, name) for name in (
-            "old_logprobs", "ref_logprobs", "takes_part", "target_attention", "attention_advantages")})
+        train = train_batch(
+            objective, 7, advantages=ADVANTAGES, old_logprobs=old, ref_logprobs=ref, group_mask=torch.tensor(group_mask)
+        )
+        train = batch(
+            7,
+            advantages=ADVANTAGES,
+            **{
+                name: getattr(train, name)
+                for name in ("old_logprobs", "ref_logprobs", "takes_part", "target_attention", "attention_advantages")
+            },
+        )
         loss, metrics = objective.token_loss(TokenOutputs(new, entropy), train)
         attention, gradients, more = attention_loss(objective, train)
-        gradient, = torch.autograd.grad(loss, new)
+        (gradient,) = torch.autograd.grad(loss, new)
         parts[group_mask[1]] = loss, gradient, attention, gradients, {**metrics, **more}
     loss, gradient, attention, gradients, metrics = parts[True]
     wanted = slow_token_loss(new, old, ref, entropy, objective.settings, 7, groups=[1])
@@ -388,11 +453,16 @@ def test_hindsight_leaves_out_groups_that_take_no_part():
 
 # --- which way a step goes --------------------------------------------------------------------------------------------
 
+
 def moved(objective: RalObjective, train: TrainBatch, size: float) -> AttentionRecord:
     """One step down the gradient of the attention loss."""
     _, gradients, _ = attention_loss(objective, train)
-    return AttentionRecord(*(leaf.detach() - (0.0 if gradient is None else size * gradient)
-                             for leaf, gradient in zip(leaves(record(1)), gradients)))
+    return AttentionRecord(
+        *(
+            leaf.detach() - (0.0 if gradient is None else size * gradient)
+            for leaf, gradient in zip(leaves(record(1)), gradients)
+        )
+    )
 
 
 def divergence_of(objective: RalObjective, train: TrainBatch, source: AttentionRecord) -> torch.Tensor:
@@ -454,7 +524,9 @@ def test_hindsight_compares_over_the_same_keys():
     """The last prompt token is none of its own row's keys, although responses look at it: a row that looks where they
     looked otherwise is at its target."""
     for exclude_self in (True, False):
-        objective = make_objective(attention_target="hindsight", attention_keys="prompt", attention_exclude_self=exclude_self)
+        objective = make_objective(
+            attention_target="hindsight", attention_keys="prompt", attention_exclude_self=exclude_self
+        )
         formed = rows(record(1), "last_prompt")
         keys = objective.term.keys(formed, batch(1).groups.prompts)
         target = objective.term._target(3, formed, keys, batch(1, target_attention={3: formed.attention[:, 0, 0]}))
@@ -476,15 +548,20 @@ def test_oracle_raises_mass_on_the_box_whatever_the_reward(kind):
     for advantages in (ADVANTAGES, -ADVANTAGES):
         train, size = train_batch(objective, advantages=advantages), 0.002 if kind == "reverse_kl" else 0.5
         query, _, key, _ = attention_loss(objective, train)[1]
-        assert not key[1].any() and query[0][REAL[0]].flatten(1).any(-1).all() and not query[1].any(), "the second prompt has no box"
+        assert not key[1].any() and query[0][REAL[0]].flatten(1).any(-1).all() and not query[1].any(), (
+            "the second prompt has no box"
+        )
 
         after = replace(record(1), query_BGRnD=(record(1).query_BGRnD - size * query).detach())
-        before, after = ((divergence_of(objective, train, source)[0][REAL[0]], mass_on_box(objective, train, source))
-                         for source in (record(1), after))
+        before, after = (
+            (divergence_of(objective, train, source)[0][REAL[0]], mass_on_box(objective, train, source))
+            for source in (record(1), after)
+        )
         assert (after[0] < before[0]).all() and after[1].mean() > before[1].mean() + 1e-4
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
+
 
 def test_coefficient_zero_still_measures_and_parts_are_apart():
     objective = make_objective(attention_coef=0.0)
@@ -492,8 +569,13 @@ def test_coefficient_zero_still_measures_and_parts_are_apart():
     loss, metrics = objective.attention_loss(3, rows(record(1)), train)
     assert loss is None and float(metrics["attention/divergence:sum"]) > 0.1
     whole = make_objective(layers=(1, 3))
-    train = batch(16, advantages=ADVANTAGES, old_logprobs=rand(B, G, R, seed=2), target_attention=train.target_attention,
-                  attention_advantages=ADVANTAGES)
+    train = batch(
+        16,
+        advantages=ADVANTAGES,
+        old_logprobs=rand(B, G, R, seed=2),
+        target_attention=train.target_attention,
+        attention_advantages=ADVANTAGES,
+    )
     new = rand(B, G, R, seed=1).requires_grad_()
     alone = whole.only("attention")
     loss, metrics = alone.token_loss(TokenOutputs(new, new), train)
@@ -503,15 +585,21 @@ def test_coefficient_zero_still_measures_and_parts_are_apart():
     assert float(attention_loss(whole.only("attention", 3.0), train)[0]) == pytest.approx(3 * wanted, rel=1e-12)
     tokens = whole.only("tokens")
     assert tokens.recorded_layers == frozenset() and alone.recorded_layers == {1, 3}
-    assert torch.equal(tokens.token_loss(TokenOutputs(new, new), train)[0],
-                       whole.token_loss(TokenOutputs(new, new), train)[0])
+    assert torch.equal(
+        tokens.token_loss(TokenOutputs(new, new), train)[0], whole.token_loss(TokenOutputs(new, new), train)[0]
+    )
 
 
 def test_the_control_shuffles_the_attention_term_alone():
     objective, other = make_objective(), ADVANTAGES[:, [1, 2, 0]]
     new, old = rand(B, G, R, seed=1), rand(B, G, R, seed=2)
-    train = batch(16, advantages=ADVANTAGES, old_logprobs=old, attention_advantages=other,
-                  target_attention=train_batch(objective).target_attention)
+    train = batch(
+        16,
+        advantages=ADVANTAGES,
+        old_logprobs=old,
+        attention_advantages=other,
+        target_attention=train_batch(objective).target_attention,
+    )
     wanted, _ = slow_attention_term(objective.settings, 16, advantages=other)
     assert float(attention_loss(objective, train)[0]) == pytest.approx(float(wanted), rel=1e-9)
     own, _ = slow_attention_term(objective.settings, 16)
@@ -522,12 +610,27 @@ def test_the_control_shuffles_the_attention_term_alone():
 
 def uniform_rows(kind="token") -> AttentionRows:
     source = record(1)
-    return rows(AttentionRecord(torch.zeros_like(source.query_BGRnD), torch.zeros_like(source.last_prompt_query_BnD),
-                                source.prompt_key_BPkD, source.response_key_BGRkD), kind)
+    return rows(
+        AttentionRecord(
+            torch.zeros_like(source.query_BGRnD),
+            torch.zeros_like(source.last_prompt_query_BnD),
+            source.prompt_key_BPkD,
+            source.response_key_BGRkD,
+        ),
+        kind,
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"attention_row": "predictor"}, {
-    "attention_target": "hindsight", "attention_keys": "visual"}, {"attention_keys": "visual"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_row": "predictor"},
+        {"attention_target": "hindsight", "attention_keys": "visual"},
+        {"attention_keys": "visual"},
+    ],
+    ids=str,
+)
 def test_masses_by_hand(settings):
     """Uniform attention: masses are counts. They are those of the tokens' own rows over all keys, whatever the term has."""
     objective = make_objective(**settings)
@@ -538,8 +641,13 @@ def test_masses_by_hand(settings):
         for g in range(G):
             for r in range(int(LENGTHS[b, g])):
                 keys = length + r  # before the token
-                for name, value in (("visual_mass", visual / keys), ("prompt_mass", length / keys), ("sink_mass", 1 / keys),
-                                    ("self_mass", 1 / (keys + 1)), ("row_entropy", math.log(keys))):
+                for name, value in (
+                    ("visual_mass", visual / keys),
+                    ("prompt_mass", length / keys),
+                    ("sink_mass", 1 / keys),
+                    ("self_mass", 1 / (keys + 1)),
+                    ("row_entropy", math.log(keys)),
+                ):
                     wanted[name] += value / 16
     for name, value in wanted.items():
         assert values[f"attention/{name}"] == pytest.approx(value, rel=1e-12), name
@@ -554,8 +662,9 @@ def test_above_floor_is_the_share_of_rows_that_differ_by_more_than_rounding():
     target = exact.float()
     target[1] = rows(record(2)).policy()[1].float()
     objective = make_objective()
-    _, metrics = objective.attention_loss(3, rows(source), batch(16, attention_advantages=ADVANTAGES.float(),
-                                                                target_attention={3: target}))
+    _, metrics = objective.attention_loss(
+        3, rows(source), batch(16, attention_advantages=ADVANTAGES.float(), target_attention={3: target})
+    )
     divergence = (rows(source).divergence(target) * REAL)[0]
     assert 0 < float(divergence.max()) < PRECISION_FLOOR[torch.float32], "rounding alone, but not nothing"
     assert int(metrics["attention/above_floor:sum"]) == 7 and int(metrics["attention/above_floor:count"]) == 16
@@ -564,8 +673,11 @@ def test_above_floor_is_the_share_of_rows_that_differ_by_more_than_rounding():
 def test_metrics_are_means_over_layers():
     objective = make_objective(layers=(1, 3))
     train = train_batch(objective)
-    train = batch(16, attention_advantages=ADVANTAGES,
-                  target_attention={1: rows(record(1)).policy(), 3: train.target_attention[3]})
+    train = batch(
+        16,
+        attention_advantages=ADVANTAGES,
+        target_attention={1: rows(record(1)).policy(), 3: train.target_attention[3]},
+    )
     sums: dict[str, float] = {}
     for layer in (1, 3):
         for name, value in objective.attention_loss(layer, rows(record(1)), train)[1].items():
@@ -578,6 +690,7 @@ def test_metrics_are_means_over_layers():
 
 # --- supervised -------------------------------------------------------------------------------------------------------
 
+
 def test_supervised_loss():
     new = rand(B, G, R, seed=1).requires_grad_()
     loss, metrics = SftObjective().token_loss(TokenOutputs(new, new.detach()), batch(32))
@@ -588,19 +701,31 @@ def test_supervised_loss():
 
 # --- the first update, which is made on the policy of the rollout ---------------------------------------------------------
 
+
 @pytest.mark.parametrize("store", ["rows", "qk"])
 @pytest.mark.parametrize("row", ["token", "predictor"])
-@pytest.mark.parametrize("target, keys", [case for case in COMPARED if case[0] in ("old", "group", "hindsight", "reference")])
+@pytest.mark.parametrize(
+    "target, keys", [case for case in COMPARED if case[0] in ("old", "group", "hindsight", "reference")]
+)
 def test_on_policy_terms_are_those_of_a_pass_just_before(target, keys, row, store):
     """Loss, gradient and metrics with `on_policy` equal those with what a pass of the same weights kept."""
     if store == "qk" and target in ("group", "hindsight"):
         pytest.skip("refused by the configuration")
-    objective = make_objective(attention_target=target, attention_keys=keys, attention_row=row, attention_store=store,
-                               policy_loss="cispo" if row == "token" else "grpo")
+    objective = make_objective(
+        attention_target=target,
+        attention_keys=keys,
+        attention_row=row,
+        attention_store=store,
+        policy_loss="cispo" if row == "token" else "grpo",
+    )
     other = 2 if target == "reference" else 1  # 1 are the weights that are updated
     before = train_batch(objective, other=other)
-    own = batch(16, attention_advantages=ADVANTAGES, on_policy=True,
-                target_attention=before.target_attention if target == "reference" else {})
+    own = batch(
+        16,
+        attention_advantages=ADVANTAGES,
+        on_policy=True,
+        target_attention=before.target_attention if target == "reference" else {},
+    )
     wanted, gradients, metrics = attention_loss(objective, before)
     loss, same, more = attention_loss(objective, own)
     assert torch.equal(loss, wanted) and metrics.keys() == more.keys()
@@ -616,7 +741,7 @@ def test_on_policy_terms_are_those_of_a_pass_just_before(target, keys, row, stor
     outputs = TokenOutputs(new, torch.ones_like(new))
     loss, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True))
     wanted, more = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, old_logprobs=new.detach()))
-    gradient, = torch.autograd.grad(loss, new)
+    (gradient,) = torch.autograd.grad(loss, new)
     assert torch.equal(loss, wanted) and torch.equal(gradient, torch.autograd.grad(wanted, new)[0]) and gradient.any()
     assert metrics.keys() == more.keys() and all(torch.equal(metrics[name], more[name]) for name in metrics)
 
@@ -626,9 +751,13 @@ def test_sampler_and_engine_are_compared_where_the_sampler_is_given():
     sampler = new + 0.25
     sampler[~REAL] = float("nan")
     outputs = TokenOutputs(new, torch.ones_like(new))
-    for teacher, counted in ((None, REAL), (torch.tensor([True, False]), REAL & torch.tensor([False, True])[:, None, None])):
-        _, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True, from_teacher=teacher,
-                                                         rollout_logprobs=sampler))
+    for teacher, counted in (
+        (None, REAL),
+        (torch.tensor([True, False]), REAL & torch.tensor([False, True])[:, None, None]),
+    ):
+        _, metrics = objective.token_loss(
+            outputs, batch(16, advantages=ADVANTAGES, on_policy=True, from_teacher=teacher, rollout_logprobs=sampler)
+        )
         assert int(metrics["sampling/logprob_difference:count"]) == int(counted.sum()) > 0
         assert float(metrics["sampling/logprob_difference:sum"]) == pytest.approx(0.25 * int(counted.sum()))
     _, metrics = objective.token_loss(outputs, batch(16, advantages=ADVANTAGES, on_policy=True))

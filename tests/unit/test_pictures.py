@@ -26,8 +26,9 @@ def processor(material) -> PromptProcessor:
 
 def drawn(processor, looked_at: dict[int, float], teacher: dict[int, float] | None = None, **fields) -> np.ndarray:
     """Picture of a sample whose visual tokens have the given masses."""
-    sample = Sample("k", "s", "Which digit is red?", "<answer>3</answer>", "", "",
-                    **{"images": (), "target_boxes": (), **fields})
+    sample = Sample(
+        "k", "s", "Which digit is red?", "<answer>3</answer>", "", "", **{"images": (), "target_boxes": (), **fields}
+    )
     prompt = processor(sample)
     masses = [torch.zeros(int(prompt.visual_mask.sum())) for _ in range(2)]
     for mass, values in zip(masses, (looked_at, teacher or {})):
@@ -56,15 +57,18 @@ def test_one_image_stands_beside_its_heat_map(processor):
 def columns(made: np.ndarray, count: int, rows: int) -> list[list[np.ndarray]]:
     """Cells of a contact sheet of one line: [column][label, picture, heat ...]."""
     assert made.shape == (16 + rows * 114, count * 120 - 8, 3)
-    parts = [made[:, index * 120:index * 120 + 112] for index in range(count)]
-    return [[part[:16], *(part[16 + row * 114:128 + row * 114] for row in range(rows))] for part in parts]
+    parts = [made[:, index * 120 : index * 120 + 112] for index in range(count)]
+    return [[part[:16], *(part[16 + row * 114 : 128 + row * 114] for row in range(rows))] for part in parts]
 
 
 def test_a_video_is_a_contact_sheet(processor):
     """Six frames, three temporal patches of 2 x 2 tokens. Most looked at: patch 1, upper right; target: frame 4."""
     clip = FramePictures(tuple(picture() for _ in range(6)), fps=1.0)
-    made = columns(drawn(processor, {5: 0.4, 8: 0.1}, videos=(clip,),
-                         target_frames=(TargetFrames((4, 5), ((0, 28, 28, 56),)),)), 6, 2)
+    made = columns(
+        drawn(processor, {5: 0.4, 8: 0.1}, videos=(clip,), target_frames=(TargetFrames((4, 5), ((0, 28, 28, 56),)),)),
+        6,
+        2,
+    )
     for index, (label, plain, heat) in enumerate(made):
         assert is_hot(heat[:56, 56:]) == (index in (2, 3)), "both frames of the patch"
         assert not is_hot(heat[56:]) and not is_hot(plain)
@@ -79,14 +83,18 @@ def test_a_teacher_has_a_line_of_its_own(processor):
 
 
 def test_several_images_are_a_contact_sheet(processor):
-    made = columns(drawn(processor, {4: 1.0}, images=(picture(), picture(28, 28)), target_boxes=((0, 0, 28, 28),)), 2, 2)
+    made = columns(
+        drawn(processor, {4: 1.0}, images=(picture(), picture(28, 28)), target_boxes=((0, 0, 28, 28),)), 2, 2
+    )
     assert [is_hot(column[2]) for column in made] == [False, True]
     assert (made[0][1][1:4, 10:46] == 255).all() and not (made[1][1] == 255).any()
 
 
 def test_of_a_long_video_targets_and_what_is_looked_at_are_shown(processor):
     clip = FramePictures(tuple(picture(level=40 + 4 * index) for index in range(40)), fps=1.0)
-    made = drawn(processor, {4 * patch: 1.0 for patch in range(10, 17)}, videos=(clip,), target_frames=(TargetFrames((0, 1)),))
+    made = drawn(
+        processor, {4 * patch: 1.0 for patch in range(10, 17)}, videos=(clip,), target_frames=(TargetFrames((0, 1)),)
+    )
     assert made.shape == (2 * (16 + 2 * 114) + 8, 8 * 120 - 8, 3), "two lines of eight"
     first, last = made[60, 56], made[60 + 252, 7 * 120 + 56]
     assert first[1] == 40, "the target is the first frame"

@@ -18,8 +18,11 @@ LIMIT = 9  # of the generation; no response reaches it
 LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
 MODES = ("token_mean", "sequence_mean", "sequence_sum_norm")
 # Bounds that clip some and not all of the ratios below.
-BOUNDS = {"grpo": {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.6}, "gspo": {"clip_low": 0.1, "clip_high": 0.15},
-          "cispo": {"clip_low": 0.2, "clip_high": 0.3}}
+BOUNDS = {
+    "grpo": {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.6},
+    "gspo": {"clip_low": 0.1, "clip_high": 0.15},
+    "cispo": {"clip_low": 0.2, "clip_high": 0.3},
+}
 
 
 def rand(*shape, seed):
@@ -40,12 +43,13 @@ def whole_loss(kind, new, old, advantages=ADVANTAGES, mask=MASK, mode="token_mea
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
+
 def by_hand(function, ratios, advantages, **bounds):
     """One token per response, old log-probability -1."""
     new = (torch.log(torch.tensor(ratios, dtype=torch.float64)) - 1).view(1, -1, 1).requires_grad_()
     mask = torch.ones_like(new, dtype=torch.bool)
     result = function(new, torch.full_like(new, -1.0), torch.tensor([advantages]).double(), mask, **bounds)
-    gradient, = torch.autograd.grad(result.loss.sum(), new)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), new)
     assert not result.ratio.requires_grad
     assert result.ratio.flatten().tolist() == pytest.approx(ratios)
     return [tensor.flatten().tolist() for tensor in (result.loss, gradient, result.clipped_low, result.clipped_high)]
@@ -53,8 +57,9 @@ def by_hand(function, ratios, advantages, **bounds):
 
 @pytest.mark.parametrize("function", [grpo_loss, gspo_loss])  # one token: the sequence is the token
 def test_clipped_surrogate_by_hand(function):
-    loss, gradient, low, high = by_hand(function, [1.5, 1.5, 0.5, 0.5, 1.1], [1.0, -1.0, 1.0, -1.0, -2.0],
-                                        clip_low=0.2, clip_high=0.3)
+    loss, gradient, low, high = by_hand(
+        function, [1.5, 1.5, 0.5, 0.5, 1.1], [1.0, -1.0, 1.0, -1.0, -2.0], clip_low=0.2, clip_high=0.3
+    )
     assert loss == pytest.approx([-1.3, 1.5, -0.5, 0.8, 2.2])
     assert gradient == pytest.approx([0.0, 1.5, -0.5, 0.0, 2.2])
     assert high == [True, False, False, False, False] and low == [False, False, False, True, False]
@@ -62,8 +67,9 @@ def test_clipped_surrogate_by_hand(function):
 
 def test_dual_clip_by_hand():
     """It bounds the loss of A < 0 alone, from above."""
-    loss, gradient, low, high = by_hand(grpo_loss, [5.0, 2.0, 5.0, 0.5], [-2.0, -2.0, 2.0, -2.0], clip_low=0.2,
-                                        clip_high=0.3, dual_clip=3.0)
+    loss, gradient, low, high = by_hand(
+        grpo_loss, [5.0, 2.0, 5.0, 0.5], [-2.0, -2.0, 2.0, -2.0], clip_low=0.2, clip_high=0.3, dual_clip=3.0
+    )
     assert loss == pytest.approx([6.0, 4.0, -2.6, 1.6])
     assert gradient == pytest.approx([0.0, 4.0, 0.0, 0.0])
     assert high == [True, False, True, False] and low == [False, False, False, True]
@@ -78,9 +84,10 @@ def test_gspo_by_hand():
     mask = torch.tensor([[[True, True, True, False]]])
     s = math.exp(0.1)
     for advantage, clip_high, factor, value in ((2.0, 0.2, s, -2 * s), (2.0, 0.05, 0.0, -2.1), (-2.0, 0.05, -s, 2 * s)):
-        result = gspo_loss(new, torch.zeros_like(new), torch.tensor([[advantage]]).double(), mask, clip_low=0.1,
-                           clip_high=clip_high)
-        gradient, = torch.autograd.grad((result.loss * mask).sum() / 3, new)
+        result = gspo_loss(
+            new, torch.zeros_like(new), torch.tensor([[advantage]]).double(), mask, clip_low=0.1, clip_high=clip_high
+        )
+        (gradient,) = torch.autograd.grad((result.loss * mask).sum() / 3, new)
         assert result.loss[mask].tolist() == pytest.approx([value] * 3)
         assert result.ratio.flatten().tolist() == pytest.approx([s, s, s, 1.0])
         assert gradient.flatten().tolist() == pytest.approx([-2 * factor / 3] * 3 + [0.0])
@@ -90,8 +97,9 @@ def test_gspo_by_hand():
 def test_cispo_by_hand():
     """loss = -weight A logp; a clipped token keeps its gradient. One-sided: clip_low >= 1."""
     logp = [math.log(ratio) - 1 for ratio in (1.5, 1.5, 0.5, 1.1, 0.75)]
-    loss, gradient, low, high = by_hand(cispo_loss, [1.5, 1.5, 0.5, 1.1, 0.75], [1.0, -1.0, 2.0, 1.0, -1.0],
-                                        clip_low=0.2, clip_high=0.3)
+    loss, gradient, low, high = by_hand(
+        cispo_loss, [1.5, 1.5, 0.5, 1.1, 0.75], [1.0, -1.0, 2.0, 1.0, -1.0], clip_low=0.2, clip_high=0.3
+    )
     assert loss == pytest.approx([-1.3 * logp[0], 1.3 * logp[1], -1.6 * logp[2], -1.1 * logp[3], 0.8 * logp[4]])
     assert gradient == pytest.approx([-1.3, 1.3, -1.6, -1.1, 0.8])
     assert low == [False, False, True, False, True] and high == [True, True, False, False, False]
@@ -103,8 +111,11 @@ def test_cispo_by_hand():
 def test_weights_by_hand():
     totals = {"num_tokens": 20, "num_sequences": 8, "max_response_length": 10}
     mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]]).bool()  # the second group takes no part
-    for mode, values in (("token_mean", [1 / 20] * 3), ("sequence_mean", [1 / 16, 1 / 16, 1 / 8]),
-                         ("sequence_sum_norm", [1 / 80] * 3)):
+    for mode, values in (
+        ("token_mean", [1 / 20] * 3),
+        ("sequence_mean", [1 / 16, 1 / 16, 1 / 8]),
+        ("sequence_sum_norm", [1 / 80] * 3),
+    ):
         weights = token_weights(mask, mode, **totals)
         assert weights[mask].tolist() == pytest.approx(values, rel=1e-15) and weights.dtype == torch.float64
         assert not weights[~mask].any()
@@ -112,9 +123,14 @@ def test_weights_by_hand():
         token_weights(mask, "mean_token", **totals)
 
 
-@pytest.mark.parametrize("kind, values, gradients", [
-    ("k1", [0.0, 1.0, -1.0], [1.0, 1.0, 1.0]), ("k2", [0.0, 0.5, 0.5], [0.0, 1.0, -1.0]),
-    ("k3", [0.0, math.exp(-1), math.e - 2], [0.0, 1 - math.exp(-1), 1 - math.e])])
+@pytest.mark.parametrize(
+    "kind, values, gradients",
+    [
+        ("k1", [0.0, 1.0, -1.0], [1.0, 1.0, 1.0]),
+        ("k2", [0.0, 0.5, 0.5], [0.0, 1.0, -1.0]),
+        ("k3", [0.0, math.exp(-1), math.e - 2], [0.0, 1 - math.exp(-1), 1 - math.e]),
+    ],
+)
 def test_kl_by_hand(kind, values, gradients):
     new = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64).requires_grad_()
     value = kl_estimate(new, torch.tensor([-1.0, -2.0, 0.0]).double(), kind)
@@ -125,13 +141,16 @@ def test_kl_by_hand(kind, values, gradients):
 def test_kl_clamps():
     new = torch.tensor([-1.0, -60.0, -4.0], dtype=torch.float64).requires_grad_()
     ref = torch.tensor([-60.0, -1.0, -1.0]).double()
-    wanted = {"k1": [20.0, -20.0, -3.0], "k2": [200.0, 200.0, 4.5],
-              "k3": [math.exp(-20) + 19, math.exp(20) - 21, math.exp(3) - 4]}
+    wanted = {
+        "k1": [20.0, -20.0, -3.0],
+        "k2": [200.0, 200.0, 4.5],
+        "k3": [math.exp(-20) + 19, math.exp(20) - 21, math.exp(3) - 4],
+    }
     for kind, values in wanted.items():
         assert kl_estimate(new, ref, kind).tolist() == pytest.approx(values)
         value = kl_estimate(new, ref, kind, value_clamp=10.0)
         assert value.tolist() == pytest.approx([max(min(number, 10.0), -10.0) for number in values])
-        gradient, = torch.autograd.grad(value.sum(), new)
+        (gradient,) = torch.autograd.grad(value.sum(), new)
         assert not gradient[:2].any() and bool(gradient[2]) == (abs(values[2]) < 10)
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(new, ref, "k4")
@@ -142,8 +161,11 @@ def test_expectations_of_kl_estimators():
     logits, ref = rand(6, seed=1).requires_grad_(), torch.log_softmax(rand(6, seed=2), -1)
     policy = torch.log_softmax(logits, -1)
     reverse, forward = (policy.exp() * (policy - ref)).sum(), (ref.exp() * (ref - policy)).sum()
-    wanted = {"k1": torch.zeros(6).double(), "k2": torch.autograd.grad(reverse, logits, retain_graph=True)[0],
-              "k3": torch.autograd.grad(forward, logits, retain_graph=True)[0]}
+    wanted = {
+        "k1": torch.zeros(6).double(),
+        "k2": torch.autograd.grad(reverse, logits, retain_graph=True)[0],
+        "k3": torch.autograd.grad(forward, logits, retain_graph=True)[0],
+    }
     for kind, gradient in wanted.items():
         value = (policy.detach().exp() * kl_estimate(policy, ref, kind)).sum()  # tokens drawn from the policy
         assert torch.allclose(torch.autograd.grad(value, logits, retain_graph=True)[0], gradient, atol=1e-14), kind
@@ -151,6 +173,7 @@ def test_expectations_of_kl_estimators():
 
 
 # --- slow reference, finite differences -------------------------------------------------------------------------------
+
 
 def clip(value, low, high):
     return min(max(value, low), high)
@@ -162,8 +185,11 @@ def slow_loss(kind, new, old, mode, clip_low, clip_high, dual_clip=0.0):
     for b in range(B):
         for g in range(G):
             length, A = int(LENGTHS[b, g]), float(ADVANTAGES[b, g])
-            weight = {"token_mean": 1 / int(LENGTHS.sum()), "sequence_mean": 1 / (B * G * length),
-                      "sequence_sum_norm": 1 / (B * G * LIMIT)}[mode]
+            weight = {
+                "token_mean": 1 / int(LENGTHS.sum()),
+                "sequence_mean": 1 / (B * G * length),
+                "sequence_sum_norm": 1 / (B * G * LIMIT),
+            }[mode]
             differences = [float(new[b, g, r] - old[b, g, r]) for r in range(length)]
             for r in range(length):
                 ratio = math.exp(sum(differences) / length if kind == "gspo" else differences[r])
@@ -187,7 +213,7 @@ def test_value_and_gradient_equal_a_slow_loop(kind, mode):
     value = whole_loss(kind, new, old, mode=mode)
     wanted, gradient = slow_loss(kind, new.detach(), old, mode, **BOUNDS[kind])
     assert float(value) == pytest.approx(wanted, rel=1e-12)
-    ours, = torch.autograd.grad(value, new)
+    (ours,) = torch.autograd.grad(value, new)
     assert torch.allclose(ours, gradient, rtol=1e-12, atol=1e-16)
     flags = LOSSES[kind](new, old, ADVANTAGES, MASK, **BOUNDS[kind])
     for acted in (flags.clipped_low, flags.clipped_high):
@@ -201,13 +227,16 @@ def test_gradcheck():
     weight is the constant bound."""
     new, old = logprobs(1), logprobs(2)
     assert torch.autograd.gradcheck(
-        lambda x: grpo_loss(x, old, ADVANTAGES, MASK, **BOUNDS["grpo"]).loss, (new.clone().requires_grad_(),))
+        lambda x: grpo_loss(x, old, ADVANTAGES, MASK, **BOUNDS["grpo"]).loss, (new.clone().requires_grad_(),)
+    )
     assert torch.autograd.gradcheck(
         lambda x: (gspo_loss(x, old, ADVANTAGES, MASK, **BOUNDS["gspo"]).loss * MASK).sum(-1),
-        (new.clone().requires_grad_(),))
+        (new.clone().requires_grad_(),),
+    )
     above = old + 1 + new.abs()
     assert torch.autograd.gradcheck(
-        lambda x: cispo_loss(x, old, ADVANTAGES, MASK, **BOUNDS["cispo"]).loss, (above.requires_grad_(),))
+        lambda x: cispo_loss(x, old, ADVANTAGES, MASK, **BOUNDS["cispo"]).loss, (above.requires_grad_(),)
+    )
     for kind in ("k1", "k2", "k3"):
         assert torch.autograd.gradcheck(lambda x: kl_estimate(x, old, kind), (new.clone().requires_grad_(),))
 
@@ -219,15 +248,19 @@ def test_gspo_is_the_sequence_objective(mode):
     s = (((new - old) * MASK).sum(-1) / LENGTHS).exp()
     per_response = -torch.minimum(s * ADVANTAGES, s.clamp(0.9, 1.15) * ADVANTAGES)
     lengths = LENGTHS.double()
-    share = {"token_mean": lengths / lengths.sum(), "sequence_mean": torch.ones_like(lengths) / (B * G),
-             "sequence_sum_norm": lengths / (B * G * LIMIT)}[mode]
+    share = {
+        "token_mean": lengths / lengths.sum(),
+        "sequence_mean": torch.ones_like(lengths) / (B * G),
+        "sequence_sum_norm": lengths / (B * G * LIMIT),
+    }[mode]
     wanted, ours = (per_response * share).sum(), whole_loss("gspo", new, old, mode=mode)
     assert float(ours) == pytest.approx(float(wanted), rel=1e-12)
-    gradient, = torch.autograd.grad(wanted, new)
+    (gradient,) = torch.autograd.grad(wanted, new)
     assert torch.allclose(torch.autograd.grad(ours, new)[0], gradient, rtol=1e-12, atol=1e-16) and gradient.any()
 
 
 # --- what a loss must not depend on, and where it must lead -----------------------------------------------------------
+
 
 def value_and_gradient(kind, new, *arguments, **settings):
     new = new.clone().requires_grad_()
@@ -250,8 +283,9 @@ def test_padding_and_order_change_nothing(kind, mode):
     result = LOSSES[kind](wide, wide_old, ADVANTAGES, mask, **BOUNDS[kind])
     assert not (result.clipped_low | result.clipped_high)[~mask].any() and (result.ratio[~mask] == 1).all()
     order = torch.tensor([2, 0, 1])
-    ours, ours_gradient = value_and_gradient(kind, new[:, order], old[:, order], ADVANTAGES[:, order], MASK[:, order],
-                                             mode=mode)
+    ours, ours_gradient = value_and_gradient(
+        kind, new[:, order], old[:, order], ADVANTAGES[:, order], MASK[:, order], mode=mode
+    )
     assert torch.allclose(ours, value, rtol=1e-13) and torch.allclose(ours_gradient, gradient[:, order], rtol=1e-13)
 
 
@@ -265,8 +299,8 @@ def test_pieces_of_a_batch_add_up(kind, mode):
     total, local = 0.0, 0.0
     for b in range(B):
         width = int(LENGTHS[b].max())
-        piece = [tensor[b:b + 1, :, :width] for tensor in (new, old)]
-        piece += [ADVANTAGES[b:b + 1], MASK[b:b + 1, :, :width]]
+        piece = [tensor[b : b + 1, :, :width] for tensor in (new, old)]
+        piece += [ADVANTAGES[b : b + 1], MASK[b : b + 1, :, :width]]
         part, part_gradient = value_and_gradient(kind, *piece, mode=mode, totals=totals)
         total, local = total + part, local + value_and_gradient(kind, *piece, mode=mode)[0] / B
         assert torch.allclose(part_gradient[0], gradient[b, :, :width], rtol=1e-13, atol=0)

@@ -49,8 +49,10 @@ def test_positions_equal_transformers(stock, family, seed):
             grids.append(run)
             intervals.append(interval)
     images, videos = ([grid for kind, grid in mix if kind == wanted] for wanted in (1, 2))
-    inputs = {"image_grid_thw": torch.tensor(images) if images else None,
-              "video_grid_thw": torch.tensor(videos) if videos else None}
+    inputs = {
+        "image_grid_thw": torch.tensor(images) if images else None,
+        "video_grid_thw": torch.tensor(videos) if videos else None,
+    }
     if family == "qwen2_5_vl" and videos:
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
     types = torch.tensor(types)
@@ -71,10 +73,14 @@ def test_rotary_angles_equal_transformers(stock, family):
     assert torch.equal(angles[:, :, 0].transpose(0, 1).sin(), sin)
 
 
-@pytest.mark.parametrize("tokens, grids, message", [
-    ([1, 1, 0], [[1, 4, 4]], "image or video 0 needs 4 visual tokens in one run at position 0"),
-    ([0, 1], [], "visual tokens at position 1 belong to no image or video"),
-    ([0, 0], [[1, 2, 2]], "1 images or videos but visual tokens for 0")])
+@pytest.mark.parametrize(
+    "tokens, grids, message",
+    [
+        ([1, 1, 0], [[1, 4, 4]], "image or video 0 needs 4 visual tokens in one run at position 0"),
+        ([0, 1], [], "visual tokens at position 1 belong to no image or video"),
+        ([0, 0], [[1, 2, 2]], "1 images or videos but visual tokens for 0"),
+    ],
+)
 def test_tokens_that_do_not_fit_their_grids(tokens, grids, message):
     with pytest.raises(ValueError, match=message):
         multimodal_positions(torch.tensor(tokens) > 0, torch.tensor(grids, dtype=torch.int64).reshape(-1, 3), 2)

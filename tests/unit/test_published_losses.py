@@ -44,8 +44,10 @@ def ours(function, mode, **bounds):
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
+
 def trl(loss_type, level="token", epsilon=0.2, epsilon_high=0.3):
     """Lines 3054-3091 (per token) and 3124-3142 (aggregation), in one process with one accumulation step."""
+
     def loss(new):
         logp, old, A = new.flatten(0, 1), OLD.flatten(0, 1), ADVANTAGES.flatten()[:, None]
         log_weight = logp - old
@@ -57,13 +59,19 @@ def trl(loss_type, level="token", epsilon=0.2, epsilon_high=0.3):
         else:
             per_token = torch.maximum(-weight * A, -weight.clamp(1 - epsilon, 1 + epsilon_high) * A)
         summed = (per_token * FLAT).sum(1)
-        return {"grpo": (summed / FLAT.sum(1)).mean(), "dr_grpo": summed.sum() / (len(FLAT) * LIMIT),
-                "dapo": summed.sum() / FLAT.sum(), "cispo": summed.sum() / FLAT.sum()}[loss_type]
+        return {
+            "grpo": (summed / FLAT.sum(1)).mean(),
+            "dr_grpo": summed.sum() / (len(FLAT) * LIMIT),
+            "dapo": summed.sum() / FLAT.sum(),
+            "cispo": summed.sum() / FLAT.sum(),
+        }[loss_type]
+
     return loss
 
 
-@pytest.mark.parametrize("loss_type, mode", [
-    ("grpo", "sequence_mean"), ("dr_grpo", "sequence_sum_norm"), ("dapo", "token_mean")])
+@pytest.mark.parametrize(
+    "loss_type, mode", [("grpo", "sequence_mean"), ("dr_grpo", "sequence_sum_norm"), ("dapo", "token_mean")]
+)
 def test_trl_clipped_losses(loss_type, mode):
     compare(ours(grpo_loss, mode, clip_low=0.2, clip_high=0.3), trl(loss_type))
 
@@ -81,8 +89,10 @@ def test_trl_cispo_has_one_absolute_bound():
 def test_trl_kl_and_advantages():
     """Lines 3071-3073: exp(d) - d - 1 without clamps. Lines 2705-2707: std + 1e-4, ddof 1; "none": no std."""
     weights = token_weights(MASK, "token_mean", **TOTALS)
-    compare(lambda new: (kl_estimate(new, REF, "k3") * weights).sum(),
-            lambda new: (((REF - new).exp() - (REF - new) - 1) * MASK).sum() / MASK.sum())
+    compare(
+        lambda new: (kl_estimate(new, REF, "k3") * weights).sum(),
+        lambda new: (((REF - new).exp() - (REF - new) - 1) * MASK).sum() / MASK.sum(),
+    )
     rewards = torch.tensor([[1.0, 0.0, 0.9, 0.1], [0.1, 0.1, 0.1, 1.0], [0.3, 0.3, 0.3, 0.3]], dtype=torch.float64)
     centred = rewards - rewards.mean(1, keepdim=True)
     scaled = centred / ((centred.square().sum(1, keepdim=True) / (G - 1)).sqrt() + 1e-4)
@@ -92,6 +102,7 @@ def test_trl_kl_and_advantages():
 
 
 # --- verl -------------------------------------------------------------------------------------------------------------
+
 
 def verl_aggregate(per_token, mode):
     """Lines 1055-1076 (`agg_loss`) for one data-parallel rank, with the counts of the global batch."""
@@ -106,6 +117,7 @@ def verl_aggregate(per_token, mode):
 
 def verl(policy, mode, low=0.2, high=0.3, c=3.0):
     """`vanilla` lines 1210-1235, `gspo` 1286-1305, `cispo` 1743-1758."""
+
     def loss(new):
         logp, old, A = new.flatten(0, 1), OLD.flatten(0, 1), ADVANTAGES.flatten()[:, None]
         difference = logp - old
@@ -121,23 +133,33 @@ def verl(policy, mode, low=0.2, high=0.3, c=3.0):
         if policy == "vanilla":
             per_token = torch.where(A < 0, torch.minimum(-A * c, per_token), per_token)
         return verl_aggregate(per_token, mode)
+
     return loss
 
 
-@pytest.mark.parametrize("mode, theirs", [("token_mean", "token-mean"), ("sequence_mean", "seq-mean-token-mean"),
-                                          ("sequence_sum_norm", "seq-mean-token-sum-norm")])
+@pytest.mark.parametrize(
+    "mode, theirs",
+    [
+        ("token_mean", "token-mean"),
+        ("sequence_mean", "seq-mean-token-mean"),
+        ("sequence_sum_norm", "seq-mean-token-sum-norm"),
+    ],
+)
 @pytest.mark.parametrize("dual_clip", [3.0, 1.5])
 def test_verl_vanilla_with_dual_clip(mode, theirs, dual_clip):
     bounds = {"clip_low": 0.2, "clip_high": 0.3}
     compare(ours(grpo_loss, mode, **bounds, dual_clip=dual_clip), verl("vanilla", theirs, c=dual_clip))
-    acts = grpo_loss(NEW, OLD, ADVANTAGES, MASK, **bounds, dual_clip=dual_clip).loss \
+    acts = (
+        grpo_loss(NEW, OLD, ADVANTAGES, MASK, **bounds, dual_clip=dual_clip).loss
         != grpo_loss(NEW, OLD, ADVANTAGES, MASK, **bounds).loss
+    )
     assert (acts & MASK).any(), "the comparison must see the dual clip act"
 
 
 def test_verl_gspo_forces_a_mean_of_sequences():
-    compare(ours(gspo_loss, "sequence_mean", clip_low=0.05, clip_high=0.1),
-            verl("gspo", "seq-mean-token-mean", 0.05, 0.1))
+    compare(
+        ours(gspo_loss, "sequence_mean", clip_low=0.05, clip_high=0.1), verl("gspo", "seq-mean-token-mean", 0.05, 0.1)
+    )
 
 
 @pytest.mark.parametrize("low", [0.2, 10.0])  # 10: examples/cispo_trainer/run_cispo_qwen2_5_0_5b_gsm8k.sh

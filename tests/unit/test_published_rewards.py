@@ -28,8 +28,23 @@ def as_float(text: str):
         return None
 
 
-CHOICE_DRESS = ["{}", "{}", "{}", " {} ", "({})", "{}.", "{})", "[{}]", "{}: a red ball", "({}) two dogs",
-                "{}. running", "Option {}", r"\boxed{{{}}}", "**{}**", "The answer is {}."]
+CHOICE_DRESS = [
+    "{}",
+    "{}",
+    "{}",
+    " {} ",
+    "({})",
+    "{}.",
+    "{})",
+    "[{}]",
+    "{}: a red ball",
+    "({}) two dogs",
+    "{}. running",
+    "Option {}",
+    r"\boxed{{{}}}",
+    "**{}**",
+    "The answer is {}.",
+]
 NO_CHOICE = ["", "{0} or {1}", "{0}, {1}", "({0})({1})", "{0}{1}", "{0} red balls", "neither", "7", "{0}/{1}"]
 
 
@@ -52,13 +67,38 @@ def test_multiple_choice():
 
 
 ARABIC, WIDE = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩"), str.maketrans("0123456789.-", "０１２３４５６７８９．－")
-NUMBER_DRESS = [str, str, str, lambda text: f" {text}\n", lambda text: text + ".", lambda text: text + " cm",
-                lambda text: text + "%", lambda text: "$" + text if text[0] != "-" else text + " $",
-                lambda text: rf"\boxed{{{text}}}", lambda text: rf"${text}\text{{ km/h}}$",
-                lambda text: text.translate(ARABIC), lambda text: text.translate(WIDE),
-                lambda text: text.replace("-", "−")]
-NO_NUMBER = ["", "many", "1/2", "3-4", "10:30", "3 of 4", "1 2", "nan", "inf", "about 5", "five", "5 million",
-             "2½", "10²", "5 and a half"]
+NUMBER_DRESS = [
+    str,
+    str,
+    str,
+    lambda text: f" {text}\n",
+    lambda text: text + ".",
+    lambda text: text + " cm",
+    lambda text: text + "%",
+    lambda text: "$" + text if text[0] != "-" else text + " $",
+    lambda text: rf"\boxed{{{text}}}",
+    lambda text: rf"${text}\text{{ km/h}}$",
+    lambda text: text.translate(ARABIC),
+    lambda text: text.translate(WIDE),
+    lambda text: text.replace("-", "−"),
+]
+NO_NUMBER = [
+    "",
+    "many",
+    "1/2",
+    "3-4",
+    "10:30",
+    "3 of 4",
+    "1 2",
+    "nan",
+    "inf",
+    "about 5",
+    "five",
+    "5 million",
+    "2½",
+    "10²",
+    "5 and a half",
+]
 
 
 def drawn_number(rng: random.Random, value: float | None = None) -> tuple[str, float | None]:
@@ -162,7 +202,7 @@ def drawn_text(rng: random.Random, around: str | None = None) -> str:
     words = rng.choices(WORDS, k=rng.randint(0, 9)) if around is None else around.split()
     for _ in range(rng.randint(0, 3)):
         place = rng.randint(0, len(words))
-        words[place:place + rng.randint(0, 2)] = rng.choices(WORDS, k=rng.randint(0, 2))
+        words[place : place + rng.randint(0, 2)] = rng.choices(WORDS, k=rng.randint(0, 2))
     return "".join(word + rng.choice([" ", " ", "  ", "\n", ", ", ". "]) for word in words)
 
 
@@ -193,8 +233,10 @@ def published_rouge(answer: str, solution: str) -> float:
     from nltk.stem.porter import PorterStemmer
 
     stem = PorterStemmer().stem
-    left, right = ([stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
-                   for text in (answer, solution))
+    left, right = (
+        [stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
+        for text in (answer, solution)
+    )
 
     def f(hits, of_left, of_right):
         return 2 * hits / (of_left + of_right) if hits else 0.0
@@ -268,8 +310,9 @@ def test_consensus():
         chosen = rng.sample(things, rng.randint(2, 6))
         answers = [rng.choice(dress).format(rng.choice(chosen)) for _ in range(10)]
         answer = rng.choice(dress).format(rng.choice(things)).replace("don't", rng.choice(["dont", "don't"])).upper()
-        reward = accuracy_by_type(f"<answer>{answer}</answer>", "".join(f"<answer>{text}</answer>" for text in answers),
-                                  "vizwiz")
+        reward = accuracy_by_type(
+            f"<answer>{answer}</answer>", "".join(f"<answer>{text}</answer>" for text in answers), "vizwiz"
+        )
         assert reward == pytest.approx(published_vqa(answer.lower(), answers)), (answer, answers)
         seen[round(10 * reward)] += 1
     assert set(seen) == {0, 3, 6, 9, 10} and min(seen.values()) > 30, seen
@@ -285,11 +328,13 @@ def test_format():
         pieces = ["<think>", "red", "</think>", rng.choice(["", "\n", " x"]), "<answer>", "7", "</answer>"]
         for _ in range(rng.randint(0, 2)):
             place = rng.randrange(len(pieces))
-            pieces[place:place + rng.randint(0, 2)] = [rng.choice([*TAGS, "\n"])]
+            pieces[place : place + rng.randint(0, 2)] = [rng.choice([*TAGS, "\n"])]
         text = "".join(pieces)
         once = all(text.count(tag) <= 1 for tag in TAGS)
-        for require_think, pattern in ((True, r"<think>.*?</think>\s*<answer>.*?</answer>"),
-                                       (False, r"<answer>.*?</answer>")):
+        for require_think, pattern in (
+            (True, r"<think>.*?</think>\s*<answer>.*?</answer>"),
+            (False, r"<answer>.*?</answer>"),
+        ):
             published = re.fullmatch(pattern, text.strip(), re.DOTALL) is not None
             allowed = once and (require_think or "think>" not in text)
             assert format_reward(text, require_think) == float(published and allowed), text

@@ -17,14 +17,23 @@ from megatron_ral.parallel.rank_layout import RankLayout
 
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 3, 3), (4, 2, 3))
 """Tensor x pipeline x data."""
-SHAPES = {"tied": {"num_query_groups": 2, "vocab_size": 37}, "untied": {"num_query_groups": 1, "vocab_size": 41,
-                                                                        "tie_word_embeddings": False}}
+SHAPES = {
+    "tied": {"num_query_groups": 2, "vocab_size": 37},
+    "untied": {"num_query_groups": 1, "vocab_size": 41, "tie_word_embeddings": False},
+}
 
 
 def small(material, kind: str):
     """5 layers, a vocabulary that no layout divides, fewer key/value heads than tensor ranks."""
-    return dataclasses.replace(read_shape(str(material["tiny"])), num_layers=5, hidden_size=12, ffn_hidden_size=20, num_attention_heads=4,
-                               kv_channels=6, **SHAPES[kind])
+    return dataclasses.replace(
+        read_shape(str(material["tiny"])),
+        num_layers=5,
+        hidden_size=12,
+        ffn_hidden_size=20,
+        num_attention_heads=4,
+        kv_channels=6,
+        **SHAPES[kind],
+    )
 
 
 def whole_tensors(shape) -> dict[str, torch.Tensor]:
@@ -53,13 +62,13 @@ def state_of(shape, whole, place: RankLayout, padding: float) -> dict[str, torch
             continue
         full = tensor.merge([whole[name] for name in tensor.sources])
         if "word_embeddings" in tensor.name or "output_layer" in tensor.name:
-            full[shape.vocab_size:] = padding
+            full[shape.vocab_size :] = padding
         flat = tensor.cut(full, place.tensor_rank, place.tensor_size).flatten()
         size = -(-len(flat) // place.data_size)
         flat = torch.cat([flat, flat.new_full((size * place.data_size - len(flat),), padding)])
-        part = flat[place.data_rank * size:][:size]
+        part = flat[place.data_rank * size :][:size]
         for number, key in enumerate((f"{tensor.name}/master", f"{tensor.name}/exp_avg", f"ema/{tensor.name}")):
-            state[key] = part * 2.0 ** -number
+            state[key] = part * 2.0**-number
     return state
 
 
@@ -110,10 +119,11 @@ def test_damaged_files_are_named(material, tmp_path):
     content = path.read_bytes()
 
     def read():
-        return ReshardedState(shape, places((1, 1, 2))[0], places((1, 1, 1))[0],
-                              lambda rank: tmp_path / "saved" / str(rank)).get(key)
+        return ReshardedState(
+            shape, places((1, 1, 2))[0], places((1, 1, 1))[0], lambda rank: tmp_path / "saved" / str(rank)
+        ).get(key)
 
-    path.write_bytes(content[:len(content) // 20])
+    path.write_bytes(content[: len(content) // 20])
     with pytest.raises(CheckpointError, match="saved/1' is cut short in tensor 'language"):
         read()
     for broken in (content[:100], b"", b"\xff" * 100):

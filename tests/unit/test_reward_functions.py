@@ -24,6 +24,7 @@ GOOD = "<think>red</think><answer>7</answer>"
 
 # --- functions that a user might have, good and bad -------------------------------------------------------------------
 
+
 def brevity(completion: str, solution: str, problem_type: str) -> float:
     """Depends on all three arguments."""
     return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
@@ -79,21 +80,39 @@ TENSOR = returns(torch.tensor(0.75))
 
 
 def settings(**paths_and_weights) -> RewardConfig:
-    return RewardConfig(functions={name: RewardFunctionConfig(path=f"{HERE}:{path}", weight=weight)
-                                   for name, (path, weight) in paths_and_weights.items()})
+    return RewardConfig(
+        functions={
+            name: RewardFunctionConfig(path=f"{HERE}:{path}", weight=weight)
+            for name, (path, weight) in paths_and_weights.items()
+        }
+    )
 
 
 # --- refused before training ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path, said", [
-    ("brevity", "package.module:function"), (f"{HERE}.brevity", "package.module:function"),
-    ("", "package.module:function"), (f"{HERE}:", "package.module:function"), (":brevity", "package.module:function"),
-    ("../mine:brevity", "package.module:function"), ("no_such_module_here:f", "No module named 'no_such_module_here'"),
-    (f"{HERE}.more:f", "ModuleNotFoundError"), (f"{HERE}:brevty", "has no 'brevty'"), (f"{HERE}:GOOD", "is a str"),
-    (f"{HERE}:Judge", "is a class"), (f"{HERE}:two_arguments", "(completion, solution)"),
-    (f"{HERE}:needs_keyword", "model"), (f"{HERE}:asynchronous", "coroutine"), (f"{HERE}:generator", "generator"),
-    ("math:log", "signature"), (f"{HERE}:Judge.method", "cannot be called as"),
-])
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("brevity", "package.module:function"),
+        (f"{HERE}.brevity", "package.module:function"),
+        ("", "package.module:function"),
+        (f"{HERE}:", "package.module:function"),
+        (":brevity", "package.module:function"),
+        ("../mine:brevity", "package.module:function"),
+        ("no_such_module_here:f", "No module named 'no_such_module_here'"),
+        (f"{HERE}.more:f", "ModuleNotFoundError"),
+        (f"{HERE}:brevty", "has no 'brevty'"),
+        (f"{HERE}:GOOD", "is a str"),
+        (f"{HERE}:Judge", "is a class"),
+        (f"{HERE}:two_arguments", "(completion, solution)"),
+        (f"{HERE}:needs_keyword", "model"),
+        (f"{HERE}:asynchronous", "coroutine"),
+        (f"{HERE}:generator", "generator"),
+        ("math:log", "signature"),
+        (f"{HERE}:Judge.method", "cannot be called as"),
+    ],
+)
 def test_path_that_cannot_be_used_is_named(path, said):
     with pytest.raises(ConfigError) as error:
         load_function("reward.functions.mine.path", path)
@@ -101,9 +120,14 @@ def test_path_that_cannot_be_used_is_named(path, said):
     assert sentence.startswith(f"reward.functions.mine.path = '{path}' ") and said in sentence and "\n" not in sentence
 
 
-@pytest.mark.parametrize("code, said", [
-    ("raise RuntimeError('no\\nkey')", "RuntimeError: no key"), ("import sys; sys.exit(3)", "SystemExit"),
-    ("def f(:", "SyntaxError")])
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("raise RuntimeError('no\\nkey')", "RuntimeError: no key"),
+        ("import sys; sys.exit(3)", "SystemExit"),
+        ("def f(:", "SyntaxError"),
+    ],
+)
 def test_module_that_fails_is_named(code, said, tmp_path, monkeypatch):
     name = f"broken_{abs(hash(code))}"
     (tmp_path / f"{name}.py").write_text(code)
@@ -126,20 +150,24 @@ def test_names_that_make_no_tag_are_refused(name):
 
 def test_configuration_names_key_and_value(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("model: {path: somewhere}\ndata: {train: [{shards: a}]}\n"
-                    f"reward: {{accuracy: by_type, functions: {{mine: {{path: '{HERE}:brevity', weight: 2}}}}}}\n")
+    path.write_text(
+        "model: {path: somewhere}\ndata: {train: [{shards: a}]}\n"
+        f"reward: {{accuracy: by_type, functions: {{mine: {{path: '{HERE}:brevity', weight: 2}}}}}}\n"
+    )
     config = load_config(path, ["reward.functions.mine.weight=-0.5"])
     assert config.reward.functions == {"mine": RewardFunctionConfig(f"{HERE}:brevity", -0.5)}
     assert config.reward.accuracy == "by_type" and RewardConfig().accuracy == "exact" and not RewardConfig().functions
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
-    for override, named in [("reward.accuracy=by_types", ["reward.accuracy", "by_types", "'by_type'"]),
-                            ("reward.functions.mine.weight=much", ["reward.functions.mine.weight", "much"]),
-                            ("reward.functions.mine.weight=.nan", ["reward.functions.mine.weight"]),
-                            ("reward.functions.mine.wait=1", ["reward.functions.mine.wait"]),
-                            ("reward.functions.other.weight=1", ["reward.functions.other.path"]),
-                            ("reward.functions.mine=x", ["reward.functions.mine", "x"])]:
+    for override, named in [
+        ("reward.accuracy=by_types", ["reward.accuracy", "by_types", "'by_type'"]),
+        ("reward.functions.mine.weight=much", ["reward.functions.mine.weight", "much"]),
+        ("reward.functions.mine.weight=.nan", ["reward.functions.mine.weight"]),
+        ("reward.functions.mine.wait=1", ["reward.functions.mine.wait"]),
+        ("reward.functions.other.weight=1", ["reward.functions.other.path"]),
+        ("reward.functions.mine=x", ["reward.functions.mine", "x"]),
+    ]:
         with pytest.raises(ConfigError) as error:
             load_config(path, [override])
         assert all(part in str(error.value) for part in named), str(error.value)
@@ -158,19 +186,44 @@ def test_entry_points_refuse_before_anything_is_built(tmp_path):
 
 # --- what functions give ----------------------------------------------------------------------------------------------
 
+
 def test_own_functions_are_called_and_weighed():
-    parts = reward_parts(settings(brevity=("brevity", -0.001), judge=("judge", 2.0), method=("judge.method", 0.0),
-                                  defaults=("with_defaults", 1.0), tensor=("TENSOR", 4.0)))
+    parts = reward_parts(
+        settings(
+            brevity=("brevity", -0.001),
+            judge=("judge", 2.0),
+            method=("judge.method", 0.0),
+            defaults=("with_defaults", 1.0),
+            tensor=("TENSOR", 4.0),
+        )
+    )
     score = score_response(GOOD, "<answer>7</answer>", "numerical", parts)
     value = len(GOOD) + 100 * 18 + 10000 * 9
-    assert score.components == {"unparsed": 0, "error": 0, "accuracy": 1, "format": 1, "brevity": value, "judge": 0.25,
-                                "method": 0.5, "defaults": 1, "tensor": 0.75}
+    assert score.components == {
+        "unparsed": 0,
+        "error": 0,
+        "accuracy": 1,
+        "format": 1,
+        "brevity": value,
+        "judge": 0.25,
+        "method": 0.5,
+        "defaults": 1,
+        "tensor": 0.75,
+    }
     assert score.reward == pytest.approx(0.9 + 0.1 - 0.001 * value + 0.5 + 1 + 3) and not score.problems
 
 
-@pytest.mark.parametrize("path, said", [
-    ("NAN", "returned nan"), ("INFINITE", "returned -inf"), ("HUGE", "returned 1e+300"), ("NOTHING", "TypeError"),
-    ("TEXT", "ValueError"), ("exits", "SystemExit: no judge")])
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("NAN", "returned nan"),
+        ("INFINITE", "returned -inf"),
+        ("HUGE", "returned 1e+300"),
+        ("NOTHING", "TypeError"),
+        ("TEXT", "ValueError"),
+        ("exits", "SystemExit: no judge"),
+    ],
+)
 def test_what_is_no_finite_number_is_an_error_and_counts_nothing(path, said):
     score = score_response(GOOD, "7", "", reward_parts(settings(mine=(path, 5.0))))
     assert score.reward == pytest.approx(1.0) and score.components["mine"] == 0.0 and score.components["error"] == 1.0
@@ -186,8 +239,10 @@ def test_a_weight_that_overflows_float32_is_an_error():
 
 # --- on a real tokenizer ----------------------------------------------------------------------------------------------
 
-TEXTS = [[GOOD, "<think>red</think><answer>8</answer>", "<answer>7</answer><answer>8</answer>", "7"],
-         ["<think>x</think><answer>(b) red</answer>", "<think>8</think>", GOOD, "<think>x</think><answer>B</answer>"]]
+TEXTS = [
+    [GOOD, "<think>red</think><answer>8</answer>", "<answer>7</answer><answer>8</answer>", "7"],
+    ["<think>x</think><answer>(b) red</answer>", "<think>8</think>", GOOD, "<think>x</think><answer>B</answer>"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -196,17 +251,34 @@ def processor(material):
 
 
 def batch(processor, types=("numerical", "multiple choice"), solutions=("<answer>7.0</answer>", "<answer>B</answer>")):
-    prompts = [processor(Sample(key=f"key {index}", shard="a/shard.tar", problem="?", solution=solution, process="",
-                                problem_type=kind, images=(), target_boxes=()))
-               for index, (kind, solution) in enumerate(zip(types, solutions))]
+    prompts = [
+        processor(
+            Sample(
+                key=f"key {index}",
+                shard="a/shard.tar",
+                problem="?",
+                solution=solution,
+                process="",
+                problem_type=kind,
+                images=(),
+                target_boxes=(),
+            )
+        )
+        for index, (kind, solution) in enumerate(zip(types, solutions))
+    ]
     ids = [[processor.tokenizer(text)["input_ids"] + [processor.end_token_id] for text in group] for group in TEXTS]
     lengths = torch.tensor([[len(row) for row in group] for group in ids])
     padded = torch.full((2, 4, int(lengths.max()) + 3), processor.tokenizer("9")["input_ids"][0])
     for b, group in enumerate(ids):
         for g, row in enumerate(group):
             padded[b, g, : len(row)] = torch.tensor(row)
-    return ResponseBatch(pad_prompts(prompts, processor.pad_token_id), padded, lengths, torch.zeros(padded.shape),
-                         torch.ones(2, 4, dtype=torch.bool))
+    return ResponseBatch(
+        pad_prompts(prompts, processor.pad_token_id),
+        padded,
+        lengths,
+        torch.zeros(padded.shape),
+        torch.ones(2, 4, dtype=torch.bool),
+    )
 
 
 def test_unparsed_and_errors_are_counted_apart_from_wrong(processor):
@@ -230,8 +302,11 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     reward = RewardConfig(accuracy="by_type", functions=settings(judge=("fails_on_8", 2.0)).functions)
     score = score_responses(responses, processor, RunConfig(reward=reward))
     found = list(scoring_issues(score, responses.prompts.prompts))
-    assert Counter(problem.kind for problem in found) == {"problem_type 'multiple choise'": 4, "reward 'judge'": 3,
-                                                          "unparsed": 3}
+    assert Counter(problem.kind for problem in found) == {
+        "problem_type 'multiple choise'": 4,
+        "reward 'judge'": 3,
+        "unparsed": 3,
+    }
     log = ScoringIssueLog(limit=2)
     with caplog.at_level(logging.WARNING):
         log.write(found, "step 3: ")
@@ -243,7 +318,9 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     assert sum("key 0" in line and failed + repr(TEXTS[0][1]) in line for line in lines) == 1
     assert sum("key 1" in line and "problem_type 'multiple choise': has no rule" in line for line in lines) == 2
     assert {problem.kind for problem in scoring_issues(score, responses.prompts.prompts, unparsed=False)} == {
-        "problem_type 'multiple choise'", "reward 'judge'"}
+        "problem_type 'multiple choise'",
+        "reward 'judge'",
+    }
 
 
 def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):

@@ -30,22 +30,37 @@ ALONE = SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.devic
 def prompt(key="a"):
     none, tokens = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
     return Prompt(
-        sample=Sample(key, "shard", "", "", "", "", (), ()), input_ids=tokens, position_ids=tokens.expand(3, 3),
-        next_position=3, pixel_values=torch.zeros(0, 4), grid_thw=torch.zeros(0, 3, dtype=torch.int64),
-        is_video=torch.zeros(0, dtype=torch.bool), seconds_per_grid=torch.zeros(0), visual_mask=none, target_mask=none,
-        response_ids=tokens[:0])
+        sample=Sample(key, "shard", "", "", "", "", (), ()),
+        input_ids=tokens,
+        position_ids=tokens.expand(3, 3),
+        next_position=3,
+        pixel_values=torch.zeros(0, 4),
+        grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        is_video=torch.zeros(0, dtype=torch.bool),
+        seconds_per_grid=torch.zeros(0),
+        visual_mask=none,
+        target_mask=none,
+        response_ids=tokens[:0],
+    )
 
 
 def config(num_minibatches=1, **loss):
-    return RunConfig(rollout=RolloutConfig(num_prompts=4, group_size=G, num_minibatches=num_minibatches,
-                                           max_response_length=9), loss=LossConfig(**loss))
+    return RunConfig(
+        rollout=RolloutConfig(num_prompts=4, group_size=G, num_minibatches=num_minibatches, max_response_length=9),
+        loss=LossConfig(**loss),
+    )
 
 
 def responses(indices):
     lengths = torch.tensor([LENGTHS[index] for index in indices])
     shape = (len(indices), G, R)
-    return ResponseBatch(pad_prompts([prompt(f"prompt {index}") for index in indices], 0), torch.zeros(shape, dtype=torch.int64), lengths,
-                         torch.zeros(shape), torch.ones(shape[:2], dtype=torch.bool))
+    return ResponseBatch(
+        pad_prompts([prompt(f"prompt {index}") for index in indices], 0),
+        torch.zeros(shape, dtype=torch.int64),
+        lengths,
+        torch.zeros(shape),
+        torch.ones(shape[:2], dtype=torch.bool),
+    )
 
 
 def rollout():
@@ -54,9 +69,17 @@ def rollout():
     for indices in ([0, 1], [2, 3]):
         batch = responses(indices)
         rewards = torch.tensor([REWARDS[index] for index in indices])
-        result.append(RolloutBatch(GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
-                                   Score(rewards, {}, ()), rewards, rewards.flip(1), batch.rollout_logprobs,
-                                   batch.finished, torch.zeros(2, dtype=torch.bool)))
+        result.append(
+            RolloutBatch(
+                GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths),
+                Score(rewards, {}, ()),
+                rewards,
+                rewards.flip(1),
+                batch.rollout_logprobs,
+                batch.finished,
+                torch.zeros(2, dtype=torch.bool),
+            )
+        )
     return result
 
 
@@ -84,8 +107,9 @@ def test_each_optimizer_step_has_its_own_totals():
 
 def test_the_first_update_needs_no_pass_before_it():
     """Micro-batches without one are marked; those of another epoch never are."""
-    first, second = assemble_minibatches(rollout(), [None, passes()[1]], passes(), [None, passes(({}, {3: "rows"}))[1]],
-                                         config(2), ALONE)
+    first, second = assemble_minibatches(
+        rollout(), [None, passes()[1]], passes(), [None, passes(({}, {3: "rows"}))[1]], config(2), ALONE
+    )
     assert [batch.on_policy for batch in (*first, *second)] == [True, False]
     assert first[0].old_logprobs is None and first[0].target_attention == {} and first[0].ref_logprobs is not None
     assert second[0].old_logprobs is not None and second[0].target_attention == {3: "rows"}
@@ -103,17 +127,26 @@ def test_a_step_without_any_signal_divides_by_one():
 def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed=0, rewards=None, **loss):
     """What `collect_rollout` makes of responses and rewards that are given."""
     width = (len(indices), group_size)
-    batch = ResponseBatch(pad_prompts([prompt(f"prompt {index}") for index in indices], 0),
-                          torch.zeros(*width, R, dtype=torch.int64), torch.full(width, R), torch.zeros(*width, R),
-                          torch.ones(width, dtype=torch.bool))
+    batch = ResponseBatch(
+        pad_prompts([prompt(f"prompt {index}") for index in indices], 0),
+        torch.zeros(*width, R, dtype=torch.int64),
+        torch.full(width, R),
+        torch.zeros(*width, R),
+        torch.ones(width, dtype=torch.bool),
+    )
     rewards = torch.tensor([REWARDS[index] for index in indices]) if rewards is None else rewards
-    score = Score(rewards, {"accuracy": torch.zeros(width)}, (("",) * group_size,) * len(indices),
-                  tuple(((f"unparsed: {index}",),) * group_size for index in indices))
+    score = Score(
+        rewards,
+        {"accuracy": torch.zeros(width)},
+        (("",) * group_size,) * len(indices),
+        tuple(((f"unparsed: {index}",),) * group_size for index in indices),
+    )
     monkeypatch.setattr(collect, "sample_responses", lambda *arguments: iter([(batch, None)]))
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
-    return collect.collect_rollout(engine, batch.prompts.prompts, processor, replace(config(**loss), seed=seed), step,
-                                   micro_batch_size)
+    return collect.collect_rollout(
+        engine, batch.prompts.prompts, processor, replace(config(**loss), seed=seed), step, micro_batch_size
+    )
 
 
 @pytest.mark.parametrize("scale, wanted", [("none", [[0.5, -0.5], [0, 0]]), ("std", [[0.7071, -0.7071], [0, 0]])])
@@ -126,18 +159,23 @@ def test_scale_of_advantages_reaches_the_rollout(monkeypatch, scale, wanted):
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_what_was_wrong_stays_with_its_prompt(monkeypatch, micro_batch_size):
     batches = collected(monkeypatch, [1, 0, 0, 1], micro_batch_size)
-    found = [(scored.groups.prompts.identities[b], group[0][0]) for scored in batches
-             for b, group in enumerate(scored.score.problems)]
+    found = [
+        (scored.groups.prompts.identities[b], group[0][0])
+        for scored in batches
+        for b, group in enumerate(scored.score.problems)
+    ]
     assert [problem for _, problem in found] == [f"unparsed: {index}" for index in (1, 0, 0, 1)]
     assert all(identity.endswith(f"prompt {problem[-1]}") for identity, problem in found), found
 
 
 # --- targets of the attention term ------------------------------------------------------------------------------------
 
+
 def test_mean_prompt_row_by_hand():
     """Two responses over two prompt columns and one of their own: of three rows two are real, of the other none."""
-    policy = torch.tensor([[[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0], [0.0, 1.0, 0.0]],
-                            [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]]]).requires_grad_()
+    policy = torch.tensor(
+        [[[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]]]
+    ).requires_grad_()
     mask = torch.tensor([[[True, True, False], [False, False, False]]])
     row = mean_prompt_row(policy, mask, 2)
     assert row.tolist() == [[[0.5, 0.5], [0.0, 0.0]]] and not row.requires_grad
@@ -149,27 +187,36 @@ def test_success_target_by_hand():
     rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]]).requires_grad_()
     target = success_target(rows, torch.tensor([[0.5, 1.5, -2.0], [0.0, 0.0, -1.0]]))
     assert target.tolist() == [[0.25, 0.75], [0.0, 0.0]] and not target.requires_grad
-    assert success_target(rows, torch.tensor([[-1.0, 0.0, 3.0], [1.0, -1.0, 1.0]])).tolist() == [[0.5, 0.5],
-                                                                                               [0.75, 0.25]]
+    assert success_target(rows, torch.tensor([[-1.0, 0.0, 3.0], [1.0, -1.0, 1.0]])).tolist() == [
+        [0.5, 0.5],
+        [0.75, 0.25],
+    ]
 
 
 def test_kept_rows_become_targets():
     """Rows as they are; for `group` and `hindsight` one row per group, by the attention term's own advantages."""
     rows = [{3: torch.rand(2, G, 3, generator=torch.Generator().manual_seed(index))} for index in range(2)]
     for target in ("old", "reference", "ema"):
-        [batches] = assemble_minibatches(rollout(), passes(), None, passes(rows), config(attention_target=target), ALONE)
+        [batches] = assemble_minibatches(
+            rollout(), passes(), None, passes(rows), config(attention_target=target), ALONE
+        )
         assert [batch.target_attention[3] is kept[3] for batch, kept in zip(batches, rows)] == [True, True]
     for target in ("group", "hindsight"):
         settings = config(attention_target=target, attention_keys="prompt")
         [batches] = assemble_minibatches(rollout(), passes(), None, passes(rows), settings, ALONE)
         for index, batch in enumerate(batches):
-            kept, weights = rows[index][3], torch.tensor(REWARDS[2 * index:2 * index + 2]).flip(1)
-            wanted = torch.stack([sum(weights[b, g] * kept[b, g] for g in range(G)) / max(float(weights[b].sum()), 1e-9)
-                                  for b in range(2)])
+            kept, weights = rows[index][3], torch.tensor(REWARDS[2 * index : 2 * index + 2]).flip(1)
+            wanted = torch.stack(
+                [
+                    sum(weights[b, g] * kept[b, g] for g in range(G)) / max(float(weights[b].sum()), 1e-9)
+                    for b in range(2)
+                ]
+            )
             assert torch.allclose(batch.target_attention[3], wanted, atol=1e-6)
             assert torch.equal(batch.attention_advantages, weights)
-    [batches] = assemble_minibatches(rollout(), passes(), None, None, config(attention_target="oracle",
-                                                                             attention_keys="visual"), ALONE)
+    [batches] = assemble_minibatches(
+        rollout(), passes(), None, None, config(attention_target="oracle", attention_keys="visual"), ALONE
+    )
     assert all(batch.target_attention == {} for batch in batches)
 
 
@@ -180,8 +227,15 @@ KEYS = list(range(6))
 
 def shuffled(monkeypatch, indices=KEYS, micro_batch_size=6, **settings) -> list[RolloutBatch]:
     rewards = torch.tensor([[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0 + index] for index in indices])
-    return collected(monkeypatch, indices, micro_batch_size, group_size=7, rewards=rewards,
-                     attention_advantages="shuffled", **settings)
+    return collected(
+        monkeypatch,
+        indices,
+        micro_batch_size,
+        group_size=7,
+        rewards=rewards,
+        attention_advantages="shuffled",
+        **settings,
+    )
 
 
 def test_shuffled_advantages_are_a_permutation_inside_each_group(monkeypatch):
@@ -214,6 +268,7 @@ def test_every_place_is_as_likely():
 
 # --- micro-batches of like lengths ------------------------------------------------------------------------------------
 
+
 def test_longest_first_within_each_optimizer_step():
     assert longest_first([3, 5, 4, 4, 9, 1], 3) == [1, 2, 0, 4, 3, 5]
     assert longest_first([2, 2, 2], 3) == [0, 1, 2]  # equal ones keep their order
@@ -222,17 +277,32 @@ def test_longest_first_within_each_optimizer_step():
 def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
     """Four prompts of one optimizer step, lengths of prompts and responses crossed, in micro-batches of two."""
     lengths = {"prompt 0": 2, "prompt 1": 4, "prompt 2": 1, "prompt 3": 3}
-    prompts = [replace(prompt(key), input_ids=torch.full((3 + index,), index), position_ids=torch.zeros(3, 3 + index),
-                       visual_mask=torch.zeros(3 + index, dtype=torch.bool),
-                       target_mask=torch.zeros(3 + index, dtype=torch.bool)) for index, key in enumerate(lengths)]
+    prompts = [
+        replace(
+            prompt(key),
+            input_ids=torch.full((3 + index,), index),
+            position_ids=torch.zeros(3, 3 + index),
+            visual_mask=torch.zeros(3 + index, dtype=torch.bool),
+            target_mask=torch.zeros(3 + index, dtype=torch.bool),
+        )
+        for index, key in enumerate(lengths)
+    ]
 
     def sample(engine, prompts, settings, *rest):
         for start in (0, 2):  # batches of the generation are cut otherwise
-            batch = pad_prompts(prompts[start:start + 2], 0)
+            batch = pad_prompts(prompts[start : start + 2], 0)
             longest = torch.tensor([lengths[item.sample.key] for item in batch.prompts])
             ids = longest[:, None, None].expand(-1, G, R).clone()
-            yield ResponseBatch(batch, ids, torch.stack([longest, torch.ones_like(longest)], dim=1), ids.float(),
-                                torch.ones(2, G, dtype=torch.bool)), None
+            yield (
+                ResponseBatch(
+                    batch,
+                    ids,
+                    torch.stack([longest, torch.ones_like(longest)], dim=1),
+                    ids.float(),
+                    torch.ones(2, G, dtype=torch.bool),
+                ),
+                None,
+            )
 
     def score(responses, *rest):
         rewards = torch.tensor([[float(item.sample.key[-1]), 0.0] for item in responses.prompts.prompts])
@@ -250,6 +320,6 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
         for b, item in enumerate(scored.groups.prompts.prompts):
             number = float(item.sample.key[-1])
             assert scored.score.rewards[b].tolist() == [number, 0.0]
-            assert scored.groups.prompts.input_ids[b, :len(item.input_ids)].eq(number).all()
+            assert scored.groups.prompts.input_ids[b, : len(item.input_ids)].eq(number).all()
             assert scored.groups.response_lengths[b].tolist() == [lengths[item.sample.key], 1]
             assert scored.rollout_logprobs[b].eq(lengths[item.sample.key]).all()

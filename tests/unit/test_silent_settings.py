@@ -14,19 +14,30 @@ def test_the_defaults_are_silent():
     assert not warnings()
 
 
-@pytest.mark.parametrize("loss, said", [
-    ({"attention_coef": 0.0}, "this run is GRPO"),
-    ({"attention_grad_ratio": 0.1, "attention_coef": 5.0}, "loss.attention_coef = 5.0 has no effect"),
-    ({"attention_grad_ratio": 0.1, "attention_coef_warmup_steps": 3}, "loss.attention_coef_warmup_steps = 3"),
-    ({"attention_target": "oracle", "attention_keys": "visual", "attention_advantages": "shuffled"},
-     "loss.attention_advantages = shuffled has no effect"),
-    ({"attention_target": "hindsight", "attention_keys": "visual", "attention_negative_weight": 0.5},
-     "loss.attention_negative_weight = 0.5 has no effect"),
-    ({"attention_ema_decay": 0.5}, "loss.attention_ema_decay = 0.5 has no effect"),
-    ({"attention_keys": "visual", "attention_exclude_self": False}, "loss.attention_exclude_self = False has no effect"),
-    ({"kl_coef": 0.0, "kl_clamp": 10.0}, "loss.kl_clamp = 10.0 has no effect"),
-    ({"kl_estimator": "k1"}, "expected gradient of 0"),
-    ({"policy_loss": "gspo"}, "loss.policy_loss = gspo")])
+@pytest.mark.parametrize(
+    "loss, said",
+    [
+        ({"attention_coef": 0.0}, "this run is GRPO"),
+        ({"attention_grad_ratio": 0.1, "attention_coef": 5.0}, "loss.attention_coef = 5.0 has no effect"),
+        ({"attention_grad_ratio": 0.1, "attention_coef_warmup_steps": 3}, "loss.attention_coef_warmup_steps = 3"),
+        (
+            {"attention_target": "oracle", "attention_keys": "visual", "attention_advantages": "shuffled"},
+            "loss.attention_advantages = shuffled has no effect",
+        ),
+        (
+            {"attention_target": "hindsight", "attention_keys": "visual", "attention_negative_weight": 0.5},
+            "loss.attention_negative_weight = 0.5 has no effect",
+        ),
+        ({"attention_ema_decay": 0.5}, "loss.attention_ema_decay = 0.5 has no effect"),
+        (
+            {"attention_keys": "visual", "attention_exclude_self": False},
+            "loss.attention_exclude_self = False has no effect",
+        ),
+        ({"kl_coef": 0.0, "kl_clamp": 10.0}, "loss.kl_clamp = 10.0 has no effect"),
+        ({"kl_estimator": "k1"}, "expected gradient of 0"),
+        ({"policy_loss": "gspo"}, "loss.policy_loss = gspo"),
+    ],
+)
 def test_settings_of_the_loss(loss, said):
     assert said in warnings(loss=LossConfig(**loss))
 

@@ -32,16 +32,21 @@ def test_table_of_the_study(tmp_path):
     found = study.Study(tmp_path, 2, 1)
     for seed, gain in ((0, 0.1), (1, 0.3)):
         for name, extra in (("grpo", 0.0), ("oracle", gain)):
-            finished(found.run(2, seed, name), accuracy=[(0, 0.2), (1, 0.4), (2, 0.5 + extra)],
-                     target_attention=[(0, 0.25), (1, 0.25), (2, 0.25 + extra)])
+            finished(
+                found.run(2, seed, name),
+                accuracy=[(0, 0.2), (1, 0.4), (2, 0.5 + extra)],
+                target_attention=[(0, 0.25), (1, 0.25), (2, 0.25 + extra)],
+            )
     result = study.results(found, [2], [0, 1], ["grpo", "oracle"])
     row = result["table"][2]["oracle"]
     assert row["difference"] == pytest.approx([0.1, 0.3]) and row["area_difference"] == pytest.approx([0.05, 0.15])
     study.write_table(result, tmp_path / "study.md")
     lines = (tmp_path / "study.md").read_text().splitlines()
     assert "| SFT | 20.0 +- 0.0 | | | | |" in lines
-    assert any(line.startswith(f"| {study.ARMS['oracle'].title} | 70.0 +- 10.0 | +20.0 +- 10.0 | +10.0 +- 5.0 | 0.450 |")
-               for line in lines), lines
+    assert any(
+        line.startswith(f"| {study.ARMS['oracle'].title} | 70.0 +- 10.0 | +20.0 +- 10.0 | +10.0 +- 5.0 | 0.450 |")
+        for line in lines
+    ), lines
     study.plot(result, tmp_path)
     assert (tmp_path / "study_accuracy.png").stat().st_size > 10_000
 
@@ -51,8 +56,11 @@ def test_table_of_the_distillation_study(tmp_path):
     finished(found.teacher, accuracy=[(0, 0.0), (10, 0.9)])
     for seed, gain in ((0, 0.1), (1, 0.3)):
         for name, extra in (("tokens", 0.0), ("tokens_all", gain), ("tokens_rl", 0.0), ("grpo", -gain)):
-            finished(found.run(seed, name), accuracy=[(0, 0.2), (5, 0.5 + extra), (10, 0.7 + extra)],
-                     target_attention=[(0, 0.25), (5, 0.3), (10, 0.3)])
+            finished(
+                found.run(seed, name),
+                accuracy=[(0, 0.2), (5, 0.5 + extra), (10, 0.7 + extra)],
+                target_attention=[(0, 0.25), (5, 0.3), (10, 0.3)],
+            )
     names = ["tokens", "tokens_all", "tokens_rl", "grpo"]
     result = distill_study.results(found, [0, 1], names)
     assert result["rows"]["tokens_all"]["steps_to_goal"] == pytest.approx([10.0, 5.0])

@@ -31,17 +31,20 @@ def test_tokens_of_boxes_in_an_image():
     assert not image_cells([], 60, 40, 2, 3).any()
 
 
-@pytest.mark.parametrize("spans, wanted", [
-    ([((0, 1), ())], [1, 0, 0]),
-    ([((1, 2), ())], [1, 0, 0]),                 # the second frame of the first temporal patch
-    ([((1, 3), ())], [1, 1, 0]),
-    ([((2, 2.5), ())], [0, 1, 0]),
-    ([((4, 5), ())], [0, 0, 1]),                 # the fifth frame stands alone in the last patch
-    ([((2.1, 2.9), ())], [0, 0, 0]),             # between two sampled frames
-    ([((0, 1), ()), ((4, 5.9), ())], [1, 0, 1]),
-    ([((1.9995, 2.9995), ())], [0, 1, 0]),       # a clock of milliseconds
-    ([], [0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "spans, wanted",
+    [
+        ([((0, 1), ())], [1, 0, 0]),
+        ([((1, 2), ())], [1, 0, 0]),  # the second frame of the first temporal patch
+        ([((1, 3), ())], [1, 1, 0]),
+        ([((2, 2.5), ())], [0, 1, 0]),
+        ([((4, 5), ())], [0, 0, 1]),  # the fifth frame stands alone in the last patch
+        ([((2.1, 2.9), ())], [0, 0, 0]),  # between two sampled frames
+        ([((0, 1), ()), ((4, 5.9), ())], [1, 0, 1]),
+        ([((1.9995, 2.9995), ())], [0, 1, 0]),  # a clock of milliseconds
+        ([], [0, 0, 0]),
+    ],
+)
 def test_temporal_patches_of_a_span(spans, wanted):
     cells = clip_cells([TargetFrames(*span) for span in spans], decoded(5), (3, 2, 3), 2)
     assert cells.shape == (3, 2, 3)
@@ -62,31 +65,37 @@ def test_times_follow_the_sampled_frames_of_a_slow_clip():
     assert clip_cells([TargetFrames((6, 9.9))], slow, (2, 1, 1), 2).flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("span, boxes, message", [
-    ((-1, 2), (), "from -1 to 2 s do not lie in the video of 5 s"),
-    ((3, 3), (), "from 3 to 3 s"),
-    ((4, 2), (), "from 4 to 2 s"),
-    ((5, 6), (), "from 5 to 6 s"),
-    ((4, 6.5), (), "from 4 to 6.5 s"),
-    ((0, 2), ((0, 0, 61, 20),), r"target box \(0, 0, 61, 20\) is not inside the video frame of 60 x 40 pixels"),
-    ((0, 2), ((5, 5, 5, 20),), "is not inside"),
-    ((0, 2), ((0, 0, float("nan"), 20),), "is not inside"),
-])
+@pytest.mark.parametrize(
+    "span, boxes, message",
+    [
+        ((-1, 2), (), "from -1 to 2 s do not lie in the video of 5 s"),
+        ((3, 3), (), "from 3 to 3 s"),
+        ((4, 2), (), "from 4 to 2 s"),
+        ((5, 6), (), "from 5 to 6 s"),
+        ((4, 6.5), (), "from 4 to 6.5 s"),
+        ((0, 2), ((0, 0, 61, 20),), r"target box \(0, 0, 61, 20\) is not inside the video frame of 60 x 40 pixels"),
+        ((0, 2), ((5, 5, 5, 20),), "is not inside"),
+        ((0, 2), ((0, 0, float("nan"), 20),), "is not inside"),
+    ],
+)
 def test_wrong_spans_and_boxes(span, boxes, message):
     with pytest.raises(TargetError, match=message):
         clip_cells([TargetFrames(span, boxes)], decoded(5), (3, 2, 3), 2)
 
 
-@pytest.mark.parametrize("value, message", [
-    ({"seconds": [0, 1]}, "target_frames must be a list, not dict"),
-    ([[0, 1]], "target_frames must be a list of"),
-    ([{"boxes": []}], "target_frames must be a list of"),
-    ([{"seconds": [0]}], "target_frames must be a list of"),
-    ([{"seconds": [0, "x"]}], "target_frames must be a list of"),
-    ([{"seconds": [0, float("inf")]}], "target_frames must be a list of"),
-    ([{"seconds": [0, 1], "box": [1, 2, 3, 4]}], "target_frames must be a list of"),
-    ([{"seconds": [0, 1], "boxes": [[1, 2, 3]]}], "boxes of target_frames must be a list of"),
-])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"seconds": [0, 1]}, "target_frames must be a list, not dict"),
+        ([[0, 1]], "target_frames must be a list of"),
+        ([{"boxes": []}], "target_frames must be a list of"),
+        ([{"seconds": [0]}], "target_frames must be a list of"),
+        ([{"seconds": [0, "x"]}], "target_frames must be a list of"),
+        ([{"seconds": [0, float("inf")]}], "target_frames must be a list of"),
+        ([{"seconds": [0, 1], "box": [1, 2, 3, 4]}], "target_frames must be a list of"),
+        ([{"seconds": [0, 1], "boxes": [[1, 2, 3]]}], "boxes of target_frames must be a list of"),
+    ],
+)
 def test_annotations_that_cannot_be_read(value, message):
     with pytest.raises(ValueError, match=message):
         parse_target_frames(value)
@@ -101,8 +110,16 @@ def test_target_mask_of_an_image_and_a_video(material, family):
     side = processor.video.token_side
     frames = FramePictures(tuple(png(2 * side, 2 * side) for _ in range(6)), fps=1.0)
     sample = parsed({"png": png(2 * side, side)}, target_boxes=[[0, 0, side, side]])
-    sample = type(sample)(**{**vars(sample), "videos": (frames, frames), "target_frames": (
-        TargetFrames((1, 2), ((0, 0, side, side),)), TargetFrames((4, 6), ((side, side, 2 * side, 2 * side),)))})
+    sample = type(sample)(
+        **{
+            **vars(sample),
+            "videos": (frames, frames),
+            "target_frames": (
+                TargetFrames((1, 2), ((0, 0, side, side),)),
+                TargetFrames((4, 6), ((side, side, 2 * side, 2 * side),)),
+            ),
+        }
+    )
     prompt = processor(sample)
     assert prompt.is_video.tolist() == [False, True, True]
     # image: 2 tokens; each video: 3 temporal patches of 2 x 2
@@ -117,8 +134,16 @@ def test_samples_with_a_wrong_annotation_are_named(material):
     good = processor(parsed({"mp4": clip}, data_type="video", target_boxes=[], target_frames=[span]))
     assert 0 < int(good.target_mask.sum()) < int(good.visual_mask.sum())
     for members, changes, message in [
-        ({"mp4": clip}, {"target_boxes": [], "target_frames": [{**span, "seconds": [9, 10]}]}, "do not lie in the video of 4 s"),
-        ({"mp4": clip}, {"target_boxes": [], "target_frames": [{**span, "boxes": [[0, 0, 99, 9]]}]}, "frame of 64 x 48"),
+        (
+            {"mp4": clip},
+            {"target_boxes": [], "target_frames": [{**span, "seconds": [9, 10]}]},
+            "do not lie in the video of 4 s",
+        ),
+        (
+            {"mp4": clip},
+            {"target_boxes": [], "target_frames": [{**span, "boxes": [[0, 0, 99, 9]]}]},
+            "frame of 64 x 48",
+        ),
         ({"png": png()}, {"target_boxes": [], "target_frames": [span]}, "has target_frames but no video"),
         ({"mp4": clip}, {"target_boxes": [[0, 0, 9, 9]]}, "has target_boxes but no image"),
     ]:

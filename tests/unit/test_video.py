@@ -12,9 +12,20 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.data.video import (FAMILIES, DecodedVideo, VideoError, VideoSettings, decode_video, frames_video,
-                                     grid_timestamps, patchify_video, sample_indices, seconds_per_grid, video_grid,
-                                     visual_token_count)
+from megatron_ral.data.video import (
+    FAMILIES,
+    DecodedVideo,
+    VideoError,
+    VideoSettings,
+    decode_video,
+    frames_video,
+    grid_timestamps,
+    patchify_video,
+    sample_indices,
+    seconds_per_grid,
+    video_grid,
+    visual_token_count,
+)
 
 CODECS = {  # short groups of pictures, so that decoding skips some
     "mp4": ("mp4", "libx264", "yuv420p", {"g": "6", "bf": "2"}),
@@ -49,14 +60,15 @@ def clip(kind="mp4", count=20, times=None) -> bytes:
 
 def all_frames(data: bytes) -> torch.Tensor:
     with av.open(io.BytesIO(data)) as container:
-        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-                            for frame in container.decode(video=0)])
+        return torch.stack(
+            [torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1) for frame in container.decode(video=0)]
+        )
 
 
 def overwrite(data: bytes, after: bytes, skip: int, value: bytes) -> bytes:
     """value in place of what stands skip bytes after the first occurrence of a name."""
     place = data.index(after) + len(after) + skip
-    return data[:place] + value + data[place + len(value):]
+    return data[:place] + value + data[place + len(value) :]
 
 
 def picture(level: int, width=32, height=24, kind="PNG") -> bytes:
@@ -72,16 +84,20 @@ def noise(num_frames, height, width) -> DecodedVideo:
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("num_frames, seconds, choices, wanted", [
-    (100, 10.0, {}, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),
-    (100, 9.9993, {}, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),     # a clock of milliseconds
-    (100, 9.5, {}, [0, 12, 25, 37, 50, 62, 75, 87]),                # whole temporal patches
-    (100, 1.0, {}, [0, 25, 50, 75]),                                # min_frames
-    (100, 10.0, {"max_frames": 5}, [0, 25, 50, 75]),                # max_frames
-    (100, 3.0, {"fps": 2.0}, [0, 16, 33, 50, 66, 83]),
-    (3, 60.0, {}, [0, 1]),
-    (1, 60.0, {}, [0]),
-])
+
+@pytest.mark.parametrize(
+    "num_frames, seconds, choices, wanted",
+    [
+        (100, 10.0, {}, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),
+        (100, 9.9993, {}, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),  # a clock of milliseconds
+        (100, 9.5, {}, [0, 12, 25, 37, 50, 62, 75, 87]),  # whole temporal patches
+        (100, 1.0, {}, [0, 25, 50, 75]),  # min_frames
+        (100, 10.0, {"max_frames": 5}, [0, 25, 50, 75]),  # max_frames
+        (100, 3.0, {"fps": 2.0}, [0, 16, 33, 50, 66, 83]),
+        (3, 60.0, {}, [0, 1]),
+        (1, 60.0, {}, [0]),
+    ],
+)
 def test_sampled_indices(num_frames, seconds, choices, wanted):
     assert sample_indices(num_frames, seconds, settings(**choices)) == wanted
 
@@ -104,7 +120,7 @@ def test_what_no_sampled_frame_needs_is_not_decoded():
     damaged = bytearray(data)
     for packet in packets:
         if 0.7 < packet.pts * packet.time_base < 1.5:
-            damaged[packet.pos:packet.pos + packet.size] = bytes(packet.size)
+            damaged[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     few = settings(min_frames=2, max_frames=2)  # frames 0 and 21 of 42
     assert torch.equal(decode_video(bytes(damaged), few).frames, decode_video(data, few).frames)
     with pytest.raises(VideoError, match="cannot be decoded"):
@@ -162,34 +178,56 @@ def test_pictures_are_sampled_by_the_same_rule():
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "cannot be decoded"),
-    (b"garbage" * 1000, "cannot be decoded"),
-    (b"ffconcat version 1.0\nfile other.mp4\n", "cannot be decoded"),
-    (picture(0), "cannot be decoded"),
-    (clip("mp4")[:1500], "cannot be decoded"),
-    (clip("mp4").replace(b"vide", b"soun"), "no video stream"),
-    (clip("mp4").replace(b"avc1", b"zzzz"), "no video stream"),
-    (clip("gif")[:800], "cut short or damaged"),
-    (overwrite(clip("mp4"), b"stsz", 8, bytes(4)), "no frames"),
-    (overwrite(clip("gif"), b"GIF89a", 0, struct.pack("<H", 20000)), "20000 x 48 pixels are not within 16384"),
-    (overwrite(clip("gif"), b"GIF89a", 0, struct.pack("<2H", 9000, 9000)), "20 frames of 9000 x 9000 pixels take more"),
-], ids=["empty", "garbage", "script", "picture", "cut mp4", "no video", "unknown codec", "cut gif", "no frames",
-        "wide", "large"])
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "cannot be decoded"),
+        (b"garbage" * 1000, "cannot be decoded"),
+        (b"ffconcat version 1.0\nfile other.mp4\n", "cannot be decoded"),
+        (picture(0), "cannot be decoded"),
+        (clip("mp4")[:1500], "cannot be decoded"),
+        (clip("mp4").replace(b"vide", b"soun"), "no video stream"),
+        (clip("mp4").replace(b"avc1", b"zzzz"), "no video stream"),
+        (clip("gif")[:800], "cut short or damaged"),
+        (overwrite(clip("mp4"), b"stsz", 8, bytes(4)), "no frames"),
+        (overwrite(clip("gif"), b"GIF89a", 0, struct.pack("<H", 20000)), "20000 x 48 pixels are not within 16384"),
+        (
+            overwrite(clip("gif"), b"GIF89a", 0, struct.pack("<2H", 9000, 9000)),
+            "20 frames of 9000 x 9000 pixels take more",
+        ),
+    ],
+    ids=[
+        "empty",
+        "garbage",
+        "script",
+        "picture",
+        "cut mp4",
+        "no video",
+        "unknown codec",
+        "cut gif",
+        "no frames",
+        "wide",
+        "large",
+    ],
+)
 def test_unusable_files(data, message):
     with pytest.raises(VideoError, match=message):
         decode_video(data, settings(fps=100.0))
 
 
-@pytest.mark.parametrize("frames, fps, message", [
-    ([], 1.0, "0 frames at 1.0"),
-    ([picture(0)], 0.0, "1 frames at 0.0"),
-    ([picture(0)], float("nan"), "at nan"),
-    ([picture(0), b"garbage"], 1.0, "frame 1 of the video cannot be decoded"),
-    ([picture(0, kind="TIFF")], 1.0, "frame 0 of the video cannot be decoded"),
-    ([picture(0), picture(0, width=40)], 1.0, "not of one size: 32 x 24 and 40 x 24 pixels"),
-    ([picture(0, width=16385, height=1)], 1.0, "16385 x 1 pixels are not within 16384"),
-])
+@pytest.mark.parametrize(
+    "frames, fps, message",
+    [
+        ([], 1.0, "0 frames at 1.0"),
+        ([picture(0)], 0.0, "1 frames at 0.0"),
+        ([picture(0)], float("nan"), "at nan"),
+        ([picture(0), b"garbage"], 1.0, "frame 1 of the video cannot be decoded"),
+        ([picture(0, kind="TIFF")], 1.0, "frame 0 of the video cannot be decoded"),
+        ([picture(0), picture(0, width=40)], 1.0, "not of one size: 32 x 24 and 40 x 24 pixels"),
+        ([picture(0, width=16385, height=1)], 1.0, "16385 x 1 pixels are not within 16384"),
+    ],
+)
 def test_unusable_pictures(frames, fps, message):
     with pytest.raises(VideoError, match=message):
         frames_video(frames, fps, settings())
@@ -200,11 +238,19 @@ def test_too_thin_frames():
         patchify_video(noise(2, 2, 402), settings())
 
 
-@pytest.mark.parametrize("choices", [
-    {"family": "qwen4_vl"}, {"fps": 0.0}, {"fps": float("inf")}, {"max_frames": 3}, {"max_frames": 1, "min_frames": 1},
-    {"max_pixels_per_frame": 27 * 28, "min_pixels_per_frame": 1}, {"min_pixels_per_frame": 0},
-    {"min_pixels_per_frame": 200 * 28 * 28},
-])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"family": "qwen4_vl"},
+        {"fps": 0.0},
+        {"fps": float("inf")},
+        {"max_frames": 3},
+        {"max_frames": 1, "min_frames": 1},
+        {"max_pixels_per_frame": 27 * 28, "min_pixels_per_frame": 1},
+        {"min_pixels_per_frame": 0},
+        {"min_pixels_per_frame": 200 * 28 * 28},
+    ],
+)
 def test_impossible_settings(choices):
     with pytest.raises(ConfigError, match="video"):
         settings(**choices)
@@ -248,9 +294,15 @@ def test_patches_hold_the_frames_in_order():
     values, grid = patchify_video(video, chosen)
     assert grid.tolist() == [2, 4, 6]
     mean, std = torch.tensor(chosen.image_mean).view(3, 1, 1, 1), torch.tensor(chosen.image_std).view(3, 1, 1, 1)
-    for patch, frames, top, left in [(0, [0, 1], 0, 0), (1, [0, 1], 0, 14), (2, [0, 1], 14, 0), (4, [0, 1], 0, 28),
-                                     (12, [0, 1], 28, 0), (24 + 7, [2, 2], 14, 42)]:
-        piece = video.frames[frames, :, top:top + 14, left:left + 14].transpose(0, 1) / 255
+    for patch, frames, top, left in [
+        (0, [0, 1], 0, 0),
+        (1, [0, 1], 0, 14),
+        (2, [0, 1], 14, 0),
+        (4, [0, 1], 0, 28),
+        (12, [0, 1], 28, 0),
+        (24 + 7, [2, 2], 14, 42),
+    ]:
+        piece = video.frames[frames, :, top : top + 14, left : left + 14].transpose(0, 1) / 255
         torch.testing.assert_close(values[patch].view(3, 2, 14, 14), (piece - mean) / std)
 
 
@@ -271,8 +323,9 @@ def test_times_of_temporal_patches():
     assert grid_timestamps(video, settings()) == [0.5, 2.5]
 
 
-@pytest.mark.parametrize("family, size", [("qwen2_5_vl", size) for size in SIZES]
-                         + [("qwen3_vl", size) for size in SIZES if size[0] > 1])  # it refuses a lone frame
+@pytest.mark.parametrize(
+    "family, size", [("qwen2_5_vl", size) for size in SIZES] + [("qwen3_vl", size) for size in SIZES if size[0] > 1]
+)  # it refuses a lone frame
 def test_patches_equal_the_stock_processors(family, size):
     pytest.importorskip("torchvision")
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -280,8 +333,10 @@ def test_patches_equal_the_stock_processors(family, size):
 
     chosen, video = settings(family), noise(*size)
     stock, frames = (Qwen3VLVideoProcessor, size[0]) if family == "qwen3_vl" else (Qwen2VLVideoProcessor, 1)
-    limits = {"shortest_edge": frames * chosen.min_pixels_per_frame,
-              "longest_edge": frames * chosen.max_pixels_per_frame}
+    limits = {
+        "shortest_edge": frames * chosen.min_pixels_per_frame,
+        "longest_edge": frames * chosen.max_pixels_per_frame,
+    }
     wanted = stock(size=limits, do_sample_frames=False)(videos=[video.frames], return_tensors="pt")
     values, grid = patchify_video(video, chosen)
     assert grid.tolist() == wanted["video_grid_thw"][0].tolist()

@@ -33,7 +33,7 @@ def processor(material) -> PromptProcessor:
 def shown(frame: torch.Tensor, cell: int) -> tuple[str, np.ndarray]:
     """What a decoded frame [3, 56, 56] has in a cell: the nearest colour of the palette and the strokes in [0, 1]."""
     top, left = 28 * (cell // 2), 28 * (cell % 2)
-    piece = frame[:, top:top + 28, left:left + 28].numpy().astype(np.float32)
+    piece = frame[:, top : top + 28, left : left + 28].numpy().astype(np.float32)
     strokes = piece.max(axis=0)
     bright = piece[:, strokes > 0.8 * strokes.max()].mean(axis=1)
     colour = min(PALETTE, key=lambda name: np.abs(bright - PALETTE[name]).sum())
@@ -55,7 +55,7 @@ def test_decoded_clips_show_what_is_annotated(clips, processor, split):
         per_scene = len(video.frames) // num_scenes
         assert len(record["scene_digits"]) == num_scenes and video.frames.shape[1:] == (3, 56, 56)
         for scene in range(num_scenes):
-            for frame in video.frames[scene * per_scene:(scene + 1) * per_scene]:
+            for frame in video.frames[scene * per_scene : (scene + 1) * per_scene]:
                 cell = record["scene_cells"][scene]
                 colour, strokes = shown(frame, cell)
                 assert colour == record["scene_colours"][scene], (sample.key, scene)
@@ -63,7 +63,7 @@ def test_decoded_clips_show_what_is_annotated(clips, processor, split):
                 assert digits[found] == record["scene_digits"][scene], (sample.key, scene)
                 assert (found >= len(TRAIN[0])) == (split == "heldout"), "a scan of the other side"
                 empty = frame.clone()
-                empty[:, 28 * (cell // 2):28 * (cell // 2) + 28, 28 * (cell % 2):28 * (cell % 2) + 28] = 0
+                empty[:, 28 * (cell // 2) : 28 * (cell // 2) + 28, 28 * (cell % 2) : 28 * (cell % 2) + 28] = 0
                 assert empty.float().mean() < 2, "the other cells are black"
         assert len(set(record["scene_colours"])) == num_scenes
 
@@ -91,7 +91,10 @@ def test_answers_and_the_biased_gaze(clips):
             assert digit_asked or sample.problem == f"Which colour is scene {asked + 1}?"
             assert sample.solution == f"<answer>{digit if digit_asked else colour}</answer>"
             assert sample.process == f"<think>{colour}{digit}</think>"
-            assert read == (asked if split != "biased" else read) and read in (asked, (asked + 1) % len(record["scene_digits"]))
+            assert read == (asked if split != "biased" else read) and read in (
+                asked,
+                (asked + 1) % len(record["scene_digits"]),
+            )
         colours = sum("colour" in sample.problem for sample, _ in rows)
         assert colours == (len(rows) // 2 if split in ("single", "search") else 0)
         if split == "biased":
@@ -109,14 +112,17 @@ def test_equal_arguments_write_equal_bytes(tmp_path):
         assert sorted(archive.getnames()) == ["rl_000000.json", "rl_000000.mp4"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--scenes", "1"], "--scenes must be at least 2, got 1"),
-    (["--scenes", "9"], "--scenes 9 needs as many colours, but --num-colours is 8"),
-    (["--grid", "1", "--cell-pixels", "29"], "--cell-pixels 29 must be even"),
-    (["--fps", "0"], "--fps must be at least 1, got 0"),
-    (["--bias", "1.5"], "--bias must lie in 0..1, got 1.5"),
-    (["--num-heldout", "3"], "--num-heldout must be at least 4"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--scenes", "1"], "--scenes must be at least 2, got 1"),
+        (["--scenes", "9"], "--scenes 9 needs as many colours, but --num-colours is 8"),
+        (["--grid", "1", "--cell-pixels", "29"], "--cell-pixels 29 must be even"),
+        (["--fps", "0"], "--fps must be at least 1, got 0"),
+        (["--bias", "1.5"], "--bias must lie in 0..1, got 1.5"),
+        (["--num-heldout", "3"], "--num-heldout must be at least 4"),
+    ],
+)
 def test_wrong_arguments_are_named(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):
         make_video_search.main(["--output", str(tmp_path / "never"), *arguments])

@@ -63,7 +63,7 @@ def test_flops_of_the_tower_against_a_counter(material, kind):
     shape = read_shape(str(material[kind]))
     tower = AutoModelForImageTextToText.from_pretrained(material[kind], attn_implementation="eager").eval().model.visual
     patches = 16
-    pixels = torch.randn(patches, 3 * shape.vision.temporal_patch_size * shape.vision.patch_size ** 2)
+    pixels = torch.randn(patches, 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
     counts = counter.get_flop_counts()["Global"]
@@ -80,7 +80,9 @@ def test_peaks():
 def test_settings_are_flat_and_runs_have_a_method():
     config = make_config("m")
     flat = flat_settings(config)
-    assert flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
+    assert (
+        flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
+    )
     assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
     assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
     grpo = replace(config, loss=LossConfig(attention_coef=0.0))
@@ -103,13 +105,27 @@ class _Page(HTMLParser):
         kind = attributes.get("class", "")
         self.sources += [value for name, value in attributes.items() if name in ("src", "href")]
         if tag == "section":
-            self.sections.append({"token": [], "masses": "", "target": 0, "img": 0, "canvas": [], "tokens-by-layer": 0,
-                                  "question": "", "reference": "", "completion": "", "option": []})
+            self.sections.append(
+                {
+                    "token": [],
+                    "masses": "",
+                    "target": 0,
+                    "img": 0,
+                    "canvas": [],
+                    "tokens-by-layer": 0,
+                    "question": "",
+                    "reference": "",
+                    "completion": "",
+                    "option": [],
+                }
+            )
         self.into = None
         if self.sections and tag in ("img",):
             self.sections[-1]["img"] += 1
         elif self.sections and tag == "canvas":
-            self.sections[-1]["canvas"].append((int(attributes["data-first"]), int(attributes["width"]), int(attributes["height"])))
+            self.sections[-1]["canvas"].append(
+                (int(attributes["data-first"]), int(attributes["width"]), int(attributes["height"]))
+            )
         elif self.sections and kind in ("target", "tokens-by-layer"):
             self.sections[-1][kind] += 1
         elif self.sections and (kind in ("token", "masses", "question", "reference", "completion") or tag == "option"):
@@ -137,8 +153,23 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
     make = attention_report.make_samples
     attention_report.make_samples = lambda arguments: made.append(make(arguments)) or made[0]  # to compare with
     try:
-        assert attention_report.main([str(material["tiny"]), shards, "--num-samples", "3", "--layers", "-1", "1", "--output",
-                                      str(output), "rollout.max_response_length=6"]) == 0
+        assert (
+            attention_report.main(
+                [
+                    str(material["tiny"]),
+                    shards,
+                    "--num-samples",
+                    "3",
+                    "--layers",
+                    "-1",
+                    "1",
+                    "--output",
+                    str(output),
+                    "rollout.max_response_length=6",
+                ]
+            )
+            == 0
+        )
     finally:
         attention_report.make_samples = make
     (samples, layers), text = made[0], output.read_text(encoding="utf-8")
@@ -154,7 +185,9 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
         assert section["option"] == ["1", "3"] and section["tokens-by-layer"] == 1
         data = json.loads(section["masses"])
         assert data["target"] == np.flatnonzero(sample.target).tolist() and data["visual"] == len(sample.target)
-        assert all(0 <= first and first + width * height <= data["visual"] for first, width, height in section["canvas"])
+        assert all(
+            0 <= first and first + width * height <= data["visual"] for first, width, height in section["canvas"]
+        )
         for layer, part in data["layers"].items():
             rows = np.frombuffer(base64.b64decode(part["rows"]), "<u2").reshape(len(sample.tokens), data["visual"])
             masses = rows * np.array(part["peaks"])[:, None] / 65535
@@ -166,8 +199,12 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
 
 def test_page_refuses_what_it_cannot_use(material, tmp_path, capsys):
     tiny, shards = str(material["tiny"]), f"{material['data']}/heldout-*.tar"
-    for arguments, said in (([tiny, f"{tmp_path}/*.tar"], "SHARDS"), ([tiny, shards, "--layers", "9"], "--layers names layer 9"),
-                            ([str(tmp_path), shards], "CHECKPOINT = "), ([tiny, shards, "rollout.nonsense=1"], "unknown key")):
+    for arguments, said in (
+        ([tiny, f"{tmp_path}/*.tar"], "SHARDS"),
+        ([tiny, shards, "--layers", "9"], "--layers names layer 9"),
+        ([str(tmp_path), shards], "CHECKPOINT = "),
+        ([tiny, shards, "rollout.nonsense=1"], "unknown key"),
+    ):
         assert attention_report.main([*arguments, "--output", str(tmp_path / "x.html")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()

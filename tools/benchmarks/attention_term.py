@@ -58,10 +58,13 @@ class Layer(NamedTuple):
     def rows(self) -> RowQK:
         """What the engine records: queries of the response, keys of prompt and response; leaves of their own."""
         P = self.key.shape[2] - self.R
-        query, prompt, own = (tensor.detach().transpose(1, 2).clone().requires_grad_() for tensor in
-                              (self.query[:, :, P:], self.key[:, :, :P], self.key[:, :, P:]))
-        return RowQK(query[:, None], prompt, own[:, None], torch.tensor([P], device=query.device), 0, WIDTH ** -0.5,
-                     query.shape[2])
+        query, prompt, own = (
+            tensor.detach().transpose(1, 2).clone().requires_grad_()
+            for tensor in (self.query[:, :, P:], self.key[:, :, :P], self.key[:, :, P:])
+        )
+        return RowQK(
+            query[:, None], prompt, own[:, None], torch.tensor([P], device=query.device), 0, WIDTH**-0.5, query.shape[2]
+        )
 
 
 def make_layer(S: int, R: int, key_heads: int, device: str) -> Layer:
@@ -95,7 +98,7 @@ def eager_weights(layer: Layer, first_row: int) -> Tensor:
     query, S = layer.query[0, :, first_row:], layer.key.shape[2]
     key = layer.key[0].repeat_interleave(len(query) // layer.key.shape[1], dim=0)
     later = torch.arange(S, device=key.device) > torch.arange(first_row, S, device=key.device)[:, None]
-    scores = (query @ key.mT * WIDTH ** -0.5).masked_fill_(later, float("-inf"))
+    scores = (query @ key.mT * WIDTH**-0.5).masked_fill_(later, float("-inf"))
     return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
 
@@ -104,7 +107,7 @@ def eager_layer(layer: Layer) -> tuple[Tensor, ...]:
     weights = eager_weights(layer, 0)
     value = layer.value[0].repeat_interleave(len(weights) // layer.value.shape[1], dim=0)
     output = weights.to(value.dtype) @ value
-    loss = eager_jsd(weights[:, -layer.R:].mean(dim=0), layer)
+    loss = eager_jsd(weights[:, -layer.R :].mean(dim=0), layer)
     del weights
     return torch.autograd.grad((output * layer.cotangent[0]).sum() + loss, layer[:3])
 
@@ -132,8 +135,15 @@ def our_layer(layer: Layer) -> tuple[Tensor, ...]:
     P = layer.key.shape[2] - layer.R
     output = scaled_dot_product_attention(*layer[:3], is_causal=True, enable_gqa=True)
     query, key = layer.query.transpose(1, 2), layer.key.transpose(1, 2)
-    qk = RowQK(query[:, None, P:], key[:, :P], key[:, None, P:], torch.tensor([P], device=key.device), 0, WIDTH ** -0.5,
-               query.shape[2])
+    qk = RowQK(
+        query[:, None, P:],
+        key[:, :P],
+        key[:, None, P:],
+        torch.tensor([P], device=key.device),
+        0,
+        WIDTH**-0.5,
+        query.shape[2],
+    )
     loss = row_divergence(qk, head_mean_attention(qk), layer.target, layer.keys).mean()
     return torch.autograd.grad((output * layer.cotangent).sum() + loss, layer[:3])
 
@@ -173,26 +183,34 @@ def peak_bytes(function: Callable, device: str) -> int:
 def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
     """Print one shape; the ratio of times."""
     device = arguments.device
-    fitting = [k for k in (4, 2, 1) if HEADS // KEY_HEADS * k * S * S * 4 * MAPS <= arguments.eager_memory * 2 ** 30]
+    fitting = [k for k in (4, 2, 1) if HEADS // KEY_HEADS * k * S * S * 4 * MAPS <= arguments.eager_memory * 2**30]
     part = fitting[0] if fitting else 0
     layer, few = make_layer(S, R, KEY_HEADS, device), make_layer(S, R, part, device) if part else None
     qk = layer.rows()
-    cases = {"eager layer": lambda: eager_layer(few), "our layer": lambda: our_layer(layer),
-             "SDPA": lambda: sdpa(layer), "term": lambda: term(qk, layer), "eager rows": lambda: eager_rows(layer)}
+    cases = {
+        "eager layer": lambda: eager_layer(few),
+        "our layer": lambda: our_layer(layer),
+        "SDPA": lambda: sdpa(layer),
+        "term": lambda: term(qk, layer),
+        "eager rows": lambda: eager_rows(layer),
+    }
     if not part:
         del cases["eager layer"]
     map_bytes, inputs = R * S * 4, {"term": qk[:3], "eager layer": (few or layer)[:3], "eager rows": layer[:2]}
     if part == KEY_HEADS:
         for ours, eager in zip(our_layer(layer), eager_layer(layer)):
-            assert torch.allclose(ours.float(), eager.float(), rtol=0, atol=(1e-5 if device == "cpu" else 2e-2) *
-                                  float(eager.abs().max())), "ours and eager differ"
+            assert torch.allclose(
+                ours.float(), eager.float(), rtol=0, atol=(1e-5 if device == "cpu" else 2e-2) * float(eager.abs().max())
+            ), "ours and eager differ"
     peaks = {name: peak_bytes(case, device) for name, case in cases.items()}
     times = {name: [] for name in cases}
     for _ in range(arguments.repeats):
         for name, case in cases.items():
             times[name].append(seconds(case, device, CLOCKS[arguments.clock]))
-    print(f"S={S} R={R}: {HEADS} heads, {KEY_HEADS} key/value heads, width {WIDTH}, {layer.query.dtype}; a map of rows "
-          f"(R x S x 4) is {map_bytes / 1e6:.1f} MB")
+    print(
+        f"S={S} R={R}: {HEADS} heads, {KEY_HEADS} key/value heads, width {WIDTH}, {layer.query.dtype}; a map of rows "
+        f"(R x S x 4) is {map_bytes / 1e6:.1f} MB"
+    )
     print(f"{'':14}{'least s':>10}{'most s':>10}{'peak MB':>12}{'gradients MB':>14}{'extra MB':>12}{'extra, maps':>13}")
     least = {}
     for name in cases:
@@ -200,21 +218,27 @@ def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
         gradients = sum(tensor.numel() * tensor.element_size() for tensor in inputs.get(name, layer[:3])) * factor
         least[name], extra = min(times[name]) * factor, peaks[name] * factor - gradients
         note = f"  ({part} of {KEY_HEADS} key/value heads, x {factor})" if factor > 1 else ""
-        print(f"{name:14}{least[name]:10.4f}{max(times[name]) * factor:10.4f}{peaks[name] * factor / 1e6:12.1f}"
-              f"{gradients / 1e6:14.1f}{extra / 1e6:12.1f}{extra / map_bytes:13.2f}{note}")
+        print(
+            f"{name:14}{least[name]:10.4f}{max(times[name]) * factor:10.4f}{peaks[name] * factor / 1e6:12.1f}"
+            f"{gradients / 1e6:14.1f}{extra / 1e6:12.1f}{extra / map_bytes:13.2f}{note}"
+        )
     share = least["term"] / least["SDPA"]
     print(f"term / eager rows {least['term'] / least['eager rows']:.3f}; term / SDPA {share:.3f}")
     if device == "cuda":
         # the kernels form scores five times (normaliser, map, statistics, dq, dk) and take two more products
         floor = 7 * 2 * HEADS * WIDTH * R * (S - R / 2) / (arguments.peak_tflops * 1e12)
-        print(f"term {least['term'] * 1e3:.3f} ms, floor of its matrix products {floor * 1e3:.3f} ms: "
-              f"{least['term'] / floor:.1f} times")
+        print(
+            f"term {least['term'] * 1e3:.3f} ms, floor of its matrix products {floor * 1e3:.3f} ms: "
+            f"{least['term'] / floor:.1f} times"
+        )
     if not part:
         print("eager layer: more memory than --eager-memory for one key/value head; left out")
         return 0.0
     eager, ratio = least["eager layer"], least["term"] / least["eager layer"]
-    print(f"our layer / eager layer {least['our layer'] / eager:.3f}; term / (eager layer - SDPA) "
-          f"{least['term'] / max(eager - least['SDPA'], 1e-9):.3f}; term / eager layer {ratio:.3f}\n")
+    print(
+        f"our layer / eager layer {least['our layer'] / eager:.3f}; term / (eager layer - SDPA) "
+        f"{least['term'] / max(eager - least['SDPA'], 1e-9):.3f}; term / eager layer {ratio:.3f}\n"
+    )
     return ratio
 
 
@@ -230,11 +254,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and arguments.clock != "wall":
         parser.error("--clock cpu: kernels on a GPU take no processor time; use --clock wall")
-    shapes = arguments.shapes or (["4096x512", "8192x1024"] if arguments.device == "cpu" else
-                                  ["4096x512", "8192x1024", "16384x2048", "32768x4096"])
+    shapes = arguments.shapes or (
+        ["4096x512", "8192x1024"]
+        if arguments.device == "cpu"
+        else ["4096x512", "8192x1024", "16384x2048", "32768x4096"]
+    )
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {name}, {arguments.repeats} repetitions, "
-          f"{arguments.clock} clock\n")
+    print(
+        f"torch {torch.__version__}, Python {sys.version.split()[0]}, {name}, {arguments.repeats} repetitions, "
+        f"{arguments.clock} clock\n"
+    )
     ratios = [measure(*map(int, shape.split("x")), arguments) for shape in shapes]
     print(f"ratio attention_term {max(ratios):.3f}")
 

@@ -39,11 +39,26 @@ print(json.dumps(phases))
 
 def together(trees: list[Path], processors: list[int], arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Wall seconds by phase of one step in each tree."""
-    started = [subprocess.Popen(
-        [sys.executable, "-c", TURN, str(tree), str(arguments.run.resolve()), str(arguments.steps), *arguments.settings],
-        cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda processor=processor: os.sched_setaffinity(0, {processor}))
-        for tree, processor in zip(trees, processors)]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                TURN,
+                str(tree),
+                str(arguments.run.resolve()),
+                str(arguments.steps),
+                *arguments.settings,
+            ],
+            cwd=tree,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda processor=processor: os.sched_setaffinity(0, {processor}),
+        )
+        for tree, processor in zip(trees, processors)
+    ]
     results = [process.communicate() for process in started]
     for tree, process, (_, errors) in zip(trees, started, results):
         if process.returncode:
@@ -55,7 +70,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("revision", help="of this repository")
-    parser.add_argument("--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run")
+    parser.add_argument(
+        "--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run"
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("settings", nargs="*")
@@ -79,10 +96,12 @@ def main() -> None:
             subprocess.run([*git, "worktree", "remove", "--force", str(before)], check=True)
     names = list(turns[0][0])
     old, new = ({name: median(pair[side].get(name, 0.0) for pair in turns) for name in names} for side in (0, 1))
-    print(f"before: {subject.stdout.strip()}\nmedians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
-          f"{'phase':12}{'before':>9}{'now':>9}{'ratio':>8}")
+    print(
+        f"before: {subject.stdout.strip()}\nmedians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
+        f"{'phase':12}{'before':>9}{'now':>9}{'ratio':>8}"
+    )
     for name in [*names, "step"]:
-        one, two = ((old[name], new[name]) if name in old else (sum(old.values()), sum(new.values())))
+        one, two = (old[name], new[name]) if name in old else (sum(old.values()), sum(new.values()))
         print(f"{name:12}{one:9.3f}{two:9.3f}{two / one:8.3f}")
     print(f"ratio before_after {sum(new.values()) / sum(old.values()):.3f}")
 

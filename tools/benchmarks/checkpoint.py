@@ -30,12 +30,34 @@ logging: {tensorboard: false}
 
 
 def make_inputs(root: Path, arguments: argparse.Namespace) -> None:
-    model = ["make_tiny_model.py", "--output", root / "model", "--hidden-size", arguments.hidden_size, "--num-layers",
-             arguments.num_layers]
-    data = ["make_digit_search.py", "--output", root / "data", "--num-single", 32, "--num-search", 32, "--num-biased", 8,
-            "--num-rl", 8, "--num-heldout", 8]
+    model = [
+        "make_tiny_model.py",
+        "--output",
+        root / "model",
+        "--hidden-size",
+        arguments.hidden_size,
+        "--num-layers",
+        arguments.num_layers,
+    ]
+    data = [
+        "make_digit_search.py",
+        "--output",
+        root / "data",
+        "--num-single",
+        32,
+        "--num-search",
+        32,
+        "--num-biased",
+        8,
+        "--num-rl",
+        8,
+        "--num-heldout",
+        8,
+    ]
     for tool, *rest in (model, data):
-        subprocess.run([sys.executable, str(PROJECT / "tools" / tool), *map(str, rest)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(PROJECT / "tools" / tool), *map(str, rest)], check=True, capture_output=True
+        )
     (root / "run.yaml").write_text(CONFIG)
 
 
@@ -52,8 +74,14 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     from megatron_ral.training.step import sft_step
     from megatron_ral.training.trainer import Inputs, Trainer
 
-    config = load_config(root / "run.yaml", [f"model.path={root}/model", f"train.output_dir={root}/out",
-                                             f"data.train=[{{shards: '{root}/data/search-*.tar'}}]"])
+    config = load_config(
+        root / "run.yaml",
+        [
+            f"model.path={root}/model",
+            f"train.output_dir={root}/out",
+            f"data.train=[{{shards: '{root}/data/search-*.tar'}}]",
+        ],
+    )
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     trainer = Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, False))
     writer = trainer.checkpoints

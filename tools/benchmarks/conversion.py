@@ -36,8 +36,12 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
         text[key] = text[key] // scale // 64 * 64
     text["head_dim"] = 128 // scale
     text["rope_parameters"]["mrope_section"] = [16 // scale, 24 // scale, 64 // scale - 16 // scale - 24 // scale]
-    config["vision_config"].update(out_hidden_size=text["hidden_size"], hidden_size=1280 // scale * 4 // 64 * 64,
-                                   intermediate_size=3456 // scale // 4 * 4, num_heads=16)
+    config["vision_config"].update(
+        out_hidden_size=text["hidden_size"],
+        hidden_size=1280 // scale * 4 // 64 * 64,
+        intermediate_size=3456 // scale // 4 * 4,
+        num_heads=16,
+    )
     (folder / "config.json").write_text(json.dumps(config))
     shapes = expected_shapes(read_shape(str(folder)))
     writer = SafetensorsWriter(folder / "model.safetensors", [(n, torch.bfloat16, s) for n, s in shapes.items()])
@@ -70,8 +74,14 @@ def memory(field: str) -> int:
 
 def run_child(*arguments: object) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    output = subprocess.run([sys.executable, __file__, "--child", *map(str, arguments)], check=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment).stdout
+    output = subprocess.run(
+        [sys.executable, __file__, "--child", *map(str, arguments)],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -88,18 +98,24 @@ def main() -> None:
     try:
         (root / "hf").mkdir()
         total, sizes = write_checkpoint(root / "hf", arguments.scale)
-        print(f"checkpoint with the key set of 72B, widths / {arguments.scale}: {len(sizes)} tensors, {total:,} bytes, "
-              f"largest {sizes[0]:,}")
+        print(
+            f"checkpoint with the key set of 72B, widths / {arguments.scale}: {len(sizes)} tensors, {total:,} bytes, "
+            f"largest {sizes[0]:,}"
+        )
         started = time.perf_counter()
         shutil.copyfile(root / "hf" / "model.safetensors", root / "copy")
         os.sync()
         copied = time.perf_counter() - started
         print(f"cp: {total:,} bytes in {copied:.2f} s, {total / copied / 1e9:.3f} GB/s")
-        rows = {"to-megatron": run_child("to-megatron", root / "hf", root / "megatron"),
-                "to-hf": run_child("to-hf", root / "megatron", root / "back")}
+        rows = {
+            "to-megatron": run_child("to-megatron", root / "hf", root / "megatron"),
+            "to-hf": run_child("to-hf", root / "megatron", root / "back"),
+        }
         for name, row in rows.items():
-            print(f"{name}: {row['bytes']:,} bytes in {row['seconds']:.2f} s, {row['bytes'] / row['seconds'] / 1e9:.3f} "
-                  f"GB/s, peak memory +{row['peak']:,} bytes")
+            print(
+                f"{name}: {row['bytes']:,} bytes in {row['seconds']:.2f} s, {row['bytes'] / row['seconds'] / 1e9:.3f} "
+                f"GB/s, peak memory +{row['peak']:,} bytes"
+            )
         peak = max(row["peak"] for row in rows.values())
         print(f"ratio conversion_memory {peak / (sizes[0] + sizes[1]):.2f}")
         print(f"ratio conversion_seconds {rows['to-megatron']['seconds'] / copied:.2f}")

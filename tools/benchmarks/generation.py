@@ -52,6 +52,7 @@ def sides_of(cores: int) -> dict[str, tuple[int, int]]:
 
 # --- in the processes that measure ------------------------------------------------------------------------------------
 
+
 def read_prompts(args: argparse.Namespace) -> tuple:
     """Prompts of equal length about pictures of noise, and the processor that made them."""
     import numpy as np
@@ -64,8 +65,11 @@ def read_prompts(args: argparse.Namespace) -> tuple:
     for number in range(args.prompts):
         stream = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (28 * args.cells, 28 * args.cells, 3), dtype=np.uint8)).save(stream, "PNG")
-        prompts.append(processor(Sample(f"k{number}", "s", "Which digit is red?", "<answer>1</answer>", "", "",
-                                        (stream.getvalue(),), ())))
+        prompts.append(
+            processor(
+                Sample(f"k{number}", "s", "Which digit is red?", "<answer>1</answer>", "", "", (stream.getvalue(),), ())
+            )
+        )
     assert len({len(prompt.input_ids) for prompt in prompts}) == 1
     return prompts, processor
 
@@ -91,8 +95,11 @@ def open_transformers(args: argparse.Namespace):
             return scores
 
     def answer(length: int, greedy: bool, ended: bool, group_size: int):
-        how = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=group_size, top_k=0,
-                                                         top_p=1.0, temperature=1.0)
+        how = (
+            dict(do_sample=False)
+            if greedy
+            else dict(do_sample=True, num_return_sequences=group_size, top_k=0, top_p=1.0, temperature=1.0)
+        )
         model.generation_config.eos_token_id = END if ended else None
         extra = dict(logits_processor=LogitsProcessorList([EndHalf()])) if ended else {}
         with torch.no_grad():
@@ -116,8 +123,11 @@ def open_stages(args: argparse.Namespace):
 
     def draw_ends(batch, logits, process_groups):
         token = draw(batch, logits, process_groups)
-        return token.masked_fill(batch.rows % 2 == 1, END) if batch.step == args.length // 4 - 1 else \
-            token.masked_fill(token == END, END + 1)
+        return (
+            token.masked_fill(batch.rows % 2 == 1, END)
+            if batch.step == args.length // 4 - 1
+            else token.masked_fill(token == END, END + 1)
+        )
 
     def answer(length: int, greedy: bool, ended: bool, group_size: int):
         import torch
@@ -125,8 +135,10 @@ def open_stages(args: argparse.Namespace):
         settings = SamplingSettings(group_size, length, END if ended else -1, 0, 0.0 if greedy else 1.0)
         DecodingBatch.draw = draw_ends if ended else draw
         with engine.resident():
-            rows = [batch.response_ids.flatten(0, 1)
-                    for batch, _ in sample_responses(engine, prompts, settings, len(prompts))]
+            rows = [
+                batch.response_ids.flatten(0, 1)
+                for batch, _ in sample_responses(engine, prompts, settings, len(prompts))
+            ]
         return torch.cat(rows)
 
     return answer
@@ -149,6 +161,7 @@ def child(side: str, args: argparse.Namespace) -> None:
 
 # --- in the process that asks -----------------------------------------------------------------------------------------
 
+
 class Side:
     """The processes of one side."""
 
@@ -156,12 +169,25 @@ class Side:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error",
-                       "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.processes = [subprocess.Popen(
-            [sys.executable, __file__, "--child", name, *arguments], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=None if os.environ.get("SHOW_ERRORS") else subprocess.DEVNULL,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "TRANSFORMERS_VERBOSITY": "error",
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--child", name, *arguments],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if os.environ.get("SHOW_ERRORS") else subprocess.DEVNULL,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]
 
     def read(self) -> list:
         """What each of the processes says next."""
@@ -224,19 +250,28 @@ def agreement(ours: list, theirs: list) -> float:
 def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
     rows = args.prompts * args.group_size
     tokens, half = rows * args.length, rows // 2 * (args.length + args.length // 4)
-    print(f"{'':14}{'':21}{'':14}{'':9}{'':10}{'':12}{'cost of a token in decoding, ms':>35}\n"
-          f"{'':14}{'processes x threads':>21}{'one token, s':>14}{'all, s':>9}{'tokens/s':>10}{'decoding/s':>12}"
-          f"{'all':>9}{'half end':>13}{'half G':>13}")
+    print(
+        f"{'':14}{'':21}{'':14}{'':9}{'':10}{'':12}{'cost of a token in decoding, ms':>35}\n"
+        f"{'':14}{'processes x threads':>21}{'one token, s':>14}{'all, s':>9}{'tokens/s':>10}{'decoding/s':>12}"
+        f"{'all':>9}{'half end':>13}{'half G':>13}"
+    )
     cost = {}
     for name, (first, whole, ended, half_first, half_whole) in seconds.items():
         decoding = (tokens - rows) / (whole - first)
-        cost[name] = [1000 / decoding, 1000 * (ended - first) / (half - rows),
-                      2000 * (half_whole - half_first) / (tokens - rows)]
+        cost[name] = [
+            1000 / decoding,
+            1000 * (ended - first) / (half - rows),
+            2000 * (half_whole - half_first) / (tokens - rows),
+        ]
         size = "{} x {}".format(*sides_of(args.cores)[name])
-        print(f"{name:14}{size:>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}{decoding:12.1f}"
-              "{:9.3f}{:13.3f}{:13.3f}".format(*cost[name]))
-    print("greedy tokens that agree with transformers: " + ", ".join(
-        f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(seconds)[1:]))
+        print(
+            f"{name:14}{size:>21}{first:14.2f}{whole:9.2f}{tokens / whole:10.1f}{decoding:12.1f}"
+            "{:9.3f}{:13.3f}{:13.3f}".format(*cost[name])
+        )
+    print(
+        "greedy tokens that agree with transformers: "
+        + ", ".join(f"{name} {agreement(greedy[name], greedy['transformers']):.3f}" for name in list(seconds)[1:])
+    )
     (theirs_first, theirs), (first, ours) = seconds["transformers"][:2], seconds["one stage"][:2]
     print(f"ratio generation_ended {cost['one stage'][1] / cost['one stage'][2]:.2f}")
     if "two stages" in seconds:
@@ -246,8 +281,9 @@ def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=8, help="prompts with one picture each")
     parser.add_argument("--group-size", type=int, default=8, help="responses to each")
     parser.add_argument("--length", type=int, default=64, help="tokens of a response; a multiple of 4")
@@ -272,19 +308,47 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = f"{folder}/model"
-        subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", model, "--hidden-size",
-                        str(args.hidden_size), "--intermediate-size", str(3 * args.hidden_size), "--num-layers",
-                        str(args.num_layers), "--num-heads", str(args.hidden_size // 64), "--vocab-size",
-                        str(args.vocab_size), "--rope-theta", "10000", "--initializer-range", "0.2", "--untied"],
-                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                str(PROJECT / "tools/make_tiny_model.py"),
+                "--output",
+                model,
+                "--hidden-size",
+                str(args.hidden_size),
+                "--intermediate-size",
+                str(3 * args.hidden_size),
+                "--num-layers",
+                str(args.num_layers),
+                "--num-heads",
+                str(args.hidden_size // 64),
+                "--vocab-size",
+                str(args.vocab_size),
+                "--rope-theta",
+                "10000",
+                "--initializer-range",
+                "0.2",
+                "--untied",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
-        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, "
-              f"{size:.1f} M float32 parameters; {args.prompts} prompts with {args.cells ** 2} visual tokens, "
-              f"G = {args.group_size}, R = {args.length}")
-        print(", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
-              + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}")
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**vars(args), "model": model}.items()
-                     if name != "child"]
+        print(
+            f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, "
+            f"{size:.1f} M float32 parameters; {args.prompts} prompts with {args.cells**2} visual tokens, "
+            f"G = {args.group_size}, R = {args.length}"
+        )
+        print(
+            ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
+            + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}"
+        )
+        arguments = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in {**vars(args), "model": model}.items()
+            if name != "child"
+        ]
         report(args, *measure(args, arguments))
 
 

@@ -35,8 +35,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from tools.benchmarks.step_material import (  # noqa: E402
-    REAL, REAL_LAYERS, SCALES, Clock, make_model, make_prompts, open_processor, settings_of, start, versions,
-    with_advantages)
+    REAL,
+    REAL_LAYERS,
+    SCALES,
+    Clock,
+    make_model,
+    make_prompts,
+    open_processor,
+    settings_of,
+    start,
+    versions,
+    with_advantages,
+)
 
 
 @contextmanager
@@ -62,8 +72,12 @@ def separate(scored, pad_token_id: int):
 
     groups = scored.groups
     [prompt], G = groups.prompts.prompts, groups.response_ids.shape[1]
-    batch = GroupBatch(pad_prompts([prompt] * G, pad_token_id), groups.response_ids.transpose(0, 1),
-                       groups.response_lengths.transpose(0, 1), groups.visual_embeds * G)
+    batch = GroupBatch(
+        pad_prompts([prompt] * G, pad_token_id),
+        groups.response_ids.transpose(0, 1),
+        groups.response_lengths.transpose(0, 1),
+        groups.visual_embeds * G,
+    )
     return replace(scored, groups=batch, advantages=scored.advantages.transpose(0, 1))
 
 
@@ -77,9 +91,16 @@ class Bench:
 
         self.process_groups, self.clock = groups, clock
         model = make_model(folder, args.scale, args.layers, args.vocab_size)
-        self.config = settings_of("grpo_7b", model, [
-            f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
-            f"rollout.max_response_length={args.length}", "rollout.generation_batch_size=1"])
+        self.config = settings_of(
+            "grpo_7b",
+            model,
+            [
+                f"rollout.num_prompts={args.prompts}",
+                f"rollout.group_size={args.group_size}",
+                f"rollout.max_response_length={args.length}",
+                "rollout.generation_batch_size=1",
+            ],
+        )
         self.processor, shape = open_processor(model), read_shape(model)
         self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
         self.policy = PolicyEngine(shape, groups, self.config)
@@ -94,10 +115,13 @@ class Bench:
         batches = [scored.groups for scored in rollout]
         with self.clock.measure(f"{name} old"):
             old = self.policy.forward(batches)
-        totals = global_totals([batch.response_lengths for batch in batches], self.config.rollout.max_response_length,
-                               self.process_groups)
-        minibatch = [TrainBatch(scored.groups, totals, scored.advantages, output.tokens.logprobs)
-                     for scored, output in zip(rollout, old)]
+        totals = global_totals(
+            [batch.response_lengths for batch in batches], self.config.rollout.max_response_length, self.process_groups
+        )
+        minibatch = [
+            TrainBatch(scored.groups, totals, scored.advantages, output.tokens.logprobs)
+            for scored, output in zip(rollout, old)
+        ]
         with self.clock.measure(f"{name} update"), self.policy.ready():
             accumulate_gradients(self.policy, minibatch, self.objective, self.config, False)
 
@@ -121,8 +145,9 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
     parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
     parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale * layers / 28")
@@ -141,10 +166,15 @@ def main() -> None:
     groups, clock = start(args.threads), Clock()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder) / "model", groups, clock)
-        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, "
-              f"vocabulary {args.vocab_size}, float32; P = {P}, G = {G}, R = {R}")
-        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
-              f"of {args.rounds}", flush=True)
+        print(
+            f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, "
+            f"vocabulary {args.vocab_size}, float32; P = {P}, G = {G}, R = {R}"
+        )
+        print(
+            f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+            f"of {args.rounds}",
+            flush=True,
+        )
         found, (calls, pictures) = bench.rollout()
         sides = {"group": found[:1], "separate": [separate(found[0], bench.processor.pad_token_id)]}
         difference = bench.difference(sides)  # the first time, which is not measured
@@ -158,12 +188,17 @@ def main() -> None:
             print(f"{name:10}{count:8}{seconds[0]:13.3f}{seconds[1]:11.3f}{seconds[2]:20.3f}{seconds[3]:11.3f}")
         ratio = tokens[1] / tokens[0]
         print(f"gradients of both sides differ by {difference:.1e} of their norm")
-        print(f"vision tower, over rollout, old pass and update of {args.prompts} prompts with {G} responses each: "
-              f"{calls} calls, {pictures} pictures")
-        speed = {part: clock.median(f"separate {part}", "cpu") / clock.median(f"group {part}", "cpu")
-                 for part in ("old", "update")}
-        print(f"token ratio {ratio:.2f}; speed-up of the old pass {speed['old']:.2f}, of the update "
-              f"{speed['update']:.2f}")
+        print(
+            f"vision tower, over rollout, old pass and update of {args.prompts} prompts with {G} responses each: "
+            f"{calls} calls, {pictures} pictures"
+        )
+        speed = {
+            part: clock.median(f"separate {part}", "cpu") / clock.median(f"group {part}", "cpu")
+            for part in ("old", "update")
+        }
+        print(
+            f"token ratio {ratio:.2f}; speed-up of the old pass {speed['old']:.2f}, of the update {speed['update']:.2f}"
+        )
         print(f"ratio group_layout_tower {pictures / args.prompts:.2f}")
         print(f"ratio group_layout_old {speed['old'] / ratio:.3f}")
         print(f"ratio group_layout {speed['update'] / ratio:.3f}")

@@ -35,7 +35,9 @@ def make_data(folder: Path, num_samples: int, width: int, height: int, num_shard
 
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0:height, 0:width]
-    text = json.dumps({"problem": "Which digit is red?", "solution": "<answer>7</answer>", "data_type": "image"}).encode()
+    text = json.dumps(
+        {"problem": "Which digit is red?", "solution": "<answer>7</answer>", "data_type": "image"}
+    ).encode()
     archives = [tarfile.open(folder / f"s-{shard}.tar", "w") for shard in range(num_shards)]
     for number in range(num_samples):
         waves = [128 + 90 * np.sin(rows / rng.uniform(9, 60) + columns / rng.uniform(9, 60)) for _ in range(3)]
@@ -90,16 +92,26 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
 
     prompt = processor(samples[0])
     bare(), epoch()  # once unmeasured
-    rounds = [(seconds_of(bare) / len(samples), seconds_of(lambda: [processor(sample) for sample in samples]) / len(samples),
-               seconds_of(epoch) / (batches * batch)) for _ in range(args.rounds)]
+    rounds = [
+        (
+            seconds_of(bare) / len(samples),
+            seconds_of(lambda: [processor(sample) for sample in samples]) / len(samples),
+            seconds_of(epoch) / (batches * batch),
+        )
+        for _ in range(args.rounds)
+    ]
     pil, alone, whole = (sorted(values)[len(values) // 2] for values in zip(*rounds))  # interleaved, so noise meets all
     held = []
     for _ in range(args.epochs):
         epoch()
         held.append(psutil.Process().memory_info().rss / 2**20)
-    print(f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, batches of {batch}, "
-          f"{args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round")
-    print(f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\nloader     {1 / whole:8.1f} samples/s")
+    print(
+        f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, batches of {batch}, "
+        f"{args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round"
+    )
+    print(
+        f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\nloader     {1 / whole:8.1f} samples/s"
+    )
     print("RSS in MiB after each epoch: " + " ".join(f"{value:.0f}" for value in held))
     print(f"RSS of the last epoch minus that of the fifth: {held[-1] - held[min(4, len(held) - 1)]:+.1f} MiB")
     print(f"loader / processor {alone / whole:.3f}")
@@ -107,8 +119,9 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--num-samples", type=int, default=128, help="pictures")
     parser.add_argument("--size", default="448x336", help="width x height in pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts taken at a time")
@@ -121,8 +134,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", str(folder / "model")],
-                       check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", str(folder / "model")],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         make_data(folder, args.num_samples, width, height)
         ratio = measure(folder, args)
     print(f"ratio loader {ratio:.3f}")

@@ -22,8 +22,14 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
-MATRICES = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
-            "aten::_scaled_dot_product_flash_attention_for_cpu_backward")
+MATRICES = (
+    "aten::mm",
+    "aten::bmm",
+    "aten::addmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 
 
 def make_trainer(run: Path, folder: str, settings: list[str]):
@@ -39,8 +45,16 @@ def make_trainer(run: Path, folder: str, settings: list[str]):
     resolved = next(iter(sorted((run / "rl" / "checkpoints").glob("step_*/config.yaml"))), None)
     if resolved is None:
         raise SystemExit(f"error: --run {run} holds no rl/checkpoints; make it with `bash launch_scripts/ral_tiny.sh`")
-    config = load_config(resolved, [f"train.output_dir={folder}", "logging.tensorboard=false", "data.eval_shards=''",
-                                    "logging.gradient_ratio_interval=0", *settings])
+    config = load_config(
+        resolved,
+        [
+            f"train.output_dir={folder}",
+            "logging.tensorboard=false",
+            "data.eval_shards=''",
+            "logging.gradient_ratio_interval=0",
+            *settings,
+        ],
+    )
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed)
     return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, False))
 
@@ -57,7 +71,9 @@ def steps(trainer, first: int, count: int) -> tuple[dict[str, float], float]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run")
+    parser.add_argument(
+        "--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run"
+    )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=14, help="of each table")
     parser.add_argument("settings", nargs="*")
@@ -80,27 +96,40 @@ def main() -> None:
         steps(trainer, 1 + 2 * count, count)
         python.disable()
     wall = sum(phases.values())
-    print(f"torch {torch.__version__}, 1 thread, {count} steps of {trainer.config.rollout.num_prompts} prompts x "
-          f"{trainer.config.rollout.group_size} responses, {trainer.config.rollout.num_minibatches} updates")
+    print(
+        f"torch {torch.__version__}, 1 thread, {count} steps of {trainer.config.rollout.num_prompts} prompts x "
+        f"{trainer.config.rollout.group_size} responses, {trainer.config.rollout.num_minibatches} updates"
+    )
     print(f"\na step: {wall:.3f} s, {processor:.3f} s of processor time\n{'phase':12}{'s':>8}{'share':>8}")
     for name, seconds in phases.items():
         print(f"{name:12}{seconds:8.3f}{seconds / wall:8.1%}")
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     whole = sum(event.self_cpu_time_total for event in events)
-    print(f"\noperators, own time ({whole / count / 1e6:.3f} s a step)\n{'operator':60}{'calls':>8}{'ms':>9}{'share':>8}")
-    for event in events[:arguments.rows]:
-        print(f"{event.key[:58]:60}{event.count / count:8.0f}{event.self_cpu_time_total / count / 1e3:9.1f}"
-              f"{event.self_cpu_time_total / whole:8.1%}")
+    print(
+        f"\noperators, own time ({whole / count / 1e6:.3f} s a step)\n{'operator':60}{'calls':>8}{'ms':>9}{'share':>8}"
+    )
+    for event in events[: arguments.rows]:
+        print(
+            f"{event.key[:58]:60}{event.count / count:8.0f}{event.self_cpu_time_total / count / 1e3:9.1f}"
+            f"{event.self_cpu_time_total / whole:8.1%}"
+        )
     table = pstats.Stats(python).stats
     total = sum(own for _, _, own, _, _ in table.values())
     print(f"\nfunctions, own time\n{'function':60}{'calls':>8}{'share':>8}")
-    for (file, line, name), (_, calls, own, _, _) in sorted(table.items(), key=lambda item: -item[1][2])[:arguments.rows]:
+    for (file, line, name), (_, calls, own, _, _) in sorted(table.items(), key=lambda item: -item[1][2])[
+        : arguments.rows
+    ]:
         place = name if file == "~" else f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"
         print(f"{place[-58:]:60}{calls / count:8.0f}{own / total:8.1%}")
     print(f"\nfunctions of this project, with what they call\n{'function':60}{'calls':>8}{'share':>8}")
     ours = {key: value for key, value in table.items() if "megatron_ral" in Path(key[0]).parts}
-    for (file, line, name), (_, calls, _, whole_time, _) in sorted(ours.items(), key=lambda item: -item[1][3])[:3 * arguments.rows]:
-        print(f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"[-58:].ljust(60) + f"{calls / count:8.0f}{whole_time / total:8.1%}")
+    for (file, line, name), (_, calls, _, whole_time, _) in sorted(ours.items(), key=lambda item: -item[1][3])[
+        : 3 * arguments.rows
+    ]:
+        print(
+            f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"[-58:].ljust(60)
+            + f"{calls / count:8.0f}{whole_time / total:8.1%}"
+        )
     matrices = sum(event.self_cpu_time_total for event in events if event.key in MATRICES) / count / 1e6
     print(f"ratio profile {processor / matrices:.2f}")
 

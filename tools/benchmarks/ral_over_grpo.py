@@ -46,8 +46,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT))
 
 from tools.benchmarks.step_material import (  # noqa: E402
-    REAL, REAL_LAYERS, SCALES, Clock, make_model, make_prompts, open_processor, settings_of, start, versions,
-    with_advantages)
+    REAL,
+    REAL_LAYERS,
+    SCALES,
+    Clock,
+    make_model,
+    make_prompts,
+    open_processor,
+    settings_of,
+    start,
+    versions,
+    with_advantages,
+)
 
 SIDES = ("grpo", "bare grpo", "ral", "ral all layers")
 
@@ -63,13 +73,19 @@ class Depth:
         self.num_layers, self.process_groups, self.clock = num_layers, groups, clock
         self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # all of one layer is one layer
         model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
-        lengths = [f"rollout.num_prompts={args.prompts}", f"rollout.group_size={args.group_size}",
-                   f"rollout.max_response_length={args.length}"]
+        lengths = [
+            f"rollout.num_prompts={args.prompts}",
+            f"rollout.group_size={args.group_size}",
+            f"rollout.max_response_length={args.length}",
+        ]
         self.processor = open_processor(model)
         self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
         every = [*lengths, f"loss.attention_layers={list(range(num_layers))}"]
-        self.configs = {"grpo": settings_of("grpo_7b", model, lengths), "ral": settings_of("ral_7b", model, lengths),
-                        "ral all layers": settings_of("ral_7b", model, every)}
+        self.configs = {
+            "grpo": settings_of("grpo_7b", model, lengths),
+            "ral": settings_of("ral_7b", model, lengths),
+            "ral all layers": settings_of("ral_7b", model, every),
+        }
         self.configs["bare grpo"] = self.configs["grpo"]
         shape = read_shape(model)
         self.policy = PolicyEngine(shape, groups, self.configs["grpo"])
@@ -112,18 +128,24 @@ class Depth:
 
 def report(depths: list[Depth], clock: Clock) -> None:
     """Tables, the parts of the formula, and the ratios."""
-    print(f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}"
-          f"{'step on the wall, s':>21}")
+    print(
+        f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}"
+        f"{'step on the wall, s':>21}"
+    )
     for depth in depths:
         L = depth.num_layers
         for side in depth.sides:
             old, gradients, step = (clock.median(f"{L} {side}{part}", "cpu") for part in (" old", " gradients", ""))
             ratio = step / clock.median(f"{L} grpo", "cpu")
-            print(f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{ratio:11.3f}"
-                  f"{clock.median(f'{L} {side}', 'wall'):21.3f}")
+            print(
+                f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{ratio:11.3f}"
+                f"{clock.median(f'{L} {side}', 'wall'):21.3f}"
+            )
         for name in ("adamw", "rollout"):
-            print(f"{name:16}{L:8}{'':27}{clock.median(f'{L} {name}', 'cpu'):10.3f}{'':11}"
-                  f"{clock.median(f'{L} {name}', 'wall'):21.3f}")
+            print(
+                f"{name:16}{L:8}{'':27}{clock.median(f'{L} {name}', 'cpu'):10.3f}{'':11}"
+                f"{clock.median(f'{L} {name}', 'wall'):21.3f}"
+            )
     few, many = (depth.num_layers for depth in depths)
 
     def line(name: str) -> tuple[float, float]:
@@ -135,21 +157,33 @@ def report(depths: list[Depth], clock: Clock) -> None:
     def more(side: str, recorded) -> float:
         """Seconds per recorded layer above bare GRPO, mean of both depths."""
         sides = {depth.num_layers: side if side in depth.sides else "ral" for depth in depths}
-        return sum((clock.median(f"{L} {name}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
-                   for L, name in sides.items()) / 2
+        return (
+            sum(
+                (clock.median(f"{L} {name}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
+                for L, name in sides.items()
+            )
+            / 2
+        )
 
     fixed, layer = line("bare grpo")
     first, decoding = line("rollout")
-    terms = {"grpo": more("grpo", lambda L: 1), "ral": more("ral", lambda L: 1),
-             "ral all layers": more("ral all layers", lambda L: L)}
-    print(f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer "
-          f"{layer:.3f}, term {terms['ral']:.3f} (one layer), {terms['ral all layers']:.3f} (each of all), measured "
-          f"{terms['grpo']:.3f}; rollout(L) = {first:.3f} + L * {decoding:.3f}")
+    terms = {
+        "grpo": more("grpo", lambda L: 1),
+        "ral": more("ral", lambda L: 1),
+        "ral all layers": more("ral all layers", lambda L: L),
+    }
+    print(
+        f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer "
+        f"{layer:.3f}, term {terms['ral']:.3f} (one layer), {terms['ral all layers']:.3f} (each of all), measured "
+        f"{terms['grpo']:.3f}; rollout(L) = {first:.3f} + L * {decoding:.3f}"
+    )
     bare = fixed + REAL_LAYERS * layer
     grpo, one, every = bare + terms["grpo"], bare + terms["ral"], bare + REAL_LAYERS * terms["ral all layers"]
     rollout = first + REAL_LAYERS * decoding
-    print(f"at {REAL_LAYERS} layers: bare grpo {bare:.2f} s, grpo {grpo:.2f} s, ral {one:.2f} s, ral all layers "
-          f"{every:.2f} s, rollout {rollout:.2f} s")
+    print(
+        f"at {REAL_LAYERS} layers: bare grpo {bare:.2f} s, grpo {grpo:.2f} s, ral {one:.2f} s, ral all layers "
+        f"{every:.2f} s, rollout {rollout:.2f} s"
+    )
     print(f"ratio ral_over_grpo_bare {one / bare:.3f}")
     print(f"ratio ral_over_grpo_with_rollout {(rollout + one) / (rollout + grpo):.3f}")
     print(f"ratio ral_over_grpo_all_layers_bare {every / bare:.3f}")
@@ -158,8 +192,9 @@ def report(depths: list[Depth], clock: Clock) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
     parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="the two depths that are timed")
     parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale")
@@ -181,11 +216,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         depths = [Depth(L, args, Path(folder), groups, clock) for L in args.layers]
         sizes = [f"{depth.num_layers} layers with {depth.num_parameters / 1e6:.1f} M parameters" for depth in depths]
-        print(f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary "
-              f"{args.vocab_size}; {' and '.join(sizes)}, float32; {args.prompts} prompts, P = {args.prompt_length}, "
-              f"G = {args.group_size}, R = {args.length}")
-        print(f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
-              f"of {args.rounds}", flush=True)
+        print(
+            f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary "
+            f"{args.vocab_size}; {' and '.join(sizes)}, float32; {args.prompts} prompts, P = {args.prompt_length}, "
+            f"G = {args.group_size}, R = {args.length}"
+        )
+        print(
+            f"{versions()}; {args.threads} threads, {len(os.sched_getaffinity(0))} cores; processor seconds, median "
+            f"of {args.rounds}",
+            flush=True,
+        )
         for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
             if number == 1:
                 clock.clear()

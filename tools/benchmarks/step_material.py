@@ -29,11 +29,21 @@ SCALES = (1, 2, 4)
 
 def make_model(folder: Path, scale: int, num_layers: int, vocab_size: int, seed: int = 0) -> str:
     """Random Qwen2.5-VL of so many layers of the 7B's shape / scale, in Hugging Face format."""
-    sizes = {"hidden-size": "hidden_size", "intermediate-size": "intermediate_size", "num-heads": "num_attention_heads",
-             "num-kv-heads": "num_key_value_heads"}
+    sizes = {
+        "hidden-size": "hidden_size",
+        "intermediate-size": "intermediate_size",
+        "num-heads": "num_attention_heads",
+        "num-kv-heads": "num_key_value_heads",
+    }
     options = {name: REAL[key] // scale for name, key in sizes.items()}
-    options |= {"num-layers": num_layers, "vocab-size": vocab_size, "rope-theta": 10000, "initializer-range": 0.02,
-                "seed": seed, "output": folder}
+    options |= {
+        "num-layers": num_layers,
+        "vocab-size": vocab_size,
+        "rope-theta": 10000,
+        "initializer-range": 0.02,
+        "seed": seed,
+        "output": folder,
+    }
     from transformers.utils.logging import disable_progress_bar
 
     from tools import make_tiny_model
@@ -56,8 +66,18 @@ def make_prompts(processor, count: int, length: int) -> list:
     def prompt(number: int, columns: int, rows: int, more: int):
         stream = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (28 * rows, 28 * columns, 3), dtype=np.uint8)).save(stream, "PNG")
-        return processor(Sample(f"k{number}", "noise", "Which digit is red?" + "1" * more, "<answer>1</answer>", "", "",
-                                (stream.getvalue(),), ()))
+        return processor(
+            Sample(
+                f"k{number}",
+                "noise",
+                "Which digit is red?" + "1" * more,
+                "<answer>1</answer>",
+                "",
+                "",
+                (stream.getvalue(),),
+                (),
+            )
+        )
 
     room = length - (len(prompt(0, 1, 1, 0).input_ids) - 1)  # a digit is one token
     if room < 1:
@@ -74,10 +94,21 @@ def settings_of(run: str, model: str, overrides: Sequence[str]):
     or needs more ranks: the reference model, recomputed activations, tensor parallelism."""
     from megatron_ral.config import load_config
 
-    return load_config(PUBLISHED / f"runs/{run}.yaml", [
-        f"model.path={model}", "model.dtype=float32", "parallel.tensor_model_parallel_size=1",
-        "parallel.sequence_parallel=false", "parallel.recompute_activations=false", "loss.kl_coef=0.0",
-        "optimizer.warmup_steps=0", "train.micro_batch_size=1", "rollout.num_minibatches=1", *overrides])
+    return load_config(
+        PUBLISHED / f"runs/{run}.yaml",
+        [
+            f"model.path={model}",
+            "model.dtype=float32",
+            "parallel.tensor_model_parallel_size=1",
+            "parallel.sequence_parallel=false",
+            "parallel.recompute_activations=false",
+            "loss.kl_coef=0.0",
+            "optimizer.warmup_steps=0",
+            "train.micro_batch_size=1",
+            "rollout.num_minibatches=1",
+            *overrides,
+        ],
+    )
 
 
 def open_processor(model: str):

@@ -29,11 +29,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         run_tool("make_tiny_model.py", "--output", root / "made")
-        run_tool("make_digit_search.py", "--output", root / "data", "--num-single", 64, "--num-search", 128,
-                 "--num-biased", 32, "--num-rl", 128, "--num-heldout", 64, "--shard-size", 16)
+        run_tool(
+            "make_digit_search.py",
+            "--output",
+            root / "data",
+            "--num-single",
+            64,
+            "--num-search",
+            128,
+            "--num-biased",
+            32,
+            "--num-rl",
+            128,
+            "--num-heldout",
+            64,
+            "--shard-size",
+            16,
+        )
         policy, other = (perturbed_copy(root / "made", root / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
-        results = {gather: run_ranks(4, counted, str(policy), str(other), str(root / "data"), counts, gather, timeout=600)[2]
-                   for gather in ("stage", "layer")}
+        results = {
+            gather: run_ranks(4, counted, str(policy), str(other), str(root / "data"), counts, gather, timeout=600)[2]
+            for gather in ("stage", "layer")
+        }
     print("PP=2 x DP=2, last stage; calls, and bytes relative to its parameters")
     heads = ("all-gather", "reduce-scatter")
     print(f"{'parallel.gather':16}{'micro-batches':>14}{heads[0]:>26}{heads[1]:>26}{'all-reduce':>14}")

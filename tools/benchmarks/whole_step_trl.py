@@ -58,19 +58,38 @@ def length_reward(completion: str, solution: str = "", problem_type: str = "") -
 
 # --- what both sides read ---------------------------------------------------------------------------------------------
 
+
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
     """model/, pictures/*.png and the same pictures as the shard data.tar."""
     import numpy as np
     from PIL import Image
 
     width = args.hidden_size
-    options = {"hidden-size": width, "intermediate-size": width * 16 // 3, "num-layers": args.num_layers,
-               "num-heads": width // 64, "num-kv-heads": 2, "vocab-size": args.vocab_size, "rope-theta": 10000,
-               "initializer-range": 0.02, "vision-hidden-size": width // 3, "vision-depth": args.num_layers,
-               "vision-intermediate-size": width * 8 // 9, "output": folder / "model"}
-    subprocess.run([sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--untied",
-                    *(str(part) for name, value in options.items() for part in (f"--{name}", value))],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = {
+        "hidden-size": width,
+        "intermediate-size": width * 16 // 3,
+        "num-layers": args.num_layers,
+        "num-heads": width // 64,
+        "num-kv-heads": 2,
+        "vocab-size": args.vocab_size,
+        "rope-theta": 10000,
+        "initializer-range": 0.02,
+        "vision-hidden-size": width // 3,
+        "vision-depth": args.num_layers,
+        "vision-intermediate-size": width * 8 // 9,
+        "output": folder / "model",
+    }
+    subprocess.run(
+        [
+            sys.executable,
+            str(PROJECT / "tools/make_tiny_model.py"),
+            "--untied",
+            *(str(part) for name, value in options.items() for part in (f"--{name}", value)),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     rng, text = np.random.default_rng(0), {"problem": QUESTION, "solution": "<answer>7</answer>", "data_type": "image"}
     (folder / "pictures").mkdir()
     with tarfile.open(folder / "data.tar", "w") as archive:
@@ -86,6 +105,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
 
 
 # --- in the processes that measure ------------------------------------------------------------------------------------
+
 
 def say(phases: list[dict[str, float]], **more) -> None:
     """One JSON line: seconds of every step's phases but the first's, and the peak of resident memory in bytes."""
@@ -120,16 +140,32 @@ def run_ours(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     (folder / "run.yaml").write_text("model: {dtype: float32}\n")
     module = "tools.benchmarks.whole_step_trl"
-    config = load_config(folder / "run.yaml", [
-        f"model.path={folder}/model", f"data.train=[{{shards: '{folder}/data.tar'}}]", "data.decode_workers=0",
-        "data.shuffle=false", f"rollout.num_prompts={args.prompts}", f"rollout.num_minibatches={args.prompts}",
-        f"rollout.group_size={args.group_size}", f"rollout.max_response_length={args.length}", "loss.kl_coef=0.0",
-        "loss.attention_coef=1.0", "optimizer.learning_rate=1e-5", "train.micro_batch_size=1",
-        f"parallel.recompute_activations={str(args.recompute).lower()}",
-        f"reward.functions={{length: {{path: '{module}:length_reward', weight: 1.0}}}}",
-        f"train.num_steps={args.steps + 1}", f"train.output_dir={folder}/run-{os.getpid()}", "train.export=false",
-        "logging.tensorboard=false", "logging.gradient_ratio_interval=0", "logging.completions_interval=0",
-        "logging.probe_interval=0"])
+    config = load_config(
+        folder / "run.yaml",
+        [
+            f"model.path={folder}/model",
+            f"data.train=[{{shards: '{folder}/data.tar'}}]",
+            "data.decode_workers=0",
+            "data.shuffle=false",
+            f"rollout.num_prompts={args.prompts}",
+            f"rollout.num_minibatches={args.prompts}",
+            f"rollout.group_size={args.group_size}",
+            f"rollout.max_response_length={args.length}",
+            "loss.kl_coef=0.0",
+            "loss.attention_coef=1.0",
+            "optimizer.learning_rate=1e-5",
+            "train.micro_batch_size=1",
+            f"parallel.recompute_activations={str(args.recompute).lower()}",
+            f"reward.functions={{length: {{path: '{module}:length_reward', weight: 1.0}}}}",
+            f"train.num_steps={args.steps + 1}",
+            f"train.output_dir={folder}/run-{os.getpid()}",
+            "train.export=false",
+            "logging.tensorboard=false",
+            "logging.gradient_ratio_interval=0",
+            "logging.completions_interval=0",
+            "logging.probe_interval=0",
+        ],
+    )
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     inputs = trainer.Inputs.open(config, False)
     inputs.processor.end_token_id = -1  # no response ends before its length
@@ -137,8 +173,12 @@ def run_ours(args: argparse.Namespace) -> None:
     groups_seen = [scored.groups for report in reports for scored in report.rollout]
     assert all(int(seen.response_lengths.min()) == args.length for seen in groups_seen)
     assert "loss/attention" in reports[-1].metrics
-    say([dict(report.seconds) for report in reports], prompt=groups_seen[0].prompts.input_ids.shape[1],
-        response=groups_seen[0].response_ids.shape[2], visual=int(groups_seen[0].prompts.visual_mask.sum()))
+    say(
+        [dict(report.seconds) for report in reports],
+        prompt=groups_seen[0].prompts.input_ids.shape[1],
+        response=groups_seen[0].response_ids.shape[2],
+        visual=int(groups_seen[0].prompts.visual_mask.sum()),
+    )
     stop_groups()
 
 
@@ -162,8 +202,12 @@ def run_trl(args: argparse.Namespace) -> None:
         def check_argument_for_proper_class(self, name, argument):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
 
-    processor = Processor(Qwen2VLImageProcessorPil.from_pretrained(folder / "model"), tokenizer, None,
-                          chat_template=tokenizer.chat_template)
+    processor = Processor(
+        Qwen2VLImageProcessorPil.from_pretrained(folder / "model"),
+        tokenizer,
+        None,
+        chat_template=tokenizer.chat_template,
+    )
 
     class Timed(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -181,9 +225,13 @@ def run_trl(args: argparse.Namespace) -> None:
             return result
 
         def _compute_loss(self, model, inputs):
-            seen.update(prompt=inputs["prompt_ids"].shape[1], response=int(inputs["completion_mask"].sum(1).min()),
-                        visual=int(inputs["image_grid_thw"][0].prod()) // 4, rows=len(inputs["prompt_ids"]),
-                        old=inputs["old_per_token_logps"] is not None)
+            seen.update(
+                prompt=inputs["prompt_ids"].shape[1],
+                response=int(inputs["completion_mask"].sum(1).min()),
+                visual=int(inputs["image_grid_thw"][0].prod()) // 4,
+                rows=len(inputs["prompt_ids"]),
+                old=inputs["old_per_token_logps"] is not None,
+            )
             return super()._compute_loss(model, inputs)
 
     class Steps(TrainerCallback):
@@ -204,20 +252,45 @@ def run_trl(args: argparse.Namespace) -> None:
     rows = args.trl_batch or args.group_size
     stops = sorted({*tokenizer.all_special_ids, tokenizer.eos_token_id})
     settings = GRPOConfig(
-        output_dir=str(folder / f"trl-{os.getpid()}"), use_cpu=True, bf16=False, gradient_checkpointing=args.recompute,
+        output_dir=str(folder / f"trl-{os.getpid()}"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=args.recompute,
         model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
-        per_device_train_batch_size=rows, gradient_accumulation_steps=args.group_size // rows,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=args.group_size // rows,
         steps_per_generation=args.prompts * args.group_size // rows,
-        num_generations=args.group_size, max_completion_length=args.length, temperature=1.0, top_p=1.0, top_k=0,
-        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops}, shuffle_dataset=False, beta=0.0,
-        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta2=0.95, report_to=[], seed=0,
-        max_steps=args.prompts * (args.steps + 1), logging_strategy="no", save_strategy="no", disable_tqdm=True)
+        num_generations=args.group_size,
+        max_completion_length=args.length,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops},
+        shuffle_dataset=False,
+        beta=0.0,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        adam_beta2=0.95,
+        report_to=[],
+        seed=0,
+        max_steps=args.prompts * (args.steps + 1),
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
     def reward(completions, **unused):
         return [length_reward(completion[0]["content"]) for completion in completions]
 
-    trainer = Timed(model=str(folder / "model"), reward_funcs=reward, args=settings, train_dataset=data,
-                    processing_class=processor, callbacks=[Steps()])
+    trainer = Timed(
+        model=str(folder / "model"),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=data,
+        processing_class=processor,
+        callbacks=[Steps()],
+    )
     for name, parameter in trainer.model.named_parameters():
         if "visual" in name:
             parameter.requires_grad_(False)
@@ -227,6 +300,7 @@ def run_trl(args: argparse.Namespace) -> None:
 
 
 # --- in the process that asks -----------------------------------------------------------------------------------------
+
 
 def other_python(folder: Path) -> str:
     """Python of an environment with TRL, made where it is missing."""
@@ -243,14 +317,31 @@ def other_python(folder: Path) -> str:
 
 def child(python: str, side: str, args: argparse.Namespace) -> dict:
     """What one process of a side reports."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-               if name not in ("child", "recompute")]
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(args).items()
+        if name not in ("child", "recompute")
+    ]
     options += ["--recompute"] * args.recompute
-    environment = {**os.environ, **STEADY, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false",
-                   "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-                   "HF_HOME": f"{args.folder}/cache", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([python, __file__, "--child", side, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, env=environment, cwd=args.folder)
+    environment = {
+        **os.environ,
+        **STEADY,
+        "OMP_NUM_THREADS": str(args.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": f"{args.folder}/cache",
+        "PYTHONPATH": str(PROJECT),
+    }
+    done = subprocess.run(
+        [python, __file__, "--child", side, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=args.folder,
+    )
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
@@ -259,23 +350,28 @@ def child(python: str, side: str, args: argparse.Namespace) -> dict:
 def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
     """A table of both sides and the ratios."""
     samples = args.prompts * args.group_size
-    print(f"{'':6}{'data, s':>9}{'rollout, s':>12}{'old, s':>9}{'update, s':>11}{'step, s':>9}{'samples/s':>11}"
-          f"{'peak memory, MiB':>18}")
+    print(
+        f"{'':6}{'data, s':>9}{'rollout, s':>12}{'old, s':>9}{'update, s':>11}{'step, s':>9}{'samples/s':>11}"
+        f"{'peak memory, MiB':>18}"
+    )
     rate, peak = {}, {}
     for side, rounds in found.items():
         steps = sorted((phases for one in rounds for phases in one["phases"]), key=lambda phases: sum(phases.values()))
         middle = steps[(len(steps) - 1) // 2]
         rate[side], peak[side] = samples / sum(middle.values()), max(one["peak"] for one in rounds)
         data, rollout, old, update = (middle.get(name, 0.0) for name in PHASES)
-        print(f"{side:6}{data:9.2f}{rollout:12.2f}{old:9.2f}{update:11.2f}{sum(middle.values()):9.2f}{rate[side]:11.3f}"
-              f"{peak[side] / 2**20:18.0f}   (steps: {' '.join(f'{sum(step.values()):.1f}' for step in steps)})")
+        print(
+            f"{side:6}{data:9.2f}{rollout:12.2f}{old:9.2f}{update:11.2f}{sum(middle.values()):9.2f}{rate[side]:11.3f}"
+            f"{peak[side] / 2**20:18.0f}   (steps: {' '.join(f'{sum(step.values()):.1f}' for step in steps)})"
+        )
     print(f"ratio whole_step_trl_memory {peak['trl'] / peak['ours']:.2f}")
     print(f"ratio whole_step_trl {rate['ours'] / rate['trl']:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="environment of TRL")
     parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 384")
@@ -289,8 +385,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="rollouts of a process that count")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, in turns")
     parser.add_argument("--threads", type=int, default=1, help="threads of either side")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu",
-                        help="whose seconds count; cpu: of all threads of the process")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="cpu",
+        help="whose seconds count; cpu: of all threads of the process",
+    )
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
     parser.add_argument("--trl-batch", type=int, default=0, help="responses per pass of TRL; 0: a whole group")
     parser.add_argument("--recompute", action="store_true", help="both sides compute activations again")
@@ -316,12 +416,16 @@ def main() -> None:
         first, other = found["ours"][0], found["trl"][0]
         assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
         P, G, R = first["prompt"], args.group_size, args.length
-        print(f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
-              f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, R = {R}; "
-              f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}")
-        print(f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
-              f"threads, {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median step of {args.rounds} x "
-              f"{args.steps}" + ", activations computed again" * args.recompute)
+        print(
+            f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
+            f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, R = {R}; "
+            f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}"
+        )
+        print(
+            f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
+            f"threads, {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median step of {args.rounds} x "
+            f"{args.steps}" + ", activations computed again" * args.recompute
+        )
         report(args, found)
 
 

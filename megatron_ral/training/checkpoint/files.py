@@ -69,16 +69,25 @@ class Manifest:
         for stage, (ours, theirs) in enumerate(zip(wanted, self.parameters, strict=True)):
             for name in sorted(ours.keys() | theirs.keys()):
                 if ours.get(name) != theirs.get(name):
-                    raise CheckpointError(f"checkpoint '{path}' holds parameter '{name}' of stage {stage} as "
-                                          f"{theirs.get(name)}, but '{shape.path}' has {ours.get(name)}; it is of another "
-                                          "model, start in another train.output_dir")
+                    raise CheckpointError(
+                        f"checkpoint '{path}' holds parameter '{name}' of stage {stage} as "
+                        f"{theirs.get(name)}, but '{shape.path}' has {ours.get(name)}; it is of another "
+                        "model, start in another train.output_dir"
+                    )
 
 
-def parameter_tables(shape: ModelShape, tensor_size: int, pipeline_size: int, train_vision: bool) -> list[dict[str, Any]]:
+def parameter_tables(
+    shape: ModelShape, tensor_size: int, pipeline_size: int, train_vision: bool
+) -> list[dict[str, Any]]:
     """What `Manifest.parameters` has for a model whose trainable parameters have state."""
-    return [{name: {"shape": list(held.shape), "cut_dim": held.tensor.cut_dim, "blocks": held.tensor.interleaved}
-             for name, held in stage.items() if train_vision or not name.startswith("visual.")}
-            for stage in held_parameters(shape, tensor_size, pipeline_size)]
+    return [
+        {
+            name: {"shape": list(held.shape), "cut_dim": held.tensor.cut_dim, "blocks": held.tensor.interleaved}
+            for name, held in stage.items()
+            if train_vision or not name.startswith("visual.")
+        }
+        for stage in held_parameters(shape, tensor_size, pipeline_size)
+    ]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -93,12 +102,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"'{folder / MANIFEST}' was not written by this program; give another train.output_dir")
     version = content.get("version", 1)
     if version != VERSION:
-        raise CheckpointError(f"checkpoint '{folder}' has version {version} of the format, this program reads version "
-                              f"{VERSION}; resume it with the program that wrote it, or start in another train.output_dir")
+        raise CheckpointError(
+            f"checkpoint '{folder}' has version {version} of the format, this program reads version "
+            f"{VERSION}; resume it with the program that wrote it, or start in another train.output_dir"
+        )
     try:
         return Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
     except KeyError as error:
-        raise CheckpointError(f"'{folder / MANIFEST}' has no {error}; it was changed, give another train.output_dir") from None
+        raise CheckpointError(
+            f"'{folder / MANIFEST}' has no {error}; it was changed, give another train.output_dir"
+        ) from None
 
 
 def damage(folder: Path) -> Optional[str]:

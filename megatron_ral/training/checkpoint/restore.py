@@ -20,18 +20,43 @@ from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import read_json
 from megatron_ral.weights.resharding import OwnShards, ReshardedState
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
-from megatron_ral.training.checkpoint.files import (CONFIG, checkpoint_root, newest_checkpoint, position_file,
-                                                    read_manifest, state_file, whole_checkpoints)
+from megatron_ral.training.checkpoint.files import (
+    CONFIG,
+    checkpoint_root,
+    newest_checkpoint,
+    position_file,
+    read_manifest,
+    state_file,
+    whole_checkpoints,
+)
 from megatron_ral.runtime.random_state import set_random_state
 from megatron_ral.training.step import Engines
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes the mathematics.
-FREE_SETTINGS = ("logging.", "parallel.", "watchdog.", "train.stop_after_step", "train.checkpoint_interval",
-                 "train.keep_checkpoints", "train.async_checkpoint", "train.output_dir", "train.export",
-                 "train.max_skipped_steps", "train.time_limit_minutes", "train.keep_replays", "train.micro_batch_size",
-                 "rollout.generation_batch_size", "loss.attention_store", "teacher.tensor_model_parallel_size",
-                 "teacher.pipeline_model_parallel_size", "teacher.sequence_parallel", "teacher.cpu_offload",
-                 "data.decode_workers", "data.decode_ahead", "data.eval_shards")
+FREE_SETTINGS = (
+    "logging.",
+    "parallel.",
+    "watchdog.",
+    "train.stop_after_step",
+    "train.checkpoint_interval",
+    "train.keep_checkpoints",
+    "train.async_checkpoint",
+    "train.output_dir",
+    "train.export",
+    "train.max_skipped_steps",
+    "train.time_limit_minutes",
+    "train.keep_replays",
+    "train.micro_batch_size",
+    "rollout.generation_batch_size",
+    "loss.attention_store",
+    "teacher.tensor_model_parallel_size",
+    "teacher.pipeline_model_parallel_size",
+    "teacher.sequence_parallel",
+    "teacher.cpu_offload",
+    "data.decode_workers",
+    "data.decode_ahead",
+    "data.eval_shards",
+)
 
 
 def find_checkpoint(config: RunConfig, resume: bool, warn: bool = False) -> Optional[Path]:
@@ -49,8 +74,10 @@ def find_checkpoint(config: RunConfig, resume: bool, warn: bool = False) -> Opti
     if found is None:
         return None
     if not resume:
-        raise CheckpointError(f"train.output_dir = '{config.train.output_dir}' holds '{found.name}' of an earlier run; "
-                              "give --resume to go on from it, or another train.output_dir")
+        raise CheckpointError(
+            f"train.output_dir = '{config.train.output_dir}' holds '{found.name}' of an earlier run; "
+            "give --resume to go on from it, or another train.output_dir"
+        )
     _check_settings(config, found)
     return found
 
@@ -60,8 +87,10 @@ def _check_settings(config: RunConfig, found: Path) -> None:
     saved, now = (_flat(yaml.safe_load(dump_config(made))) for made in (load_config(found / CONFIG), config))
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
-            raise CheckpointError(f"{key} = {now.get(key)} but checkpoint '{found}' was made with {saved.get(key)}; "
-                                  "resume with the same setting, or start in another train.output_dir")
+            raise CheckpointError(
+                f"{key} = {now.get(key)} but checkpoint '{found}' was made with {saved.get(key)}; "
+                "resume with the same setting, or start in another train.output_dir"
+            )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -86,9 +115,11 @@ def agree_on_checkpoint(config: RunConfig, found: Optional[Path]) -> Optional[Pa
     common, problem = max(set.intersection(*seen), default=None), None
     if common is None:
         rank = next(rank for rank, each in enumerate(seen) if each != set.union(*seen))
-        problem = CheckpointError(f"no checkpoint in train.output_dir = '{config.train.output_dir}' is seen whole by every "
-                                  f"rank: rank {rank} sees {sorted(seen[rank]) or 'none'} of "
-                                  f"{sorted(set.union(*seen))}; it must lie on a file system that all nodes share")
+        problem = CheckpointError(
+            f"no checkpoint in train.output_dir = '{config.train.output_dir}' is seen whole by every "
+            f"rank: rank {rank} sees {sorted(seen[rank]) or 'none'} of "
+            f"{sorted(set.union(*seen))}; it must lie on a file system that all nodes share"
+        )
     else:
         try:
             _check_settings(config, checkpoint_root(config.train.output_dir) / common)
@@ -119,8 +150,11 @@ def _restore(path: Path, engines: Engines, loader: PromptLoader) -> int:
     layout, old = policy.layout, manifest.layout
     same = old.with_rank(layout.rank) == layout
     position = read_json(path / position_file(layout.rank if same else 0), "loader", "num_steps_taken", "random")
-    state = OwnShards(path / state_file(layout.rank)) if same else ReshardedState(
-        policy.shape, old, layout, lambda rank: path / state_file(rank))
+    state = (
+        OwnShards(path / state_file(layout.rank))
+        if same
+        else ReshardedState(policy.shape, old, layout, lambda rank: path / state_file(rank))
+    )
     policy.load_state(state, position["num_steps_taken"])
     if engines.average is not None:
         engines.average.load_state(state)

@@ -33,8 +33,10 @@ class TrainedWeights(Weights):
         self.path = Path(checkpoint)
         reason = damage(self.path) if self.path.is_dir() else "there is no such folder"
         if reason is not None:
-            raise CheckpointError(f"'{checkpoint}' is no whole checkpoint of a run ({reason}); give "
-                                  "<output_dir>/checkpoints/step_NNNNNNNN")
+            raise CheckpointError(
+                f"'{checkpoint}' is no whole checkpoint of a run ({reason}); give "
+                "<output_dir>/checkpoints/step_NNNNNNNN"
+            )
         config, manifest = load_config(self.path / CONFIG), read_manifest(self.path)
         self.source = model or config.model.path
         key = "--model" if model else f"model.path of '{self.path / CONFIG}'"
@@ -45,10 +47,12 @@ class TrainedWeights(Weights):
         manifest.check_model(self.path, self.shape, config.model.train_vision)
         self._frozen, self._shapes = open_weights(self.source), expected_shapes(self.shape)
         self._dtype = getattr(torch, config.model.dtype)
-        self._held = {source: held for held in held_parameters(self.shape, 1, 1)[0].values()
-                      for source in held.tensor.sources}
-        self._state = ReshardedState(self.shape, manifest.layout, RankLayout(0, 1, 1, 1),
-                                     lambda rank: self.path / state_file(rank))
+        self._held = {
+            source: held for held in held_parameters(self.shape, 1, 1)[0].values() for source in held.tensor.sources
+        }
+        self._state = ReshardedState(
+            self.shape, manifest.layout, RankLayout(0, 1, 1, 1), lambda rank: self.path / state_file(rank)
+        )
         self._trains_vision = config.model.train_vision
         self._where = dict.fromkeys(self._shapes)
         self._read: dict[str, Tensor] = {}
@@ -62,7 +66,7 @@ class TrainedWeights(Weights):
             flat = self._state.get(f"{held.tensor.name}/master")
             if flat is None:
                 raise CheckpointError(f"'{self.path}' has no master weights of '{held.tensor.name}'; it is damaged")
-            full = flat[:held.numel].view(held.shape)
+            full = flat[: held.numel].view(held.shape)
             # queries, keys and values are one parameter, their biases another
             self._read = dict([*list(self._read.items())[-1:], (held.tensor.name, full)])
         return held.tensor.split(full)[held.tensor.sources.index(name)].to(self._dtype)

@@ -25,9 +25,18 @@ from megatron_ral.weights.folders import SafetensorsWriter
 from megatron_ral.errors import CheckpointError
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
 from megatron_ral.runtime.progress import tick
-from megatron_ral.training.checkpoint.files import (CONFIG, Manifest, begin_folder, checkpoint_root, finish_folder,
-                                                    folder_name, parameter_tables, position_file, state_file,
-                                                    write_synced)
+from megatron_ral.training.checkpoint.files import (
+    CONFIG,
+    Manifest,
+    begin_folder,
+    checkpoint_root,
+    finish_folder,
+    folder_name,
+    parameter_tables,
+    position_file,
+    state_file,
+    write_synced,
+)
 from megatron_ral.runtime.random_state import random_state
 from megatron_ral.training.step import Engines
 
@@ -47,8 +56,9 @@ class _Saving:
     num_written: int = 0
     """Tensors so far."""
 
-    def write(self, state_name: str, state: Iterator[tuple[str, Tensor]],
-              entries: list[tuple[str, torch.dtype, torch.Size]]) -> None:
+    def write(
+        self, state_name: str, state: Iterator[tuple[str, Tensor]], entries: list[tuple[str, torch.dtype, torch.Size]]
+    ) -> None:
         """Write this rank's files; what goes wrong is kept for `CheckpointWriter.poll`."""
         try:
             sizes = {name: write_synced(self.partial / name, text) for name, text in self.texts.items()}
@@ -104,7 +114,9 @@ class CheckpointWriter:
         saving = _Saving(step, self.root / f"{folder_name(step)}.partial", self._texts())
         in_thread = self.config.train.async_checkpoint and not wait
         state = self._copied() if in_thread else self._state()
-        entries = [(name, value.dtype, value.shape) for name, value in (self._host.items() if in_thread else self._state())]
+        entries = [
+            (name, value.dtype, value.shape) for name, value in (self._host.items() if in_thread else self._state())
+        ]
         arguments = state_file(self.layout.rank), state, entries
         self._saving = saving
         if in_thread:
@@ -149,9 +161,11 @@ class CheckpointWriter:
         problem = None
         if self.layout.rank == 0:
             try:
-                finish_folder(self.root, self._manifest(saving.step, {name: size for files, _ in found
-                                                                      for name, size in files.items()}),
-                              self.config.train.keep_checkpoints)
+                finish_folder(
+                    self.root,
+                    self._manifest(saving.step, {name: size for files, _ in found for name, size in files.items()}),
+                    self.config.train.keep_checkpoints,
+                )
             except OSError as error:
                 problem = _unwritable(final, error)
         self._saving = None
@@ -160,17 +174,30 @@ class CheckpointWriter:
 
     def _manifest(self, step: int, files: dict[str, int]) -> Manifest:
         layout = self.layout
-        return Manifest(step, layout.world_size, layout.tensor_size, layout.pipeline_size, self._parameters,
-                        dict(sorted(files.items())))
+        return Manifest(
+            step,
+            layout.world_size,
+            layout.tensor_size,
+            layout.pipeline_size,
+            self._parameters,
+            dict(sorted(files.items())),
+        )
 
     @cached_property
     def _parameters(self) -> list[dict[str, Any]]:
-        return parameter_tables(self.engines.policy.shape, self.layout.tensor_size, self.layout.pipeline_size,
-                                self.config.model.train_vision)
+        return parameter_tables(
+            self.engines.policy.shape,
+            self.layout.tensor_size,
+            self.layout.pipeline_size,
+            self.config.model.train_vision,
+        )
 
     def _texts(self) -> dict[str, str]:
-        position = {"loader": self.loader.state(), "num_steps_taken": self.engines.policy.num_steps_taken,
-                    "random": random_state()}
+        position = {
+            "loader": self.loader.state(),
+            "num_steps_taken": self.engines.policy.num_steps_taken,
+            "random": random_state(),
+        }
         texts = {position_file(self.layout.rank): json.dumps(position)}
         return {**texts, CONFIG: dump_config(self.config)} if self.layout.rank == 0 else texts
 

@@ -14,7 +14,10 @@ LAYOUT = {
     },
     "attention": {
         "divergence": ["Multiline", [r"^attention/divergence.*", r"^distill/attention_divergence$"]],
-        "gradient against the token terms'": ["Multiline", [r"^attention/grad_ratio$", r"^distill/attention_grad_ratio$"]],
+        "gradient against the token terms'": [
+            "Multiline",
+            [r"^attention/grad_ratio$", r"^distill/attention_grad_ratio$"],
+        ],
         "mass on the target": ["Multiline", [r"^attention/target_mass$", r"^distill/.*_target_mass$"]],
         "where rows look": ["Multiline", [r"^attention/(visual|prompt|sink|self)_mass$"]],
     },
@@ -43,9 +46,18 @@ LAYOUT = {
 }
 """Category -> chart -> its curves, as regular expressions over tags."""
 
-FINAL = {"eval/accuracy": 1, "eval/format_rate": 1, "eval/target_attention": 1, "reward": 10, "kl": 10, "loss": 10,
-         "attention/divergence": 10, "attention/target_mass": 10, "completions/mean_length": 10,
-         "throughput/samples_per_second": 10}
+FINAL = {
+    "eval/accuracy": 1,
+    "eval/format_rate": 1,
+    "eval/target_attention": 1,
+    "reward": 10,
+    "kl": 10,
+    "loss": 10,
+    "attention/divergence": 10,
+    "attention/target_mass": 10,
+    "completions/mean_length": 10,
+    "throughput/samples_per_second": 10,
+}
 """Tag -> of how many of its last values the mean is what a run is compared by, as `final/<tag>`."""
 
 

@@ -26,8 +26,9 @@ class RunLog:
         """Tag -> the last values of what a run is compared by."""
         if active and config.logging.tensorboard:
             # purge_step hides what a killed run wrote after the checkpoint it is resumed from
-            self._writer = SummaryWriter(f"{config.train.output_dir}/tensorboard",
-                                         purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(
+                f"{config.train.output_dir}/tensorboard", purge_step=first_step + 1 if first_step else None
+            )
             self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
             self._writer.add_custom_scalars(LAYOUT)
             *start, self._end = hparams(flat_settings(config), {f"final/{tag}": 0.0 for tag in FINAL})
@@ -46,14 +47,20 @@ class RunLog:
         and rewards."""
         if self._writer is None:
             return
-        everything = [(scored, b, prompt) for scored in rollout for b, prompt in enumerate(scored.groups.prompts.prompts)]
+        everything = [
+            (scored, b, prompt) for scored in rollout for b, prompt in enumerate(scored.groups.prompts.prompts)
+        ]
         count = min(self.config.logging.num_completions, len(everything))
         for shown in range(count):
             scored, b, prompt = everything[shown * len(everything) // count]
             parts = scored.score.components
-            rows = [f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
-                    f"(key {html.escape(prompt.sample.key)})", "", f"| reward | {' | '.join(parts)} | response |",
-                    "|---" * (2 + len(parts)) + "|"]
+            rows = [
+                f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
+                f"(key {html.escape(prompt.sample.key)})",
+                "",
+                f"| reward | {' | '.join(parts)} | response |",
+                "|---" * (2 + len(parts)) + "|",
+            ]
             for g, (text, reward) in enumerate(zip(scored.score.texts[b], scored.score.rewards[b].tolist())):
                 values = " | ".join(f"{values[b, g]:.2f}" for values in parts.values())
                 shown_text = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break ends a row
@@ -61,9 +68,17 @@ class RunLog:
             self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
 
     def evaluation(self, result: Evaluation, step: int) -> None:
-        self.scalars({"eval/accuracy": result.accuracy, "eval/format_rate": result.format_rate,
-                      "eval/unparsed_rate": result.unparsed_rate, "eval/error_rate": result.error_rate,
-                      "eval/target_attention": result.target_attention, "eval/visual_mass": result.visual_mass}, step)
+        self.scalars(
+            {
+                "eval/accuracy": result.accuracy,
+                "eval/format_rate": result.format_rate,
+                "eval/unparsed_rate": result.unparsed_rate,
+                "eval/error_rate": result.error_rate,
+                "eval/target_attention": result.target_attention,
+                "eval/visual_mass": result.visual_mass,
+            },
+            step,
+        )
 
     def probes(self, views: Sequence[ProbeView], settings: VideoSettings, step: int) -> None:
         """Attention over the images or video of each probe, and the responses as text."""
@@ -71,10 +86,15 @@ class RunLog:
             return
         for index, view in enumerate(views):
             if len(view.prompt.grid_thw):
-                self._writer.add_image(f"attention/probe_{index}", attention_picture(view, settings), step,
-                                       dataformats="HWC")
-            self._writer.add_text(f"probes/{index}", f"**{html.escape(view.prompt.sample.problem)}** — "
-                                  f"{html.escape(view.prompt.sample.solution)}: {html.escape(view.text)}", step)
+                self._writer.add_image(
+                    f"attention/probe_{index}", attention_picture(view, settings), step, dataformats="HWC"
+                )
+            self._writer.add_text(
+                f"probes/{index}",
+                f"**{html.escape(view.prompt.sample.problem)}** — "
+                f"{html.escape(view.prompt.sample.solution)}: {html.escape(view.text)}",
+                step,
+            )
 
     def close(self, step: int) -> None:
         """What the run is compared by, after its last step (of this start), and the end of the files."""

@@ -38,13 +38,16 @@ class Throughput:
         groups: all ranks take part in every measurement.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, teacher: Optional[ModelShape], process_groups: ProcessGroups):
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, teacher: Optional[ModelShape], process_groups: ProcessGroups
+    ):
         self.config, self.shape, self.teacher, self.process_groups = config, shape, teacher, process_groups
         self.per_patch = tower_flops_per_patch(shape)
         self.teacher_per_patch = tower_flops_per_patch(teacher) if teacher is not None else 0.0
         on_gpu = process_groups.device.type == "cuda"
         self.peak_tflops = config.logging.peak_tflops or (
-            known_peak_tflops(torch.cuda.get_device_name(process_groups.device), config.model.dtype) if on_gpu else 0.0)
+            known_peak_tflops(torch.cuda.get_device_name(process_groups.device), config.model.dtype) if on_gpu else 0.0
+        )
 
     def measure(self, report: StepReport) -> dict[str, float]:
         """Scalars of one step by tag, the same on every rank.
@@ -56,16 +59,20 @@ class Throughput:
         batches = report.supervised or [scored.groups for scored in report.rollout]
         counts = {}
         if self.process_groups.layout.is_last_stage:
-            counts = {"samples": float(sum(batch.response_lengths.numel() for batch in batches)),
-                      "tokens": float(sum(int(batch.response_lengths.sum()) for batch in batches)),
-                      "flops": sum(self._flops(batch) for batch in batches)}
+            counts = {
+                "samples": float(sum(batch.response_lengths.numel() for batch in batches)),
+                "tokens": float(sum(int(batch.response_lengths.sum()) for batch in batches)),
+                "flops": sum(self._flops(batch) for batch in batches),
+            }
         total, seconds = sum_metrics(counts, self.process_groups), report.seconds
         step, is_rl = sum(seconds.values()), bool(report.rollout)
         tflops = total["flops"] / step / self.process_groups.layout.world_size / 1e12
         epochs = self.config.rollout.num_epochs if is_rl else 1
-        result = {"throughput/samples_per_second": total["samples"] / step,
-                  "throughput/trained_tokens_per_second": epochs * total["tokens"] / seconds["update"],
-                  "throughput/model_tflops_per_rank": tflops}
+        result = {
+            "throughput/samples_per_second": total["samples"] / step,
+            "throughput/trained_tokens_per_second": epochs * total["tokens"] / seconds["update"],
+            "throughput/model_tflops_per_rank": tflops,
+        }
         if is_rl:
             result["throughput/generated_tokens_per_second"] = total["tokens"] / seconds["rollout"]
         if self.peak_tflops:
@@ -86,8 +93,9 @@ class Throughput:
         towers = passes if config.model.train_vision else 1 + (not supervised and bool(config.model.reference_path))
         flops = passes * sum(group_flops(self.shape, *length) for length in lengths) + towers * patches * self.per_patch
         if self.teacher is not None and not supervised:
-            flops += epochs * (sum(group_flops(self.teacher, *length) for length in lengths)
-                               + patches * self.teacher_per_patch)
+            flops += epochs * (
+                sum(group_flops(self.teacher, *length) for length in lengths) + patches * self.teacher_per_patch
+            )
         return flops
 
     def _memory(self) -> dict[str, float]:
