@@ -60,6 +60,6 @@ def test_evaluation_does_not_depend_on_the_layout(material, world, tensor, pipel
     assert 0.05 < alone.target_attention < 0.6
 
 
-def test_a_rank_without_a_prompt_takes_part(material):
+def test_a_rank_without_a_prompt_group_mask(material):
     result, _ = run_ranks(2, evaluation, str(material["tiny"]), str(material["data"]), 1, 1, 1)[1]
     assert result.num_prompts == 1 and result.target_attention > 0

@@ -418,7 +418,7 @@ def test_groups_that_take_no_part_leave_no_trace():
             advantages=ADVANTAGES,
             **{
                 name: getattr(train, name)
-                for name in ("old_logprobs", "ref_logprobs", "takes_part", "target_attention", "attention_advantages")
+                for name in ("old_logprobs", "ref_logprobs", "group_mask", "target_attention", "attention_advantages")
             },
         )
         loss, metrics = objective.token_loss(TokenOutputs(new, entropy), train)

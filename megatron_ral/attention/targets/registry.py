@@ -1,0 +1,60 @@
+"""Table of the attention targets. It imports no torch, so that settings are checked before anything is loaded.
+
+A target is one row here and one file of this folder, `<name>.py`, whose class `TARGET` holds its mathematics (see
+`base.py`).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Mapping
+
+
+class TargetPass(Enum):
+    """Forward pass without gradient that a target's rows come from."""
+
+    ROLLOUT_POLICY = "rollout_policy"
+    """The policy before the first update of a rollout. In that update its own pass serves."""
+    REFERENCE = "reference"
+    """The frozen reference model."""
+    NONE = "none"
+    """The target needs no pass."""
+
+
+@dataclass(frozen=True)
+class TargetRules:
+    """What settings a target allows and what a run has to hold for it."""
+
+    needs: TargetPass
+    keys: tuple[str, ...] = ("all", "visual", "prompt")
+    """Values of `loss.attention_keys` that it allows."""
+    keys_reason: str = ""
+    """Why it allows no others, as the rest of a sentence about them."""
+    stores: tuple[str, ...] = ("rows", "qk")
+    """Values of `loss.attention_store` that it allows."""
+    is_zero_on_policy: bool = False
+    """Value and gradient are exactly 0 as long as the policy is the one that made the rollout."""
+    unused_settings: Mapping[str, str] = field(default_factory=dict)
+    """Setting of section `loss` -> why it has no effect with this target."""
+
+
+_NO_SIGN = "its rows have no negative weight"
+
+TARGETS: Mapping[str, TargetRules] = {
+    "old": TargetRules(TargetPass.ROLLOUT_POLICY, is_zero_on_policy=True),
+    "reference": TargetRules(TargetPass.REFERENCE),
+    "hindsight": TargetRules(
+        TargetPass.ROLLOUT_POLICY,
+        keys=("visual", "prompt"),
+        keys_reason="it compares different responses over the keys they share",
+        stores=("rows",),
+        unused_settings={"attention_negative_weight": _NO_SIGN},
+    ),
+    "oracle": TargetRules(
+        TargetPass.NONE,
+        keys=("visual",),
+        keys_reason="its target is the annotated box",
+        stores=("rows",),
+        unused_settings={"attention_negative_weight": _NO_SIGN, "attention_advantages": _NO_SIGN},
+    ),
+}
+"""By the value of `loss.attention_target`."""
