@@ -1,6 +1,9 @@
-"""One frozen dataclass per arrow of the pipeline; a stage makes the next type and never adds to what it received.
+"""One frozen dataclass per arrow of the pipeline. A stage makes the next type and never adds to what it received.
 
-Sample -> Prompt -> PromptBatch -> (generate) ResponseBatch -> (reward) Score -> TrainBatch -> losses
+    Sample -> Prompt -> PromptBatch -> (sample) ResponseBatch -> (reward) Score -> SftBatch | RlBatch -> losses
+
+Suffixes of shapes: B prompt groups, G responses of a group, R response tokens (padded), P prompt tokens (padded),
+S = P + R keys of a response row, V images and videos.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -13,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same value with its tensors on `device`: tensors, tuples, mappings and dataclasses of them.
+    """Return the same value with its tensors on `device`: tensors, tuples, mappings and dataclasses of them.
 
-    A `Prompt` stays where it is: its pixels go to the device only when the vision tower reads them.
+    A `Prompt` stays where it is, because its pixels go to the device only when the vision tower reads them.
     """
     if torch.is_tensor(value):
         return value.to(device, non_blocking=True)
@@ -25,14 +28,14 @@ def to_device(value: Any, device: torch.device) -> Any:
         return tuple(to_device(item, device) for item in value)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: to_device(getattr(value, item.name), device) for item in fields(value)})
     return value
 
 
 @dataclass(frozen=True)
 class FramePictures:
-    """A video as pictures that were taken out of it."""
+    """Video given as single pictures."""
 
     pictures: tuple[bytes, ...]
     """Encoded image files in time order."""
@@ -46,12 +49,12 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class TargetFrames:
-    """Where and when a video shows what is asked for."""
+    """Part of a video that shows what the question asks for."""
 
     seconds: tuple[float, float]
-    """[start, end) after the video's first frame."""
+    """Interval [start, end) in seconds after the video's first frame."""
     boxes: tuple[Box, ...] = ()
-    """In pixels of a frame; empty: the whole frame."""
+    """Boxes in pixels of a frame. Empty: the whole frame."""
 
 
 @dataclass(frozen=True)
@@ -62,56 +65,57 @@ class Sample:
     shard: str
     problem: str
     solution: str
-    """Reference answer, e.g. `<answer>7</answer>`; several tags are several reference answers (VizWiz: ten)."""
+    """Reference answer, e.g. `<answer>7</answer>`. Several tags are several reference answers (VizWiz has ten)."""
     process: str
-    """Reasoning for supervised training, e.g. `<think>..</think>`; may be empty."""
+    """Reasoning for supervised training, e.g. `<think>..</think>`. It may be empty."""
     problem_type: str
-    """Chooses the accuracy rule with reward.accuracy = by_type, e.g. `multiple choice`; may be empty."""
+    """Name that chooses the accuracy rule with reward.accuracy = by_type, e.g. `multiple choice`. It may be empty."""
     images: tuple[bytes, ...]
     """Encoded image files, in the order of the question."""
     target_boxes: tuple[Box, ...]
-    """In the first image; empty where nothing is annotated."""
+    """Annotated boxes in the first image. Empty where nothing is annotated."""
     videos: tuple[bytes | FramePictures, ...] = ()
     """Encoded video files or pictures, shown after the images."""
     target_frames: tuple[TargetFrames, ...] = ()
-    """In the first video; empty where nothing is annotated."""
+    """Annotated parts of the first video. Empty where nothing is annotated."""
     category: str = ""
-    """What an evaluation reports it under, e.g. a task of a benchmark; empty: problem_type."""
+    """Heading under which an evaluation reports the sample, e.g. a task of a benchmark. Empty: problem_type."""
     question_group: str = ""
-    """Questions of one group count as one that is right where all are (MME: the two of a picture); may be empty."""
+    """Name of a group of questions that is right where all of them are (MME: the two of a picture). It may be empty."""
 
     @property
     def identity(self) -> str:
-        """Shard name and key: keys need only be unique inside a shard."""
+        """Shard name and key, because keys need only be unique inside a shard."""
         return f"{PurePath(self.shard).name}/{self.key}"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the model sees it."""
+    """Sample in the form that the model reads."""
 
     sample: Sample
     input_ids: Tensor
-    """[P] int64, visual tokens expanded."""
+    """Token ids [P] int64, with visual tokens expanded."""
     position_ids: Tensor
-    """[3, P] int64."""
+    """Rotary positions [3, P] int64."""
     next_position: int
     """Rotary position of the first response token."""
     pixel_values: Tensor
-    """[patches, channels * temporal * patch * patch] float32 of the images and videos in the order of their tokens; 0
-    rows for text only."""
+    """Patches of the images and videos in the order of their tokens, [patches, channels * temporal * patch * patch]
+    float32. 0 rows for text alone."""
     grid_thw: Tensor
-    """[V, 3] int64 patches of each image and video."""
+    """Patches of each image and video along time, height and width, [V, 3] int64."""
     is_video: Tensor
-    """[V] bool."""
+    """Mask of the videos, [V] bool."""
     seconds_per_grid: Tensor
-    """[V] float32: seconds of one temporal patch; 0 for images."""
+    """Seconds of one temporal patch, [V] float32. 0 for images."""
     visual_mask: Tensor
-    """[P] bool, True at visual tokens (of images and videos)."""
+    """Mask of the visual tokens (of images and videos), [P] bool."""
     target_mask: Tensor
-    """[P] bool, True at visual tokens of the first image in a target box, and of the first video in its target frames."""
+    """Mask of the visual tokens of the first image in a target box, and of the first video in its target frames,
+    [P] bool."""
     response_ids: Tensor
-    """[R] int64: the reference response, end-of-turn token included (supervised training)."""
+    """Reference response for supervised training, end-of-turn token included, [R] int64."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,13 @@ class PromptBatch:
 
     @property
     def identities(self) -> tuple[str, ...]:
+        """Identities of the samples, in order."""
         return tuple(prompt.sample.identity for prompt in self.prompts)
+
+    @property
+    def is_annotated(self) -> Tensor:
+        """Mask of the prompts with annotated visual tokens, [B] bool."""
+        return self.target_mask.any(dim=-1)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -165,13 +175,14 @@ class ResponseBatch:
 
     prompts: PromptBatch
     response_ids: Tensor
-    """[B, G, R] int64, padded on the right."""
+    """Token ids [B, G, R] int64, padded on the right."""
     response_lengths: Tensor
-    """[B, G] int64, end-of-turn token included."""
+    """Lengths with the end-of-turn token, [B, G] int64."""
     rollout_logprobs: Tensor
-    """[B, G, R] float32 under the sampler (at its temperature, before top-p); a check, never used as old_logprobs."""
+    """Log-probabilities under the sampler, at its temperature and before top-p, [B, G, R] float32. They serve as a check
+    and are never used as `old_logprobs`."""
     finished: Tensor
-    """[B, G] bool: ended with the end-of-turn token rather than at the length limit."""
+    """Mask of the responses that ended with the end-of-turn token rather than at the length limit, [B, G] bool."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +192,17 @@ class Score:
     rewards: Tensor
     """[B, G] float32."""
     components: Mapping[str, Tensor]
-    """Name -> [B, G] float32 before weighting (accuracy, format, ...), and `unparsed` and `error`, 0 or 1."""
+    """Parts of the reward before weighting (accuracy, format, ...), and `unparsed` and `error`, 0 or 1. Each [B, G]
+    float32."""
     texts: tuple[tuple[str, ...], ...]
     """Decoded responses [B][G]."""
     problems: tuple[tuple[tuple[str, ...], ...], ...] = ()
-    """What went wrong in scoring [B][G], each as `kind: detail`."""
+    """Failures in scoring [B][G], each as `kind: detail`."""
 
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """B prompt groups in the layout [prompt | response 1 | ... | response G]: what one forward pass reads."""
+    """B prompt groups in the layout [prompt | response 1 | ... | response G], the input of one forward pass."""
 
     prompts: PromptBatch
     response_ids: Tensor
@@ -198,22 +210,23 @@ class GroupBatch:
     response_lengths: Tensor
     """[B, G] int64."""
     visual_embeds: Optional[tuple[Tensor, ...]] = None
-    """Per prompt [visual tokens, 1 + D, H], as MultimodalStage.encode_visual has them: outputs of a frozen vision tower; None: encode the pixels in the pass."""
+    """Outputs of a frozen vision tower per prompt, [visual tokens, 1 + D, H] (see MultimodalStage.encode_visual). None:
+    the pass encodes the pixels."""
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, G, R] bool, True at real response tokens."""
+        """Mask of the real response tokens, [B, G, R] bool."""
         steps = torch.arange(self.response_ids.shape[2], device=self.response_ids.device)
         return steps < self.response_lengths[..., None]
 
     @property
     def input_ids(self) -> Tensor:
-        """[B, P + G R] int64."""
+        """Token ids of the whole layout, [B, P + G R] int64."""
         return torch.cat([self.prompts.input_ids, self.response_ids.flatten(1)], dim=1)
 
     @property
     def position_ids(self) -> Tensor:
-        """[3, B, P + G R] int64; every response continues from its prompt."""
+        """Rotary positions [3, B, P + G R] int64. Every response continues from its prompt."""
         B, G, R = self.response_ids.shape
         steps = self.prompts.next_position[:, None, None] + torch.arange(R, device=self.response_ids.device)
         responses = steps.expand(B, G, R).reshape(1, B, G * R).expand(3, -1, -1)
@@ -225,52 +238,79 @@ class GroupBatch:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the losses of one optimizer step are divided by: counts over all its micro-batches and data-parallel ranks,
-    of the groups that take part; at least 1, so that a step in which none does is 0 and not 0 / 0."""
+    """Denominators of the losses: counts over all micro-batches and data-parallel ranks of an optimizer step.
+
+    They count the groups that take part and are at least 1, so that a step without any has the loss 0 and not 0 / 0.
+    """
 
     num_tokens: int
-    """Response tokens."""
+    """Number of response tokens."""
     num_sequences: int
-    """Responses."""
+    """Number of responses."""
     max_response_length: int
     """Limit of the generation, a constant of the run."""
 
 
 @dataclass(frozen=True)
-class TrainBatch:
-    """One micro-batch of prompt groups with everything a loss needs. Optional parts exist only where they are used:
-    log-probabilities on the last pipeline stage, attention on the stage that owns the layer."""
+class SftBatch:
+    """Micro-batch of supervised training: reference responses as groups of one."""
 
     groups: GroupBatch
     totals: StepTotals
-    advantages: Optional[Tensor] = None
-    """[B, G] float32."""
-    old_logprobs: Optional[Tensor] = None
-    """[B, G, R] float32, from the training engine before the first update; not where on_policy."""
-    on_policy: bool = False
-    """The policy is still the one that made the rollout: what old_logprobs and target_attention would be is the pass of the
-    update itself, without gradient."""
-    rollout_logprobs: Optional[Tensor] = None
-    """[B, G, R] float32 of the sampler; given where the policy is still its own and the two are to be compared."""
-    from_teacher: Optional[Tensor] = None
-    """[B] bool, with rollout_logprobs: responses of the teacher, which has its own."""
-    ref_logprobs: Optional[Tensor] = None
-    """[B, G, R] float32, from the frozen reference."""
-    target_attention: Mapping[int, Any] = field(default_factory=dict)
-    """Layer -> what the divergence is taken to, as `AttentionTerm.keep` kept it: policies [B, G, R, S] float32, queries
-    and keys of another pass, or one row [B, P] for a whole group."""
-    attention_advantages: Optional[Tensor] = None
-    """[B, G] float32: `advantages`, or in a control the same in another order."""
-    group_mask: Optional[Tensor] = None
-    """[B] bool: groups that count in losses and totals; None: all of them."""
-
-    teacher_hidden: Optional[Tensor] = None
-    """[B, G, R, H of the teacher] what the teacher's LM head reads at the rows that predict the response."""
-    teacher_attention: Mapping[int, Tensor] = field(default_factory=dict)
-    """Layer of the student -> attention policies [B, G, R, S] float32 of the teacher's layer at its depth."""
 
     @property
     def loss_mask(self) -> Tensor:
-        """[B, G, R] bool, True at the response tokens that count."""
-        mask = self.groups.response_mask
-        return mask if self.group_mask is None else mask & self.group_mask[:, None, None]
+        """Mask of the response tokens that count, [B, 1, R] bool."""
+        return self.groups.response_mask
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Outputs of the teacher for one micro-batch, each on the student's stage that reads it. Empty without a teacher."""
+
+    hidden: Optional[Tensor] = None
+    """Inputs of the teacher's LM head at the rows that predict the response, [B, G, R, H of the teacher]."""
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer of the student -> attention distributions [B, G, R, S] float32 of the teacher's layer at its depth."""
+
+
+@dataclass(frozen=True)
+class RlBatch:
+    """Micro-batch of prompt groups with the inputs of every term of an RL objective.
+
+    Log-probabilities are present on the last pipeline stage alone, attention on the stage that owns the layer.
+    """
+
+    groups: GroupBatch
+    totals: StepTotals
+    group_mask: Tensor
+    """Mask of the groups that count in losses and totals, [B] bool."""
+    advantages: Tensor
+    """[B, G] float32."""
+    attention_advantages: Tensor
+    """Advantages of the attention term, [B, G] float32: `advantages`, or in a control the same in another order."""
+    rollout_logprobs: Tensor
+    """Log-probabilities under the sampler, [B, G, R] float32, see ResponseBatch."""
+    from_teacher: Tensor
+    """Mask of the groups whose responses are the teacher's, [B] bool."""
+    is_on_policy: bool
+    """Whether the policy still is the one that made the rollout. `old_logprobs` and target attention then come from the
+    update's own pass, without gradient."""
+    compares_sampler: bool
+    """Whether the difference between sampler and training engine is measured (first update of a rollout)."""
+    old_logprobs: Optional[Tensor] = None
+    """Log-probabilities [B, G, R] float32 under the rollout policy, from the training engine. None where `is_on_policy`."""
+    ref_logprobs: Optional[Tensor] = None
+    """Log-probabilities [B, G, R] float32 under the frozen reference. None: there is no reference."""
+    target_attention: Mapping[int, Any] = field(default_factory=dict)
+    """Layer -> target of the attention divergence, in the form that the target stores."""
+    teacher: TeacherOutputs = field(default_factory=TeacherOutputs)
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """Mask of the response tokens that count, [B, G, R] bool."""
+        return self.groups.response_mask & self.group_mask[:, None, None]
+
+
+TrainBatch = SftBatch | RlBatch
+"""Micro-batch of either kind of training."""

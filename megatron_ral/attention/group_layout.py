@@ -1,11 +1,8 @@
-"""The group layout [prompt | response 1 | ... | response G] and what travels with one forward pass.
+"""Group layout [prompt | response 1 | ... | response G], and the queries and keys that a layer records in it.
 
-A prompt and its G responses are one sequence of P + G R tokens. Responses attend to the prompt and to themselves; the
-prompt never sees a response, so the layout is exact, not an approximation, and the prompt's layers run once per group.
+A prompt and its G responses are one sequence of P + G R tokens. Responses attend to the prompt and to themselves. The
+prompt never sees a response, so the layout is exact, not an approximation, and the prompt is computed once per group.
 (Published for text as Prefix Grouper, arXiv 2506.05433.)
-
-`AttentionPass` takes the place of the attention mask: megatron-core hands it untouched to every core attention. It is
-made anew for each pass, so that several micro-batches can be in flight in a pipeline.
 """
 
 from dataclasses import dataclass, fields
@@ -14,11 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.rows import RowQK
-
-ROW_KINDS = ("token", "predictor", "last_prompt")
-"""Rows an attention policy is taken from: `token`: of response token r itself (the paper); `predictor`: of the place that
-predicts it, one earlier; `last_prompt`: of the prompt's last token alone, once per group."""
+from megatron_ral.attention.types import QueryPosition, RowQK
+from megatron_ral.types import GroupBatch
 
 
 @dataclass(frozen=True)
@@ -26,11 +20,19 @@ class GroupLayout:
     """Lengths of B groups, padded to P prompt tokens and R response tokens. G = 0: prompts alone."""
 
     prompt_lengths: Tensor
-    """[B] int64."""
+    """Prompt lengths, [B] int64."""
     response_lengths: Tensor
-    """[B, G] int64."""
+    """Response lengths, [B, G] int64."""
     P: int
     R: int
+
+    @classmethod
+    def of(cls, groups: GroupBatch) -> "GroupLayout":
+        """Return the layout of a batch."""
+        prompts = groups.prompts
+        return cls(
+            prompts.prompt_lengths, groups.response_lengths, prompts.input_ids.shape[1], groups.response_ids.shape[2]
+        )
 
     @property
     def B(self) -> int:
@@ -42,11 +44,12 @@ class GroupLayout:
 
     @property
     def sequence_length(self) -> int:
+        """Number of tokens of a padded group, P + G R."""
         return self.P + self.G * self.R
 
     @cached_property
     def visible_BGRS(self) -> Tensor:
-        """[B, G, R, P + R] bool: keys [prompt; own response] that a response row sees, itself included."""
+        """Keys [prompt; own response] that a response row sees, itself included: [B, G, R, P + R] bool."""
         device = self.prompt_lengths.device
         prompt = torch.arange(self.P, device=device) < self.prompt_lengths[:, None]
         steps = torch.arange(self.R, device=device)
@@ -55,44 +58,50 @@ class GroupLayout:
         own = causal[None, None].expand(self.B, self.G, self.R, self.R)
         return torch.cat([prompt, own], dim=-1)
 
-    def own_columns(self, rows: str) -> Tensor:
-        """[B, R] int64 ([B, 1] for `last_prompt`): the column of each row's own token. `rows`: see `ROW_KINDS`."""
+    def own_columns(self, position: QueryPosition) -> Tensor:
+        """Return the column of each row's own token, [B, R] int64 ([B, 1] for `LAST_PROMPT`)."""
         last_prompt = (self.prompt_lengths - 1)[:, None]
+        if position is QueryPosition.LAST_PROMPT:
+            return last_prompt
         steps = self.P + torch.arange(self.R, device=last_prompt.device).expand(self.B, self.R)
-        return {
-            "token": steps,
-            "predictor": torch.cat([last_prompt, steps[:, :-1]], dim=1),
-            "last_prompt": last_prompt,
-        }[rows]
+        if position is QueryPosition.RESPONSE:
+            return steps
+        return torch.cat([last_prompt, steps[:, :-1]], dim=1)
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Queries and keys of one layer, after rotary embedding, this rank's heads."""
+    """Queries and keys of one layer after rotary embedding, for this tensor-parallel rank's heads."""
 
     query_BGRnD: Tensor
-    """Of the response tokens."""
+    """Queries of the response tokens."""
     last_prompt_query_BnD: Tensor
-    """Of each prompt's last token, whose row predicts the first response token."""
+    """Queries of each prompt's last token, whose row predicts the first response token."""
     prompt_key_BPkD: Tensor
     response_key_BGRkD: Tensor
 
-    def rows(self, kind: str, layout: GroupLayout, scale: float, num_heads: int) -> RowQK:
-        """The rows of a kind of `ROW_KINDS` as `functional.attention_rows` takes them.
+    def rows(self, position: QueryPosition, layout: GroupLayout, scale: float, num_heads: int) -> RowQK:
+        """Return the rows at a query position.
 
         Args:
-            scale: softmax scale.
-            num_heads: heads of all tensor ranks.
+            position: Which rows.
+            layout: Layout of the recorded pass.
+            scale: Softmax scale.
+            num_heads: Number of heads of all tensor-parallel ranks.
+
+        Returns:
+            Views of the record, which carry its gradient. R = G = 1 for `LAST_PROMPT`.
         """
-        rest = layout.prompt_lengths, int(kind == "predictor"), scale, num_heads
-        if kind == "token":
+        lag = int(position is QueryPosition.PREDICTING)
+        rest = layout.prompt_lengths, lag, scale, num_heads
+        if position is QueryPosition.RESPONSE:
             return RowQK(self.query_BGRnD, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
         first = self.last_prompt_query_BnD[:, None, None]
-        if kind == "last_prompt":
+        if position is QueryPosition.LAST_PROMPT:
             return RowQK(first, self.prompt_key_BPkD, self.response_key_BGRkD[:, :1, :0], *rest)
         query = torch.cat([first.expand(-1, layout.G, 1, -1, -1), self.query_BGRnD[:, :, :-1]], dim=2)
         return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
 
     def detached(self) -> "AttentionRecord":
-        """A copy without gradient that keeps nothing else of the pass alive (queries here are views of all tokens')."""
+        """Return a copy without gradient. It holds no other tensor of the pass alive (queries are views of all tokens')."""
         return AttentionRecord(*(getattr(self, item.name).detach().clone() for item in fields(self)))

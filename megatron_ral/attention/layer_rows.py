@@ -4,71 +4,94 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ral.attention.distribution import attention_distribution
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
-from megatron_ral.attention.rows import RowKeys, attention_distribution, head_mean_attention, row_divergence
+from megatron_ral.attention.rows import head_mean_attention, row_divergence
+from megatron_ral.attention.types import QueryPosition, RowKeys
 from megatron_ral.parallel.collectives import all_reduce_sum_
+from megatron_ral.types import PromptBatch
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What this rank's heads are a part of."""
+class HeadSettings:
+    """Attention-head settings shared by all tensor-parallel ranks."""
 
     scale: float
     """Softmax scale."""
     num_heads: int
-    """Heads of all tensor ranks."""
-    group: Any
-    """Tensor-parallel group."""
+    """Number of heads of all tensor-parallel ranks."""
+    process_group: Any
+    """Tensor-parallel process group."""
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Rows of one layer: their attention averaged over the heads of all tensor ranks, and where it comes from."""
+    """Rows of one layer at one query position: attention averaged over the heads of all tensor-parallel ranks."""
 
     attention: Tensor
-    """[B, G, R, S] float32, every visible key included, rows summing to 1; no gradient. R = 1 = G for `last_prompt`."""
+    """[B, G, R, S] float32 over every visible key, rows summing to 1, without gradient. R = G = 1 for `LAST_PROMPT`."""
     record: AttentionRecord
     """Queries and keys of this rank's heads, which carry the gradient."""
     layout: GroupLayout
-    kind: str
-    """One of `ROW_KINDS`."""
-    heads: Heads
+    position: QueryPosition
+    heads: HeadSettings
 
     @classmethod
-    def form(cls, record: AttentionRecord, layout: GroupLayout, kind: str, heads: Heads) -> "AttentionRows":
-        """Part of this rank's heads -> sum over tensor ranks, whose ranks must all call it."""
-        attention = head_mean_attention(record.rows(kind, layout, heads.scale, heads.num_heads))
-        return cls(all_reduce_sum_(attention, heads.group), record, layout, kind, heads)
+    def form(
+        cls, record: AttentionRecord, layout: GroupLayout, position: QueryPosition, heads: HeadSettings
+    ) -> "AttentionRows":
+        """Form rows from this rank's heads and sum them over tensor-parallel ranks, all of which must call it."""
+        attention = head_mean_attention(record.rows(position, layout, heads.scale, heads.num_heads))
+        return cls(all_reduce_sum_(attention, heads.process_group), record, layout, position, heads)
 
-    def of_kind(self, kind: str) -> "AttentionRows":
-        """Other rows of the same pass."""
-        return self if kind == self.kind else self.form(self.record, self.layout, kind, self.heads)
+    def at(self, position: QueryPosition) -> "AttentionRows":
+        """Return rows of the same pass at another query position."""
+        return self if position is self.position else self.form(self.record, self.layout, position, self.heads)
 
     def of_record(self, record: AttentionRecord) -> "AttentionRows":
-        """The same rows of another pass."""
-        return self.form(record, self.layout, self.kind, self.heads)
+        """Return the same rows of another pass, from its record."""
+        return self.form(record, self.layout, self.position, self.heads)
 
     def keys(self, columns_BS: Optional[Tensor] = None, exclude_self: bool = True) -> RowKeys:
-        """Keys a policy is made of: the given columns (bool; None: all), by default without the row's own token as in
-        the paper."""
+        """Return the keys that a distribution is made of.
+
+        Args:
+            columns_BS: Mask of the keys that count, bool. None: all.
+            exclude_self: Leave the row's own token out (the paper).
+        """
         if columns_BS is None:
             columns_BS = torch.ones(
                 len(self.attention), self.attention.shape[-1], dtype=torch.bool, device=self.attention.device
             )
-        return RowKeys(columns_BS, self.layout.own_columns(self.kind) if exclude_self else None)
+        return RowKeys(columns_BS, self.layout.own_columns(self.position) if exclude_self else None)
 
-    def policy(self, keys: Optional[RowKeys] = None) -> Tensor:
-        """Attention policy [B, G, R, S] over `keys` (None: the paper's); no gradient."""
+    def named_keys(self, name: str, prompts: PromptBatch, exclude_self: bool) -> RowKeys:
+        """Return the keys of a setting `attention_keys`.
+
+        Args:
+            name: `all`, `visual` (visual tokens) or `prompt` (real prompt tokens).
+            prompts: Prompts of the rows.
+            exclude_self: Leave the row's own token out.
+        """
+        if name == "all":
+            return self.keys(None, exclude_self)
+        inside = torch.arange(self.layout.P, device=self.attention.device) < prompts.prompt_lengths[:, None]
+        chosen = prompts.visual_mask if name == "visual" else inside
+        return self.keys(F.pad(chosen, (0, self.attention.shape[-1] - self.layout.P)), exclude_self)
+
+    def distribution(self, keys: Optional[RowKeys] = None) -> Tensor:
+        """Return the attention distributions [B, G, R, S] over `keys` (None: the paper's), without gradient."""
         return attention_distribution(self.attention, keys or self.keys())[0]
 
     def own_mass(self) -> Tensor:
-        """[B, G, R]: attention on the row's own token."""
-        own = self.layout.own_columns(self.kind)[:, None, :, None].expand(*self.attention.shape[:3], 1)
+        """Return the attention on each row's own token, [B, G, R]."""
+        own = self.layout.own_columns(self.position)[:, None, :, None].expand(*self.attention.shape[:3], 1)
         return self.attention.gather(-1, own)[..., 0]
 
     def divergence(self, target: Tensor, keys: Optional[RowKeys] = None, kind: str = "jsd") -> Tensor:
-        """Divergence [B, G, R] of the policy from `target`, with gradient."""
-        qk = self.record.rows(self.kind, self.layout, self.heads.scale, self.heads.num_heads)
+        """Return the divergence [B, G, R] of each distribution from `target`, in nats, with gradient."""
+        qk = self.record.rows(self.position, self.layout, self.heads.scale, self.heads.num_heads)
         return row_divergence(qk, self.attention, target, keys or self.keys(), kind)

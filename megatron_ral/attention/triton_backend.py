@@ -1,388 +1,54 @@
-"""Triton kernels behind `attention_rows`: the same rows and gradients with tiles of scores in registers.
+"""Launches of the Triton kernels: the backend of attention rows on CUDA.
 
-    _row_statistics   rows of a tile and a head: loop over keys; normaliser of the softmax and, in the backward pass,
-                      the slope's mean under it (scores formed once, in each of the two passes)
-    _head_mean        a tile of the map of rows: loop over heads (scores once)
-    _query_gradient   rows of a tile and a head: loop over keys (scores once, and a product with the keys)
-    _key_gradient     a tile of keys of a key/value head: loop over its heads and all rows, of all responses where the
-                      keys are the prompt's (scores once, and a product with the queries)
-
-So forward and backward take 7 products of 2 x D x heads x rows x keys. Every output element belongs to one program,
-which adds up in a fixed order: no atomics, equal bits on every run. Held: per head and row two numbers, and maps of
-rows without a head dimension. Scores, softmax and sums are float32. Products take the inputs' type; for that, gradients
-of scores are rounded to bfloat16, but not to float16, whose range is too small for gradients of 1e-9: they and the
-inputs become tf32. float32 inputs take float32 products (`ieee`).
-
-Tiles are 64 x 64 with 8 warps (two groups of four, which is what a product on Hopper takes): at width 128 an
-accumulator, scores and a tile of the slope are then 64 float32 registers a thread, and the compiler for compute
-capability 9.0 keeps all but some 150 bytes of the key gradient in registers; with 4 warps, or with 128 rows, it moves
-up to 660 bytes of every thread to memory. Two stages: the next keys are on the way while these are used. In float32 a
-product is made of plain multiply-adds whose operands sit in registers, hence 32 x 32 there. None of this has run on a
-GPU yet, or was tuned on one.
-
-Triton is imported here and nowhere else; `attention_rows` imports this module where the kernels run.
+`rows.choose_backend` imports this module only where the kernels can run.
 """
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, ContextManager, NamedTuple, Optional
+from typing import ContextManager, NamedTuple, Optional
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_ral.attention.rows import RowQK
+from megatron_ral.attention import blocks
+from megatron_ral.attention.backend import Gradients, SlopeOf
+from megatron_ral.attention.triton_kernels import (
+    Tile,
+    _head_mean,
+    _key_gradient,
+    _query_gradient,
+    _row_statistics,
+    tile_of,
+)
+from megatron_ral.attention.types import Block, RowQK
+
+SLOPE_ELEMENTS = 1 << 26
+"""Elements of the slope that are written down for the kernels at once (256 MB)."""
 
 
-class Tile(NamedTuple):
-    """Constants that a kernel is compiled for."""
+class TritonBackend:
+    """Backend for CUDA tensors of bfloat16, float16 or float32 with heads of at most 128."""
 
-    ROWS: int
-    KEYS: int
-    BLOCK_D: int
-    """Width padded to a power of two of at least 16, the least that a product takes."""
-    PRECISION: str
-    """Of products of float32 tiles."""
-    WIDE: bool
-    """Widen tiles to float32 when they are read: for Triton's interpreter, which multiplies the bits of bfloat16."""
-    num_warps: int
-    num_stages: int
+    def head_mean_rows(self, qk: RowQK) -> Tensor:
+        return head_mean_rows(qk)
 
+    def formula_elements(self, elements: int) -> int:
+        # Few launches, and several temporaries that together are small beside the map.
+        return max(blocks.LARGE_BLOCK, elements // 16)
 
-def tile_of(dtype: torch.dtype, width: int) -> Tile:
-    """For inputs of this type and head width."""
-    side = 32 if dtype == torch.float32 else 64
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    return Tile(side, side, max(16, triton.next_power_of_2(width)), precision, triton.knobs.runtime.interpret, 8, 2)
-
-
-@triton.jit
-def _load(
-    pointer, start, stride, size, D: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
-):
-    """Vectors [COUNT, BLOCK_D] from number `start` on; 0 from `size` on and beyond D. Only the corner's place is 64
-    bits wide: a tile of wide pointers would take twice the registers."""
-    local, columns = tl.arange(0, COUNT), tl.arange(0, BLOCK_D)
-    mask = (start + local[:, None] < size) & (columns[None, :] < D)
-    corner = pointer + tl.cast(start, tl.int64) * stride
-    tile = tl.load(corner + (local[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
-    return tile.to(tl.float32) if WIDE else tile
-
-
-@triton.jit
-def _map_places(pointer, z, first_row, first_column, R, S, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Pointers [ROWS, KEYS] into a map [.., R, S] whose corner may lie beyond 2^31 elements."""
-    corner = pointer + (z * R + first_row) * S + first_column
-    return corner + (tl.arange(0, ROWS)[:, None] * S + tl.arange(0, KEYS)[None, :])
-
-
-@triton.jit
-def _scores(query, key, columns, ends, scale, PRECISION: tl.constexpr):
-    """[rows, keys] float32; a row sees the columns before its end."""
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    return tl.where(columns[None, :] < ends[:, None], scores, float("-inf"))
-
-
-@triton.jit
-def _product(weights, vectors, PRECISION: tl.constexpr):
-    """weights @ vectors in the vectors' type, float16 widened (see the module)."""
-    if vectors.dtype == tl.bfloat16:
-        return tl.dot(weights.to(tl.bfloat16), vectors)
-    return tl.dot(weights, vectors.to(tl.float32), input_precision=PRECISION)
-
-
-@triton.jit
-def _ends(rows, length, first_row, lag, T, PROMPT: tl.constexpr):
-    """Keys that a row sees, of the prompt or of its response."""
-    if PROMPT:
-        return rows * 0 + length
-    return tl.minimum(tl.maximum(rows + (first_row + 1 - lag), 0), T)
-
-
-@triton.jit
-def _row_statistics(
-    query,
-    prompt,
-    response,
-    lengths,
-    slope,
-    normaliser,
-    inner,
-    q_b,
-    q_g,
-    q_r,
-    q_n,
-    p_b,
-    p_s,
-    p_k,
-    t_b,
-    t_g,
-    t_s,
-    t_k,
-    G,
-    R,
-    P,
-    T,
-    N,
-    shared,
-    first_row,
-    lag,
-    scale,
-    SLOPE: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """normaliser[b, g, h, r] = log sum_j exp(score), inner = sum_j softmax_j slope_j in the same pass."""
-    head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, g, kv = z // G, z % G, head // shared
-    top = tl.program_id(0) * ROWS
-    rows = top + tl.arange(0, ROWS)
-    vectors = _load(query + b * q_b + g * q_g + tl.cast(head, tl.int64) * q_n, top, q_r, R, D, ROWS, BLOCK_D, WIDE)
-    length = tl.load(lengths + b).to(tl.int32)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    for segment in tl.static_range(2):
-        if segment == 0:
-            keys, stride, offset = prompt + b * p_b + kv * p_k, p_s, 0
-        else:
-            keys, stride, offset = response + b * t_b + g * t_g + kv * t_k, t_s, P
-        ends = _ends(rows, length, first_row, lag, T, segment == 0)
-        last = tl.max(ends, 0)
-        for start in range(0, last, KEYS):
-            columns = start + tl.arange(0, KEYS)
-            key = _load(keys, start, stride, last, D, KEYS, BLOCK_D, WIDE)
-            scores = _scores(vectors, key, columns, ends, scale, PRECISION)
-            higher = tl.maximum(best, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing so far
-            weights = tl.exp(scores - base[:, None])
-            shrink = tl.exp(best - base)
-            total = total * shrink + tl.sum(weights, 1)
-            if SLOPE:
-                places = _map_places(slope, z, top, offset + start, R, P + T, ROWS, KEYS)
-                mask = (rows[:, None] < R) & (columns[None, :] < ends[:, None])
-                weighted = weighted * shrink + tl.sum(weights * tl.load(places, mask=mask, other=0.0), 1)
-            best = higher
-    out = (z * N + head) * R + rows
-    total = tl.where(total > 0, total, 1.0)
-    tl.store(normaliser + out, tl.where(best == float("-inf"), 0.0, best) + tl.log(total), mask=rows < R)
-    if SLOPE:
-        tl.store(inner + out, weighted / total, mask=rows < R)
-
-
-@triton.jit
-def _head_mean(
-    query,
-    keys,
-    lengths,
-    normaliser,
-    result,
-    q_b,
-    q_g,
-    q_r,
-    q_n,
-    k_b,
-    k_g,
-    k_s,
-    k_k,
-    G,
-    R,
-    P,
-    T,
-    N,
-    shared,
-    lag,
-    scale,
-    total_heads,
-    PROMPT: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """result[b, g, r, column] over a tile of the prompt's keys or of the response's."""
-    z = tl.program_id(2).to(tl.int64)
-    b, g = z // G, z % G
-    first_key, top = tl.program_id(0) * KEYS, tl.program_id(1) * ROWS
-    columns, rows = first_key + tl.arange(0, KEYS), top + tl.arange(0, ROWS)
-    size = P if PROMPT else T
-    ends = _ends(rows, tl.load(lengths + b).to(tl.int32), 0, lag, T, PROMPT)
-    sum_of_heads = tl.zeros([ROWS, KEYS], tl.float32)
-    last = tl.max(ends, 0)
-    for head in range(0, tl.where(first_key < last, N, 0)):
-        wide = tl.cast(head, tl.int64)
-        key = _load(keys + b * k_b + g * k_g + wide // shared * k_k, first_key, k_s, last, D, KEYS, BLOCK_D, WIDE)
-        vectors = _load(query + b * q_b + g * q_g + wide * q_n, top, q_r, R, D, ROWS, BLOCK_D, WIDE)
-        norm = tl.load(normaliser + (z * N + head) * R + rows, mask=rows < R, other=0.0)
-        sum_of_heads += tl.exp(_scores(vectors, key, columns, ends, scale, PRECISION) - norm[:, None])
-    places = _map_places(result, z, top, first_key + (0 if PROMPT else P), R, P + T, ROWS, KEYS)
-    tl.store(places, sum_of_heads / total_heads, mask=(rows[:, None] < R) & (columns[None, :] < size))
-
-
-@triton.jit
-def _score_gradient(vectors, key, slope, norm, mean, rows, columns, ends, R, scale, PRECISION: tl.constexpr):
-    """weights * (slope - mean) of a tile, [rows, keys] float32; `slope`: its `_map_places`."""
-    mask = (rows[:, None] < R) & (columns[None, :] < ends[:, None])
-    values = tl.load(slope, mask=mask, other=0.0)
-    weights = tl.exp(_scores(vectors, key, columns, ends, scale, PRECISION) - norm[:, None])
-    return tl.where(mask, weights * (values - mean[:, None]), 0.0)
-
-
-@triton.jit
-def _query_gradient(
-    query,
-    prompt,
-    response,
-    lengths,
-    slope,
-    normaliser,
-    inner,
-    result,
-    q_b,
-    q_g,
-    q_r,
-    q_n,
-    p_b,
-    p_s,
-    p_k,
-    t_b,
-    t_g,
-    t_s,
-    t_k,
-    o_b,
-    o_g,
-    o_r,
-    o_n,
-    G,
-    R,
-    P,
-    T,
-    N,
-    shared,
-    first_row,
-    lag,
-    scale,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """result[b, g, r, h] = scale * sum_j dE_j k_j."""
-    head, z = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, g, kv = z // G, z % G, head // shared
-    top = tl.program_id(0) * ROWS
-    rows = top + tl.arange(0, ROWS)
-    vectors = _load(query + b * q_b + g * q_g + tl.cast(head, tl.int64) * q_n, top, q_r, R, D, ROWS, BLOCK_D, WIDE)
-    length = tl.load(lengths + b).to(tl.int32)
-    norm = tl.load(normaliser + (z * N + head) * R + rows, mask=rows < R, other=0.0)
-    mean = tl.load(inner + (z * N + head) * R + rows, mask=rows < R, other=0.0)
-    gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for segment in tl.static_range(2):
-        if segment == 0:
-            keys, stride, offset = prompt + b * p_b + kv * p_k, p_s, 0
-        else:
-            keys, stride, offset = response + b * t_b + g * t_g + kv * t_k, t_s, P
-        ends = _ends(rows, length, first_row, lag, T, segment == 0)
-        last = tl.max(ends, 0)
-        for start in range(0, last, KEYS):
-            columns = start + tl.arange(0, KEYS)
-            key = _load(keys, start, stride, last, D, KEYS, BLOCK_D, WIDE)
-            places = _map_places(slope, z, top, offset + start, R, P + T, ROWS, KEYS)
-            scores = _score_gradient(vectors, key, places, norm, mean, rows, columns, ends, R, scale, PRECISION)
-            gradient += _product(scores, key, PRECISION)
-    width = tl.arange(0, BLOCK_D)
-    place = result + b * o_b + g * o_g + tl.cast(head, tl.int64) * o_n + rows.to(tl.int64)[:, None] * o_r
-    tl.store(place + width[None, :], gradient * scale, mask=(rows[:, None] < R) & (width[None, :] < D))
-
-
-@triton.jit
-def _key_gradient(
-    query,
-    keys,
-    lengths,
-    slope,
-    normaliser,
-    inner,
-    result,
-    q_b,
-    q_g,
-    q_r,
-    q_n,
-    k_b,
-    k_g,
-    k_s,
-    k_k,
-    o_b,
-    o_g,
-    o_s,
-    o_k,
-    G,
-    R,
-    P,
-    T,
-    N,
-    shared,
-    first_row,
-    lag,
-    scale,
-    PROMPT: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """result[b, (g,) j, k] += scale * sum over heads of k, rows (and responses, for the prompt's keys) of dE_j q."""
-    kv, outer = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first_key = tl.program_id(0) * KEYS
-    columns = first_key + tl.arange(0, KEYS)
-    if PROMPT:
-        b, first_response, responses, size = outer, outer * 0, G, P
-    else:
-        b, first_response, responses, size = outer // G, outer % G, 1, T
-    length = tl.load(lengths + b).to(tl.int32)
-    offset = 0 if PROMPT else P
-    width = tl.arange(0, BLOCK_D)
-    gradient = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    limit = length if PROMPT else T
-    first = 0 if PROMPT else tl.maximum(first_key + lag - first_row, 0) // ROWS * ROWS  # rows before see none of these
-    heads = tl.where(first_key < limit, shared, 0)
-    for response in range(0, responses):
-        g = first_response + response
-        z = b * G + g
-        key = _load(keys + b * k_b + g * k_g + kv * k_k, first_key, k_s, limit, D, KEYS, BLOCK_D, WIDE)
-        for number in range(0, heads):
-            head = kv * shared + number
-            pointer = query + b * q_b + g * q_g + head * q_n
-            for start in range(first, R, ROWS):
-                rows = start + tl.arange(0, ROWS)
-                vectors = _load(pointer, start, q_r, R, D, ROWS, BLOCK_D, WIDE)
-                norm = tl.load(normaliser + (z * N + head) * R + rows, mask=rows < R, other=0.0)
-                mean = tl.load(inner + (z * N + head) * R + rows, mask=rows < R, other=0.0)
-                ends = _ends(rows, length, first_row, lag, T, PROMPT)
-                places = _map_places(slope, z, start, offset + first_key, R, P + T, ROWS, KEYS)
-                scores = _score_gradient(vectors, key, places, norm, mean, rows, columns, ends, R, scale, PRECISION)
-                gradient += _product(tl.trans(scores), vectors, PRECISION)
-    place = result + b * o_b + first_response * o_g + kv * o_k + columns.to(tl.int64)[:, None] * o_s + width[None, :]
-    mask = (columns[:, None] < size) & (width[None, :] < D)
-    tl.store(place, tl.load(place, mask=mask, other=0.0) + gradient * scale, mask=mask)
-
-
-# --- launching --------------------------------------------------------------------------------------------------------
+    def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:
+        S = qk.num_keys
+        for block in blocks.row_blocks(qk.query_BGRnD.shape[:3], S, SLOPE_ELEMENTS):
+            shape, starts = [part.stop - part.start for part in block], [part.start for part in block]
+            slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
+            for inner in blocks.row_blocks(shape, S, self.formula_elements(slope.numel())):
+                b, g, r = (slice(part.start + start, part.stop + start) for part, start in zip(inner, starts))
+                slope[inner] = slope_of((b, g, r))
+            add_gradients(qk, slope, block, gradients)
 
 
 class _Inputs(NamedTuple):
-    """Tensors whose vectors are contiguous, and the numbers that all kernels take."""
+    """Tensors with contiguous vectors, and the numbers that all kernels take."""
 
     query: Tensor
     prompt: Tensor
@@ -391,13 +57,13 @@ class _Inputs(NamedTuple):
     tile: Tile
 
     @classmethod
-    def of(cls, qk: "RowQK") -> "_Inputs":
+    def of(cls, qk: RowQK) -> "_Inputs":
         tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in qk[:3]]
         return cls(*tensors, qk.prompt_lengths_B.contiguous(), tile_of(qk.query_BGRnD.dtype, qk.query_BGRnD.shape[4]))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """G, R, P, T, N, shared."""
+        """G, R, P, T, N and the number of query heads that share a key."""
         _, G, R, n, _ = self.query.shape
         return G, R, self.prompt.shape[1], self.response.shape[2], n, n // self.prompt.shape[2]
 
@@ -406,14 +72,14 @@ class _Inputs(NamedTuple):
         return {"D": self.query.shape[4], **self.tile._asdict()}
 
     def segments(self) -> list[tuple[bool, Tensor, tuple[int, int, int, int]]]:
-        """(is the prompt, keys, strides of b, g, s, k), without an empty response."""
+        """Return (whether it is the prompt, keys, strides of b, g, s, k) of each part, without an empty response."""
         b, s, k = self.prompt.stride()[:3]
         both = [(True, self.prompt, (b, 0, s, k)), (False, self.response, self.response.stride()[:4])]
         return both if self.response.shape[2] else both[:1]
 
 
-def _statistics(inputs: _Inputs, qk: "RowQK", slope: Optional[Tensor], first_row: int) -> tuple[Tensor, Tensor]:
-    """Normaliser and inner product, both [B, G, n, R] float32 (the latter unset without a slope)."""
+def _statistics(inputs: _Inputs, qk: RowQK, slope: Optional[Tensor], first_row: int) -> tuple[Tensor, Tensor]:
+    """Return normaliser and inner product, both [B, G, n, R] float32. Without a slope the latter is not set."""
     B, G, R, n, _ = inputs.query.shape
     normaliser, inner = (torch.empty(B, G, n, R, dtype=torch.float32, device=inputs.query.device) for _ in range(2))
     grid = (triton.cdiv(R, inputs.tile.ROWS), n, B * G)
@@ -435,12 +101,8 @@ def _statistics(inputs: _Inputs, qk: "RowQK", slope: Optional[Tensor], first_row
     return normaliser, inner
 
 
-def head_mean_rows(qk: "RowQK") -> Tensor:
-    """`head_mean_attention` of bfloat16, float16 or float32 inputs.
-
-    Returns:
-        [B, G, R, S] float32.
-    """
+def head_mean_rows(qk: RowQK) -> Tensor:
+    """Return `rows.head_mean_attention` of bfloat16, float16 or float32 inputs, [B, G, R, S] float32."""
     inputs = _Inputs.of(qk)
     B, G, R, _, _ = inputs.query.shape
     result = torch.empty(B, G, R, qk.num_keys, dtype=torch.float32, device=inputs.query.device)
@@ -470,24 +132,25 @@ def head_mean_rows(qk: "RowQK") -> Tensor:
 
 
 def add_gradients(
-    qk: "RowQK", slope: Tensor, piece: tuple[slice, slice, slice], grads: tuple[Tensor, Tensor, Tensor]
+    qk: RowQK, slope: Tensor, block: Block, gradients: Gradients
 ) -> None:
-    """Gradients of the rows in `piece`, which are all of a batch's responses or some of one response's.
+    """Add the gradients of one block: all rows of some responses, or some rows of one response.
 
     Args:
-        qk: of the whole batch.
-        slope: dD/da of the piece times what reaches each row, over `num_heads`; [b, g, r, S] float32, contiguous.
-        piece: slices of b, g and r.
-        grads: of query (is set), prompt and response keys (are added to), shapes of `qk`, float32, contiguous.
+        qk: Rows of the whole batch.
+        slope: dD/da of the block times the gradient that reaches its rows, over `num_heads`. [b, g, r, S] float32,
+            contiguous.
+        block: Slices of b, g and r.
+        gradients: Gradients in the shapes of `qk`. Those of the query are set, those of the keys are added to.
     """
-    b, g, r = piece
+    b, g, r = block
     part = qk._replace(
         query_BGRnD=qk.query_BGRnD[b, g, r],
         prompt_key_BPkD=qk.prompt_key_BPkD[b],
         response_key_BGTkD=qk.response_key_BGTkD[b, g],
         prompt_lengths_B=qk.prompt_lengths_B[b],
     )
-    inputs, to_query = _Inputs.of(part), grads[0][b, g, r]
+    inputs, to_query = _Inputs.of(part), gradients[0][b, g, r]
     B, G, R, n, _ = inputs.query.shape
     with _device_of(slope):
         normaliser, inner = _statistics(inputs, qk, slope, r.start)
@@ -508,7 +171,7 @@ def add_gradients(
             **inputs.constants,
         )
         for is_prompt, keys, strides in inputs.segments():
-            result = grads[1][b][:, None] if is_prompt else grads[2][b, g]
+            result = gradients[1][b][:, None] if is_prompt else gradients[2][b, g]
             tiles = triton.cdiv(keys.shape[1 if is_prompt else 2], inputs.tile.KEYS)
             grid = (tiles, keys.shape[-2], B if is_prompt else B * G)
             _key_gradient[grid](
@@ -532,5 +195,5 @@ def add_gradients(
 
 
 def _device_of(tensor: Tensor) -> ContextManager:
-    """Kernels start on the current device, which need not be the tensor's."""
+    """Return a context in which kernels start on the tensor's device, which need not be the current one."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()

@@ -14,17 +14,17 @@ class ForwardOutput:
 
     tokens: Optional[TokenOutputs] = None
     attention: Mapping[int, Any] = field(default_factory=dict)
-    """Layer -> what `keep` kept of its rows, by default the attention policy [B, G, R, S]."""
+    """Layer -> value that `store` returned of its rows, by default their distributions [B, G, R, S]."""
     hidden: Optional[Tensor] = None
-    """[B, G, R, H] what the LM head reads, where it was asked for."""
+    """Inputs of the LM head, [B, G, R, H], where they were asked for."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step."""
+    """Result of one optimizer step."""
 
     grad_norm: float
-    """Global norm before clipping, every parameter of every stage counted once."""
+    """Global gradient norm before clipping, every parameter of every stage counted once."""
     learning_rate: float
     applied: bool
-    """False: a loss or the gradient was not finite and the step was skipped."""
+    """Whether the step was applied. It is skipped where a loss or the gradient is not finite."""

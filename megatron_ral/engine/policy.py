@@ -1,9 +1,9 @@
-"""The trainable engine: gradients of a list of micro-batches under a loss given as a value, and the optimizer step.
+"""Trainable engine: gradients of a list of micro-batches under an objective, and the optimizer step.
 
-Where the two frameworks divide losses, and how that is cancelled:
-- megatron's schedule divides by the number of micro-batches -> `calculate_per_token_loss` and a 3-tuple turn that off;
-- DeepSpeed averages gradients over data-parallel ranks -> losses are multiplied by the number of those ranks.
-So the gradient is that of sum(loss) over all micro-batches and ranks, which `tests/distributed/test_layouts.py` compares
+Two frameworks divide losses, and the engine cancels both divisions:
+- megatron's schedule divides by the number of micro-batches; `calculate_per_token_loss` and a 3-tuple turn that off;
+- DeepSpeed averages gradients over data-parallel ranks; losses are multiplied by the number of those ranks.
+The gradient thus is that of sum(loss) over all micro-batches and ranks. `tests/distributed/test_layouts.py` compares it
 with one process on the whole batch.
 """
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
-from megatron_ral.config import RunConfig
+from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.objectives.base import Objective
 from megatron_ral.engine.outputs import StepResult
-from megatron_ral.engine.stage import StageEngine, group_layout
+from megatron_ral.engine.settings import EngineSettings, TrainingSettings
+from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.weights.resharding import StateSource, fitting_shard
@@ -27,8 +28,10 @@ from megatron_ral.types import TrainBatch, to_device
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on a stage's output whose backward also feeds a loss formed on this stage (as megatron does with its
-    mixture-of-experts loss). An attention loss is thus local to the stage that owns the layer."""
+    """Identity on a stage's output whose backward pass also feeds a loss formed on this stage.
+
+    megatron does the same with its mixture-of-experts loss. An attention loss thus stays on the stage that owns the layer.
+    """
 
     @staticmethod
     def forward(ctx, output: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -42,60 +45,19 @@ class _AttachLoss(torch.autograd.Function):
         return grad, torch.full_like(loss, ctx.scale), None
 
 
-def schedule_factor(step: int, total: int, warmup: int, decay: str, low: float = 0.0) -> float:
-    """Factor of a scheduled setting at 0-based optimizer step `step` of `total`: linear warm-up, then constant, linear or
-    cosine decay to `low`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    remaining = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[decay]
-    return remaining if decay == "constant" else low + (1.0 - low) * remaining
-
-
-def learning_rate_at(step: int, config: RunConfig) -> float:
-    """Learning rate of 0-based optimizer step `step`."""
-    settings = config.optimizer
-    return settings.learning_rate * schedule_factor(
-        step, config.num_optimizer_steps, settings.warmup_steps, settings.decay, settings.min_learning_rate_ratio
-    )
-
-
-def _adamw(config: RunConfig, device: torch.device) -> Callable[[list], torch.optim.Optimizer]:
-    settings = config.optimizer
-
-    def build(parameters: list) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
-        )
-
-    return build
-
-
 class PolicyEngine(StageEngine):
-    """Trainable stage of one rank."""
+    """Trainable stage of one rank.
 
-    def __init__(self, shape: ModelShape, process_groups: ProcessGroups, config: RunConfig):
-        super().__init__(
-            shape,
-            process_groups,
-            config.model.dtype,
-            config.model.path,
-            optimizer=_adamw(config, process_groups.device),
-            train_vision=config.model.train_vision,
-            clip_grad_norm=config.optimizer.clip_grad_norm,
-            sequence_parallel=config.parallel.sequence_parallel,
-            cpu_offload=config.parallel.offload_parameters,
-            offload_optimizer=config.parallel.offload_optimizer,
-            recompute=config.parallel.recompute_activations,
-            gather=config.parallel.gather,
-            overlap=config.parallel.overlap_communication,
-        )
-        self.config = config
+    Args:
+        shape, process_groups, settings: As for StageEngine.
+        training: How the weights are trained.
+    """
+
+    def __init__(
+        self, shape: ModelShape, process_groups: ProcessGroups, settings: EngineSettings, training: TrainingSettings
+    ):
+        super().__init__(shape, process_groups, settings, training)
+        self.training = training
         self.num_steps_taken, self._losses_finite = 0, True
         use_gradient_norm(self.deepspeed.optimizer, self._own_norm)
         self._make_optimizer_state()
@@ -106,7 +68,7 @@ class PolicyEngine(StageEngine):
             parameter.grad_dtype = torch.float32  # micro-batches add up in float32 whatever the model's precision
         self._early = EarlyReduction(
             self.deepspeed.optimizer,
-            self.stage.language.decoder.layers if config.parallel.overlap_communication else (),
+            self.stage.language.decoder.layers if settings.overlap else (),
         )
         self._partial = [
             parameter
@@ -120,11 +82,11 @@ class PolicyEngine(StageEngine):
         ]
 
     def forward_backward(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, float]:
-        """Gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
+        """Form the gradients of all micro-batches, reduced once over data-parallel ranks, ready for `step`.
 
         Args:
-            batches: micro-batches of one optimizer step on this rank.
-            objective: the loss.
+            batches: Micro-batches of one optimizer step on this rank.
+            objective: Loss, either an `Objective` or something that is called in the same way.
 
         Returns:
             Metrics summed over micro-batches, ranks and stages, the same on every rank.
@@ -138,7 +100,7 @@ class PolicyEngine(StageEngine):
         return sums
 
     def accumulate(self, batches: Sequence[TrainBatch], objective: Objective) -> dict[str, Tensor]:
-        """The part of `forward_backward` that runs the stage; returns this rank's metrics."""
+        """Run the stage forward and backward, the local part of `forward_backward`. Return this rank's metrics."""
         recorded = frozenset(self.local_layers(sorted(objective.recorded_layers)))
         scale = float(self.layout.data_size)  # cancels DeepSpeed's mean over data-parallel ranks
         metrics: dict[str, Tensor] = {}
@@ -152,13 +114,13 @@ class PolicyEngine(StageEngine):
             nonlocal to_come
             to_come -= 1
             batch = to_device(next(iterator), self.process_groups.device)
-            pass_ = AttentionPass(group_layout(batch.groups), recorded)
+            pass_ = AttentionPass(GroupLayout.of(batch.groups), recorded)
             output = stage(batch.groups, pass_)
             for layer in sorted(recorded):
                 record = pass_.records[layer]
                 assert record.query_BGRnD.requires_grad, f"layer {layer} was recorded without gradient (recomputed?)"
                 loss, values = objective.attention_loss(
-                    layer, self.attention_rows(record, pass_, objective.row_kind), batch
+                    layer, self.attention_rows(record, pass_, objective.position), batch
                 )
                 add(values)
                 if loss is not None:
@@ -188,9 +150,12 @@ class PolicyEngine(StageEngine):
         return metrics
 
     def step(self) -> StepResult:
-        """Clip, AdamW on this rank's shard, next learning rate. Parameters stay sharded after. Where the gradient, or a loss
-        since the last step, is not finite on any rank, nothing moves but the place in the learning rate's schedule."""
-        learning_rate = learning_rate_at(self.num_steps_taken, self.config)
+        """Clip the gradient and update this rank's shard with AdamW. Parameters stay sharded afterwards.
+
+        Where the gradient, or a loss since the last step, is not finite on any rank, nothing changes but the place in the
+        learning rate's schedule.
+        """
+        learning_rate = self.training.learning_rate_at(self.num_steps_taken)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
@@ -201,17 +166,19 @@ class PolicyEngine(StageEngine):
         )
 
     def gradient_shards(self) -> list[Tensor]:
-        """Copies of this rank's reduced gradient shards, in parameter order."""
+        """Return copies of this rank's reduced gradient shards, in parameter order."""
         zero = self.deepspeed.optimizer
         return [zero.get_local_fp32_grad_for_param(parameter).clone() for parameter in self._trainable.values()]
 
     def gradient_norm(self, shards: Iterable[Tensor]) -> float:
-        """Global norm of gradient shards, every parameter of every stage counted once."""
+        """Return the global norm of gradient shards, every parameter of every stage counted once."""
         return float(self._norm(shards))
 
     def _own_norm(self) -> Tensor:
-        """What DeepSpeed clips by; where it is not finite, all ranks skip the step. So it is after a loss that is not,
-        even one whose gradient is."""
+        """Return the norm that DeepSpeed clips by. Where it is not finite, all ranks skip the step.
+
+        It is made not finite after a loss that is not, even where the gradient is finite.
+        """
         zero = self.deepspeed.optimizer
         return self._norm(
             map(zero.get_local_fp32_grad_for_param, self._trainable.values()), 0.0 if self._losses_finite else math.nan
@@ -233,19 +200,21 @@ class PolicyEngine(StageEngine):
             self.deepspeed.optimizer.set_local_grad_for_param(shard, parameter)
 
     def faulty_gradients(self) -> list[str]:
-        """Parameters of this rank's stage whose reduced gradient is not finite in this rank's shard."""
+        """Return the parameters of this rank's stage whose reduced gradient is not finite in this rank's shard."""
         return [
             name for name, shard in zip(self._trainable, self.gradient_shards()) if not bool(shard.isfinite().all())
         ]
 
     def master_shards(self) -> dict[str, Tensor]:
-        """This rank's shards of the trainable parameters' float32 weights, by name."""
+        """Return this rank's shards of the trainable parameters' float32 master weights, by name."""
         zero = self.deepspeed.optimizer
         return {name: zero.get_local_fp32_param(parameter, None) for name, parameter in self._trainable.items()}
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's shards of master weights and AdamW moments by `<parameter>/<kind>`, one after the other, flat
-        float32; the next step may change them in place."""
+        """Yield this rank's shards of master weights and AdamW moments by `<parameter>/<kind>`, flat float32.
+
+        The next step may change them in place.
+        """
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
@@ -256,10 +225,10 @@ class PolicyEngine(StageEngine):
         yield "adamw_step", torch.tensor(self._adamw_step())
 
     def load_state(self, state: StateSource, num_steps_taken: int) -> None:
-        """Inverse of `state`; each key is asked for once.
+        """Load what `state` yielded. Each key is asked for once.
 
         Raises:
-            CheckpointError: a shard is missing or of another size.
+            CheckpointError: A shard is missing or of another size.
         """
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
@@ -274,7 +243,7 @@ class PolicyEngine(StageEngine):
         self.num_steps_taken = num_steps_taken
 
     def _make_optimizer_state(self) -> None:
-        """AdamW makes its moments at the first step; made here, a checkpoint can fill them and memory shows them."""
+        """Make AdamW's moments now rather than at the first step, so that a checkpoint can fill them and memory shows them."""
         zero = self.deepspeed.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
@@ -290,9 +259,11 @@ class PolicyEngine(StageEngine):
         return parameter is self.stage.language.shared_embedding_or_output_weight()
 
     def _sum_gradients(self, parameters: Sequence[Any], group: Any) -> None:
-        """Add up the gradients of parameters that several ranks hold a copy of, each with a part of the gradient: norms
-        over tensor ranks, tied embeddings over the first and last stage. Every rank cuts a parameter alike over
-        data-parallel ranks, so that shards match; one all-reduce for all of them."""
+        """Add up the gradients of parameters that several ranks hold a copy of, each with a part of the gradient.
+
+        These are norms over tensor-parallel ranks and tied embeddings over the first and last stage. One all-reduce serves
+        all of them. Shards match because every rank cuts a parameter alike over data-parallel ranks.
+        """
         if not parameters:
             return
         zero = self.deepspeed.optimizer

@@ -1,17 +1,17 @@
-"""A frozen teacher in a layout of its own: it reads what its student's ranks hold, and hands back what a loss needs.
+"""Frozen teacher in a layout of its own. It reads the student's micro-batches and returns the inputs of the losses.
 
-What crosses between the layouts, for each micro-batch of the student:
-- to the teacher: samples as they stand in the shard (encoded pictures) and token ids; the prompt is made anew;
-- back: head-averaged attention of the asked layers to the student's stages that own theirs, and what the teacher's LM head
-  reads, [B, G, R, H], to the student's last stage. There a copy of that head, cut like the student's vocabulary, makes
-  the teacher's logits of one micro-batch at a time. H numbers per row travel instead of the whole vocabulary's, and the
-  divergence stays exact whatever the two layouts are.
-What is where it is needed already is not sent; in one common layout that is everything, but for layers that a teacher of
-another depth has on another stage, and for prompts that ranks ask unequal numbers of.
+The following crosses between the two layouts for each micro-batch of the student:
+- to the teacher: samples in the form of the shard (encoded pictures) and token ids. The teacher's rank makes the prompt;
+- back: head-averaged attention of the chosen layers, to the student's stages that own theirs, and the inputs of the
+  teacher's LM head, [B, G, R, H], to the student's last stage. A copy of that head, cut like the student's vocabulary,
+  forms the teacher's logits there, one micro-batch at a time. H numbers per row travel instead of the whole vocabulary's,
+  and the divergence stays exact whatever the two layouts are.
+A value that already is where it is needed is not sent. In one common layout that is everything, except layers that a
+teacher of another depth has on another stage, and prompts where ranks ask for unequal numbers.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.types import QueryPosition
 from megatron_ral.engine.outputs import ForwardOutput
-from megatron_ral.engine.stage import DTYPES
+from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.weights.conversion import open_weights
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_objects
@@ -33,7 +34,7 @@ from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
 @dataclass(frozen=True)
 class SentGroups:
-    """A GroupBatch as it travels."""
+    """GroupBatch in the form that travels between ranks."""
 
     samples: tuple[Sample, ...]
     response_ids: Tensor
@@ -41,36 +42,36 @@ class SentGroups:
 
 
 class TeacherHead:
-    """The teacher's LM head as one tensor rank of the student sees it: the student's columns of the vocabulary.
+    """Columns of the teacher's LM head that one tensor-parallel rank of the student needs.
 
     Args:
-        shape: the teacher.
-        path: its folder.
-        student_shape: decides the cut.
-        student: the student's groups; this rank's place.
-        dtype: "float32" or "bfloat16".
+        shape: Shape of the teacher.
+        path: Folder of the teacher.
+        student_shape: Shape of the student, which decides the cut of the vocabulary.
+        student: Process groups of the student.
+        dtype: Precision of the weights.
     """
 
-    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ProcessGroups, dtype: str):
+    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ProcessGroups, dtype: torch.dtype):
         layout = student.layout
         columns = student_shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
         self.start = columns * layout.tensor_rank
         self.num_common = min(shape.vocab_size, student_shape.vocab_size)
-        """Tokens that both models have; a vocabulary may be padded further in one of them."""
+        """Number of tokens that both models have. One of them may pad its vocabulary further."""
         name = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
         stop = min(self.start + columns, shape.vocab_size)
-        weight = torch.zeros(columns, shape.hidden_size, dtype=DTYPES[dtype])
+        weight = torch.zeros(columns, shape.hidden_size, dtype=dtype)
         if stop > self.start:
             weight[: stop - self.start] = open_weights(path).part(name, 0, self.start, stop).to(weight.dtype)
         self.weight = weight.to(student.device)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, G, R, H] -> [B, G, R, v] of this rank's columns."""
+        """Return this rank's columns of the logits, [B, G, R, H] -> [B, G, R, v]."""
         return self.mask(F.linear(hidden.flatten(0, -2)[:, None], self.weight).view(*hidden.shape[:-1], -1))
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Columns that only one of the models has, set to -1e9."""
+        """Return logits with the columns that only one of the models has set to -1e9."""
         common = max(self.num_common - self.start, 0)
         if common >= logits.shape[-1]:
             return logits
@@ -82,32 +83,30 @@ class TeacherEngine(FrozenEngine):
     """Frozen teacher of one rank.
 
     Args:
-        shape, groups, dtype, path, sequence_parallel, cpu_offload: of the teacher, as for StageEngine.
-        student: groups of the student, over the same ranks.
-        student_shape: model of the student.
-        processor: makes prompts of samples; teacher and student agree on it.
+        shape, process_groups, settings: Shape, process groups and settings of the teacher, as for StageEngine.
+        student: Process groups of the student, over the same ranks.
+        student_shape: Shape of the student.
+        processor: Maker of prompts from samples. Teacher and student agree on it.
     """
 
     def __init__(
         self,
         shape: ModelShape,
         process_groups: ProcessGroups,
-        dtype: str,
-        path: str,
+        settings: EngineSettings,
         *,
         student: ProcessGroups,
         student_shape: ModelShape,
         processor: PromptProcessor,
-        sequence_parallel: bool = False,
-        cpu_offload: bool = False,
     ):
-        super().__init__(shape, process_groups, dtype, path, sequence_parallel, cpu_offload)
+        super().__init__(shape, process_groups, settings)
         self.student, self.student_shape, self.processor = student, student_shape, processor
-        self.head = TeacherHead(shape, path, student_shape, student, dtype) if student.layout.is_last_stage else None
+        self.head: Optional[TeacherHead] = None
+        if student.layout.is_last_stage:
+            self.head = TeacherHead(shape, settings.path, student_shape, student, settings.torch_dtype)
 
     def matching_layer(self, student_layer: int) -> int:
-        """The teacher's layer at the same relative depth: both ends of a layer's share of the depth are rounded up, so
-        that last goes with last."""
+        """Return the teacher's layer at the same relative depth, rounded up, so that last goes with last."""
         return -(-(student_layer + 1) * self.shape.num_layers // self.student_shape.num_layers) - 1
 
     def read(
@@ -115,18 +114,18 @@ class TeacherEngine(FrozenEngine):
         batches: Sequence[GroupBatch],
         layers: Sequence[int],
         *,
-        row_kind: str = "token",
-        keep: Callable[[AttentionRows, GroupBatch], Tensor],
+        position: QueryPosition = QueryPosition.RESPONSE,
+        store: Callable[[AttentionRows, GroupBatch], Tensor],
         hidden_states: bool = True,
     ) -> list[ForwardOutput]:
-        """The teacher's view of the student's micro-batches.
+        """Run the teacher over the student's micro-batches.
 
         Args:
-            batches: this rank's, in the student's layout.
+            batches: Micro-batches of this rank in the student's layout.
             layers: 0-based layers of the student whose counterparts' rows are wanted.
-            row_kind: `token` or `predictor`.
-            keep: rows -> [B, G, R, S] float32.
-            hidden_states: whether what the LM head reads is wanted.
+            position: Query position of the rows, `RESPONSE` or `PREDICTING`.
+            store: Function from rows to the tensor [B, G, R, S] float32 that is returned of them.
+            hidden_states: Whether the inputs of the LM head are wanted.
 
         Returns:
             One ForwardOutput per batch: `attention` by the *student's* layers on the stage of the student that owns them,
@@ -142,9 +141,9 @@ class TeacherEngine(FrozenEngine):
                 results = self.forward(
                     [received[item] for item in taken],
                     sorted(set(match.values())),
-                    row_kind=row_kind,
+                    position=position,
                     hidden_states=True,  # never its logits
-                    keep=lambda rows, groups: keep(rows, groups).cpu(),
+                    store=lambda rows, groups: store(rows, groups).cpu(),
                 )
         return self._hand_back(work, batches, match, dict(zip(taken, results)), hidden_states)
 

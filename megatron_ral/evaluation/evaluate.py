@@ -251,7 +251,7 @@ def view_probes(
         for responses, groups, attention in _greedy_batches(engine, prompts, processor, config, [layer], _mean_row):
             batch, masses = responses.prompts, [everywhere(attention.get(layer), groups)]
             if teacher is not None:
-                [read] = teacher.read([groups], [layer], keep=lambda rows, _: rows.policy(), hidden_states=False)
+                [read] = teacher.read([groups], [layer], store=lambda rows, _: rows.distribution(), hidden_states=False)
                 rows = read.attention.get(layer)
                 masses.append(everywhere(None if rows is None else _mean_policy(rows, groups), groups))
             texts = decode_responses(responses, processor)
@@ -271,7 +271,7 @@ def view_tokens(
     assert engine.layout.world_size == 1, "the rows of a layer are on one rank only where there is one"
 
     def over_prompt(rows: AttentionRows, groups: GroupBatch) -> Tensor:
-        return rows.policy()[:, 0, :, : groups.prompts.input_ids.shape[1]].cpu()
+        return rows.distribution()[:, 0, :, : groups.prompts.input_ids.shape[1]].cpu()
 
     with engine.resident():
         for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, over_prompt):
@@ -304,7 +304,7 @@ def _greedy_batches(
     sampled = sample_responses(engine, prompts, settings, config.rollout.generation_batch_size)
     for responses, embeds in sampled:
         groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
-        yield responses, groups, engine.forward([groups], layers, keep=keep)[0].attention
+        yield responses, groups, engine.forward([groups], layers, store=keep)[0].attention
 
 
 def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor
 
 
 def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:
-    return _mean_policy(rows.policy(), groups)
+    return _mean_policy(rows.distribution(), groups)
 
 
 def _mean_policy(policy_BGRS: Tensor, groups: GroupBatch) -> Tensor:

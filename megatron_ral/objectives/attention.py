@@ -1,142 +1,124 @@
-"""The attention term of RAL as its settings have it: which rows, over which keys, compared with what, how weighted."""
+"""Attention term of RAL: divergence of attention distributions from a target, weighted by advantages."""
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ral.config.loss import LossConfig
+from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
-from megatron_ral.attention.rows import RowKeys, attention_distribution
-from megatron_ral.attention.targets.success import mean_prompt_row, success_target
-from megatron_ral.attention.group_layout import AttentionRecord
-from megatron_ral.types import GroupBatch, PromptBatch, TrainBatch
+from megatron_ral.attention.targets.base import AttentionTarget
+from megatron_ral.attention.targets.load import load_target
+from megatron_ral.attention.targets.registry import TARGETS, TargetPass
+from megatron_ral.attention.types import QueryPosition, RowKeys
+from megatron_ral.config.loss import LossConfig
+from megatron_ral.objectives.base import Metrics, Term
+from megatron_ral.types import GroupBatch, PromptBatch, RlBatch
 
 PRECISION_FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12, torch.bfloat16: 1e-4}
 """Divergence in nats below which a row may differ from its target by rounding alone, by the precision of queries and keys
-(see "Precision" in docs/measurements.md)."""
-
-ROLLOUT_POLICY = ("old", "group", "hindsight")
-"""Targets made of rows of the policy that made the rollout."""
-
-
-def row_keys(rows: AttentionRows, prompts: PromptBatch, kind: str, exclude_self: bool) -> RowKeys:
-    """Keys a policy is made of: `all`, `visual` or `prompt`, with or without the row's own token."""
-    columns = None
-    if kind != "all":
-        inside = torch.arange(rows.layout.P, device=rows.attention.device) < prompts.prompt_lengths[:, None]
-        columns = F.pad(
-            prompts.visual_mask if kind == "visual" else inside, (0, rows.attention.shape[-1] - rows.layout.P)
-        )
-    return rows.keys(columns, exclude_self)
+(see "Precision" in docs/results/measurements.md)."""
 
 
 @dataclass(frozen=True)
-class AttentionTerm:
-    """loss = sum over rows of weight * D(policy of the row, target) / rows (attention_normalizer = sequence_sum:
-    responses) of the optimizer step, mean over layers.
+class AttentionTerm(Term):
+    """coefficient * sum over rows of weight * D(distribution of the row, target) / rows of the optimizer step, averaged
+    over layers (attention_normalizer = sequence_sum: over responses in place of rows).
 
-    | target | compared with | weight of a row |
-    |---|---|---|
-    | old | the policy that made the rollout (paper) | advantage |
-    | reference | the frozen reference model | advantage |
-    | ema | an exponential average of past policies | advantage |
-    | group | mean prompt row of the successful responses | minus the advantage, where it is negative |
-    | hindsight | the same; the row is the prompt's last | sum of the positive advantages |
-    | oracle | the annotated box, uniformly | 1, where there is one |
-
-    Source: RAL paper (arXiv 2602.04884) eq. (2), (3) for `old`; the others are this project's.
+    Target and weights are those of `attention/targets`. Source: RAL paper (arXiv 2602.04884) eq. (2), (3).
     """
 
     settings: LossConfig
-    num_layers: int
-    """Recorded layers, over which the term is averaged."""
+    layers: frozenset[int]
+    """0-based layers, over which the term is averaged."""
+    coefficient: float
+    """Coefficient of this optimizer step: `attention_coef` with its schedule."""
+
+    name = "attention"
 
     @property
-    def row_kind(self) -> str:
-        """Rows that carry the gradient."""
-        return "last_prompt" if self.settings.attention_target == "hindsight" else self.settings.attention_row
+    def recorded_layers(self) -> frozenset[int]:
+        return self.layers
 
-    def keys(self, rows: AttentionRows, prompts: PromptBatch) -> RowKeys:
-        """Keys the policies are made of."""
-        return row_keys(rows, prompts, self.settings.attention_keys, self.settings.attention_exclude_self)
+    @property
+    def is_active(self) -> bool:
+        return self.coefficient > 0
 
-    def keep(self, rows: AttentionRows, groups: GroupBatch) -> Any:
-        """What is kept of the rows of a target's pass until the update."""
+    @property
+    def target(self) -> AttentionTarget:
+        """Target of `loss.attention_target`."""
+        return load_target(self.settings.attention_target)
+
+    @property
+    def target_pass(self) -> TargetPass:
+        """Forward pass that the target's rows come from."""
+        return TARGETS[self.settings.attention_target].needs
+
+    @property
+    def stored_position(self) -> QueryPosition:
+        """Query position at which the target's pass is read."""
+        return QueryPosition(self.settings.attention_row)
+
+    @property
+    def position(self) -> QueryPosition:
+        """Query position whose rows carry the gradient."""
+        return self.target.position(self.stored_position)
+
+    def store(self, rows: AttentionRows, groups: GroupBatch) -> Any:
+        """Return what is stored of the target's pass until the update: rows, or queries and keys (attention_store)."""
         if self.settings.attention_store == "qk":
             return rows.record.detached()
-        return self._kept_policy(rows, groups)
+        return self.target.summarize(rows, self._keys(rows, groups.prompts), groups)
 
-    def _kept_policy(self, rows: AttentionRows, groups: GroupBatch) -> Tensor:
-        policy = rows.policy(self.keys(rows, groups.prompts))
-        if self.settings.attention_target in ("group", "hindsight"):
-            return mean_prompt_row(policy, groups.response_mask, rows.layout.P)
-        return policy
+    def attention_loss(self, layer: int, rows: AttentionRows, batch: RlBatch) -> tuple[Tensor, Metrics]:
+        with torch.set_grad_enabled(self.is_active and torch.is_grad_enabled()):
+            loss, measured = self._loss(layer, rows, batch)
+        loss = self.coefficient * loss
+        return loss, {**attention_metrics(rows, batch), **measured, "loss/attention": loss.detach()}
 
-    def loss(self, layer: int, rows: AttentionRows, batch: TrainBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of one layer at coefficient 1 and what is logged of it."""
+    def _loss(self, layer: int, rows: AttentionRows, batch: RlBatch) -> tuple[Tensor, Metrics]:
+        """Return the loss of one layer at coefficient 1, and its metrics."""
         settings, totals = self.settings, batch.totals
-        keys = self.keys(rows, batch.groups.prompts)
-        target = self._target(layer, rows, keys, batch)
+        keys = self._keys(rows, batch.groups.prompts)
+        target = self._target_distribution(layer, rows, keys, batch)
         divergence = rows.divergence(target, keys, settings.attention_divergence)
         capped = divergence.clamp(max=settings.attention_row_cap) if settings.attention_row_cap else divergence
         mask = self._mask(batch) & (target.sum(dim=-1) > 0)
         rows_in_step = totals.num_tokens if settings.attention_normalizer == "token_mean" else totals.num_sequences
-        loss = (capped * self._weights(batch) * mask).sum() / (rows_in_step * self.num_layers)
+        weights = self.target.weights(batch, settings.attention_negative_weight)
+        loss = (capped * weights * mask).sum() / (rows_in_step * len(self.layers))
         floor = PRECISION_FLOOR[rows.record.query_BGRnD.dtype]
         return loss, self._divergence_metrics(divergence.detach(), batch, mask, floor)
 
-    def _target(self, layer: int, rows: AttentionRows, keys: RowKeys, batch: TrainBatch) -> Tensor:
-        """Distributions over the same keys, which broadcast to the rows' map."""
-        if self.settings.attention_target == "oracle":
-            box = batch.groups.prompts.target_mask.to(rows.attention.dtype)
-            row = box / box.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    def _keys(self, rows: AttentionRows, prompts: PromptBatch) -> RowKeys:
+        return rows.named_keys(self.settings.attention_keys, prompts, self.settings.attention_exclude_self)
+
+    def _target_distribution(self, layer: int, rows: AttentionRows, keys: RowKeys, batch: RlBatch) -> Tensor:
+        """Return distributions over the same keys, which broadcast to the rows' map."""
+        if self.target_pass is TargetPass.NONE:
+            stored = None
+        elif self.target_pass is TargetPass.ROLLOUT_POLICY and batch.is_on_policy:
+            # A pass of the rollout's policy would give what this pass gives.
+            own = rows.at(self.stored_position)
+            stored = self.target.summarize(own, self._keys(own, batch.groups.prompts), batch.groups)
+            stored = self.target.combine(stored, batch.attention_advantages)
         else:
-            row = self._own_target(rows, batch) if self._is_own(batch) else batch.target_attention[layer]
-            if isinstance(row, AttentionRecord):
-                return rows.of_record(row).policy(keys)
-            if self.settings.attention_target not in ("group", "hindsight"):
-                return row
-        row = F.pad(row, (0, rows.attention.shape[-1] - row.shape[-1]))[:, None, None]
-        # The own token of a response's row is none of the prompt's; that of the other kinds may be, and is left out.
-        if self.row_kind == "token":
-            return row
-        return attention_distribution(row.expand(-1, -1, rows.attention.shape[2], -1), keys)[0]
+            stored = batch.target_attention[layer]
+        if isinstance(stored, AttentionRecord):
+            return rows.of_record(stored).distribution(keys)
+        return self.target.distribution(stored, rows, keys, batch)
 
-    def _is_own(self, batch: TrainBatch) -> bool:
-        return batch.on_policy and self.settings.attention_target in ROLLOUT_POLICY
-
-    def _own_target(self, rows: AttentionRows, batch: TrainBatch) -> Tensor:
-        """What a pass of the policy before this update would have kept: it is this pass."""
-        kept = self._kept_policy(rows.of_kind(self.settings.attention_row), batch.groups)
-        if self.settings.attention_target == "old":
-            return kept
-        return success_target(kept, batch.attention_advantages)
-
-    def _weights(self, batch: TrainBatch) -> Tensor:
-        """Weight of every row, broadcasting to [B, G, R]; positive pulls towards the target."""
-        advantages, target = batch.attention_advantages, self.settings.attention_target
-        if target == "oracle":
-            return batch.groups.prompts.target_mask.any(dim=-1)[:, None, None].float()
-        if target == "hindsight":
-            return advantages.clamp(min=0).sum(dim=1)[:, None, None]
-        weighted = torch.where(advantages < 0, advantages * self.settings.attention_negative_weight, advantages)
-        return (weighted if target != "group" else (-weighted).clamp(min=0))[..., None]
-
-    def _mask(self, batch: TrainBatch) -> Tensor:
-        """Rows that count."""
-        if self.row_kind != "last_prompt":
+    def _mask(self, batch: RlBatch) -> Tensor:
+        """Return the mask of rows that count."""
+        if self.position is not QueryPosition.LAST_PROMPT:
             return batch.loss_mask
         return batch.loss_mask.any(dim=-1).any(dim=-1)[:, None, None]
 
-    def _divergence_metrics(
-        self, divergence: Tensor, batch: TrainBatch, mask: Tensor, floor: float
-    ) -> dict[str, Tensor]:
+    def _divergence_metrics(self, divergence: Tensor, batch: RlBatch, mask: Tensor, floor: float) -> dict[str, Tensor]:
         chosen = {"divergence": mask}
-        if self.row_kind != "last_prompt":
+        if self.position is not QueryPosition.LAST_PROMPT:
             advantages = batch.attention_advantages[..., None]
             chosen |= {"divergence_positive": mask & (advantages > 0), "divergence_negative": mask & (advantages < 0)}
         metrics = {}
@@ -149,15 +131,16 @@ class AttentionTerm:
 
 
 @torch.no_grad()
-def attention_metrics(rows: AttentionRows, batch: TrainBatch) -> dict[str, Tensor]:
-    """Where the response tokens' rows look under the paper's policy (all keys but the own), whatever the term's settings.
+def attention_metrics(rows: AttentionRows, batch: RlBatch) -> dict[str, Tensor]:
+    """Return where the response tokens' rows look under the paper's distribution (all keys but the own), whatever the
+    term's settings.
 
-    Sums and counts over rows. `attention/target_mass` is the mass on the annotated cells divided by the mass on all
-    visual tokens, over the rows of prompts that have an annotation.
+    The values are sums and counts over rows. `attention/target_mass` is the mass on the annotated cells divided by the
+    mass on all visual tokens, over the rows of prompts that have an annotation.
     """
-    rows, mask, prompts = rows.of_kind("token"), batch.loss_mask, batch.groups.prompts
+    rows, mask, prompts = rows.at(QueryPosition.RESPONSE), batch.loss_mask, batch.groups.prompts
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    annotated = mask & prompts.target_mask.any(dim=-1)[:, None, None]
+    annotated = mask & prompts.is_annotated[:, None, None]
     metrics = {
         "attention/target_mass:sum": (mass.target_share * annotated).sum(),
         "attention/target_mass:count": annotated.sum(),

@@ -1,41 +1,133 @@
-"""What an engine hands to a loss, and what a loss looks like to an engine."""
+"""Objective of an optimizer step: a list of terms, called back by the engine on the stages that own their inputs.
 
-from dataclasses import dataclass
-from typing import Mapping, Optional, Protocol
+Every loss is a *sum over rows, over denominators of the whole optimizer step*, so that adding up micro-batches, ranks and
+stages gives the loss of the step, however it is cut. Metrics likewise are sums.
+"""
 
+from dataclasses import dataclass, replace
+from typing import Any, Mapping, Optional
+
+import torch
 from torch import Tensor
 
 from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.types import TrainBatch
+from megatron_ral.attention.types import QueryPosition
+
+Metrics = Mapping[str, Tensor]
+"""Sums by tag. `name:sum` and `name:count` are divided by `finish_metrics`; other values are means already."""
 
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What the last stage knows of the response tokens."""
+    """Outputs of the last stage at the rows that predict the response tokens."""
 
     logprobs: Tensor
-    """[B, G, R] float32; carries gradient in training."""
+    """Log-probabilities of the response tokens, [B, G, R] float32. They carry gradient in training."""
     entropy: Tensor
-    """[B, G, R] float32, nats; carries gradient in training."""
+    """Entropy of the token distributions in nats, [B, G, R] float32. It carries gradient in training."""
     logits: Optional[Tensor] = None
-    """[B, G, R, v] this rank's columns as the model gives them, in training alone; carries gradient."""
+    """This rank's columns of the model's logits, [B, G, R, v], in training alone. They carry gradient."""
 
 
-class Objective(Protocol):
-    """A loss as a value. Both methods return a *sum over rows, over denominators of the whole optimizer step*, so that
-    adding up micro-batches, ranks and stages gives the loss of the whole optimizer step; metrics likewise are sums."""
+class Term:
+    """One summand of an objective, at its coefficient. A subclass overrides the losses that it has.
 
-    recorded_layers: frozenset[int]
-    """0-based layers whose attention rows are wanted."""
-    row_kind: str
-    """Which rows: one of `ROW_KINDS`."""
-    temperature: float
-    """Logits are divided by it: the policy that is trained is the one that was sampled from."""
+    Both losses are None where the term gives no gradient; its metrics are logged all the same.
+    """
 
-    def token_loss(self, outputs: TokenOutputs, batch: TrainBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss on the last stage."""
+    name: str
+    """Name by which `Objective.only` and `Objective.without` choose it."""
 
-    def attention_loss(
-        self, layer: int, rows: AttentionRows, batch: TrainBatch
-    ) -> tuple[Optional[Tensor], Mapping[str, Tensor]]:
-        """Loss on the stage that owns `layer`; None: only metrics."""
+    @property
+    def recorded_layers(self) -> frozenset[int]:
+        """0-based layers whose attention rows the term reads."""
+        return frozenset()
+
+    @property
+    def has_token_loss(self) -> bool:
+        """Whether the term reads the last stage's outputs."""
+        return False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the term gives a gradient, rather than being only measured."""
+        return True
+
+    def token_loss(self, outputs: TokenOutputs, batch: Any) -> tuple[Optional[Tensor], Metrics]:
+        """Return (loss, metrics) on the last stage."""
+        return None, {}
+
+    def attention_loss(self, layer: int, rows: AttentionRows, batch: Any) -> tuple[Optional[Tensor], Metrics]:
+        """Return (loss, metrics) of one layer on the stage that owns it. Called for `recorded_layers` alone."""
+        return None, {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Sum of terms."""
+
+    terms: tuple[Term, ...]
+    position: QueryPosition = QueryPosition.RESPONSE
+    """Query position of the rows that the engine hands to the terms."""
+    temperature: float = 1.0
+    """Divisor of the logits, because the policy that is trained is the one that was sampled from."""
+    total_tag: str = "loss/token"
+    """Tag of the sum of all token losses."""
+
+    @property
+    def recorded_layers(self) -> frozenset[int]:
+        """0-based layers whose attention rows some term reads."""
+        return frozenset().union(*(term.recorded_layers for term in self.terms))
+
+    def only(self, *names: str) -> "Objective":
+        """Return the objective of the named terms alone."""
+        return replace(self, terms=tuple(term for term in self.terms if term.name in names))
+
+    def without(self, *names: str) -> "Objective":
+        """Return the objective without the named terms."""
+        return replace(self, terms=tuple(term for term in self.terms if term.name not in names))
+
+    def term(self, name: str) -> Any:
+        """Return the term of a name. None: there is none."""
+        return next((term for term in self.terms if term.name == name), None)
+
+    def with_term(self, term: Term) -> "Objective":
+        """Return the objective with a term in place of the one of the same name."""
+        return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
+
+    def token_loss(self, outputs: TokenOutputs, batch: Any) -> tuple[Tensor, Metrics]:
+        """Return (sum of the token losses, metrics) on the last stage. The loss always carries a gradient, maybe of 0."""
+        total, metrics = None, {}
+        for term in self.terms:
+            if term.has_token_loss:
+                loss, measured = term.token_loss(outputs, batch)
+                metrics.update(measured)
+                loss = torch.zeros_like(outputs.logprobs.detach().sum()) if loss is None else loss
+                total = loss if total is None else total + loss
+        if total is None:
+            return 0.0 * outputs.logprobs.sum(), {}
+        metrics[self.total_tag] = total.detach()
+        return (total if total.requires_grad else total + 0.0 * outputs.logprobs.sum()), metrics
+
+    def attention_loss(self, layer: int, rows: AttentionRows, batch: Any) -> tuple[Optional[Tensor], Metrics]:
+        """Return (sum of the losses of one layer, metrics) on the stage that owns it. Loss None: metrics alone."""
+        total, metrics = None, {}
+        for term in self.terms:
+            if layer in term.recorded_layers:
+                loss, measured = term.attention_loss(layer, rows, batch)
+                metrics.update(measured)
+                if loss is not None and loss.requires_grad:
+                    total = loss if total is None else total + loss
+        return total, metrics
+
+
+def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Divide `name:sum` by `name:count` and drop those without a count. Other metrics are means already."""
+    done = {name: value for name, value in sums.items() if not name.endswith((":sum", ":count"))}
+    for name, value in sums.items():
+        if name.endswith(":sum"):
+            stem = name[: -len(":sum")]
+            count = sums[f"{stem}:count"]
+            if count:
+                done[stem] = value / count
+    return done

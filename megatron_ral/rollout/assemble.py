@@ -1,101 +1,124 @@
-"""From scored groups and passes without gradient to micro-batches with their global denominators."""
+"""Assembly of micro-batches from scored groups and passes without gradient, with their global denominators."""
 
-from typing import Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ral.config import RunConfig
 from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.functional.advantages import has_signal
-from megatron_ral.attention.targets.success import success_target
+from megatron_ral.objectives.attention import AttentionTerm
 from megatron_ral.parallel.collectives import all_reduce_sum_
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.collect import RolloutBatch
-from megatron_ral.types import StepTotals, TrainBatch
+from megatron_ral.types import RlBatch, StepTotals
+
+Passes = Sequence[Optional[ForwardOutput]]
+"""Results of a pass without gradient, one per micro-batch. None where the update's own pass serves."""
 
 
 def global_totals(
     response_lengths: Sequence[Tensor], max_response_length: int, process_groups: ProcessGroups
 ) -> StepTotals:
-    """Denominators of one optimizer step, summed over all data-parallel ranks.
+    """Return the denominators of one optimizer step, summed over all data-parallel ranks.
 
     Args:
-        response_lengths: [X, G] int64 of each of this rank's micro-batches, X groups that take part (0 or more).
-        max_response_length: limit of the generation.
+        response_lengths: Lengths [X, G] int64 of each of this rank's micro-batches, X the groups that take part (0 or
+            more).
+        max_response_length: Limit of the generation.
+        process_groups: Process groups of this rank.
     """
     counts = torch.tensor(
-        [sum(int(lengths.sum()) for lengths in response_lengths), sum(lengths.numel() for lengths in response_lengths)],
+        [
+            sum(int(lengths.sum()) for lengths in response_lengths),
+            sum(lengths.numel() for lengths in response_lengths),
+        ],
         device=process_groups.device,
     )
     num_tokens, num_sequences = all_reduce_sum_(counts, process_groups.data).tolist()
     return StepTotals(max(num_tokens, 1), max(num_sequences, 1), max_response_length)
 
 
-def groups_taking_part(scored: RolloutBatch, config: RunConfig) -> Tensor:
-    """[B] bool: all groups, or with `loss.filter_equal_rewards` those that have a signal."""
-    signal = has_signal(scored.score.rewards)
-    return signal if config.loss.filter_equal_rewards else torch.ones_like(signal)
+def group_mask(rollout: RolloutBatch, filter_equal_rewards: bool) -> Tensor:
+    """Return the mask of groups that take part, [B] bool: all, or with the filter those that have a signal."""
+    signal = has_signal(rollout.score.rewards)
+    return signal if filter_equal_rewards else torch.ones_like(signal)
 
 
-def on_policy_updates(config: RunConfig) -> int:
-    """First optimizer steps of a rollout that need no pass of the old policy, because they are made on it: 1, or 0 where
-    their samples come back in another epoch, when it has moved."""
-    return int(config.rollout.num_epochs == 1)
+def num_on_policy_updates(num_epochs: int) -> int:
+    """Return the number of leading updates (0 or 1) for which the current policy still is the rollout policy, so that
+    `old_logprobs` come from the update's own forward pass.
+
+    With several epochs it is 0, because the samples of the first update come back when the policy has moved.
+    """
+    return int(num_epochs == 1)
 
 
 def assemble_minibatches(
     rollout: Sequence[RolloutBatch],
-    old: Sequence[Optional[ForwardOutput]],
-    reference: Optional[Sequence[ForwardOutput]],
-    target: Optional[Sequence[Optional[ForwardOutput]]],
-    config: RunConfig,
+    old: Passes,
+    reference: Optional[Passes],
+    target: Optional[Passes],
+    term: AttentionTerm,
+    *,
+    num_minibatches: int,
+    max_response_length: int,
     process_groups: ProcessGroups,
-) -> list[list[TrainBatch]]:
-    """Micro-batches of each optimizer step.
+) -> list[list[RlBatch]]:
+    """Return the micro-batches of each optimizer step.
 
     Args:
-        rollout: this rank's micro-batches, in order.
-        old: pass of the policy before the first update, one per micro-batch; None where the update is made on it.
-        reference: pass of the frozen reference, or None where it is not needed.
-        target: pass whose attention the divergence is taken to, None where the target needs none (`oracle`). A
-            micro-batch whose target is the update's own pass has None in its place.
-        config: `rollout.num_minibatches` optimizer steps are made of the rollout and divide the micro-batches;
-            `loss.filter_equal_rewards` says which groups take part.
+        rollout: Micro-batches of this rank, in order.
+        old: Pass of the policy before the first update.
+        reference: Pass of the frozen reference. None: there is none.
+        target: Pass whose attention the divergence is taken to. None: the target needs none.
+        term: Attention term. Its settings say which groups take part (`filter_equal_rewards`).
+        num_minibatches: Optimizer steps per pass over the rollout. They divide the micro-batches.
+        max_response_length: Limit of the generation.
+        process_groups: Process groups of this rank.
     """
-    per_step = len(rollout) // config.rollout.num_minibatches
-    assert per_step * config.rollout.num_minibatches == len(rollout)
+    per_step = len(rollout) // num_minibatches
+    assert per_step * num_minibatches == len(rollout)
     minibatches = []
     for start in range(0, len(rollout), per_step):
         indices = range(start, start + per_step)
-        parts = {index: groups_taking_part(rollout[index], config) for index in indices}
+        masks = {index: group_mask(rollout[index], term.settings.filter_equal_rewards) for index in indices}
         totals = global_totals(
-            [rollout[index].groups.response_lengths[part] for index, part in parts.items()],
-            config.rollout.max_response_length,
+            [rollout[index].groups.response_lengths[mask] for index, mask in masks.items()],
+            max_response_length,
             process_groups,
         )
         step = []
         for index in indices:
             scored, before = rollout[index], old[index]
-            frozen, compared = (None if outputs is None else outputs[index] for outputs in (reference, target))
-            kept = compared.attention if compared is not None else {}
-            if config.loss.attention_target in ("group", "hindsight"):
-                kept = {
-                    layer: success_target(rows, scored.attention_advantages.to(rows.device))
-                    for layer, rows in kept.items()
-                }
             step.append(
-                TrainBatch(
+                RlBatch(
                     groups=scored.groups,
                     totals=totals,
+                    group_mask=masks[index],
                     advantages=scored.advantages,
-                    old_logprobs=before.tokens.logprobs if before is not None and before.tokens else None,
-                    ref_logprobs=frozen.tokens.logprobs if frozen is not None and frozen.tokens else None,
-                    target_attention=dict(kept),
-                    group_mask=parts[index],
-                    on_policy=before is None,
                     attention_advantages=scored.attention_advantages,
+                    rollout_logprobs=scored.rollout_logprobs,
+                    from_teacher=scored.from_teacher,
+                    is_on_policy=before is None,
+                    compares_sampler=False,
+                    old_logprobs=_logprobs(before),
+                    ref_logprobs=_logprobs(reference[index] if reference is not None else None),
+                    target_attention=_target_attention(target, index, term, scored.attention_advantages),
                 )
             )
         minibatches.append(step)
     return minibatches
+
+
+def _logprobs(output: Optional[ForwardOutput]) -> Optional[Tensor]:
+    return output.tokens.logprobs if output is not None and output.tokens is not None else None
+
+
+def _target_attention(
+    target: Optional[Passes], index: int, term: AttentionTerm, advantages: Tensor
+) -> Mapping[int, Any]:
+    output = target[index] if target is not None else None
+    if output is None:
+        return {}
+    return {layer: term.target.combine(stored, advantages) for layer, stored in output.attention.items()}

@@ -1,17 +1,28 @@
-"""What a run and the replay of one of its batches build alike: the loss, and the teacher."""
+"""Builders of the parts that a run and the replay of one of its batches share: models, objective, teacher."""
 
 import logging
 from typing import Optional
 
-from megatron_ral.config import RunConfig
+from megatron_ral.config.sections import RunConfig
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.objectives.attention import AttentionTerm
+from megatron_ral.objectives.base import Objective, Term
+from megatron_ral.objectives.distillation import AttentionDistillationTerm, TokenDistillationTerm
+from megatron_ral.objectives.policy_gradient import PolicyGradientTerm
 from megatron_ral.parallel.process_groups import ProcessGroups, another_layout
-from megatron_ral.objectives.distillation import DistillTerm
-from megatron_ral.objectives.objective import RalObjective
 
 logger = logging.getLogger(__name__)
+
+
+def build_policy(config: RunConfig, shape: ModelShape, process_groups: ProcessGroups) -> PolicyEngine:
+    """Return the policy of a run."""
+    return PolicyEngine(
+        shape, process_groups, EngineSettings.from_config(config), TrainingSettings.from_config(config)
+    )
 
 
 def build_teacher(
@@ -21,11 +32,18 @@ def build_teacher(
     process_groups: ProcessGroups,
     processor: PromptProcessor,
 ) -> TeacherEngine:
-    """The teacher, in its own layout over the same ranks."""
-    settings = config.teacher
-    offload = settings.cpu_offload and process_groups.device.type != "cpu"
-    if settings.cpu_offload and not offload and process_groups.layout.rank == 0:
-        logger.warning("teacher.cpu_offload has no effect without an accelerator: the host's memory is all there is")
+    """Return the teacher, in its own layout over the same ranks.
+
+    Args:
+        config: Configuration of the run.
+        teacher_shape: Shape of the teacher.
+        shape: Shape of the student.
+        process_groups: Process groups of the student.
+        processor: Maker of prompts from samples.
+    """
+    offload = config.teacher.cpu_offload and process_groups.device.type != "cpu"
+    if config.teacher.cpu_offload and not offload and process_groups.layout.rank == 0:
+        logger.warning("teacher.cpu_offload has no effect without an accelerator, because host memory is all there is")
     tensor_size, pipeline_size = config.teacher_layout
     own = another_layout(
         process_groups,
@@ -36,30 +54,25 @@ def build_teacher(
     return TeacherEngine(
         teacher_shape,
         own,
-        settings.dtype,
-        settings.path,
+        EngineSettings.teacher_from_config(config, offload),
         student=process_groups,
         student_shape=shape,
         processor=processor,
-        sequence_parallel=settings.sequence_parallel,
-        cpu_offload=offload,
     )
 
 
 def build_objective(
-    config: RunConfig, shape: ModelShape, process_groups: ProcessGroups, teacher: Optional[TeacherEngine]
-) -> RalObjective:
-    """The loss of RL, with what a teacher adds."""
-    distill = None
+    config: RunConfig, shape: ModelShape, process_groups: ProcessGroups, teacher: Optional[TeacherEngine] = None
+) -> Objective:
+    """Return the objective of RL: token losses and the attention term, and with a teacher what it adds."""
+    loss, distill = config.loss, config.distill
+    attention = AttentionTerm(loss, frozenset(shape.layer_indices(loss.attention_layers)), loss.attention_coef)
+    terms: list[Term] = [PolicyGradientTerm(loss), attention]
     if teacher is not None:
-        settings = config.distill
-        layers = shape.layer_indices(settings.attention_layers, "distill.attention_layers")
-        unnamed = range(shape.num_layers) if settings.attention_coef > 0 else [shape.num_layers - 1]
-        distill = DistillTerm(settings, frozenset(layers or unnamed), process_groups.tensor, teacher.head)
-    return RalObjective(
-        config.loss,
-        frozenset(shape.layer_indices(config.loss.attention_layers)),
-        config.loss.attention_coef,
-        config.rollout.temperature,
-        distill=distill,
-    )
+        layers = shape.layer_indices(distill.attention_layers, "distill.attention_layers")
+        default = range(shape.num_layers) if distill.attention_coef > 0 else [shape.num_layers - 1]
+        terms += [
+            TokenDistillationTerm(distill, process_groups.tensor, teacher.head),
+            AttentionDistillationTerm(distill, frozenset(layers or default)),
+        ]
+    return Objective(tuple(terms), attention.position, config.rollout.temperature)

@@ -1,7 +1,7 @@
-"""A skipped optimizer step, run again: which input, term, micro-batch, sample and parameter is not finite.
+"""Diagnosis of a skipped optimizer step: which input, term, micro-batch, sample and parameter is not finite.
 
-The same forward and backward passes on the same batches and weights, with an eye on what passes through the loss; then
-each term alone, and each micro-batch alone.
+The step's forward and backward passes run again on the same batches and weights while losses and gradients are watched.
+Then each term runs alone, and each micro-batch alone.
 """
 
 import math
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.types import QueryPosition
 from megatron_ral.objectives.base import Objective, TokenOutputs
 from megatron_ral.parallel.collectives import gather_from_all
-from megatron_ral.objectives.objective import RalObjective
 from megatron_ral.types import TrainBatch
 
 SHOWN = 5
-"""Samples and parameters named in one line."""
+"""Number of samples and parameters that one line names."""
 
 
 def faulty_rows(tensor: Tensor) -> list[int]:
-    """Rows of the first dimension with a value that is not finite."""
+    """Return the indices along the first dimension with a value that is not finite."""
     return (~tensor.detach().isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something not finite in one micro-batch on one data-parallel rank."""
+    """Value that is not finite, in one micro-batch on one data-parallel rank."""
 
     data_rank: int
     micro_batch: int
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass
 class WatchedObjective:
-    """An objective that looks at what it is given, at its losses, and at the gradients it sends back."""
+    """Objective that checks its inputs, its losses, and the gradients that it sends back."""
 
     inner: Objective
     batches: Sequence[TrainBatch]
@@ -56,8 +56,8 @@ class WatchedObjective:
         return self.inner.recorded_layers
 
     @property
-    def row_kind(self) -> str:
-        return self.inner.row_kind
+    def position(self) -> QueryPosition:
+        return self.inner.position
 
     @property
     def temperature(self) -> float:
@@ -101,13 +101,13 @@ class WatchedObjective:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass over some of the micro-batches."""
+    """Result of a forward and backward pass over some of the micro-batches."""
 
     name: str
     losses: Mapping[str, float]
     grad_norm: float
     parameters: Sequence[str]
-    """Whose gradient is not finite, of all stages."""
+    """Parameters of all stages whose gradient is not finite."""
 
     @property
     def is_finite(self) -> bool:
@@ -124,13 +124,13 @@ class Pass:
 def run_again(
     policy: PolicyEngine, batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], objective: Objective
 ) -> tuple[bool, list[str], list[Pass]]:
-    """Run a skipped step again; every rank calls it.
+    """Run a skipped step again. Every rank calls it.
 
     Args:
-        policy: with the weights the step met.
-        batches: this rank's micro-batches.
-        tensors: all that was saved of them, by place.
-        objective: the loss.
+        policy: Policy with the weights of the skipped step.
+        batches: Micro-batches of this rank.
+        tensors: All saved tensors of them, by their place.
+        objective: Loss of the step.
 
     Returns:
         (whether the loss or gradient is not finite again, findings as text, the passes made).
@@ -146,17 +146,11 @@ def run_again(
     watched = WatchedObjective(objective, batches, data_rank)
     passes = [_one_pass("whole step", policy, batches, watched)]
     lines += [f"in the passes: {finding}" for finding in _unique(gather_from_all(watched.found))]
-    if isinstance(objective, RalObjective):
-        terms = {
-            "tokens": True,
-            "attention": objective.attention_coef > 0,
-            "distill_attention": objective.distill is not None and objective.distill.settings.attention_coef > 0,
-        }
-        passes += [
-            _one_pass(f"term {term} alone", policy, batches, objective.only(term))
-            for term, acts in terms.items()
-            if acts
-        ]
+    passes += [
+        _one_pass(f"term {term.name} alone", policy, batches, objective.only(term.name))
+        for term in objective.terms
+        if term.is_active and len(objective.terms) > 1
+    ]
     if not passes[0].is_finite and len(batches) > 1:
         passes += [
             _one_pass(f"micro-batch {index} of every data rank alone", policy, [batch], objective)
@@ -176,7 +170,7 @@ def _one_pass(name: str, policy: PolicyEngine, batches: Sequence[TrainBatch], ob
 
 
 def _faulty_inputs(batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], data_rank: int) -> list[Finding]:
-    """Tensors of the batch that are not finite, with their samples where the first dimension is that of the groups."""
+    """Return the tensors of the batch that are not finite, with their samples where the first dimension is the groups'."""
     found = []
     for place, tensor in tensors.items():
         index, _, what = place.partition(".")
@@ -193,7 +187,7 @@ def _faulty_inputs(batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor],
 
 
 def _unique(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    """What any rank has, once, in order."""
+    """Return every item of the lists once, in order."""
     return list(dict.fromkeys(item for items in lists for item in items))
 
 

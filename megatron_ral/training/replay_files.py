@@ -1,10 +1,10 @@
-"""Batches of optimizer steps that were skipped, on disk, to be run again by `megatron_ral.replay`.
+"""Files of skipped optimizer steps, which `megatron_ral.replay` runs again.
 
     <output_dir>/replay/step_00000003_update_001/     rank_00000.safetensors ...  rank_00000.json ...
-                                                      hf/ (the weights they met)  config.yaml  replay.json (written last)
+                                                      hf/ (the weights of that moment)  config.yaml  replay.json (written last)
 
-The tensors of a rank's micro-batches are named by their place in them (`0.groups.prompts.input_ids`), the rest of the
-dataclasses is JSON; nothing is pickled. Encoded pictures are left out: the pixels are there.
+The tensors of a rank's micro-batches are named by their place in them (`0.groups.prompts.input_ids`). The rest of the
+dataclasses is JSON. Nothing is pickled. Encoded pictures are left out, because the pixels are there.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
@@ -27,18 +28,44 @@ from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.weights.stage_weights import export_stage
 from megatron_ral.parallel.collectives import barrier, from_first_rank_of_all
 from megatron_ral.training.step import SkippedUpdate
-from megatron_ral.types import GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch
+from megatron_ral.types import (
+    FramePictures,
+    GroupBatch,
+    Prompt,
+    PromptBatch,
+    RlBatch,
+    Sample,
+    Score,
+    SftBatch,
+    StepTotals,
+    TargetFrames,
+    TeacherOutputs,
+    TrainBatch,
+)
 
 MANIFEST = "replay.json"
 _TYPES = {
     kind.__name__: kind
-    for kind in (AttentionRecord, GroupBatch, Prompt, PromptBatch, Sample, Score, StepTotals, TargetFrames, TrainBatch)
+    for kind in (
+        AttentionRecord,
+        FramePictures,
+        GroupBatch,
+        Prompt,
+        PromptBatch,
+        RlBatch,
+        Sample,
+        Score,
+        SftBatch,
+        StepTotals,
+        TargetFrames,
+        TeacherOutputs,
+    )
 }
 _LEFT_OUT = {"Sample": {"images": (), "videos": ()}}
 
 
 def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """A value of dataclasses, tuples, mappings and tensors as JSON; its tensors go to `tensors`, named by their place."""
+    """Return a value of dataclasses, tuples, mappings and tensors as JSON. Its tensors go to `tensors` under their place."""
     below = f"{place}." if place else ""
     if torch.is_tensor(value):
         tensors[place] = value.detach().cpu().contiguous().clone()
@@ -57,33 +84,59 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of `pack`."""
+    """Return the value that `pack` was given.
+
+    Raises:
+        CheckpointError: A dataclass is not known to this version.
+    """
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
     if "type" in tree:
+        if tree["type"] not in _TYPES:
+            raise CheckpointError("the replay", tree["type"], "is of another version; run it with the version that wrote it")
         return _TYPES[tree["type"]](**{name: unpack(item, tensors) for name, item in tree["fields"].items()})
     if "items" in tree:
         return {key: unpack(item, tensors) for key, item in tree["items"]}
     return tuple(unpack(item, tensors) for item in tree["tuple"])
 
 
-def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, config: RunConfig, step: int) -> Optional[Path]:
-    """Write a skipped batch of all ranks with the weights, which have not moved since; every rank calls it.
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Settings of the replays of a run."""
+
+    output_dir: str
+    keep: int
+    """Number of replays to save."""
+    model_path: str
+    """Folder that the run started from."""
+    config_text: str
+    """Resolved configuration as YAML."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "ReplaySettings":
+        return cls(config.train.output_dir, config.train.keep_replays, config.model.path, dump_config(config))
+
+
+def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, settings: ReplaySettings, step: int) -> Optional[Path]:
+    """Write a skipped batch of all ranks with the weights, which have not changed since. Every rank calls it.
 
     Args:
-        step: 1-based.
+        policy: Policy with the weights of the skipped step.
+        skipped: Inputs of the step.
+        settings: Where the files go, and how many replays are saved.
+        step: 1-based number of the step.
 
     Returns:
-        The folder, or None where train.keep_replays are there already.
+        Folder of the replay. None: `keep` replays exist already.
     """
-    root, layout = Path(config.train.output_dir) / "replay", policy.layout
+    root, layout = Path(settings.output_dir) / "replay", policy.layout
     folder = root / f"step_{step:08d}_update_{skipped.update + 1:03d}"
     partial = folder.with_name(folder.name + ".partial")
 
     def begin() -> bool:
-        if len(list(root.glob(f"step_*/{MANIFEST}"))) >= config.train.keep_replays:
+        if len(list(root.glob(f"step_*/{MANIFEST}"))) >= settings.keep:
             return False
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -96,9 +149,9 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, config: RunConfig,
     save_file(tensors, partial / f"rank_{layout.rank:05d}.safetensors")
     (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(tree))
     with policy.resident():
-        export_stage(policy.stage, policy.process_groups, config.model.path, str(partial / "hf"))
+        export_stage(policy.stage, policy.process_groups, settings.model_path, str(partial / "hf"))
     if layout.rank == 0:
-        (partial / "config.yaml").write_text(dump_config(config))
+        (partial / "config.yaml").write_text(settings.config_text)
         manifest = {
             "step": step,
             "update": skipped.update + 1,
@@ -114,22 +167,22 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, config: RunConfig,
 
 
 def load_replay(folder: Path, rank: int) -> tuple[list[TrainBatch], Sequence[Score], dict[str, Tensor]]:
-    """This rank's micro-batches, the scores of their responses, and all of it as tensors by place.
+    """Return this rank's micro-batches, the scores of their responses, and all tensors by their place.
 
     Raises:
-        CheckpointError: not a whole replay, or one of fewer ranks.
+        CheckpointError: The replay is not whole, or of fewer ranks.
     """
     name = folder / f"rank_{rank:05d}"
     tree = read_json(name.with_suffix(".json"), "batches", "scores")
     try:
         tensors = load_file(name.with_suffix(".safetensors"))
     except Exception as error:
-        raise CheckpointError(f"'{name}.safetensors' is not readable ({error})") from None
+        raise CheckpointError(f"'{name}.safetensors'", None, f"is not readable ({error})") from None
     return list(unpack(tree["batches"], tensors)), unpack(tree["scores"], tensors), tensors
 
 
 def replay_command(folder: Path, world_size: int) -> str:
-    """What runs a replay again, in a shell where the training was started."""
+    """Return the shell command that runs a replay again, from where the training was started."""
     return (
         f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone --nproc-per-node {world_size} "
         f"-m megatron_ral.replay {shlex.quote(str(Path(folder).resolve()))}"

@@ -1,7 +1,7 @@
 """One training step, in order. Read this file first.
 
-`ral_step` is one rollout and the optimizer steps made on it; `sft_step` is one supervised optimizer step. Both are
-plain sequences of calls: what a call does is one file away.
+`rl_step` is one rollout and the optimizer steps made on it. `sft_step` is one supervised optimizer step. Both are plain
+sequences of calls, each explained one file away.
 """
 
 import time
@@ -11,51 +11,90 @@ from typing import Iterator, Mapping, Optional, Sequence
 
 import torch
 
-from megatron_ral.config import RunConfig
+from megatron_ral.attention.targets.registry import TargetPass
+from megatron_ral.config.sections import RunConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
-from megatron_ral.engine.policy import PolicyEngine, schedule_factor
-from megatron_ral.engine.outputs import ForwardOutput
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
+from megatron_ral.objectives.attention import AttentionTerm
+from megatron_ral.objectives.base import Objective, finish_metrics
+from megatron_ral.objectives.distillation import AttentionDistillationTerm, shuffled_visual_columns
+from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.collectives import sum_metrics
-from megatron_ral.runtime.progress import progress
-from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
-from megatron_ral.rollout.collect import RolloutBatch, collect_rollout
+from megatron_ral.rollout.assemble import Passes, assemble_minibatches, global_totals, num_on_policy_updates
+from megatron_ral.rollout.collect import RolloutBatch, RolloutSettings, collect_rollout
 from megatron_ral.rollout.lengths import longest_first
-from megatron_ral.objectives.attention import ROLLOUT_POLICY
-from megatron_ral.objectives.distillation import DistillTerm, shuffled_visual_columns
-from megatron_ral.objectives.objective import RalObjective, SftObjective, finish_metrics
-from megatron_ral.types import GroupBatch, Prompt, Score, TrainBatch, pad_prompts
+from megatron_ral.rollout.sampler import Sampler
+from megatron_ral.runtime.progress import progress
+from megatron_ral.training.gradients import accumulate_gradients
+from megatron_ral.types import GroupBatch, Prompt, RlBatch, Score, SftBatch, TeacherOutputs, TrainBatch, pad_prompts
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of one step."""
+
+    micro_batch_size: int
+    """Prompt groups per forward pass on one rank."""
+    max_response_length: int
+    num_minibatches: int
+    """Optimizer updates per pass over a rollout."""
+    num_epochs: int
+    """Passes over one rollout."""
+    num_optimizer_steps: int
+    """Optimizer steps of the whole run, over which the attention coefficient is scheduled."""
+    encodes_for_reference: bool
+    """Whether the reference encodes pixels itself, because another checkpoint may have another vision tower."""
+    seed: int
+    shuffles_teacher_rows: bool
+    """Whether the teacher's rows are a shuffled control."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "StepSettings":
+        return cls(
+            micro_batch_size=config.train.micro_batch_size,
+            max_response_length=config.rollout.max_response_length,
+            num_minibatches=config.rollout.num_minibatches,
+            num_epochs=config.rollout.num_epochs,
+            num_optimizer_steps=config.num_optimizer_steps,
+            encodes_for_reference=bool(config.model.reference_path),
+            seed=config.seed,
+            shuffles_teacher_rows=config.distill.attention_rows == "shuffled",
+        )
 
 
 @dataclass(frozen=True)
 class SkippedUpdate:
-    """What an optimizer step was made of that was skipped because its loss or gradient was not finite."""
+    """Inputs of an optimizer step that was skipped because its loss or gradient was not finite."""
 
     update: int
-    """0-based, of the step."""
+    """0-based number in the step."""
     minibatch: Sequence[TrainBatch]
-    """This rank's micro-batches."""
+    """Micro-batches of this rank."""
     scores: Sequence[Score]
-    """Of their responses, one per micro-batch; none in supervised training."""
+    """Scores of their responses, one per micro-batch. Empty in supervised training."""
     metrics: Mapping[str, float]
 
 
 @dataclass
 class StepReport:
-    """What one step leaves behind for the log."""
+    """Results of one step, for the log."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds."""
     rollout: Sequence[RolloutBatch] = ()
+    """Micro-batches of the rollout. Empty in supervised training."""
     supervised: Sequence[GroupBatch] = ()
-    """Micro-batches of a supervised step."""
-    skipped: list["SkippedUpdate"] = field(default_factory=list)
+    """Micro-batches of a supervised step. Empty in RL."""
+    skipped: list[SkippedUpdate] = field(default_factory=list)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds inside the context to a phase, and report the phase as this process's progress."""
         start = time.perf_counter()
         with progress.within(phase):
             yield
@@ -63,17 +102,18 @@ class StepReport:
 
 
 def sft_step(
-    policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptProcessor, config: RunConfig
+    policy: PolicyEngine, prompts: Sequence[Prompt], processor: PromptProcessor, settings: StepSettings
 ) -> StepReport:
-    """One supervised optimizer step on this rank's share of the global batch."""
+    """Make one supervised optimizer step on this rank's share of the global batch."""
     report = StepReport()
     with report.timed("update"):
-        batches = supervised_batches(prompts, processor.pad_token_id, min(config.train.micro_batch_size, len(prompts)))
+        size = min(settings.micro_batch_size, len(prompts))
+        batches = supervised_batches(prompts, processor.pad_token_id, size)
         totals = global_totals(
-            [batch.response_lengths for batch in batches], config.rollout.max_response_length, policy.process_groups
+            [batch.response_lengths for batch in batches], settings.max_response_length, policy.process_groups
         )
-        minibatch, report.supervised = [TrainBatch(batch, totals) for batch in batches], batches
-        sums = policy.forward_backward(minibatch, SftObjective())
+        minibatch, report.supervised = [SftBatch(batch, totals) for batch in batches], batches
+        sums = policy.forward_backward(minibatch, supervised_objective())
         result = policy.step()
     report.metrics.update(finish_metrics(sums))
     if not result.applied:
@@ -85,7 +125,7 @@ def sft_step(
 
 
 def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch_size: int) -> list[GroupBatch]:
-    """Reference responses as groups of one, in micro-batches of like lengths, each as wide as its longest."""
+    """Return reference responses as groups of one, in micro-batches of similar lengths, each padded to its longest."""
     order = longest_first([len(prompt.input_ids) + len(prompt.response_ids) for prompt in prompts], len(prompts))
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
@@ -101,81 +141,85 @@ def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch
 
 @dataclass(frozen=True)
 class Engines:
-    """The models of a run."""
+    """Models of a run."""
 
     policy: PolicyEngine
-    """Samples and is updated."""
+    sampler: Sampler
+    """Source of the policy's responses."""
     reference: Optional[FrozenEngine] = None
-    """Where the KL or target `reference` needs it."""
-    average: Optional[AverageEngine] = None
-    """For target `ema`."""
+    """Frozen reference, where the KL or target `reference` needs it."""
     teacher: Optional[TeacherEngine] = None
-    """To distil from."""
+    """Model to distil from."""
 
 
-def ral_step(
+def rl_step(
     engines: Engines,
     prompts: Sequence[Prompt],
     processor: PromptProcessor,
-    objective: RalObjective,
-    config: RunConfig,
+    objective: Objective,
+    rollout_settings: RolloutSettings,
+    settings: StepSettings,
     step: int,
     measure_gradient_ratio: bool,
 ) -> StepReport:
-    """One rollout and its optimizer steps.
+    """Collect one rollout and make its optimizer steps.
 
     Args:
-        engines: the models.
-        prompts: this data-parallel rank's prompts.
-        processor: for decoding.
-        objective: the loss; its coefficient is set here for every optimizer step.
-        config: settings.
+        engines: Models of the run.
+        prompts: Prompts of this data-parallel rank.
+        processor: Decoder of token ids.
+        objective: Loss with an attention term. The term's coefficient is set here for every optimizer step.
+        rollout_settings: Settings of the rollout.
+        settings: Settings of the step.
         step: 0-based rollout number, part of the random streams.
-        measure_gradient_ratio: also measure |grad attention| / |grad tokens| on the last optimizer step.
+        measure_gradient_ratio: Whether to measure |grad attention| / |grad tokens| on the last optimizer step.
     """
     report, policy = StepReport(), engines.policy
-    per_update = len(prompts) // config.rollout.num_minibatches
-    micro_batch_size = min(config.train.micro_batch_size, per_update)
+    micro_batch_size = min(settings.micro_batch_size, len(prompts) // settings.num_minibatches)
 
     with report.timed("rollout"):
-        report.rollout = collect_rollout(policy, prompts, processor, config, step, micro_batch_size, engines.teacher)
-    old, frozen, target = _passes(engines, [scored.groups for scored in report.rollout], objective, config, report)
-    minibatches = assemble_minibatches(report.rollout, old, frozen, target, config, policy.process_groups)
-    report.metrics.update(rollout_metrics(report.rollout, policy, config.distills))
+        report.rollout = collect_rollout(
+            policy, engines.sampler, prompts, processor, rollout_settings, step, micro_batch_size, engines.teacher
+        )
+    old, reference, target = _passes(engines, [batch.groups for batch in report.rollout], objective, settings, report)
+    minibatches = assemble_minibatches(
+        report.rollout,
+        old,
+        reference,
+        target,
+        objective.term("attention"),
+        num_minibatches=settings.num_minibatches,
+        max_response_length=settings.max_response_length,
+        process_groups=policy.process_groups,
+    )
+    report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
 
     updates: list[dict[str, float]] = []
-    for epoch in range(config.rollout.num_epochs):
-        for index, minibatch in enumerate(minibatches):
-            last = epoch == config.rollout.num_epochs - 1 and index == len(minibatches) - 1
-            if not updates:  # the policy is still the sampler's: do they agree?
-                minibatch = [
-                    replace(batch, rollout_logprobs=scored.rollout_logprobs, from_teacher=scored.from_teacher)
-                    for batch, scored in zip(minibatch, report.rollout)
-                ]
-            if engines.teacher is not None:  # per update, so that its rows of a whole rollout need not be held
-                with report.timed("teacher"):
-                    minibatch = add_teacher_outputs(engines.teacher, minibatch, objective.distill, config, step)
-            with report.timed("update"):
-                with policy.ready(policy.local_layers(sorted(objective.recorded_layers))):
-                    metrics = accumulate_gradients(
-                        policy, minibatch, objective, config, last and measure_gradient_ratio
-                    )
-                result = policy.step()
-            updates.append(
-                {
-                    **metrics,
-                    "grad_norm": result.grad_norm,
-                    "lr": result.learning_rate,
-                    "skipped_steps": float(not result.applied),
-                }
-            )
-            if not result.applied:
-                scores = [
-                    scored.score for scored in report.rollout[index * len(minibatch) : (index + 1) * len(minibatch)]
-                ]
-                report.skipped.append(SkippedUpdate(len(updates) - 1, minibatch, scores, updates[-1]))
-    if engines.average is not None and len(report.skipped) < len(updates):
-        engines.average.follow(policy)
+    num_updates = settings.num_epochs * len(minibatches)
+    for number in range(num_updates):
+        index = number % len(minibatches)
+        minibatch = minibatches[index]
+        if number == 0:
+            minibatch = [replace(batch, compares_sampler=True) for batch in minibatch]
+        if engines.teacher is not None:  # per update, so that the teacher's rows of a whole rollout need not be held
+            with report.timed("teacher"):
+                minibatch = add_teacher_outputs(engines.teacher, minibatch, objective, settings, step)
+        with report.timed("update"):
+            with policy.ready(policy.local_layers(sorted(objective.recorded_layers))):
+                measures = measure_gradient_ratio and number == num_updates - 1
+                metrics = accumulate_gradients(policy, minibatch, objective, settings.num_optimizer_steps, measures)
+            result = policy.step()
+        updates.append(
+            {
+                **metrics,
+                "grad_norm": result.grad_norm,
+                "lr": result.learning_rate,
+                "skipped_steps": float(not result.applied),
+            }
+        )
+        if not result.applied:
+            batches = report.rollout[index * len(minibatch) : (index + 1) * len(minibatch)]
+            report.skipped.append(SkippedUpdate(number, minibatch, [batch.score for batch in batches], updates[-1]))
     for name in sorted(set().union(*updates)):
         values = [update[name] for update in updates if name in update]
         report.metrics[name] = sum(values) / len(values)
@@ -187,121 +231,71 @@ def ral_step(
 
 
 def _passes(
-    engines: Engines, batches: Sequence[GroupBatch], objective: RalObjective, config: RunConfig, report: StepReport
-) -> tuple[
-    Sequence[Optional[ForwardOutput]], Optional[Sequence[ForwardOutput]], Optional[Sequence[Optional[ForwardOutput]]]
-]:
-    """Passes without gradient before the first update: of the policy, of the reference, and whichever of them (or of the
-    average) the attention is compared with. The policy's leaves out (None) what the first update is made of."""
-    target, layers = objective.settings.attention_target, sorted(objective.term_layers)
-    own = on_policy_updates(config) * (len(batches) // config.rollout.num_minibatches)
+    engines: Engines,
+    batches: Sequence[GroupBatch],
+    objective: Objective,
+    settings: StepSettings,
+    report: StepReport,
+) -> tuple[Passes, Optional[Passes], Optional[Passes]]:
+    """Run the passes without gradient before the first update.
 
-    def run(
-        engine: FrozenEngine | PolicyEngine, recorded: bool, batches: Sequence[GroupBatch] = batches
-    ) -> list[ForwardOutput]:
-        return (
-            []
-            if not batches
-            else engine.forward(
-                batches,
-                layers if recorded else (),
-                temperature=objective.temperature,
-                row_kind=objective.settings.attention_row,
-                keep=objective.term.keep,
-            )
+    Returns:
+        Passes of the policy, of the reference, and of whichever of them the attention target needs. The policy's leaves
+        out (None) the micro-batches of the update that is still on policy.
+    """
+    term: AttentionTerm = objective.term("attention")
+    layers, needs = sorted(term.layers), term.target_pass
+    own = num_on_policy_updates(settings.num_epochs) * (len(batches) // settings.num_minibatches)
+
+    def run(engine: StageEngine, recorded: bool, batches: Sequence[GroupBatch]) -> Passes:
+        if not batches:
+            return []
+        return engine.forward(
+            batches,
+            layers if recorded else (),
+            temperature=objective.temperature,
+            position=term.stored_position,
+            store=term.store,
         )
 
     with report.timed("old"):
-        old = [None] * own + run(engines.policy, target in ROLLOUT_POLICY, batches[own:])
-    reference = average = None
+        old = [None] * own + list(run(engines.policy, needs is TargetPass.ROLLOUT_POLICY, batches[own:]))
+    reference = None
     if engines.reference is not None:
         with report.timed("reference"):
             theirs = batches
-            if config.model.reference_path:  # another checkpoint may have another vision tower
+            if settings.encodes_for_reference:
                 theirs = [replace(batch, visual_embeds=None) for batch in batches]
-            reference = run(engines.reference, target == "reference", theirs)
-    if engines.average is not None:
-        with report.timed("average"):
-            average = run(engines.average, True)
-    source = {"reference": reference, "ema": average, "oracle": None}.get(target, old)
-    return old, reference, source
+            reference = run(engines.reference, needs is TargetPass.REFERENCE, theirs)
+    target = {TargetPass.ROLLOUT_POLICY: old, TargetPass.REFERENCE: reference, TargetPass.NONE: None}[needs]
+    return old, reference, target
 
 
 def add_teacher_outputs(
-    teacher: TeacherEngine, minibatch: Sequence[TrainBatch], term: DistillTerm, config: RunConfig, step: int
-) -> list[TrainBatch]:
-    """The micro-batches of one optimizer step with the teacher's view of them."""
-    tokens = config.distill.token_divergence != "cross_entropy"
+    teacher: TeacherEngine, minibatch: Sequence[RlBatch], objective: Objective, settings: StepSettings, step: int
+) -> list[RlBatch]:
+    """Return the micro-batches of one optimizer step with the teacher's outputs for them."""
+    attention: AttentionDistillationTerm = objective.term("distill_attention")
     outputs = teacher.read(
         [batch.groups for batch in minibatch],
-        sorted(term.layers),
-        row_kind=term.row_kind,
-        keep=term.keep,
-        hidden_states=tokens,
+        sorted(attention.layers),
+        position=attention.position,
+        store=attention.store,
+        hidden_states=attention.settings.token_divergence != "cross_entropy",
     )
     result = []
     for batch, output in zip(minibatch, outputs):
         rows = output.attention
-        if config.distill.attention_rows == "shuffled":
-            rows = {layer: shuffled_visual_columns(row, batch.groups, config.seed, step) for layer, row in rows.items()}
-        result.append(replace(batch, teacher_hidden=output.hidden, teacher_attention=rows))
+        if settings.shuffles_teacher_rows:
+            rows = {
+                layer: shuffled_visual_columns(row, batch.groups, settings.seed, step) for layer, row in rows.items()
+            }
+        result.append(replace(batch, teacher=TeacherOutputs(output.hidden, rows)))
     return result
 
 
-def accumulate_gradients(
-    policy: PolicyEngine,
-    minibatch: Sequence[TrainBatch],
-    objective: RalObjective,
-    config: RunConfig,
-    measure_ratio: bool,
-) -> dict[str, float]:
-    """Gradient of one optimizer step, ready for `policy.step`, with the coefficient of the attention term that the
-    schedule or the wanted ratio of gradients asks for. Returns metrics."""
-    settings = config.loss
-    if settings.attention_grad_ratio > 0:
-        attention_sums = policy.forward_backward(minibatch, objective.only("attention", 1.0))
-        attention_shards = policy.gradient_shards()
-        sums = policy.forward_backward(minibatch, objective.only("tokens"))
-        token_shards = policy.gradient_shards()
-        attention_norm, token_norm = policy.gradient_norm(attention_shards), policy.gradient_norm(token_shards)
-        coef = settings.attention_grad_ratio * token_norm / attention_norm if attention_norm > 0 else 0.0
-        policy.set_gradient_shards(
-            [token.add_(attention, alpha=coef) for token, attention in zip(token_shards, attention_shards)]
-        )
-        attention_sums["loss/attention"] *= coef
-        metrics = {**finish_metrics({**attention_sums, **sums}), "attention/coef": coef}
-        return {**metrics, "attention/grad_ratio": settings.attention_grad_ratio} if coef > 0 else metrics
-    coef = settings.attention_coef * schedule_factor(
-        policy.num_steps_taken,
-        config.num_optimizer_steps,
-        settings.attention_coef_warmup_steps,
-        settings.attention_coef_decay,
-    )
-    objective = replace(objective, attention_coef=coef)
-    acting = {
-        "attention": coef > 0,
-        "distill_attention": objective.distill is not None and config.distill.attention_coef > 0,
-    }
-    shards = {}
-    for parts in (name for name, acts in acting.items() if acts and measure_ratio):
-        policy.forward_backward(minibatch, objective.only(parts))
-        shards[parts] = policy.gradient_shards()
-    metrics = {**finish_metrics(policy.forward_backward(minibatch, objective)), "attention/coef": coef}
-    for parts, part in shards.items():
-        name = {"attention": "attention/grad_ratio", "distill_attention": "distill/attention_grad_ratio"}[parts]
-        metrics[name] = gradient_ratio(policy, part)
-    return metrics
-
-
-def gradient_ratio(policy: PolicyEngine, attention_shards: Sequence[torch.Tensor]) -> float:
-    """|grad of a part| / |grad of the rest| from the part's gradient and the whole gradient now held."""
-    token_shards = [whole - attention for whole, attention in zip(policy.gradient_shards(), attention_shards)]
-    token_norm = policy.gradient_norm(token_shards)
-    return policy.gradient_norm(attention_shards) / token_norm if token_norm > 0 else 0.0
-
-
 def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
-    """Rewards, lengths, share of groups without signal."""
+    """Return rewards, lengths and the share of groups without signal, the same on every rank."""
     sums: dict[str, float] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:

@@ -1,4 +1,4 @@
-"""The run around the steps: build, resume, step, log, evaluate, checkpoint, export."""
+"""Run around the steps: build, resume, step, log, evaluate, checkpoint, export."""
 
 import json
 import logging
@@ -13,9 +13,8 @@ from tqdm import tqdm
 from megatron_ral.config import RunConfig
 from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.ema import AverageEngine
 from megatron_ral.engine.frozen import FrozenEngine
-from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.weights.stage_weights import export_stage
@@ -23,15 +22,17 @@ from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import progress
 from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, read_prompts, view_probes
+from megatron_ral.rollout.collect import RolloutSettings
+from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
-from megatron_ral.training.replay_files import replay_command, save_replay
-from megatron_ral.training.build import build_objective, build_teacher
+from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
+from megatron_ral.training.build import build_objective, build_policy, build_teacher
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.logging.tensorboard import RunLog
 from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.config.silent_settings import silent_setting_warnings
-from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
+from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
 from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.logging.throughput import Throughput
 
@@ -44,20 +45,22 @@ class TooManySkippedSteps(RuntimeError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run finds on disk, looked at before anything is built."""
+    """Inputs of a run on disk, checked before anything is built."""
 
     processor: PromptProcessor
     sources: Sequence[Source]
     eval_shards: Sequence[str]
     checkpoint: Optional[Path]
-    """To resume from."""
+    """Checkpoint to resume from. None: the run starts anew."""
 
     @classmethod
     def open(cls, config: RunConfig, resume: bool) -> "Inputs":
-        """Look at every path of the configuration.
+        """Open every path of the configuration.
 
         Raises:
-            DataError, ConfigError, CheckpointError: what is missing or contradicts.
+            DataError: Shards are missing or hold no sample.
+            ConfigError: Tokenizer or processor cannot be used, or teacher and student disagree.
+            CheckpointError: The run cannot go on from the checkpoint found, or may not start beside it.
         """
         sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
         eval_shards: Sequence[str] = ()
@@ -84,12 +87,12 @@ class Trainer:
     """One run on one rank.
 
     Args:
-        config: resolved configuration, checked against the world size.
-        shape: of model.path, checked against the layout.
-        groups: process groups.
-        inputs: what is on disk.
-        teacher_shape: of teacher.path, checked against the layout and the student; None: no teacher.
-        stopping: what may end the run before its last step; None: train.time_limit_minutes from now.
+        config: Resolved configuration, checked against the world size.
+        shape: Shape of model.path, checked against the layout.
+        process_groups: Process groups of this rank.
+        inputs: Inputs on disk.
+        teacher_shape: Shape of teacher.path, checked against the layout and the student. None: no teacher.
+        stopping: Requests that end the run before its last step. None: train.time_limit_minutes from now.
     """
 
     def __init__(
@@ -121,33 +124,24 @@ class Trainer:
         if teacher_shape is not None:
             teacher = build_teacher(config, teacher_shape, shape, process_groups, self.processor)
         self.objective = build_objective(config, shape, process_groups, teacher)
-        self.policy = PolicyEngine(shape, process_groups, config)
-        reference = average = None
+        self.policy = build_policy(config, shape, process_groups)
+        reference = None
         if config.needs_reference:
-            reference = FrozenEngine(
-                shape,
-                process_groups,
-                config.model.dtype,
-                config.model.reference_path or config.model.path,
-                config.parallel.sequence_parallel,
-                config.parallel.offload_parameters,
-                config.parallel.gather,
-                config.parallel.overlap_communication,
-            )
-        if config.train.algorithm == "ral" and config.loss.attention_target == "ema":
-            average = AverageEngine(self.policy, config.loss.attention_ema_decay)
-        self.engines = Engines(self.policy, reference, average, teacher)
+            reference = FrozenEngine(shape, process_groups, EngineSettings.reference_from_config(config))
+        self.engines = Engines(self.policy, NativeSampler(self.policy), reference, teacher)
+        self.step_settings = StepSettings.from_config(config)
+        self.rollout_settings = RolloutSettings.from_config(config)
         self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
         self.throughput = Throughput(config, shape, teacher_shape, process_groups)
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts one step reads, over all data-parallel ranks."""
+        """Number of prompts that one step reads, over all data-parallel ranks."""
         config = self.config
         return config.train.batch_size if config.train.algorithm == "sft" else config.rollout.num_prompts
 
     def run(self) -> None:
-        """Resume where there is a checkpoint to resume from, train to the last step, checkpoint, export."""
+        """Resume from a checkpoint if there is one, train to the last step, save a checkpoint and export the model."""
         started, config = time.perf_counter(), self.config
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         first = 0
@@ -156,7 +150,7 @@ class Trainer:
         if checkpoint is not None:
             with progress.within("restore", is_long=True):
                 first = restore_checkpoint(checkpoint, self.engines, self.loader)
-            self._say(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
+            self._print(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in silent_setting_warnings(config):
             if self.is_main:
@@ -164,7 +158,7 @@ class Trainer:
         log = RunLog(config, self.is_main, first)
         probes = self._probe_prompts()
         if first == 0:
-            self._look(log, probes, 0)
+            self._evaluate_if_due(log, probes, 0)
         end = min(config.train.stop_after_step or config.train.num_steps, config.train.num_steps)
         bar = tqdm(
             total=end,
@@ -181,10 +175,10 @@ class Trainer:
             self._finish(log, first, done, stop, started)
 
     def _finish(self, log: RunLog, first: int, done: int, stop: Optional[str], started: float) -> None:
-        """What is said and written after the last step."""
+        """Report how the run ended, export the model, and write the summary."""
         config = self.config
         if stop:
-            self._say(
+            self._print(
                 f"{stop}: stopped after step {done} of {config.train.num_steps}, "
                 + (
                     f"which is checkpointed in {config.train.output_dir}; go on with the same command and --resume"
@@ -199,7 +193,7 @@ class Trainer:
         self._summary(time.perf_counter() - started, first, done)
 
     def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
-        """Steps first..end, or fewer where something asks to stop. Returns (steps done, why it stopped early)."""
+        """Make steps first..end, or fewer where a stop is requested. Return (steps done, reason of an early stop)."""
         done, stop = first, self.stopping.agreed(self.process_groups)
         while done < end and not stop:
             progress.step = done + 1
@@ -207,7 +201,7 @@ class Trainer:
             self._log_step(log, report, done, bar)
             self._watch_skipped(report, done)
             done += 1
-            self._look(log, probes, done)
+            self._evaluate_if_due(log, probes, done)
             stop, interval = self.stopping.agreed(self.process_groups), self.config.train.checkpoint_interval
             with progress.within("checkpoint", is_long=True):
                 self.checkpoints.poll()
@@ -223,12 +217,21 @@ class Trainer:
             progress.tick([prompt.sample.identity for prompt in prompts])
         waited = time.perf_counter() - started
         if config.train.algorithm == "sft":
-            report = sft_step(self.policy, prompts, self.processor, config)
+            report = sft_step(self.policy, prompts, self.processor, self.step_settings)
             return replace(report, seconds={"data": waited, **report.seconds})
         interval = config.logging.gradient_ratio_interval
         acts = config.attention_acts or (config.distills and config.distill.attention_coef > 0)
         measure = bool(interval) and acts and (step + 1) % interval == 0
-        report = ral_step(self.engines, prompts, self.processor, self.objective, config, step, measure)
+        report = rl_step(
+            self.engines,
+            prompts,
+            self.processor,
+            self.objective,
+            self.rollout_settings,
+            self.step_settings,
+            step,
+            measure,
+        )
         return replace(report, seconds={"data": waited, **report.seconds})
 
     def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
@@ -258,7 +261,7 @@ class Trainer:
         bar.update()
 
     def _show_problems(self, report: StepReport, step: int) -> None:
-        """The first unparsed responses and failures of reward functions in the log, whichever rank had them."""
+        """Log the first unparsed responses and failures of reward functions of all ranks."""
         if not report.rollout:
             return
         found = [
@@ -271,13 +274,13 @@ class Trainer:
             self.problems.write([problem for rank in gathered for problem in rank], f"step {step + 1}: ")
 
     def _watch_skipped(self, report: StepReport, step: int) -> None:
-        """Warn of steps whose loss or gradient was not finite, and keep their batches; stop when that does not end."""
+        """Warn of skipped updates and save their batches. Stop after train.max_skipped_steps of them in a row."""
         for skipped in report.skipped:
             with progress.within("replay", is_long=True):
-                kept = save_replay(self.policy, skipped, self.config, step + 1)
+                kept = save_replay(self.policy, skipped, ReplaySettings.from_config(self.config), step + 1)
             if kept is not None and self.is_main:
                 logger.warning(
-                    "step %d, update %d: the batch is kept with the weights it met; find what is not finite with\n  %s",
+                    "step %d, update %d: the batch was saved with the weights of that moment; find what is not finite with\n  %s",
                     step + 1,
                     skipped.update + 1,
                     replay_command(kept, self.layout.world_size),
@@ -291,7 +294,7 @@ class Trainer:
             )
         if self.num_skipped == self.config.train.max_skipped_steps:
             with progress.within("checkpoint", is_long=True):
-                self.checkpoints.finish()  # one that is being written is what to resume from
+                self.checkpoints.finish()  # the run resumes from one that is being written
             raise TooManySkippedSteps(
                 f"a loss or the gradient was not finite for train.max_skipped_steps = {self.num_skipped} "
                 f"steps in a row, the last of them step {step + 1}; lower the learning rate or "
@@ -304,9 +307,9 @@ class Trainer:
             return []
         return read_prompts(self.eval_shards, self.processor, settings.num_probes, num_readers=self.layout.world_size)
 
-    def _look(self, log: RunLog, probes: list, step: int) -> None:
-        """Evaluation and attention pictures where they are due after `step` steps."""
-        settings, layer = self.config.logging, max(self.objective.term_layers)
+    def _evaluate_if_due(self, log: RunLog, probes: list, step: int) -> None:
+        """Evaluate and draw attention pictures where they are due after `step` steps."""
+        settings, layer = self.config.logging, max(self.objective.term("attention").layers)
         last = step == self.config.train.num_steps
         if probes and (step % settings.probe_interval == 0 or last):
             with progress.within("probes"):
@@ -326,22 +329,22 @@ class Trainer:
             log.evaluation(result, step)
 
     def _print_shards(self) -> None:
-        """Bytes each rank holds, so that it can be seen that ZeRO-3 shards."""
+        """Print the bytes that each rank holds, which show that ZeRO-3 shards."""
         for name, engine in (("layout", self.policy), ("teacher", self.engines.teacher)):
             if engine is None:
                 continue
             held, layout = gather_objects(engine.shard_bytes(), engine.process_groups.data), engine.layout
-            self._say(
+            self._print(
                 f"{name}: tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data {layout.data_size}; "
                 "bytes held between steps by the data-parallel ranks of stage 0:"
             )
             for rank, parts in enumerate(held):
                 shares = ", ".join(f"{name} {value:,}" for name, value in parts.items() if name != "whole stage")
-                self._say(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
+                self._print(f"  data rank {rank}: {shares} (whole stage: {parts['whole stage']:,})")
         recorded = self.policy.local_layers(sorted(self.objective.recorded_layers))
-        self._say(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
+        self._print(f"each optimizer step, in stage 0: {self.policy.traffic(recorded)} over the data-parallel ranks")
         if self.objective.recorded_layers:
-            self._say(f"attention rows: {self.policy.row_path}")
+            self._print(f"attention rows: {self.policy.row_path}")
 
     def _summary(self, seconds: float, first: int, end: int) -> None:
         if not self.is_main:
@@ -364,11 +367,11 @@ class Trainer:
         }
         path = Path(self.config.train.output_dir) / "summary.json"
         path.write_text(json.dumps(summary, indent=2))
-        self._say(
+        self._print(
             f"{self.config.train.algorithm}: steps {first}..{end} in {seconds:.1f} s; "
             f"{len(self.loader.quarantined)} samples quarantined; summary in {path}"
         )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)

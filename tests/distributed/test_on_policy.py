@@ -35,7 +35,7 @@ def one_rollout(path: str, data: str, pipeline: int, num_minibatches: int, targe
         return forward(batches, *arguments, **settings)
 
     policy.forward = counted
-    report = steps.ral_step(
+    report = steps.rl_step(
         steps.Engines(policy),
         [row[0] for row in fixed_groups(path, data)],
         PromptProcessor(path, 128),

@@ -411,7 +411,7 @@ def export_and_read(path, data, output, tensor, pipeline):
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
-    [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.policy()))
+    [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.distribution()))
     with policy.resident():
         export_stage(policy.stage, process_groups, path, output)
     stop_groups()

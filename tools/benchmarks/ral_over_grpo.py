@@ -103,7 +103,7 @@ class Depth:
         self.rollout = self.rollout or with_advantages(rollout)
 
     def step(self, side: str) -> None:
-        """What `ral_step` does after the rollout for a minibatch that is not its first (which needs no old pass)."""
+        """What `rl_step` does after the rollout for a minibatch that is not its first (which needs no old pass)."""
         from megatron_ral.rollout.assemble import assemble_minibatches
         from megatron_ral.training.step import accumulate_gradients
 

@@ -1,0 +1,32 @@
+"""Sampler on the policy's own pipeline stages: one copy of the weights, the same code as training."""
+
+from typing import Iterator, Optional, Sequence
+
+from torch import Tensor
+
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import sample_responses
+from megatron_ral.engine.stage import StageEngine
+from megatron_ral.rollout.sampler import SampledBatch
+from megatron_ral.types import Prompt, pad_prompts
+
+
+class NativeSampler:
+    """Sampler that decodes with the engine's stages.
+
+    Args:
+        engine: Policy. Its stage is gathered while the sampler works.
+    """
+
+    def __init__(self, engine: StageEngine):
+        self.engine = engine
+
+    def sample(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+    ) -> Iterator[SampledBatch]:
+        with self.engine.resident():
+            for responses, visual_embeds in sample_responses(self.engine, prompts, settings, batch_size, *identity):
+                yield SampledBatch(responses, visual_embeds)
+
+    def encode_visual(self, prompts: Sequence[Prompt], pad_token_id: int) -> Optional[tuple[Tensor, ...]]:
+        return self.engine.encode_visual(pad_prompts(prompts, pad_token_id))
