@@ -69,6 +69,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from megatron_ral.engine.frozen import FrozenEngine
+    from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.errors import DataError
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.evaluation.tables import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
@@ -93,7 +94,7 @@ def main() -> None:
         num_readers=layout.world_size,
     )
     try:
-        engine = FrozenEngine(shape, process_groups, config.model.dtype, path)
+        engine = FrozenEngine(shape, process_groups, EngineSettings(path, config.model.dtype))
     except AgreedError as error:
         fail(error)
     kept, share = ResultKeeper(), prompts.size(source)

@@ -25,14 +25,13 @@ def main() -> None:
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.engine.policy import PolicyEngine
     from megatron_ral.errors import CheckpointError
     from megatron_ral.models.folder import config_folder, read_json
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.training.replay_files import MANIFEST, load_replay
-    from megatron_ral.training.build import build_objective, build_teacher
-    from megatron_ral.objectives.objective import SftObjective
+    from megatron_ral.training.build import build_objective, build_policy, build_teacher
+    from megatron_ral.objectives.supervised import supervised_objective
     from megatron_ral.training.replay import run_again
 
     try:
@@ -53,7 +52,7 @@ def main() -> None:
         seed=config.seed,
         timeout_minutes=config.parallel.timeout_minutes,
     )
-    objective = SftObjective()
+    objective = supervised_objective()
     if config.train.algorithm == "ral":
         teacher = None
         if teacher_shape is not None:
@@ -66,9 +65,11 @@ def main() -> None:
             )
             teacher = build_teacher(config, teacher_shape, shape, process_groups, processor)
         objective = build_objective(config, shape, process_groups, teacher)
-        coef = manifest["metrics"].get("attention/coef", objective.attention_coef)
-        objective = replace(objective, attention_coef=coef if math.isfinite(coef) else 1.0)
-    again, lines, passes = run_again(PolicyEngine(shape, process_groups, config), batches, tensors, objective)
+        term = objective.term("attention")
+        coef = manifest["metrics"].get("attention/coef", term.coefficient)
+        objective = objective.with_term(replace(term, coefficient=coef if math.isfinite(coef) else 1.0))
+    policy = build_policy(config, shape, process_groups)
+    again, lines, passes = run_again(policy, batches, tensors, objective)
     if process_groups.layout.rank == 0:
         print(
             f"step {manifest['step']}, update {manifest['update']}: {len(batches)} micro-batches on each of "

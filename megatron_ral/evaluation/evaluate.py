@@ -138,7 +138,7 @@ def say_what_is_scored(source: Source, config: RunConfig) -> None:
             types.append(parse_sample(entry).problem_type)
         except SampleError:
             continue
-    if unused := unused_rules(types, config):
+    if unused := unused_rules(types, config.reward.accuracy):
         logger.warning(
             "reward.accuracy=exact: answers are matched as text, though problem types of the data have rules of "
             "their own (%s); reward.accuracy=by_type scores by them",
@@ -193,7 +193,7 @@ def evaluate_prompts(
     layers, problems = range(engine.shape.num_layers), ScoringIssueLog()
     with engine.resident():
         for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, _attention_sums):
-            score = score_responses(responses, processor, config, engine)
+            score = score_responses(responses, processor, config.reward, engine)
             if engine.layout.is_last_stage:
                 _add(
                     sums,
@@ -275,7 +275,7 @@ def view_tokens(
 
     with engine.resident():
         for responses, _, attention in _greedy_batches(engine, prompts, processor, config, layers, over_prompt):
-            score, batch = score_responses(responses, processor, config, engine), responses.prompts
+            score, batch = score_responses(responses, processor, config.reward, engine), responses.prompts
             for b, prompt in enumerate(batch.prompts):
                 length = int(responses.response_lengths[b, 0])
                 yield TokenViews(

@@ -281,7 +281,7 @@ def sample_prompts(
         for responses, _ in sample_responses(
             engine, prompts, settings, config.rollout.generation_batch_size, "evaluation", config.seed
         ):
-            keep(responses, score_responses(responses, processor, config, engine))
+            keep(responses, score_responses(responses, processor, config.reward, engine))
             progress(len(responses.prompts))
 
 

@@ -6,7 +6,7 @@ from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 
-from megatron_ral.config import RunConfig
+from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import from_first_rank
@@ -29,16 +29,16 @@ def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tu
 
 
 def score_responses(
-    responses: ResponseBatch, processor: PromptProcessor, config: RunConfig, engine: Optional[StageEngine] = None
+    responses: ResponseBatch, processor: PromptProcessor, reward: RewardConfig, engine: Optional[StageEngine] = None
 ) -> Score:
     """Decode and score (strings in, floats out; cheap beside a pass of the model).
 
     The project's own rules give every rank the same, so each rank calls them. Functions of the user's own need not (a
     judge over the network, a random choice): with `engine` the first rank of its model copy calls them for all.
     """
-    if engine is not None and config.reward.functions:
-        return from_first_rank(lambda: score_responses(responses, processor, config), engine.process_groups.model)
-    parts, texts = reward_parts(config.reward), decode_responses(responses, processor)
+    if engine is not None and reward.functions:
+        return from_first_rank(lambda: score_responses(responses, processor, reward), engine.process_groups.model)
+    parts, texts = reward_parts(reward), decode_responses(responses, processor)
     samples = [prompt.sample for prompt in responses.prompts.prompts]
     scored = []
     for sample, group in zip(samples, texts):
@@ -55,14 +55,14 @@ def score_responses(
         components,
         texts,
         tuple(
-            tuple(score.problems + _type_problem(sample.problem_type, config) for score in row)
+            tuple(score.problems + _type_problem(sample.problem_type, reward.accuracy) for score in row)
             for sample, row in zip(samples, scored)
         ),
     )
 
 
-def _type_problem(problem_type: str, config: RunConfig) -> tuple[str, ...]:
-    if config.reward.accuracy == "by_type" and problem_type:
+def _type_problem(problem_type: str, accuracy: str) -> tuple[str, ...]:
+    if accuracy == "by_type" and problem_type:
         from megatron_ral.rewards.rules import has_rule
 
         if not has_rule(problem_type):
@@ -70,9 +70,9 @@ def _type_problem(problem_type: str, config: RunConfig) -> tuple[str, ...]:
     return ()
 
 
-def unused_rules(problem_types: Iterable[str], config: RunConfig) -> list[str]:
+def unused_rules(problem_types: Iterable[str], accuracy: str) -> list[str]:
     """Problem types that have a rule of their own while reward.accuracy = exact matches their answers as text."""
-    if config.reward.accuracy == "by_type":
+    if accuracy == "by_type":
         return []
     from megatron_ral.rewards.rules import RULES, exact, has_rule, rule_name
 
