@@ -31,8 +31,11 @@ def test_a_whole_run_in_bfloat16(material, tmp_path):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     """Rows, values, gradients, with grouped heads, padded prompts and several tiles; the same bits on a second run."""
-    from megatron_ral.attention.rows import RowKeys, attention_distribution, head_mean_attention, row_divergence
-    from megatron_ral.attention.rows import RowQK
+    from megatron_ral.attention.distribution import attention_distribution
+    from megatron_ral.attention.rows import head_mean_attention, row_divergence
+    from megatron_ral.attention.torch_backend import TorchBackend
+    from megatron_ral.attention.triton_backend import TritonBackend
+    from megatron_ral.attention.types import RowKeys, RowQK
 
     B, G, R, P, k, n = 2, 2, 150, 300, 2, 14
     generator = torch.Generator().manual_seed(0)
@@ -52,15 +55,15 @@ def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     own = torch.arange(R, device="cuda").expand(B, R) + P - lag
     own = torch.where(own < P, qk.prompt_lengths_B[:, None] - 1, own)
     keys = RowKeys(torch.ones(B, P + R, dtype=torch.bool, device="cuda"), own)
-    other = head_mean_attention(qk._replace(query_BGRnD=make(B, G, R, n, width)), kernels=False)
+    other = head_mean_attention(qk._replace(query_BGRnD=make(B, G, R, n, width)), TorchBackend())
     target, weights = attention_distribution(other, keys)[0], torch.rand(B, G, R, generator=generator).cuda()
 
-    def everything(kernels):
-        attention = head_mean_attention(qk, kernels)
-        value = row_divergence(qk, attention, target, keys, kernels=kernels)
+    def everything(backend):
+        attention = head_mean_attention(qk, backend)
+        value = row_divergence(qk, attention, target, keys, backend=backend)
         return attention, value.detach(), *torch.autograd.grad((value * weights).sum(), qk[:3])
 
-    ours, again, wanted = everything(None), everything(True), everything(False)
+    ours, again, wanted = everything(None), everything(TritonBackend()), everything(TorchBackend())
     for place, (found, same, reference) in enumerate(zip(ours, again, wanted)):
         assert torch.equal(found, same) and found.dtype == reference.dtype
         limit = bound if place >= 2 else 1e-5

@@ -2,7 +2,7 @@
 when it is imported, and torch imports Triton on its own account.
 
     python -m tests.unit.kernel_cases FILE     saves {case: {name: (ours, wanted)}}, and under "faults" what
-                                               `kernel_fault` says of kernels as they are, and damaged
+                                               `backend_fault` says of kernels as they are, and damaged
 """
 
 import sys
@@ -10,17 +10,23 @@ import time
 
 import torch
 
-from megatron_ral.attention import rows as attention_rows
-from megatron_ral.attention.rows import RowKeys, attention_distribution, head_mean_attention, row_divergence
+from megatron_ral.attention import triton_backend
+from megatron_ral.attention.backend_check import backend_fault
+from megatron_ral.attention.distribution import attention_distribution
+from megatron_ral.attention.rows import head_mean_attention, row_divergence
+from megatron_ral.attention.torch_backend import TorchBackend
+from megatron_ral.attention.types import RowKeys
 from tests.unit.test_attention_rows import another_policy, head_shard, random_qk, random_weights, row_keys
+
+KERNELS = triton_backend.TritonBackend()
 
 
 def both(qk, keys, target, kind) -> dict:
     """Rows, values and gradients by the kernels and by PyTorch."""
     found, weights = [], random_weights(qk).float()
-    for kernels in (True, False):
-        attention = head_mean_attention(qk, kernels)
-        value = row_divergence(qk, attention, target, keys, kind, kernels)
+    for backend in (KERNELS, TorchBackend()):
+        attention = head_mean_attention(qk, backend)
+        value = row_divergence(qk, attention, target, keys, kind, backend)
         found.append((attention, value, *torch.autograd.grad((value * weights).sum(), qk[:3])))
     return dict(zip(("rows", "values", "query", "prompt_key", "response_key"), zip(*found)))
 
@@ -43,13 +49,13 @@ def several_tiles(dtype=torch.float32, R=40, P=70, length=50, **options) -> dict
     return both(qk, keys, attention_distribution(head_mean_attention(other), keys)[0], "jsd")
 
 
-def pieces_of_rows() -> dict:
+def blocks_of_rows() -> dict:
     """The slope's map in three parts."""
-    whole, attention_rows._KERNEL_PIECE = attention_rows._KERNEL_PIECE, 20 * 50
+    whole, triton_backend.SLOPE_ELEMENTS = triton_backend.SLOPE_ELEMENTS, 20 * 50
     try:
         return several_tiles(P=10, length=8, G=1)
     finally:
-        attention_rows._KERNEL_PIECE = whole
+        triton_backend.SLOPE_ELEMENTS = whole
 
 
 def head_shards() -> dict:
@@ -59,8 +65,8 @@ def head_shards() -> dict:
     target = another_policy(qk, keys)
     wanted = both(qk, keys, target, "jsd")
     shards = [head_shard(qk, rank, 2) for rank in range(2)]
-    attention = sum(head_mean_attention(shard, True) for shard in shards)
-    values = [row_divergence(shard, attention, target, keys, "jsd", True) for shard in shards]
+    attention = sum(head_mean_attention(shard, KERNELS) for shard in shards)
+    values = [row_divergence(shard, attention, target, keys, "jsd", KERNELS) for shard in shards]
     found = [
         torch.cat(parts, dim=-2)
         for parts in zip(
@@ -74,7 +80,7 @@ def silent() -> dict:
     """The first group has no mass on its keys, the second's rows equal their target bit for bit."""
     qk = random_qk(B=2, G=1, R=3, k=1, m=2, dtype=torch.float32)
     keys = row_keys(qk)._replace(columns_BS=torch.tensor([[False] * 8, [True] * 8]))
-    target = attention_distribution(head_mean_attention(qk, True), keys)[0]
+    target = attention_distribution(head_mean_attention(qk, KERNELS), keys)[0]
     target[0] = 1 / 8
     result = both(qk, keys, target, "jsd")
     return {name: (ours, ours if name == "rows" else torch.zeros_like(ours)) for name, (ours, _) in result.items()}
@@ -82,18 +88,15 @@ def silent() -> dict:
 
 def faults() -> list:
     """Of good kernels, of one that is off by 1 %, of one that raises."""
-    from megatron_ral.attention import triton_backend as attention_kernels
-    from megatron_ral.attention.backend_check import kernel_fault
-
     def refuses(qk):
         raise RuntimeError("no such\ninstruction")
 
-    arguments, good = (torch.device("cpu"), torch.float32, 16), attention_kernels.head_mean_rows
-    found = [kernel_fault(*arguments)]
+    arguments, good = (KERNELS, torch.device("cpu"), torch.float32, 16), triton_backend.head_mean_rows
+    found = [backend_fault(*arguments)]
     for damaged in (lambda qk: good(qk) * 1.01, refuses):
-        attention_kernels.head_mean_rows = damaged
-        found.append(kernel_fault(*arguments))
-    attention_kernels.head_mean_rows = good
+        triton_backend.head_mean_rows = damaged
+        found.append(backend_fault(*arguments))
+    triton_backend.head_mean_rows = good
     return found
 
 
@@ -105,7 +108,7 @@ CASES = {
     "bfloat16": lambda: compared(dtype=torch.bfloat16, D=8, B=1),
     "float16": lambda: compared(dtype=torch.float16, D=8, B=1),
     "several tiles": lambda: several_tiles(G=2),
-    "pieces of rows": pieces_of_rows,
+    "blocks of rows": blocks_of_rows,
     "head shards": head_shards,
     "silent": silent,
 }

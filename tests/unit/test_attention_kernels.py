@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from megatron_ral.attention import rows as attention_rows
-from megatron_ral.attention.rows import head_mean_attention, kernels_for
+from megatron_ral.attention.rows import choose_backend, head_mean_attention
+from megatron_ral.attention.torch_backend import TorchBackend
 from tests.conftest import PROJECT
 from tests.unit.test_attention_rows import random_qk
 
@@ -31,7 +32,7 @@ CASES = (
     "bfloat16",
     "float16",
     "several tiles",
-    "pieces of rows",
+    "blocks of rows",
     "head shards",
     "silent",
 )
@@ -86,15 +87,14 @@ def test_kernels_are_compared_with_pytorch_before_they_are_trusted(results):
 
 
 def test_a_fault_leads_back_to_pytorch(monkeypatch, caplog):
-    from megatron_ral.attention import backend_check as kernel_check
-
-    monkeypatch.setattr(kernel_check, "kernel_fault", lambda *arguments: "they are wrong")
-    attention_rows.chosen_path.cache_clear()
+    monkeypatch.setattr(attention_rows, "backend_fault", lambda *arguments: "they are wrong")
+    choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, logger=attention_rows.__name__):
-        assert attention_rows.chosen_path(torch.device("cuda"), torch.bfloat16, 128)[0] is False
+        backend, _ = choose_backend(torch.device("cuda"), torch.bfloat16, 128)
+    assert isinstance(backend, TorchBackend)
     [record] = caplog.records
     assert record.levelname == "WARNING" and "they are wrong" in record.getMessage()
-    attention_rows.chosen_path.cache_clear()
+    choose_backend.cache_clear()
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
@@ -106,23 +106,27 @@ def test_kernels_compile_for_an_h100(tmp_path):
         assert (entry["products"] > 0) == (entry["type"] != "fp32"), entry
 
 
-def test_the_path_follows_device_type_and_width():
+def test_the_backend_follows_device_type_and_width(monkeypatch):
+    monkeypatch.setattr(attention_rows, "backend_fault", lambda *arguments: None)
+    choose_backend.cache_clear()
     cuda = torch.device("cuda")
-    assert kernels_for(cuda, torch.bfloat16, 128) == (True, "Triton kernels")
-    assert [kernels_for(cuda, dtype, 80)[0] for dtype in (torch.float16, torch.float32)] == [True, True]
+    for dtype, width in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 80)):
+        backend, description = choose_backend(cuda, dtype, width)
+        assert not isinstance(backend, TorchBackend) and description == "Triton kernels"
     for arguments, word in (
         ((torch.device("cpu"), torch.float32, 64), "cpu"),
         ((cuda, torch.float64, 64), "float64"),
         ((cuda, torch.float32, 256), "256"),
     ):
-        kernels, why = kernels_for(*arguments)
-        assert not kernels and word in why
+        backend, description = choose_backend(*arguments)
+        assert isinstance(backend, TorchBackend) and word in description
+    choose_backend.cache_clear()
 
 
 def test_one_line_says_which_path(caplog):
-    attention_rows.chosen_path.cache_clear()
+    choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, logger=attention_rows.__name__):
         for _ in range(2):
             head_mean_attention(random_qk(dtype=torch.float32))
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["attention rows on cpu: PyTorch, as the device is cpu"]
+    assert said == ["attention rows on cpu: PyTorch, because the device is cpu"]
