@@ -131,9 +131,7 @@ def head_mean_rows(qk: RowQK) -> Tensor:
     return result
 
 
-def add_gradients(
-    qk: RowQK, slope: Tensor, block: Block, gradients: Gradients
-) -> None:
+def add_gradients(qk: RowQK, slope: Tensor, block: Block, gradients: Gradients) -> None:
     """Add the gradients of one block: all rows of some responses, or some rows of one response.
 
     Args:

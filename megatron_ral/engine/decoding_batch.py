@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
-from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.parallel.process_groups import ProcessGroups

@@ -8,23 +8,23 @@ with one process on the whole batch.
 """
 
 import math
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
 from megatron_ral.attention.group_layout import GroupLayout
-from megatron_ral.objectives.base import Objective
+from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
 from megatron_ral.engine.outputs import StepResult
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.resharding import StateSource, fitting_shard
+from megatron_ral.objectives.base import Objective
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import TrainBatch, to_device
+from megatron_ral.weights.resharding import StateSource, fitting_shard
 
 
 class _AttachLoss(torch.autograd.Function):

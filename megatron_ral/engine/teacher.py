@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.frozen import FrozenEngine
-from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.outputs import ForwardOutput
+from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
 from megatron_ral.engine.settings import EngineSettings
-from megatron_ral.weights.conversion import open_weights
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.exchange import Assignment, Item, carry_objects, carry_tensors
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
+from megatron_ral.weights.conversion import open_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class TeacherHead:
         dtype: Precision of the weights.
     """
 
-    def __init__(self, shape: ModelShape, path: str, student_shape: ModelShape, student: ProcessGroups, dtype: torch.dtype):
+    def __init__(
+        self, shape: ModelShape, path: str, student_shape: ModelShape, student: ProcessGroups, dtype: torch.dtype
+    ):
         layout = student.layout
         columns = student_shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
         self.start = columns * layout.tensor_rank

@@ -48,9 +48,7 @@ class PolicyGradientTerm(Term):
         # At coefficient 0 nothing of it may enter the graph, because its backward pass would form gradients of all logits.
         loss = settings.policy_coef * loss if settings.policy_coef > 0 else torch.zeros_like(loss.detach())
         if batch.ref_logprobs is not None:
-            kl = kl_estimate(
-                outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp
-            )
+            kl = kl_estimate(outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp)
             loss = loss + settings.kl_coef * (kl * weights).sum()
             metrics["kl"] = mean(kl)
         if settings.entropy_coef > 0:

@@ -6,7 +6,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.rollout.assemble import on_policy_updates
+from megatron_ral.rollout.assemble import num_on_policy_updates
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
 _SAMPLE = Sample("rehearsed", "", "", "", "", "", (), ())
@@ -80,7 +80,7 @@ class Workload:
             share,
             config.updates_per_rollout,
             per_update // micro,
-            on_policy_updates(config) * (per_update // micro),
+            num_on_policy_updates(config.rollout.num_epochs) * (per_update // micro),
         )
 
 

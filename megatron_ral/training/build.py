@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 
 def build_policy(config: RunConfig, shape: ModelShape, process_groups: ProcessGroups) -> PolicyEngine:
     """Return the policy of a run."""
-    return PolicyEngine(
-        shape, process_groups, EngineSettings.from_config(config), TrainingSettings.from_config(config)
-    )
+    return PolicyEngine(shape, process_groups, EngineSettings.from_config(config), TrainingSettings.from_config(config))
 
 
 def build_teacher(

@@ -10,9 +10,9 @@ from typing import Any, Mapping, Optional, Sequence
 
 from torch import Tensor
 
-from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
+from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.objectives.base import Objective, TokenOutputs
 from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.types import TrainBatch

@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import read_json
-from megatron_ral.attention.group_layout import AttentionRecord
-from megatron_ral.weights.stage_weights import export_stage
 from megatron_ral.parallel.collectives import barrier, from_first_rank_of_all
 from megatron_ral.training.step import SkippedUpdate
 from megatron_ral.types import (
@@ -42,6 +41,7 @@ from megatron_ral.types import (
     TeacherOutputs,
     TrainBatch,
 )
+from megatron_ral.weights.stage_weights import export_stage
 
 MANIFEST = "replay.json"
 _TYPES = {
@@ -95,7 +95,9 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[tree["tensor"]]
     if "type" in tree:
         if tree["type"] not in _TYPES:
-            raise CheckpointError("the replay", tree["type"], "is of another version; run it with the version that wrote it")
+            raise CheckpointError(
+                "the replay", tree["type"], "is of another version; run it with the version that wrote it"
+            )
         return _TYPES[tree["type"]](**{name: unpack(item, tensors) for name, item in tree["fields"].items()})
     if "items" in tree:
         return {key: unpack(item, tensors) for key, item in tree["items"]}

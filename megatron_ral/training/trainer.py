@@ -11,30 +11,30 @@ from typing import Optional, Sequence
 from tqdm import tqdm
 
 from megatron_ral.config import RunConfig
+from megatron_ral.config.silent_settings import silent_setting_warnings
 from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.settings import EngineSettings
+from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.stage_weights import export_stage
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.runtime.progress import progress
-from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, read_prompts, view_probes
 from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
-from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
+from megatron_ral.runtime.progress import progress
+from megatron_ral.runtime.random_state import seed_random_state
+from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.build import build_objective, build_policy, build_teacher
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.logging.tensorboard import RunLog
-from megatron_ral.runtime.random_state import seed_random_state
-from megatron_ral.config.silent_settings import silent_setting_warnings
-from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
-from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.logging.throughput import Throughput
+from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
+from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
+from megatron_ral.weights.stage_weights import export_stage
 
 logger = logging.getLogger(__name__)
 

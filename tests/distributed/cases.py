@@ -6,29 +6,31 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import (
+    DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     SourceConfig,
-    DataConfig,
     TrainConfig,
 )
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.evaluation.evaluate import read_prompts
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.models.shape import read_shape
+from megatron_ral.objectives.base import Objective, finish_metrics
 from megatron_ral.parallel.collectives import gather_shards
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import assemble_minibatches
 from megatron_ral.rollout.collect import RolloutBatch
-from megatron_ral.evaluation.evaluate import read_prompts
-from megatron_ral.objectives.objective import RalObjective, finish_metrics
-from megatron_ral.types import GroupBatch, Score, TrainBatch, pad_prompts
+from megatron_ral.training.build import build_objective, build_policy
+from megatron_ral.types import GroupBatch, RlBatch, Score, StepTotals, pad_prompts
 
 NUM_GROUPS, GROUP_SIZE, LENGTH = 8, 3, 7
 
@@ -115,10 +117,8 @@ def open_policy(path: str, tensor: int, pipeline: int, process_groups=None, **lo
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
     process_groups = process_groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     shape = read_shape(path)
-    objective = RalObjective(
-        config.loss, frozenset(shape.layer_indices(config.loss.attention_layers)), config.loss.attention_coef
-    )
-    return config, process_groups, shape, PolicyEngine(shape, process_groups, config), objective
+    objective = build_objective(config, shape, process_groups)
+    return config, process_groups, shape, build_policy(config, shape, process_groups), objective
 
 
 def full_weights(policy: StageEngine) -> dict[str, torch.Tensor]:
@@ -139,8 +139,8 @@ def full_gradient(policy: PolicyEngine) -> dict[str, torch.Tensor]:
 
 def full_tensors(policy: StageEngine, of) -> dict[str, torch.Tensor]:
     """`of` every parameter of every stage (None: nothing), joined over tensor ranks."""
-    from megatron_ral.weights.stage_weights import describe_stage
     from megatron_ral.parallel.collectives import gather_objects
+    from megatron_ral.weights.stage_weights import describe_stage
 
     mine = {}
     with policy.resident():
@@ -167,12 +167,12 @@ def fixed_minibatch(
     sequence_parallel: bool = False,
     equal_rewards: tuple = (),
     alike: bool = False,
-) -> list[TrainBatch]:
+) -> list[RlBatch]:
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
     attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all micro-batches
     have one shape."""
     config, process_groups, shape, policy, objective = opened
-    frozen = FrozenEngine(shape, process_groups, config.model.dtype, other, sequence_parallel)
+    frozen = FrozenEngine(shape, process_groups, EngineSettings(other, config.model.dtype, sequence_parallel))
     everything = [
         (*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
         for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))
@@ -184,12 +184,41 @@ def fixed_minibatch(
     reference = frozen.forward(
         [scored.groups for scored in rollout],
         sorted(objective.recorded_layers),
-        row_kind=config.loss.attention_row,
-        keep=objective.term.keep,
+        position=objective.term("attention").stored_position,
+        store=objective.term("attention").store,
     )
     target = None if config.loss.attention_target == "oracle" else reference
-    [minibatch] = assemble_minibatches(rollout, reference, reference, target, config, process_groups)
+    [minibatch] = assemble(rollout, reference, reference, target, objective, config, process_groups)
     return minibatch
+
+
+def assemble(rollout, old, reference, target, objective: Objective, config: RunConfig, process_groups) -> list:
+    """`assemble_minibatches` as a run with this configuration calls it."""
+    return assemble_minibatches(
+        rollout,
+        old,
+        reference,
+        target,
+        objective.term("attention"),
+        num_minibatches=config.rollout.num_minibatches,
+        max_response_length=config.rollout.max_response_length,
+        process_groups=process_groups,
+    )
+
+
+def rl_batch(groups: GroupBatch, totals: StepTotals, **parts) -> RlBatch:
+    """A micro-batch in which every group counts, without rewards."""
+    B, G, R = groups.response_ids.shape
+    usual = {
+        "group_mask": torch.ones(B, dtype=torch.bool),
+        "advantages": torch.zeros(B, G),
+        "attention_advantages": torch.zeros(B, G),
+        "rollout_logprobs": torch.zeros(B, G, R),
+        "from_teacher": torch.zeros(B, dtype=torch.bool),
+        "is_on_policy": False,
+        "compares_sampler": False,
+    }
+    return RlBatch(groups, totals, **{**usual, **parts})
 
 
 def one_step(

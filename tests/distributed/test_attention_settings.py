@@ -1,5 +1,5 @@
 """The attention term in its settings on real stages: the same step in every layout, coefficients by ratio of gradients and
-by schedule, rows under more tensor ranks than key/value heads, and the average of target `ema`.
+by schedule, and rows under more tensor ranks than key/value heads.
 
 One launch per layout goes through everything, on process groups that stay open.
 """
@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ral.engine.ema import AverageEngine
-from megatron_ral.attention.group_layout import ROW_KINDS
+from megatron_ral.attention.types import QueryPosition
+from megatron_ral.objectives.base import finish_metrics
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.objectives.objective import finish_metrics
-from megatron_ral.training.step import accumulate_gradients
+from megatron_ral.training.gradients import accumulate_gradients
 from tests.distributed.cases import fixed_groups, fixed_minibatch, full_weights, micro_batches, one_step, open_policy
 from tests.distributed.runner import run_ranks
 from tests.distributed.test_layouts import close
@@ -26,7 +25,6 @@ SETTINGS = {
         "attention_divergence": "forward_kl",
         "attention_normalizer": "sequence_sum",
     },
-    "group": {"attention_target": "group", "attention_keys": "prompt", "layers": (0, 2, -1)},
     "hindsight": {"attention_target": "hindsight", "attention_keys": "visual", "layers": (0, 2, -1)},
     "oracle": {"attention_target": "oracle", "attention_keys": "visual", "attention_divergence": "reverse_kl"},
     "old": {
@@ -59,7 +57,8 @@ def everything(path, other, data, tensor, pipeline, micro_batch_size) -> dict:
 
 def parts_of_gradient(policy, minibatch, objective) -> tuple:
     """(metrics, gradient shards) of the attention term at coefficient 1, and of the token terms."""
-    for parts in (objective.only("attention", 1.0), objective.only("tokens")):
+    alone = objective.only("attention").with_term(replace(objective.term("attention"), coefficient=1.0))
+    for parts in (alone, objective.without("attention")):
         metrics = policy.forward_backward(minibatch, parts)
         yield finish_metrics(metrics), policy.gradient_shards()
 
@@ -70,7 +69,7 @@ def by_ratio(path, other, data, tensor, pipeline, micro_batch_size, groups) -> d
     config, _, _, policy, objective = opened
     minibatch, before = fixed_minibatch(opened, other, data, micro_batch_size), full_weights(policy)
     (attention_metrics, attention), (token_metrics, tokens) = parts_of_gradient(policy, minibatch, objective)
-    metrics = accumulate_gradients(policy, minibatch, objective, config, True)
+    metrics = accumulate_gradients(policy, minibatch, objective, config.num_optimizer_steps, True)
     combined, coef = policy.gradient_shards(), metrics["attention/coef"]
     wrong = [whole - token - coef * part for whole, token, part in zip(combined, tokens, attention)]
     norms = {
@@ -80,7 +79,7 @@ def by_ratio(path, other, data, tensor, pipeline, micro_batch_size, groups) -> d
     stepped = policy.step().grad_norm
     given = open_policy(path, tensor, pipeline, groups, attention_coef=coef)
     minibatch = fixed_minibatch(given, other, data, micro_batch_size)
-    plain = accumulate_gradients(given[3], minibatch, given[4], given[0], True)
+    plain = accumulate_gradients(given[3], minibatch, given[4], given[0].num_optimizer_steps, True)
     given[3].step()
     return {
         "metrics": metrics,
@@ -109,7 +108,7 @@ def by_schedule(path, other, data, tensor, pipeline, micro_batch_size, groups) -
     for _ in range(5):
         (raw, attention), (_, tokens) = parts_of_gradient(policy, minibatch, objective)
         ratio = policy.gradient_norm(attention) / policy.gradient_norm(tokens)
-        metrics = accumulate_gradients(policy, minibatch, objective, config, True)
+        metrics = accumulate_gradients(policy, minibatch, objective, config.num_optimizer_steps, True)
         history.append(
             (
                 metrics["attention/coef"],
@@ -205,7 +204,7 @@ def on_policy(path, data):
     config, process_groups, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, path, data, 4)
     (_, attention), (_, tokens) = parts_of_gradient(policy, minibatch, objective)
-    metrics = accumulate_gradients(policy, minibatch, objective, config, True)
+    metrics = accumulate_gradients(policy, minibatch, objective, config.num_optimizer_steps, True)
     combined = policy.gradient_shards()
     stop_groups()
     return metrics, attention, tokens, combined
@@ -226,8 +225,10 @@ def rows_of_every_kind(path, data, tensor):
     _, process_groups, _, policy, _ = open_policy(path, tensor, 1)
     [scored] = micro_batches(fixed_groups(path, data)[:3], 3, policy)
     found = {
-        kind: policy.forward([scored.groups], [0, 3], row_kind=kind, keep=lambda rows, batch: rows.attention)
-        for kind in ROW_KINDS
+        position.value: policy.forward(
+            [scored.groups], [0, 3], position=position, store=lambda rows, batch: rows.attention
+        )
+        for position in QueryPosition
     }
     lengths, responses = scored.groups.prompts.prompt_lengths, scored.groups.response_lengths
     stop_groups()
@@ -252,42 +253,3 @@ def test_rows_are_the_mean_over_all_heads_on_every_tensor_rank(material):
             for kind, layers in alone.items():
                 for layer, rows in layers.items():
                     assert torch.allclose(found[kind][layer], rows, rtol=0, atol=1e-6), (tensor, kind, layer)
-
-
-# --- target ema -------------------------------------------------------------------------------------------------------
-
-
-def followed(path, other, data, tensor):
-    """Three updates, each followed by the average: whole weights of both after each."""
-    opened = open_policy(path, tensor, 1, attention_target="ema")
-    config, process_groups, _, policy, objective = opened
-    average, minibatch = AverageEngine(policy, 0.9), fixed_minibatch(opened, other, data, 4)
-    history = [(full_weights(policy), full_weights(average))]
-    for _ in range(3):
-        policy.forward_backward(minibatch, objective)
-        policy.step()
-        average.follow(policy)
-        history.append((full_weights(policy), full_weights(average)))
-    state = dict(average.state())
-    again = AverageEngine(policy, 0.9)
-    again.load_state(state)
-    restored = full_weights(again)
-    stop_groups()
-    return history, restored
-
-
-@pytest.mark.parametrize("tensor", [1, 2], ids=["DP=2", "TP=2"])
-def test_average_follows_the_policy(material, tensor):
-    for history, restored in run_ranks(2, followed, *paths(material), tensor):
-        (start, wanted), *rest = history
-        assert all(torch.equal(wanted[name], weights) for name, weights in start.items())
-        wanted = {name: weights.double() for name, weights in wanted.items()}
-        for policy, average in rest:
-            for name, weights in policy.items():
-                wanted[name] = 0.9 * wanted[name] + 0.1 * weights.double()
-                assert torch.allclose(average[name].double(), wanted[name], rtol=4e-7, atol=1e-9), name
-        moved = [name for name in start if not torch.equal(start[name], average[name])]
-        assert len(moved) > 20 and not any(name.startswith("visual.") for name in moved)
-        assert max(float((average[name] - start[name]).abs().max()) for name in moved) > 2e-4
-        assert max(float((average[name] - policy[name]).abs().max()) for name in moved) > 1e-3
-        assert all(torch.equal(restored[name], weights) for name, weights in average.items())

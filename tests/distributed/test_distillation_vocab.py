@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ral.functional import distillation_loss
 from megatron_ral.parallel.collectives import gather_shards
+from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.parallel.vocab_distillation import (
     vocab_parallel_divergence,
     vocab_parallel_top_divergence,
     vocab_parallel_top_tokens,
 )
-from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from tests.distributed.runner import run_ranks
 from tests.unit.distillation_references import KINDS, NAMES, by_definition, of_logprobs, rand
 

@@ -9,9 +9,10 @@ from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.settings import EngineSettings
+from megatron_ral.evaluation.evaluate import evaluate_prompts, read_prompts, view_probes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.evaluation.evaluate import evaluate_prompts, read_prompts, view_probes
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
@@ -31,7 +32,7 @@ def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21
     prompts = read_prompts(
         shards, processor, limit, dp_rank=process_groups.layout.data_rank, dp_size=process_groups.layout.data_size
     )
-    engine = FrozenEngine(read_shape(path), process_groups, "float32", path)
+    engine = FrozenEngine(read_shape(path), process_groups, EngineSettings(path, "float32"))
     result = evaluate_prompts(engine, prompts, processor, config, 1)
     views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
     odd = sum(int(prompt.sample.solution.removeprefix("<answer>")[0]) % 2 for prompt in prompts)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine import decoding_batch as in_flight
 from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, generate, sample_responses
-from megatron_ral.engine.stage import group_layout
 from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
@@ -61,7 +61,7 @@ def slow_generation(policy, prompts, settings):
             for step in range(R):
                 groups = GroupBatch(batch, ids[None, g : g + 1, : step + 1], torch.tensor([[step + 1]]), embeds)
                 with torch.no_grad():
-                    logits = policy.stage(groups, AttentionPass(group_layout(groups)))[0, 0, step].float()
+                    logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups)))[0, 0, step].float()
                 drawn = logits[: settings.num_tokens or None][None]
                 token = sample_tokens(drawn, uniform[step : step + 1], settings.temperature, settings.top_p)[0]
                 ids[g, step] = token

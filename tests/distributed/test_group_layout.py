@@ -4,12 +4,13 @@ was generated through the KV cache is what training computes."""
 import pytest
 import torch
 
-from megatron_ral.engine.pipelined_decoder import SamplingSettings, generate
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.types import QueryPosition
+from megatron_ral.engine.pipelined_decoder import SamplingSettings, generate
 from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.parallel.process_groups import stop_groups
-from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts
-from tests.distributed.cases import fixed_groups, micro_batches, open_policy
+from megatron_ral.types import GroupBatch, RlBatch, StepTotals, pad_prompts
+from tests.distributed.cases import assemble, fixed_groups, micro_batches, open_policy, rl_batch
 from tests.distributed.runner import run_ranks
 
 
@@ -18,13 +19,13 @@ class WeightedSum:
     as advantages)."""
 
     recorded_layers = frozenset({1, 3})
-    row_kind = "token"
+    position = QueryPosition.RESPONSE
     temperature = 1.0
 
-    def token_loss(self, outputs: TokenOutputs, batch: TrainBatch):
+    def token_loss(self, outputs: TokenOutputs, batch: RlBatch):
         return (outputs.logprobs * batch.groups.response_mask * batch.advantages[..., None]).sum(), {}
 
-    def attention_loss(self, layer: int, rows: AttentionRows, batch: TrainBatch):
+    def attention_loss(self, layer: int, rows: AttentionRows, batch: RlBatch):
         inside = torch.arange(rows.layout.P) < batch.groups.prompts.prompt_lengths[:, None]
         target = torch.nn.functional.pad(inside / inside.sum(1, keepdim=True), (0, rows.layout.R))[:, None, None]
         weight = batch.groups.response_mask * batch.advantages[..., None]
@@ -56,7 +57,7 @@ def group_against_sequences(path, data):
         )
         output = policy.forward([batch], [1, 3])[0]
         mask = batch.response_mask
-        policy.forward_backward([TrainBatch(batch, StepTotals(1, 1, 1), weight)], WeightedSum())
+        policy.forward_backward([rl_batch(batch, StepTotals(1, 1, 1), advantages=weight)], WeightedSum())
         gradients = [shard.clone() for shard in policy.gradient_shards()]
         names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
         result[name] = {
@@ -153,15 +154,14 @@ def test_stop_token_ends_a_response_and_nothing_else(material):
 
 def zero_gradients(path, data):
     """Gradient of the attention term alone, and the term on policy with target `old`."""
-    from megatron_ral.rollout.assemble import assemble_minibatches
-    from megatron_ral.objectives.objective import finish_metrics
+    from megatron_ral.objectives.base import finish_metrics
 
     config, process_groups, shape, policy, objective = open_policy(path, 1, 1, attention_target="old", kl_coef=0.0)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     layers = sorted(objective.recorded_layers)
     old = policy.forward([scored.groups for scored in rollout], layers)
-    [minibatch] = assemble_minibatches(rollout, old, None, old, config, process_groups)
+    [minibatch] = assemble(rollout, old, None, old, objective, config, process_groups)
     policy.forward_backward(minibatch, objective.only("attention"))
     on_policy = dict(zip(names, policy.gradient_shards()))
     first = finish_metrics(policy.forward_backward(minibatch, objective))
@@ -201,8 +201,6 @@ def test_attention_term_is_exactly_zero_on_policy_and_acts_after_a_step(material
 
 
 def lm_head_gradient(path, data):
-    from megatron_ral.rollout.assemble import assemble_minibatches
-
     config, process_groups, shape, policy, objective = open_policy(path, 1, 1)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
@@ -210,7 +208,7 @@ def lm_head_gradient(path, data):
     old = policy.forward(batches, [3])
     # a target away from the policy: every row's neighbour
     moved = [type(output)(output.tokens, {3: output.attention[3].roll(1, 0)}) for output in old]
-    [minibatch] = assemble_minibatches(rollout, old, moved, moved, config, process_groups)
+    [minibatch] = assemble(rollout, old, moved, moved, objective, config, process_groups)
     policy.forward_backward(minibatch, objective.only("attention"))
     gradients = dict(zip(names, policy.gradient_shards()))
     stop_groups()

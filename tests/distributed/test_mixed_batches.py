@@ -7,15 +7,15 @@ import torch
 
 from megatron_ral.config.sections import ModelConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.weights.folders import HuggingFaceWeights
 from megatron_ral.models.shape import read_shape
+from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals
 from megatron_ral.rollout.collect import collect_rollout
-from megatron_ral.objectives.objective import SftObjective
+from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import supervised_batches
-from megatron_ral.types import FramePictures, Sample, TrainBatch
+from megatron_ral.types import FramePictures, Sample, SftBatch
+from megatron_ral.weights.folders import HuggingFaceWeights
 from tests.distributed.cases import full_weights, make_config
 from tests.distributed.runner import run_ranks
 from tests.unit.test_data import png
@@ -46,7 +46,7 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     config = make_config(path, tensor=tensor, pipeline=pipeline, sequence_parallel=True)
     config = dataclasses.replace(config, model=ModelConfig(path=path, dtype="float32", train_vision=True))
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), process_groups, config)
+    policy = build_policy(config, read_shape(path), process_groups)
     processor = PromptProcessor(path, 128)
     prompts = [processor(sample) for sample in samples()]
     share = len(prompts) // process_groups.layout.data_size
@@ -55,7 +55,9 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     totals = global_totals([batch.response_lengths for batch in batches], 7, process_groups)
     losses, norms = [], []
     for _ in range(2):
-        losses.append(policy.forward_backward([TrainBatch(batch, totals) for batch in batches], SftObjective())["loss"])
+        losses.append(
+            policy.forward_backward([SftBatch(batch, totals) for batch in batches], supervised_objective())["loss"]
+        )
         norms.append(policy.step().grad_norm)
     weights = full_weights(policy)
     stop_groups()
@@ -84,7 +86,7 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     config = make_config(path, tensor=tensor, pipeline=pipeline)
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence_parallel=True))
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), process_groups, config)
+    policy = build_policy(config, read_shape(path), process_groups)
     processor = PromptProcessor(path, 128)
     share = len(samples()) // process_groups.layout.data_size
     start = process_groups.layout.data_rank * share

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from megatron_ral.objectives.base import Objective
 from megatron_ral.parallel.process_groups import stop_groups
-from megatron_ral.objectives.objective import RalObjective
 from tests.distributed.cases import fixed_minibatch, open_policy
 from tests.distributed.runner import run_ranks
 
 
 @dataclass(frozen=True)
-class Spoilt(RalObjective):
+class Spoilt(Objective):
     """Of what it returns, one part is not finite: `loss` (value alone), `gradient` (gradient alone), `both`."""
 
     spoils: str = "both"

@@ -13,14 +13,15 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.weights.folders import common_name
-from megatron_ral.weights.conversion import differing_weights
 from megatron_ral.models.shape import read_shape
-from megatron_ral.weights.stage_weights import describe_stage, export_stage
+from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.collectives import gather_objects, gather_shards
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.objectives.objective import SftObjective
-from megatron_ral.types import FramePictures, GroupBatch, Sample, StepTotals, TrainBatch, pad_prompts
+from megatron_ral.training.build import build_policy
+from megatron_ral.types import FramePictures, GroupBatch, Sample, SftBatch, StepTotals, pad_prompts
+from megatron_ral.weights.conversion import differing_weights
+from megatron_ral.weights.folders import common_name
+from megatron_ral.weights.stage_weights import describe_stage, export_stage
 from tests.conftest import perturbed_copy, run_tool
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
@@ -118,7 +119,7 @@ def logits_and_gradients(
         parallel=dataclasses.replace(config.parallel, sequence_parallel=sequence_parallel),
     )
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    policy = PolicyEngine(read_shape(path), process_groups, config)
+    policy = build_policy(config, read_shape(path), process_groups)
     _, prompts, ids, lengths = prompts_and_responses(path)
     batch = GroupBatch(pad_prompts(prompts, 0), ids, lengths)
     batch = dataclasses.replace(batch, visual_embeds=policy.encode_visual(batch.prompts))
@@ -133,7 +134,7 @@ def logits_and_gradients(
 
     policy.token_outputs = Spy()
     metrics = policy.forward_backward(
-        [TrainBatch(batch, StepTotals(int(lengths.sum()), lengths.numel(), LENGTH))], SftObjective()
+        [SftBatch(batch, StepTotals(int(lengths.sum()), lengths.numel(), LENGTH))], supervised_objective()
     )
     gradients = full_gradients(policy)
     if export:

@@ -32,8 +32,8 @@ def held_stages(size: str, world_size: int) -> list[tuple]:
     a process of its own: it plays ranks of jobs that are not there."""
     from megatron_ral.parallel.process_groups import simulate_rank
     from megatron_ral.planning.fakes import Watched, fake_tensors
-    from megatron_ral.planning.simulate import SimulatedPolicy
     from megatron_ral.planning.rehearse import check_possible, distinct_stages
+    from megatron_ral.planning.simulate import SimulatedPolicy
     from megatron_ral.planning.zero3 import StageBytes
 
     config, shape = published(size)

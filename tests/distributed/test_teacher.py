@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron_ral.objectives.objective import finish_metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
@@ -12,14 +13,14 @@ from megatron_ral.config.distill import DistillConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.pipelined_decoder import SamplingSettings
+from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.teacher import TeacherEngine
+from megatron_ral.evaluation.evaluate import read_prompts
 from megatron_ral.models.shape import read_shape
+from megatron_ral.objectives.distillation import AttentionDistillationTerm, TokenDistillationTerm
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import another_layout, start_groups, stop_groups
-from megatron_ral.evaluation.evaluate import read_prompts
-from megatron_ral.objectives.distillation import DistillTerm
-from megatron_ral.objectives.objective import finish_metrics
-from megatron_ral.training.step import add_teacher_outputs
+from megatron_ral.training.step import StepSettings, add_teacher_outputs
 from tests.distributed.cases import fixed_groups, fixed_minibatch, full_weights, open_policy
 from tests.distributed.runner import run_ranks
 from tests.distributed.test_layouts import close
@@ -63,15 +64,18 @@ def open_teacher(opened, path, layout, **settings):
     teacher = TeacherEngine(
         read_shape(path),
         another_layout(process_groups, tensor_size=layout[0], pipeline_size=layout[1]),
-        "float32",
-        path,
+        EngineSettings(path, "float32"),
         student=process_groups,
         student_shape=shape,
         processor=processor,
     )
     layers = shape.layer_indices(config.distill.attention_layers) or range(shape.num_layers)
-    term = DistillTerm(config.distill, frozenset(layers), process_groups.tensor, teacher.head)
-    return config, teacher, replace(objective, distill=term)
+    terms = (
+        *objective.terms,
+        TokenDistillationTerm(config.distill, process_groups.tensor, teacher.head),
+        AttentionDistillationTerm(config.distill, frozenset(layers)),
+    )
+    return config, teacher, replace(objective, terms=terms)
 
 
 def steps(paths, student, teacher_layout, micro_batch_size) -> dict:
@@ -85,12 +89,13 @@ def steps(paths, student, teacher_layout, micro_batch_size) -> dict:
         config, teacher, objective = open_teacher(opened, teacher_path, teacher_layout, **settings)
         minibatch = fixed_minibatch(opened, other, data, micro_batch_size)
         held = [parameter.ds_tensor.clone() for parameter in teacher.stage.parameters()]
-        minibatch = add_teacher_outputs(teacher, minibatch, objective.distill, config, step=4)
-        assert not any(row.requires_grad for batch in minibatch for row in batch.teacher_attention.values())
+        minibatch = add_teacher_outputs(teacher, minibatch, objective, StepSettings.from_config(config), step=4)
+        assert not any(row.requires_grad for batch in minibatch for row in batch.teacher.attention.values())
         before, norms = full_weights(policy), {}
-        for parts in ("distill_attention", "attention", "tokens"):
-            policy.forward_backward(minibatch, objective.only(parts))
-            norms[f"norm of {parts}"] = policy.gradient_norm(policy.gradient_shards())
+        parts = {"distill_attention": objective.only("distill_attention"), "attention": objective.only("attention")}
+        for name_of_part, part in {**parts, "tokens": objective.without("attention")}.items():
+            policy.forward_backward(minibatch, part)
+            norms[f"norm of {name_of_part}"] = policy.gradient_norm(policy.gradient_shards())
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.step().grad_norm
         after = full_weights(policy)
@@ -168,7 +173,9 @@ def learn_from_itself(path, data, layout, top_tokens) -> dict:
     opened = open_policy(path, *layout, process_groups, kl_coef=0.0, attention_coef=0.0, policy_coef=0.0)
     policy = opened[3]
     config, teacher, objective = open_teacher(opened, path, layout, top_tokens=top_tokens)
-    minibatch = add_teacher_outputs(teacher, fixed_minibatch(opened, path, data, 4), objective.distill, config, step=0)
+    minibatch = add_teacher_outputs(
+        teacher, fixed_minibatch(opened, path, data, 4), objective, StepSettings.from_config(config), step=0
+    )
     seen = {}
 
     class Spy:
@@ -212,7 +219,9 @@ def measured(path, teacher_path, data, settings) -> dict:
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     opened = open_policy(path, 1, 1, process_groups, attention_coef=0.0)
     config, teacher, objective = open_teacher(opened, teacher_path, (1, 1), **settings)
-    minibatch = add_teacher_outputs(teacher, fixed_minibatch(opened, path, data, 8), objective.distill, config, step=0)
+    minibatch = add_teacher_outputs(
+        teacher, fixed_minibatch(opened, path, data, 8), objective, StepSettings.from_config(config), step=0
+    )
     result = finish_metrics(opened[3].forward_backward(minibatch, objective))
     stop_groups()
     return result

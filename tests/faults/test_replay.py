@@ -120,7 +120,7 @@ def test_weights_that_blew_up_in_rl(material, tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first) and first["adamw_step"] == 1
     again = run_job(2, tmp_path / "again", [folder], module="megatron_ral.replay")
     assert again.codes == [0, 0] and "reproduced: the loss" in again.output[0], again.output
-    assert "term tokens alone: " in again.output[0] and "not finite in" in again.output[0]
+    assert "term policy_gradient alone: " in again.output[0] and "not finite in" in again.output[0]
 
 
 def test_replay_of_a_finite_batch_says_so(material, tmp_path):

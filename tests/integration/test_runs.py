@@ -13,11 +13,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.attention.rows import RowKeys, attention_distribution
-from megatron_ral.weights.conversion import differing_weights
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.training.checkpoint.files import newest_checkpoint
-from tests.distributed.cases import fixed_groups, micro_batches, open_policy
+from megatron_ral.weights.conversion import differing_weights
+from tests.distributed.cases import assemble, fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, run_training, write_config
 from tools.convert_checkpoint import main as convert_checkpoint
@@ -388,17 +388,16 @@ def test_run_leaves_summary_resolved_config_and_two_checkpoints(finished):
 
 def export_and_read(path, data, output, tensor, pipeline):
     """One optimizer step, then an export from any layout, and our logits and attention rows of fixed groups."""
-    from megatron_ral.weights.stage_weights import export_stage
     from megatron_ral.parallel.collectives import gather_shards
     from megatron_ral.parallel.process_groups import stop_groups
-    from megatron_ral.rollout.assemble import assemble_minibatches
+    from megatron_ral.weights.stage_weights import export_stage
 
     config, process_groups, shape, policy, objective = open_policy(
         path, tensor, pipeline, attention_target="old", kl_coef=0.0
     )
     rollout = micro_batches(fixed_groups(path, data), 8, policy)
     old = policy.forward([rollout[0].groups], sorted(objective.recorded_layers))
-    [minibatch] = assemble_minibatches(rollout, old, None, old, config, process_groups)
+    [minibatch] = assemble(rollout, old, None, old, objective, config, process_groups)
     policy.forward_backward(minibatch, objective)
     policy.step()
     seen = {}
@@ -411,7 +410,7 @@ def export_and_read(path, data, output, tensor, pipeline):
             return type(policy).token_outputs(policy, logits, batch, temperature)
 
     policy.token_outputs = Spy()
-    [result] = policy.forward([rollout[0].groups], [1, 3], keep=lambda rows, batch: (rows.attention, rows.distribution()))
+    [result] = policy.forward([rollout[0].groups], [1, 3], store=lambda rows, batch: (rows.attention, rows.distribution()))
     with policy.resident():
         export_stage(policy.stage, process_groups, path, output)
     stop_groups()

@@ -6,11 +6,12 @@ import json
 import torch
 
 from megatron_ral.attention.group_layout import AttentionRecord
-from megatron_ral.training.replay_files import pack, unpack
-from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts, to_device
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.training.replay_files import pack, unpack
+from megatron_ral.types import GroupBatch, StepTotals, pad_prompts, to_device
+from tests.distributed.cases import rl_batch
 
 
 def same(one, other) -> bool:
@@ -38,7 +39,7 @@ def test_packed_and_unpacked_batch_is_the_same_without_its_pictures(material):
         tuple(torch.randn(2, 8) for _ in range(3)),
     )
     record = AttentionRecord(*(torch.randn(3, 2, 4, 1, 2, dtype=torch.bfloat16) for _ in range(4)))
-    batch = TrainBatch(
+    batch = rl_batch(
         groups,
         StepTotals(18, 6, 4),
         advantages=torch.zeros(3, 2),

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ral.config.sections import LossConfig
-from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
-from megatron_ral.objectives.base import Objective, TokenOutputs, finish_metrics
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
+from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
 from megatron_ral.attention.types import QueryPosition
+from megatron_ral.config.sections import LossConfig
 from megatron_ral.objectives.attention import PRECISION_FLOOR, AttentionTerm
+from megatron_ral.objectives.base import Objective, TokenOutputs, finish_metrics
 from megatron_ral.objectives.policy_gradient import PolicyGradientTerm
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.types import GroupBatch, PromptBatch, RlBatch, SftBatch, StepTotals

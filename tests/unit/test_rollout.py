@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ral.attention.targets.hindsight import mean_prompt_row, success_row
 from megatron_ral.config import RunConfig
 from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.sections import RolloutConfig
 from megatron_ral.engine.outputs import ForwardOutput
-from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.functional.advantages import group_advantages
-from megatron_ral.attention.targets.success import mean_prompt_row, success_target
+from megatron_ral.objectives.attention import AttentionTerm
+from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.rollout import collect
-from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, on_policy_updates
+from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, num_on_policy_updates
 from megatron_ral.rollout.collect import RolloutBatch, shuffled_order
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
@@ -87,35 +88,44 @@ def passes(attention=({}, {})):
     return [ForwardOutput(TokenOutputs(torch.zeros(2, G, R), torch.zeros(2, G, R)), rows) for rows in attention]
 
 
+def assembled(rollout, old, reference, target, config):
+    return assemble_minibatches(
+        rollout,
+        old,
+        reference,
+        target,
+        AttentionTerm(config.loss, frozenset({3}), 1.0),
+        num_minibatches=config.rollout.num_minibatches,
+        max_response_length=config.rollout.max_response_length,
+        process_groups=ALONE,
+    )
+
+
 def test_all_groups_take_part_by_default():
-    [batches] = assemble_minibatches(rollout(), passes(), None, passes(), config(), ALONE)
+    [batches] = assembled(rollout(), passes(), None, passes(), config())
     assert {batch.totals for batch in batches} == {StepTotals(20, 8, 9)}
     assert all(torch.equal(batch.loss_mask, batch.groups.response_mask) for batch in batches)
 
 
 def test_groups_with_equal_rewards_leave_masks_and_totals():
-    [batches] = assemble_minibatches(rollout(), passes(), None, passes(), config(filter_equal_rewards=True), ALONE)
+    [batches] = assembled(rollout(), passes(), None, passes(), config(filter_equal_rewards=True))
     assert {batch.totals for batch in batches} == {StepTotals(4 + 1 + 1 + 2, 4, 9)}
     counted = [batch.loss_mask.sum((1, 2)).tolist() for batch in batches]
     assert counted == [[5, 0], [0, 3]]
 
 
 def test_each_optimizer_step_has_its_own_totals():
-    minibatches = assemble_minibatches(rollout(), passes(), None, passes(), config(2, filter_equal_rewards=True), ALONE)
+    minibatches = assembled(rollout(), passes(), None, passes(), config(2, filter_equal_rewards=True))
     assert [step[0].totals for step in minibatches] == [StepTotals(5, 2, 9), StepTotals(3, 2, 9)]
 
 
 def test_the_first_update_needs_no_pass_before_it():
     """Micro-batches without one are marked; those of another epoch never are."""
-    first, second = assemble_minibatches(
-        rollout(), [None, passes()[1]], passes(), [None, passes(({}, {3: "rows"}))[1]], config(2), ALONE
-    )
-    assert [batch.on_policy for batch in (*first, *second)] == [True, False]
+    first, second = assembled(rollout(), [None, passes()[1]], passes(), [None, passes(({}, {3: "rows"}))[1]], config(2))
+    assert [batch.is_on_policy for batch in (*first, *second)] == [True, False]
     assert first[0].old_logprobs is None and first[0].target_attention == {} and first[0].ref_logprobs is not None
     assert second[0].old_logprobs is not None and second[0].target_attention == {3: "rows"}
-    assert on_policy_updates(config(2)) == on_policy_updates(config(1)) == 1
-    again = config(2)
-    assert on_policy_updates(replace(again, rollout=replace(again.rollout, num_epochs=2))) == 0
+    assert num_on_policy_updates(num_epochs=1) == 1 and num_on_policy_updates(num_epochs=2) == 0
 
 
 def test_a_step_without_any_signal_divides_by_one():
@@ -182,28 +192,26 @@ def test_mean_prompt_row_by_hand():
     assert mean_prompt_row(policy, ~mask, 2).flatten().tolist() == pytest.approx([0.0, 1.0, 2 / 3, 1 / 3])
 
 
-def test_success_target_by_hand():
+def test_success_row_by_hand():
     """Of the responses with A > 0, by A; a group without any gets no target."""
     rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]]).requires_grad_()
-    target = success_target(rows, torch.tensor([[0.5, 1.5, -2.0], [0.0, 0.0, -1.0]]))
+    target = success_row(rows, torch.tensor([[0.5, 1.5, -2.0], [0.0, 0.0, -1.0]]))
     assert target.tolist() == [[0.25, 0.75], [0.0, 0.0]] and not target.requires_grad
-    assert success_target(rows, torch.tensor([[-1.0, 0.0, 3.0], [1.0, -1.0, 1.0]])).tolist() == [
+    assert success_row(rows, torch.tensor([[-1.0, 0.0, 3.0], [1.0, -1.0, 1.0]])).tolist() == [
         [0.5, 0.5],
         [0.75, 0.25],
     ]
 
 
 def test_kept_rows_become_targets():
-    """Rows as they are; for `group` and `hindsight` one row per group, by the attention term's own advantages."""
+    """Rows as they are; for `hindsight` one row per group, by the attention term's own advantages."""
     rows = [{3: torch.rand(2, G, 3, generator=torch.Generator().manual_seed(index))} for index in range(2)]
-    for target in ("old", "reference", "ema"):
-        [batches] = assemble_minibatches(
-            rollout(), passes(), None, passes(rows), config(attention_target=target), ALONE
-        )
+    for target in ("old", "reference"):
+        [batches] = assembled(rollout(), passes(), None, passes(rows), config(attention_target=target))
         assert [batch.target_attention[3] is kept[3] for batch, kept in zip(batches, rows)] == [True, True]
-    for target in ("group", "hindsight"):
+    for target in ("hindsight",):
         settings = config(attention_target=target, attention_keys="prompt")
-        [batches] = assemble_minibatches(rollout(), passes(), None, passes(rows), settings, ALONE)
+        [batches] = assembled(rollout(), passes(), None, passes(rows), settings)
         for index, batch in enumerate(batches):
             kept, weights = rows[index][3], torch.tensor(REWARDS[2 * index : 2 * index + 2]).flip(1)
             wanted = torch.stack(
@@ -214,9 +222,7 @@ def test_kept_rows_become_targets():
             )
             assert torch.allclose(batch.target_attention[3], wanted, atol=1e-6)
             assert torch.equal(batch.attention_advantages, weights)
-    [batches] = assemble_minibatches(
-        rollout(), passes(), None, None, config(attention_target="oracle", attention_keys="visual"), ALONE
-    )
+    [batches] = assembled(rollout(), passes(), None, None, config(attention_target="oracle", attention_keys="visual"))
     assert all(batch.target_attention == {} for batch in batches)
 
 

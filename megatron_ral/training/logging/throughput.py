@@ -10,7 +10,7 @@ from megatron_ral.models.flops import group_flops, tower_flops_per_patch
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.rollout.assemble import on_policy_updates
+from megatron_ral.rollout.assemble import num_on_policy_updates
 from megatron_ral.training.step import StepReport
 from megatron_ral.types import GroupBatch
 
@@ -87,7 +87,7 @@ class Throughput:
         patches = sum(len(prompt.pixel_values) for prompt in prompts.prompts)
         supervised = config.train.algorithm == "sft"
         epochs = 1 if supervised else config.rollout.num_epochs
-        old = 1 - on_policy_updates(config) / config.rollout.num_minibatches  # generation counts one
+        old = 1 - num_on_policy_updates(config.rollout.num_epochs) / config.rollout.num_minibatches  # generation counts one
         extra = 0 if supervised else (1 + old + config.needs_reference + (config.loss.attention_target == "ema"))
         passes = extra + 3 * epochs
         towers = passes if config.model.train_vision else 1 + (not supervised and bool(config.model.reference_path))
