@@ -1,11 +1,14 @@
-"""A batch of prompts whose responses are in the making, as one stage sees it: rows, cache, and who has ended.
+"""Batch of prompts whose responses are being decoded, as one stage sees it: rows, KV cache and finished responses.
 
-Every rank of the model keeps the same books from the same tokens, so that all decide alike and nothing about them has
-to be sent. Rows that ended are fed on until they have cost as much as letting them go would: the row-steps spent on them
-since rows last left are counted, and once there are as many as rows that still run (a copy of a row's keys costs about
-what one step of attention reads of it) the batch is cut to the running rows. So neither ended rows nor copies ever take
-much more than the better of the two would have. Prompts whose responses have all ended are counted apart, as their keys
-are the larger part to copy.
+A row is one of the B G responses, fed with one token per decoding step. Every rank of the model derives the same state
+from the same tokens. All ranks therefore decide alike, and none of the state has to be sent.
+
+Finished rows are not dropped at once, because dropping them copies the cache of the rows that remain. Copying a row's
+keys costs about as much as one step of attention, which reads them. The batch therefore counts the steps spent on
+finished rows since the last drop (k finished rows add k per step), and drops these rows once the count reaches the
+number of running rows. Neither finished rows nor copies can then cost much more than the cheaper of the two would have.
+
+Prompts whose responses have all finished are counted separately, because their keys are the larger part to copy.
 """
 
 from dataclasses import dataclass
@@ -25,28 +28,35 @@ from megatron_ral.types import PromptBatch, ResponseBatch, to_device
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How responses are drawn."""
+    """Settings of the sampling of responses."""
 
     group_size: int
+    """Number G of responses per prompt."""
     max_response_length: int
+    """Number of tokens after which a response is cut off."""
     end_token_id: int
+    """Token that finishes a response."""
     pad_token_id: int
+    """Token that fills responses behind their end."""
     temperature: float = 1.0
-    """0: greedy."""
+    """Divisor of the logits. 0 samples greedily."""
     top_p: float = 1.0
+    """Probability mass of the nucleus that tokens are sampled from. 1 samples from the whole vocabulary."""
     num_tokens: int = 0
-    """Only the first so many ids are drawn; 0: all. (Models of one tokenizer may pad their vocabulary differently.)"""
+    """Number of token ids, counted from 0, that may be sampled. 0 allows all. Models of one tokenizer may pad their
+    vocabulary differently."""
 
 
 class DecodingBatch:
-    """B prompts, G responses each, of which N rows are still fed.
+    """B prompts with G responses each, of which N rows are still fed.
 
     Args:
-        prompts: on the host.
-        visual_embeds: of the first stage; None elsewhere.
-        settings: how to draw.
-        groups: this rank's place.
-        identity: what the random stream belongs to; prompt key and response number are added.
+        prompts: Prompts in host memory.
+        visual_embeds: Outputs of the vision tower per prompt on the first stage. None elsewhere.
+        settings: Settings of the sampling.
+        process_groups: This rank's process groups.
+        identity: Key of the random streams, such as seed and step. Each response has a stream of its own, whose key
+            ends with the prompt's identity and the response's number.
     """
 
     def __init__(
@@ -65,19 +75,23 @@ class DecodingBatch:
         )
         count, R = len(prompts) * settings.group_size, settings.max_response_length
         self.step = 0
-        """Number of the token that the next pass predicts."""
-        self.over = False
-        """No response runs any more."""
+        """0-based index of the response token that the next pass predicts."""
+        self.is_finished = False
+        """Whether every response has finished or reached the length limit."""
         self._inputs = to_device(prompts, self.device)
         self._next_position = self._inputs.next_position.repeat_interleave(settings.group_size)
         self._cache = GroupKVCache(self._inputs.prompt_lengths, settings.group_size)
         self._set_rows(torch.arange(count))
         self._rows_wasted = self._prompts_wasted = 0
         self.tokens = torch.full((count, R), settings.pad_token_id)
+        """Token ids of the responses, [B G, R] int64 in host memory."""
         self.lengths = torch.zeros(count, dtype=torch.int64)
+        """Lengths of the responses with the end token, [B G] int64 in host memory."""
         self.finished = torch.zeros(count, dtype=torch.bool)
+        """Mask of the responses that ended with the end token, [B G] bool in host memory."""
         self.logprobs = torch.zeros(count, R, device=self.device)
-        """[B G, R] on the last stage, which draws; also of tokens after the end. Zeros elsewhere."""
+        """Log-probabilities [B G, R] float32 of the sampled tokens, also of those behind a response's end. Zeros on all
+        but the last stage, which samples."""
         self._uniforms = None
         if process_groups.layout.is_last_stage:
             self._uniforms = torch.stack(
@@ -90,61 +104,86 @@ class DecodingBatch:
 
     def _set_rows(self, rows: Tensor) -> None:
         self.rows = rows
-        """[N] int64 on the host, ascending: which of the B G responses are fed."""
-        self._rows_there = rows.to(self.device)
+        """Ascending indices of the responses that are fed, [N] int64 in host memory."""
+        self._device_rows = rows.to(self.device)
 
     @property
     def boundary_shape(self) -> tuple[int, int]:
-        """Length and width of the hidden states that stages hand on in the next pass."""
+        """Sequence length and batch size of the hidden states that the next pass sends between stages: (P, B) in the
+        pass over the prompts, (1, N) in later ones."""
         return self.prompts.input_ids.shape[::-1] if self.step == 0 else (1, len(self.rows))
 
     def forward(self, stage: MultimodalStage) -> Tensor:
-        """One pass: the prompts, or one token of each row. Returns hidden states, on the last stage logits [N, v]."""
+        """Run this stage's part of a pass: the first one over the prompts, each later one over one token of each row.
+
+        Returns:
+            Hidden states [*boundary_shape, H], or on the last stage this rank's columns of the logits, [N, v].
+        """
         lengths = self._cache.prompt_lengths
-        nobody = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
-        attention = AttentionPass(GroupLayout(lengths, nobody, self.prompts.input_ids.shape[1], 0), cache=self._cache)
+        no_responses = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
+        attention = AttentionPass(
+            GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0), cache=self._cache
+        )
         if self.step > 0:
             attention.decode_step = self.step - 1
-            return stage.decode(self._fed, self._next_position[self._rows_there] + attention.decode_step, attention)
+            return stage.decode(self._fed, self._next_position[self._device_rows] + attention.decode_step, attention)
         output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, attention), None
         return output.repeat_interleave(self.settings.group_size, 0) if stage.layout.is_last_stage else output
 
     def draw(self, logits_Nv: Tensor, process_groups: ProcessGroups) -> Tensor:
-        """The tokens [N] that the last stage draws; notes their log-probabilities under softmax(logits / temperature),
-        before top-p."""
+        """Sample the next token of each row on the last stage and store its log-probability.
+
+        Log-probabilities are those under softmax(logits / temperature), before top-p. For greedy sampling they are
+        those at temperature 1.
+
+        Args:
+            logits_Nv: This rank's columns of the logits, [N, v].
+            process_groups: This rank's process groups.
+
+        Returns:
+            Token ids [N] int64, the same on every tensor-parallel rank.
+        """
         settings = self.settings
         token = vocab_parallel_sample(
             logits_Nv,
-            self._uniforms[self._rows_there, self.step],
+            self._uniforms[self._device_rows, self.step],
             settings.temperature,
             settings.top_p,
             process_groups.tensor,
             num_tokens=settings.num_tokens,
         )
         scaled = logits_Nv.float() / (settings.temperature or 1.0)
-        self.logprobs[self._rows_there, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]
+        self.logprobs[self._device_rows, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]
         return token
 
     def take(self, token_N: Tensor) -> None:
-        """The tokens of the pass that was made last: write them down, see who has ended."""
-        tokens, runs = token_N.cpu(), ~self.finished[self.rows]
-        rows, tokens = self.rows[runs], tokens[runs]
+        """Store the tokens of the last pass, mark the responses that they finish, and drop finished rows where it pays.
+
+        Args:
+            token_N: Token ids [N] int64 of the rows that were fed.
+        """
+        tokens, running = token_N.cpu(), ~self.finished[self.rows]
+        rows, tokens = self.rows[running], tokens[running]
         self.tokens[rows, self.step] = tokens
         self.lengths[rows] += 1
         self.finished[rows] = tokens == self.settings.end_token_id
         self.step += 1
-        runs = ~self.finished[self.rows]
+        running = ~self.finished[self.rows]
         self._fed = token_N
-        if self.step == self.settings.max_response_length or not bool(runs.any()):
-            self.over, self._cache, self._fed, self._uniforms = True, None, None, None
+        if self.step == self.settings.max_response_length or not bool(running.any()):
+            self.is_finished, self._cache, self._fed, self._uniforms = True, None, None, None
         else:
-            self._let_go(runs)
+            self._drop_finished(running)
 
-    def _let_go(self, runs_N: Tensor) -> None:
-        """Drop rows and prompts that ended, where it pays (see above)."""
-        cache, rows = self._cache, runs_N.nonzero()[:, 0]
+    def _drop_finished(self, running_N: Tensor) -> None:
+        """Drop finished rows and prompts once they have cost as much as the copy would (see the module's docstring).
+
+        Args:
+            running_N: Mask of the fed rows whose responses still run, [N] bool in host memory.
+        """
+        cache, rows = self._cache, running_N.nonzero()[:, 0]
         prompts = cache.row_prompt[rows].unique()
-        self._rows_wasted += len(runs_N) - len(rows)
+        self._rows_wasted += len(running_N) - len(rows)
         self._prompts_wasted += len(cache.prompt_lengths) - len(prompts)
         drops_prompts = self._prompts_wasted >= len(prompts)
         if self._rows_wasted < len(rows) and not drops_prompts:
@@ -157,14 +196,14 @@ class DecodingBatch:
             self._prompts_wasted = 0
 
     def result(self, logprobs: Tensor) -> ResponseBatch:
-        """The responses, padded to the longest.
+        """Return the responses, padded to the longest. Log-probabilities behind a response's end are 0.
 
         Args:
-            logprobs: those of the last stage.
+            logprobs: Log-probabilities [B G, R] of the last stage.
         """
         longest, shape = int(self.lengths.max()), (len(self.prompts), self.settings.group_size)
-        written = torch.arange(longest) < self.lengths[:, None]
-        logprobs = logprobs[:, :longest].cpu().masked_fill(~written, 0.0)
+        is_response = torch.arange(longest) < self.lengths[:, None]
+        logprobs = logprobs[:, :longest].cpu().masked_fill(~is_response, 0.0)
         return ResponseBatch(
             self.prompts,
             self.tokens[:, :longest].reshape(*shape, longest),

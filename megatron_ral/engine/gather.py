@@ -1,13 +1,14 @@
-"""When the parameters of a stage are gathered from the data-parallel ranks that share them.
+"""Gathering of a stage's ZeRO-3-sharded parameters from the data-parallel ranks that share them.
 
-`StageEngine.resident` gathers the whole stage at once. A training pass can do better, by what it hangs into each layer:
+`StageEngine.resident` gathers the whole stage at once. A training pass may instead give each layer one of these:
 
-- `ArrivingWeights`: all gathers are begun in order before the pass, and a layer waits for its own alone;
-- `LayerWeights`, for memory that the whole stage does not fit into: each layer is gathered when a pass comes to it (one
-  layer ahead, where that may overlap) and let go of behind it, forward and, with the layer's activations computed again,
-  backward.
+- `ArrivingWeights`: The gathers of all layers begin in order before the pass, and each layer waits for its own alone.
+- `LayerWeights`: Each layer is gathered when a pass reaches it, or one layer earlier with overlap, and released behind
+  the pass. This holds for the forward pass and for the backward pass, which computes the layer's activations again. It
+  serves stages that do not fit into memory as a whole.
 
-Ranks of a data-parallel group run the same layers in the same order, so that they begin the same gathers in one order.
+All ranks of a data-parallel process group run the same layers in the same order. They therefore begin the same gathers
+in the same order.
 """
 
 from typing import Optional, Sequence
@@ -19,99 +20,122 @@ from torch.nn import Parameter
 
 
 class Gather:
-    """Those of ZeRO-3-sharded `parameters` that are not whole become so, by one coalesced all-gather that has begun; they
-    may be read after `wait`."""
+    """Coalesced all-gather of ZeRO-3-sharded parameters. It begins at construction.
+
+    Args:
+        parameters: Parameters to gather. Those that are whole already are left out. All may be read after `wait`.
+    """
 
     def __init__(self, parameters: Sequence[Parameter]):
         missing = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         self._under_way = missing[0].all_gather_coalesced(missing) if missing else None
 
     def wait(self) -> None:
-        """On a GPU the current stream waits, not the host. May be called again."""
+        """Wait until the parameters are whole. May be called again.
+
+        On a GPU the current stream waits and the host does not.
+        """
         if self._under_way is not None:
             self._under_way.wait()
             self._under_way = None
 
 
 def release_parameters(parameters: Sequence[Parameter]) -> None:
-    """Keep only this rank's shard of each; sends nothing."""
-    held = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
-    if held:
-        held[0].partition(param_list=held)
+    """Release gathered parameters, so that only this rank's shard of each remains. Nothing is sent."""
+    whole = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
+    if whole:
+        whole[0].partition(param_list=whole)
 
 
 class ArrivingWeights:
-    """Parameters of one layer whose gather begins now and which stay until the engine lets go of the stage."""
+    """Parameters of one layer that stay whole until the engine releases the stage. Their gather begins at construction.
+
+    Args:
+        layer: Layer that is gathered.
+    """
 
     def __init__(self, layer: torch.nn.Module):
         self._gather = Gather(list(layer.parameters()))
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """Wait before the layer reads `hidden`."""
+        """Wait for the layer's parameters before it reads `hidden`. Return `hidden`."""
         self._gather.wait()
         return hidden
 
     def leave(self) -> None:
-        """Nothing to do."""
+        """Do nothing after the layer's forward pass, because the engine releases the parameters."""
 
     def settle(self) -> None:
-        """Wait for what is under way."""
+        """Wait for a gather that is under way."""
         self._gather.wait()
 
 
 class LayerWeights:
-    """Parameters of one layer, whole only while a pass is in it.
+    """Parameters of one layer that are whole only while a pass is inside the layer.
 
-    The layer must be recomputed in the backward pass (`StageLayer.recompute`): what its forward pass saves are weights
-    that are gone by then.
+    The layer must be recomputed in the backward pass (`StageLayer.recompute`), because the weights that its forward
+    pass saves are released by then.
+
+    Args:
+        layer: Layer that is gathered.
     """
 
     next_forward: Optional["LayerWeights"] = None
-    """Of the layer that a forward pass enters next; its gather begins while this layer computes. None: none does."""
+    """Parameters of the layer that a forward pass enters next. Their gather begins while this layer computes. None: no
+    gather begins early."""
     next_backward: Optional["LayerWeights"] = None
-    """The same of a backward pass."""
+    """Parameters of the layer that a backward pass enters next, gathered early in the same way."""
 
     def __init__(self, layer: torch.nn.Module):
         self.parameters = list(layer.parameters())
         self._gather: Optional[Gather] = None
 
     def fetch(self) -> None:
-        """Begin to gather."""
+        """Begin the gather unless it has begun already."""
         if self._gather is None:
             self._gather = Gather(self.parameters)
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """Gather before the layer reads `hidden`; returns what the layer has to read in its place."""
+        """Gather the layer's parameters before it reads `hidden`.
+
+        Returns:
+            Tensor equal to `hidden` that the layer must read in its place. Its gradient flows to `hidden`, and in the
+            backward pass releases the parameters.
+        """
         self.fetch()
         self._gather.wait()
-        following = self.next_backward if _in_backward() else self.next_forward
-        if following is not None:
-            following.fetch()
-        return _LetGo.apply(hidden, self) if torch.is_grad_enabled() and hidden.requires_grad else hidden
+        next_layer = self.next_backward if _in_backward() else self.next_forward
+        if next_layer is not None:
+            next_layer.fetch()
+        return _ReleaseWeights.apply(hidden, self) if torch.is_grad_enabled() and hidden.requires_grad else hidden
 
     def leave(self) -> None:
-        """After the layer's forward pass. Where that is its second one, inside the backward pass, the weights are still
-        needed; they go when the gradient of the layer's input is there."""
+        """Release the parameters after the layer's forward pass, unless it is the one that the backward pass repeats.
+
+        The gradients of a repeated forward pass still need them. They are released once the gradient of the layer's
+        input is formed.
+        """
         if not _in_backward():
             self.release()
 
     def release(self) -> None:
-        """Let go."""
+        """Release the parameters, so that only this rank's shard of each remains."""
         release_parameters(self.parameters)
         self._gather = None
 
     def settle(self) -> None:
-        """Wait for what is under way."""
+        """Wait for a gather that is under way."""
         if self._gather is not None:
             self._gather.wait()
 
 
 def _in_backward() -> bool:
+    """Return whether this code runs inside a backward pass of autograd."""
     return torch._C._current_graph_task_id() != -1
 
 
-class _LetGo(torch.autograd.Function):
-    """Identity on a layer's input whose backward, the last of the layer's, releases its weights."""
+class _ReleaseWeights(torch.autograd.Function):
+    """Identity on a layer's input. Its backward pass, the last step of the layer's, releases the layer's weights."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weights: LayerWeights) -> Tensor:

@@ -1,13 +1,14 @@
-"""Generation of G responses per prompt on the pipeline stages, prompt computed once per group, with a KV cache.
+"""Generation of G responses per prompt on the pipeline stages, with a KV cache. A prompt is computed once per group.
 
-As many batches of prompts are in flight as there are stages. They take turns: while one batch is on the last stage the
-next is on the stage before it, so that every stage always has a batch to work on. A batch goes on as soon as its own
-tokens are back from the last stage, whatever the others do, and when its last response has ended the next prompts take
-its turn. (Prompts do not join a batch that runs: its rows share the step they are at.)
+As many batches of prompts are in flight as there are stages, and they take turns. While one batch is on the last stage,
+the next is on the stage before it, so that every stage always has a batch to work on. A batch starts its next pass as
+soon as its own tokens have come back from the last stage, whatever the other batches do. Once its last response has
+finished, the next prompts take its turn. Prompts do not join a running batch, because all rows of a batch are at the
+same step.
 
-All ranks of the model take the same turns, because these follow from tokens that all of them know. Everything sent
-between stages has arrived before a batch is handed to the caller, who may use the stages for anything in between.
-Nothing is sent over the data-parallel group.
+All ranks of the model take the same turns, because the turns follow from tokens that all of them know. Every transfer
+between stages is complete before a batch is returned, so that the caller may use the stages for anything in between.
+Nothing is sent over the data-parallel process group.
 """
 
 from collections import deque
@@ -27,29 +28,36 @@ from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts
 
 @dataclass(frozen=True)
 class PromptResponses:
-    """G responses to one prompt: its part of a ResponseBatch."""
+    """G responses to one prompt, its part of a ResponseBatch. The fields are described there."""
 
     response_ids: Tensor
-    """[G, R]"""
+    """[G, R] int64."""
     response_lengths: Tensor
-    """[G]"""
+    """[G] int64."""
     rollout_logprobs: Tensor
-    """[G, R]"""
+    """[G, R] float32."""
     finished: Tensor
-    """[G]"""
+    """[G] bool."""
 
     @classmethod
     def split(cls, batch: ResponseBatch) -> list["PromptResponses"]:
+        """Return copies of each prompt's part of a batch, in order."""
         parts = (batch.response_ids, batch.response_lengths, batch.rollout_logprobs, batch.finished)
         return [cls(*(part[b].clone() for part in parts)) for b in range(len(batch.prompts))]
 
     @staticmethod
     def join(prompts: PromptBatch, rows: Sequence["PromptResponses"], pad_token_id: int) -> ResponseBatch:
-        """Inverse of `split`; R is the longest response's."""
+        """Join the responses of each prompt to one batch, the inverse of `split`. R is the longest response's length.
+
+        Args:
+            prompts: B prompts.
+            rows: Responses of each prompt, in the same order.
+            pad_token_id: Token that fills responses behind their end.
+        """
         longest = max(int(row.response_lengths.max()) for row in rows)
 
         def pad(tensor: Tensor, value: float) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)  # or cut
+            return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)  # negative widths cut
 
         return ResponseBatch(
             prompts,
@@ -67,32 +75,40 @@ def generate(
     settings: SamplingSettings,
     *identity: object,
 ) -> ResponseBatch:
-    """Sample responses in one batch; every rank of the model (all stages, all tensor ranks) returns the same.
+    """Sample responses to one batch of prompts.
 
     Args:
-        engine: policy, made resident for the whole call.
+        engine: Engine of the model that generates, resident for the whole call.
         prompts: B prompts.
-        visual_embeds: of the first stage (`StageEngine.encode_visual`); ignored elsewhere.
-        settings: how to draw.
-        identity: what the random stream belongs to (seed, step); prompt key and response number are added.
+        visual_embeds: Result of `StageEngine.encode_visual` on the first stage. Ignored elsewhere.
+        settings: Settings of the sampling.
+        identity: Key of the random streams, such as seed and step (see `DecodingBatch`).
+
+    Returns:
+        The responses, the same on every rank of the model (all stages, all tensor-parallel ranks). No gradient.
     """
     batch = DecodingBatch(prompts, visual_embeds, settings, engine.process_groups, identity)
-    line = PipelinedDecoder(engine)
+    decoder = PipelinedDecoder(engine)
     with engine.resident():
-        line.advance(iter([batch]))
-    return line.result(batch)
+        decoder.advance(iter([batch]))
+    return decoder.result(batch)
 
 
 def sample_responses(
     engine: StageEngine, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
 ) -> Iterator[tuple[ResponseBatch, Optional[tuple[Tensor, ...]]]]:
-    """Generate for all prompts; the caller keeps the engine resident. Yields responses with their visual embeddings
-    (first stage only), batch by batch in the order of the prompts.
+    """Sample responses to all prompts, batch by batch in the order of the prompts.
 
     Args:
-        prompts: taken as they are needed.
-        batch_size: most prompts in one batch. With S pipeline stages S batches are in flight, and fewer prompts than
-            S batch_size are spread over S batches.
+        engine: Engine of the model that generates. The caller holds it resident.
+        prompts: Prompts, read as they are needed.
+        settings: Settings of the sampling.
+        batch_size: Largest number of prompts in one batch. With S pipeline stages S batches are in flight, and fewer
+            than S batch_size prompts are spread over S batches.
+        identity: Key of the random streams, such as seed and step (see `DecodingBatch`).
+
+    Yields:
+        (responses of a batch, its visual embeddings). The embeddings are None on all but the first stage. No gradient.
     """
     remaining, stages = iter(prompts), engine.layout.pipeline_size
 
@@ -103,25 +119,30 @@ def sample_responses(
                 batch = pad_prompts(taken[start : start + size], settings.pad_token_id)
                 yield DecodingBatch(batch, engine.encode_visual(batch), settings, engine.process_groups, identity)
 
-    line, waiting = PipelinedDecoder(engine), batches()
-    while (batch := line.advance(waiting)) is not None:
-        yield line.result(batch), batch.visual_embeds
+    decoder, waiting = PipelinedDecoder(engine), batches()
+    while (batch := decoder.advance(waiting)) is not None:
+        yield decoder.result(batch), batch.visual_embeds
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass of a batch over this stage has under way."""
+    """Pass of a batch over this stage whose transfers are under way."""
 
     batch: DecodingBatch
     token: Tensor
-    """[N] int64, drawn here or to arrive from the last stage."""
-    works: list
+    """Token ids [N] int64, sampled here or on their way from the last stage."""
+    transfers: list
+    """Handles of the transfers to wait for."""
     sent: Tensor
-    """Kept until it has left."""
+    """Tensor that is being sent. The reference holds its memory until the transfer is complete."""
 
 
 class PipelinedDecoder:
-    """The batches in flight on this stage."""
+    """Decoder of the batches that are in flight on this stage.
+
+    Args:
+        engine: Engine of the model that generates.
+    """
 
     def __init__(self, engine: StageEngine):
         self.engine, self.process_groups, self.layout = engine, engine.process_groups, engine.layout
@@ -130,17 +151,20 @@ class PipelinedDecoder:
         self._unfinished: deque[DecodingBatch] = deque()
         """Batches in the order of their prompts."""
         self._under_way: deque[_Pass] = deque()
-        """Passes whose tokens were not taken yet, the oldest first."""
+        """Passes whose tokens their batches have not received yet, the oldest first."""
 
     @torch.no_grad()
     def advance(self, waiting: Iterator[DecodingBatch]) -> Optional[DecodingBatch]:
-        """Work until the next batch in the order of the prompts is over and nothing is under way. None: no more.
+        """Decode until the next batch in the order of the prompts is finished and no transfer is under way.
 
         Args:
-            waiting: batches that start as turns become free.
+            waiting: Batches that start as turns become free.
+
+        Returns:
+            The finished batch. None: all batches were returned before.
         """
         with self.engine.resident(), self.engine.stage.whole_sequences():
-            while not (self._unfinished and self._unfinished[0].over):
+            while not (self._unfinished and self._unfinished[0].is_finished):
                 while len(self._turns) < self.layout.pipeline_size and (batch := next(waiting, None)) is not None:
                     self._unfinished.append(batch)
                     self.start_pass(batch)
@@ -149,46 +173,50 @@ class PipelinedDecoder:
                 batch = self._turns.popleft()
                 while any(item.batch is batch for item in self._under_way):
                     self._end_oldest_pass()
-                if not batch.over:
+                if not batch.is_finished:
                     self.start_pass(batch)
             while self._under_way:
                 self._end_oldest_pass()
         return self._unfinished.popleft()
 
     def result(self, batch: DecodingBatch) -> ResponseBatch:
-        """The responses of a batch that is over, on every rank of the model."""
+        """Return the responses of a finished batch on every rank of the model. All stages must call this together."""
         return batch.result(broadcast_from_stage_(batch.logprobs, -1, self.process_groups))
 
     def start_pass(self, batch: DecodingBatch) -> None:
-        """Compute this stage's part and start to send. The tokens' way back is opened right after the hidden states
-        have left: two ranks must start what passes between them in one order (NCCL works it off in that order)."""
+        """Compute this stage's part of a batch's next pass and start to send its result.
+
+        The receive of the sampled tokens starts right after the send of the hidden states, because two ranks must start
+        the transfers between them in the same order. NCCL processes them in that order.
+        """
         tick(batch.prompts.identities)
-        stage, here, last = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
-        if here > 0:
+        stage, own_rank, last_rank = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
+        if own_rank > 0:
             hidden = torch.empty(
                 *batch.boundary_shape,
                 self.engine.shape.hidden_size,
                 dtype=stage.dtype,
                 device=self.process_groups.device,
             )
-            wait(receive_from_stage(hidden, here - 1, self.process_groups))
+            wait(receive_from_stage(hidden, own_rank - 1, self.process_groups))
             stage.set_input_tensor(hidden)
         output = batch.forward(stage)
-        if here == last:
+        if own_rank == last_rank:
             token = output = batch.draw(output, self.process_groups)
-            works = [send_to_stage(token, other, self.process_groups) for other in range(last)]
+            transfers = [send_to_stage(token, other, self.process_groups) for other in range(last_rank)]
         else:
             token = torch.empty(len(batch.rows), dtype=torch.int64, device=self.process_groups.device)
             output = output.contiguous()
-            works = [
-                send_to_stage(output, here + 1, self.process_groups),
-                receive_from_stage(token, last, self.process_groups),
+            transfers = [
+                send_to_stage(output, own_rank + 1, self.process_groups),
+                receive_from_stage(token, last_rank, self.process_groups),
             ]
-        self._under_way.append(_Pass(batch, token, works, output))
+        self._under_way.append(_Pass(batch, token, transfers, output))
         self._turns.append(batch)
 
     def _end_oldest_pass(self) -> None:
+        """Wait for the transfers of the oldest pass and give its tokens to its batch."""
         oldest = self._under_way.popleft()
-        for work in oldest.works:
-            wait(work)
+        for transfer in oldest.transfers:
+            wait(transfer)
         oldest.batch.take(oldest.token)

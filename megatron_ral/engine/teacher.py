@@ -1,13 +1,17 @@
 """Frozen teacher in a layout of its own. It reads the student's micro-batches and returns the inputs of the losses.
 
 The following crosses between the two layouts for each micro-batch of the student:
-- to the teacher: samples in the form of the shard (encoded pictures) and token ids. The teacher's rank makes the prompt;
-- back: head-averaged attention of the chosen layers, to the student's stages that own theirs, and the inputs of the
-  teacher's LM head, [B, G, R, H], to the student's last stage. A copy of that head, cut like the student's vocabulary,
-  forms the teacher's logits there, one micro-batch at a time. H numbers per row travel instead of the whole vocabulary's,
-  and the divergence stays exact whatever the two layouts are.
-A value that already is where it is needed is not sent. In one common layout that is everything, except layers that a
-teacher of another depth has on another stage, and prompts where ranks ask for unequal numbers.
+
+- To the teacher: samples in the form of the shard (encoded pictures) and token ids. The teacher's rank makes the
+  prompt.
+- To the student's stages that own the chosen layers: head-averaged attention of the teacher's matching layers.
+- To the student's last stage: inputs of the teacher's LM head, [B, G, R, H]. A copy of that head, cut like the
+  student's vocabulary, forms the teacher's logits there, one micro-batch at a time. H numbers per row are sent instead
+  of one per token of the vocabulary, and the divergence is exact for any two layouts.
+
+A value is not sent where it already is on the rank that needs it. Where both models have the same layout, only two
+things are sent: attention of layers that a teacher of another depth has on another stage, and prompts where ranks pass
+unequal numbers.
 """
 
 from dataclasses import dataclass, replace
@@ -130,30 +134,42 @@ class TeacherEngine(FrozenEngine):
             hidden_states: Whether the inputs of the LM head are wanted.
 
         Returns:
-            One ForwardOutput per batch: `attention` by the *student's* layers on the stage of the student that owns them,
-            in the host's memory (all layers of a long rollout are more than a device holds); `hidden` on the student's
-            last stage. No gradient.
+            One ForwardOutput per batch, without gradient. `attention` is keyed by the *student's* layers, on the stage
+            of the student that owns them. It is in host memory, because all layers of a long rollout do not fit on a
+            device. `hidden` is on the student's last stage.
         """
         match = {layer: self.matching_layer(layer) for layer in layers}
         work = self._assignment(len(batches))
         received, taken = self._receive_groups(work, batches), work.taken()
         results: list[ForwardOutput] = []
         with self.resident():
-            if taken:  # ranks may ask for fewer micro-batches than there are replicas
+            if taken:  # a replica has none where ranks pass fewer micro-batches than there are replicas
                 results = self.forward(
                     [received[item] for item in taken],
                     sorted(set(match.values())),
                     position=position,
-                    hidden_states=True,  # never its logits
+                    hidden_states=True,  # the teacher's own stages never form logits
                     store=lambda rows, groups: store(rows, groups).cpu(),
                 )
-        return self._hand_back(work, batches, match, dict(zip(taken, results)), hidden_states)
+        return self._return_outputs(work, batches, match, dict(zip(taken, results)), hidden_states)
 
     def answer(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
     ) -> list[PromptResponses]:
-        """The teacher's own responses to the student's prompts (each rank's in the student's layout, as many as it
-        likes), on every rank of the replica that asked."""
+        """Sample the teacher's own responses to the student's prompts.
+
+        All ranks call this together. A replica is the set of ranks that hold one copy of a model.
+
+        Args:
+            prompts: Prompts of this rank in the student's layout, the same on all ranks of the student's replica.
+                Replicas may pass unequal numbers, also none.
+            settings: Settings of the sampling.
+            batch_size: Largest number of prompts in one batch (see `sample_responses`).
+            identity: Key of the random streams, such as seed and step.
+
+        Returns:
+            Responses to each of `prompts` in order, the same on all ranks of the student's replica. No gradient.
+        """
         work, rank = self._assignment(len(prompts)), self.layout.rank
         mine = {(self.student.layout.data_rank, index): prompt for index, prompt in enumerate(prompts)}
         sent = carry_objects(
@@ -169,10 +185,14 @@ class TeacherEngine(FrozenEngine):
         return [returned[item] for item in sorted(mine)]
 
     def _assignment(self, count: int) -> Assignment:
+        """Return which replica of the teacher takes which item, from this rank's number of items."""
         return Assignment(self.student.layout, self.layout, tuple(gather_objects(count, self.student.data)))
 
     def _receive_groups(self, work: Assignment, batches: Sequence[GroupBatch]) -> dict[Item, GroupBatch]:
-        """The micro-batches this rank's replica takes, without the student's visual embeddings."""
+        """Return the micro-batches that this rank's replica of the teacher takes.
+
+        They are without the student's visual embeddings.
+        """
         home = self.student.layout.data_rank
         mine = {(home, index): batch for index, batch in enumerate(batches)}
         packed = {
@@ -190,10 +210,11 @@ class TeacherEngine(FrozenEngine):
         }
 
     def _unpack(self, sent: SentGroups) -> GroupBatch:
+        """Return a micro-batch with prompts made from its samples."""
         prompts = pad_prompts([self.processor(sample) for sample in sent.samples], self.processor.pad_token_id)
         return GroupBatch(prompts, sent.response_ids, sent.response_lengths)
 
-    def _hand_back(
+    def _return_outputs(
         self,
         work: Assignment,
         batches: Sequence[GroupBatch],
@@ -201,8 +222,20 @@ class TeacherEngine(FrozenEngine):
         outputs: Mapping[Item, ForwardOutput],
         hidden_states: bool,
     ) -> list[ForwardOutput]:
+        """Carry the teacher's outputs to the ranks of the student that need them.
+
+        Args:
+            work: Assignment of micro-batches to replicas of the teacher.
+            batches: Micro-batches of this rank in the student's layout.
+            match: Layer of the student -> layer of the teacher.
+            outputs: Outputs of the micro-batches that this rank's replica of the teacher took.
+            hidden_states: Whether the inputs of the LM head are wanted.
+
+        Returns:
+            One ForwardOutput per batch, as `read` returns them.
+        """
         home, device = self.student.layout, self.process_groups.device
-        names = [
+        routes = [
             (
                 layer,
                 self.layout.stage_of_layer(match[layer], self.shape.num_layers),
@@ -211,10 +244,10 @@ class TeacherEngine(FrozenEngine):
             for layer in match
         ]
         if hidden_states:
-            names.append(("hidden", self.layout.pipeline_size - 1, home.pipeline_size - 1))
+            routes.append(("hidden", self.layout.pipeline_size - 1, home.pipeline_size - 1))
 
-        def empty(what: Any) -> Tensor:
-            (_, index), name = what
+        def empty(key: Any) -> Tensor:
+            (_, index), name = key
             B, G, R = batches[index].response_ids.shape
             if name == "hidden":
                 return torch.empty(B, G, R, self.shape.hidden_size, dtype=self.stage.dtype, device=device)
@@ -222,20 +255,20 @@ class TeacherEngine(FrozenEngine):
 
         results = [ForwardOutput(attention={}) for _ in batches]
         for index, name, away_stage, home_stage in (
-            (index, *name) for index in range(max(work.counts)) for name in names
+            (index, *route) for index in range(max(work.counts)) for route in routes
         ):
-            # one map of every home at a time, so that a device holds no more of them
+            # One value per home replica at a time, so that a device never holds more of them.
             transfers = [
                 transfer
                 for transfer in work.stage_results(name, away_stage, home_stage)
                 if transfer.what[0][1] == index
             ]
-            have = {
+            available = {
                 (item, name): output.hidden if name == "hidden" else output.attention[match[name]].to(device)
                 for item, output in outputs.items()
                 if item[1] == index and self.layout.pipeline_rank == away_stage
             }
-            for _, arrived in carry_tensors(transfers, self.layout.rank, have, empty).items():
+            for _, arrived in carry_tensors(transfers, self.layout.rank, available, empty).items():
                 if name == "hidden":
                     results[index] = replace(results[index], hidden=arrived)
                 else:

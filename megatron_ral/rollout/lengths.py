@@ -1,15 +1,23 @@
-"""Which samples share a micro-batch: those of like length, as each is padded to the longest of its micro-batch."""
+"""Order in which samples are cut into micro-batches.
+
+Every sample is padded to the longest of its micro-batch. Samples of similar length therefore share a micro-batch.
+"""
 
 from typing import Sequence
 
 
 def longest_first(lengths: Sequence[int], span: int) -> list[int]:
-    """Indices in the order in which samples are cut into micro-batches: every `span` of them, the samples of one optimizer
-    step, from long to short (what does not fit shows at once; ranks that wait for each other meet like lengths).
+    """Sort the samples of each optimizer step from long to short.
+
+    The longest samples come first, so that a step that does not fit into memory fails at once. Ranks that wait for each
+    other process samples of similar length at the same time.
 
     Args:
-        lengths: tokens of each sample.
-        span: divides their number.
+        lengths: Number of tokens of each sample.
+        span: Number of samples of one optimizer step. It divides the number of samples.
+
+    Returns:
+        Indices of the samples in their new order. Those of one step stay together.
     """
     return [
         index
