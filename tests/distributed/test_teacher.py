@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron_ral.objectives.objective import finish_metrics
+from megatron_ral.objectives.base import finish_metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 

@@ -13,7 +13,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from megatron_ral.attention.rows import RowKeys, attention_distribution
+from megatron_ral.attention.distribution import attention_distribution
+from megatron_ral.attention.types import RowKeys
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.training.checkpoint.files import newest_checkpoint
 from megatron_ral.weights.conversion import differing_weights

@@ -20,6 +20,7 @@ from megatron_ral.rollout import collect
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, num_on_policy_updates
 from megatron_ral.rollout.collect import RolloutBatch, shuffled_order
 from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.sampler import SampledBatch
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
 G, R = 2, 4
@@ -151,11 +152,12 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
         (("",) * group_size,) * len(indices),
         tuple(((f"unparsed: {index}",),) * group_size for index in indices),
     )
-    monkeypatch.setattr(collect, "sample_responses", lambda *arguments: iter([(batch, None)]))
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
+    sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
+    settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
     return collect.collect_rollout(
-        engine, batch.prompts.prompts, processor, replace(config(**loss), seed=seed), step, micro_batch_size
+        engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size
     )
 
 
@@ -294,12 +296,12 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
         for index, key in enumerate(lengths)
     ]
 
-    def sample(engine, prompts, settings, *rest):
+    def sample(prompts, settings, *rest):
         for start in (0, 2):  # batches of the generation are cut otherwise
             batch = pad_prompts(prompts[start : start + 2], 0)
             longest = torch.tensor([lengths[item.sample.key] for item in batch.prompts])
             ids = longest[:, None, None].expand(-1, G, R).clone()
-            yield (
+            yield SampledBatch(
                 ResponseBatch(
                     batch,
                     ids,
@@ -314,10 +316,12 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
         rewards = torch.tensor([[float(item.sample.key[-1]), 0.0] for item in responses.prompts.prompts])
         return Score(rewards, {}, tuple(("", "") for _ in rewards), ())
 
-    monkeypatch.setattr(collect, "sample_responses", sample)
+    sampler = SimpleNamespace(sample=sample)
     monkeypatch.setattr(collect, "score_responses", score)
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
-    batches = collect.collect_rollout(engine, prompts, processor, config(), 0, 2)
+    batches = collect.collect_rollout(
+        engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, 2
+    )
     keys = [item.sample.key for scored in batches for item in scored.groups.prompts.prompts]
     assert keys == ["prompt 1", "prompt 3", "prompt 0", "prompt 2"]  # P + G * longest = 12, 12, 7, 7
     assert [scored.groups.prompts.input_ids.shape[1] for scored in batches] == [6, 5]
