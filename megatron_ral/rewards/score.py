@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Mapping, Protocol
 
+from megatron_ral.errors import ConfigError
 from megatron_ral.rewards.answer import accuracy_reward, extract_answer, format_reward
 from megatron_ral.rewards.functions import RewardFunction, load_function
-from megatron_ral.errors import ConfigError
 
 UNPARSED, ERROR = "unparsed", "error"
 """Components that count responses and carry no weight."""

@@ -11,11 +11,9 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_ral.errors import ConfigError
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.video import (
-    FAMILIES,
     DecodedVideo,
-    VideoError,
     VideoSettings,
     decode_video,
     frames_video,
@@ -26,6 +24,8 @@ from megatron_ral.data.video import (
     video_grid,
     visual_token_count,
 )
+from megatron_ral.errors import ConfigError
+from megatron_ral.models.families import FAMILIES
 
 CODECS = {  # short groups of pictures, so that decoding skips some
     "mp4": ("mp4", "libx264", "yuv420p", {"g": "6", "bf": "2"}),
@@ -123,7 +123,7 @@ def test_what_no_sampled_frame_needs_is_not_decoded():
             damaged[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     few = settings(min_frames=2, max_frames=2)  # frames 0 and 21 of 42
     assert torch.equal(decode_video(bytes(damaged), few).frames, decode_video(data, few).frames)
-    with pytest.raises(VideoError, match="cannot be decoded"):
+    with pytest.raises(SampleError, match="cannot be decoded"):
         decode_video(bytes(damaged), settings(fps=100.0))
 
 
@@ -212,7 +212,7 @@ def test_pictures_are_sampled_by_the_same_rule():
     ],
 )
 def test_unusable_files(data, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(SampleError, match=message):
         decode_video(data, settings(fps=100.0))
 
 
@@ -229,12 +229,12 @@ def test_unusable_files(data, message):
     ],
 )
 def test_unusable_pictures(frames, fps, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(SampleError, match=message):
         frames_video(frames, fps, settings())
 
 
 def test_too_thin_frames():
-    with pytest.raises(VideoError, match="more than 200 times"):
+    with pytest.raises(SampleError, match="more than 200 times"):
         patchify_video(noise(2, 2, 402), settings())
 
 
