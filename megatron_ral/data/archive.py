@@ -1,9 +1,9 @@
 """The place of each sample in a tar file, found from the headers of its members alone.
 
 Members of one sample stand together and share the name up to the first dot of the file name: `KEY.json`, `KEY.png`,
-`KEY.0.jpg`. Pictures of a video may stand in a folder, `KEY.frames/0001.jpg`. Members are never written to disk. All the
-same, a member whose name leads out of the archive, or that is no plain file, makes its sample unusable. The readable
-samples of a damaged archive are used.
+`KEY.0.jpg`. Pictures of a video may stand in a folder, `KEY.frames/0001.jpg`. Members are never written to disk. All
+the same, a member whose name leads out of the archive, or that is no plain file, makes its sample unusable. The
+readable samples of a damaged archive are used.
 """
 
 import re

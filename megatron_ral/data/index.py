@@ -1,9 +1,9 @@
 """The index beside a shard: the place of each sample and the length of its prompt, known without decoding anything.
 
-The index of `NAME.tar` is `NAME.index.jsonl`. Its first line is a header: format, bytes of the tar (another number means
-that the index is stale), and the fingerprint of the rules behind the lengths (`PromptProcessor.fingerprint`). One line per
-sample follows, in file order: key, offset, size, and either the lengths or, for a sample that cannot be used, reason and
-text.
+The index of `NAME.tar` is `NAME.index.jsonl`. Its first line is a header: format, bytes of the tar (another number
+means that the index is stale), and the fingerprint of the rules behind the lengths (`PromptProcessor.fingerprint`). One
+line per sample follows, in file order: key, offset, size, and either the lengths or, for a sample that cannot be used,
+reason and text.
 """
 
 import json

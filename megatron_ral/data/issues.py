@@ -1,7 +1,7 @@
 """Errors of one sample, and their kinds.
 
-One sample that cannot be used raises `SampleError`; the loader puts it aside and goes on. A source that cannot be used as
-a whole raises `megatron_ral.errors.DataError` instead, and the run ends.
+One sample that cannot be used raises `SampleError`; the loader puts it aside and goes on. A source that cannot be used
+as a whole raises `megatron_ral.errors.DataError` instead, and the run ends.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Records of published data sets -> fields and media of a sample: one function per layout, chosen by the fields present.
+"""Records of published data sets -> fields and media of a sample: one function per layout, chosen by the fields.
 
 - Video-R1: `problem`, `solution`, `path` (one or several files), `options`, `process`, `problem_type`, `data_type`.
 - chat: `messages` of a user and an assistant, content as text or as parts (`text`, `image`, `video`); or text with
@@ -6,11 +6,11 @@
   are shown before the text, wherever they stood in it.
 - V* and the other benchmarks: `question` (V* also `text`, ChartQA `query`) and `image` (MuirBench `image_list`, ChartQA
   `imgname`) or `video`; `answer` (or `label`) as text, letter or number of an option, or a list (VizWiz: `answers`) of
-  several right ones; options as `options` (MVBench `candidates`, `choices`); boxes as `target_boxes`, [x0, y0, x1, y1], or
-  as `bbox`, [x, y, width, height].
+  several right ones; options as `options` (MVBench `candidates`, `choices`); boxes as `target_boxes`, [x0, y0, x1, y1],
+  or as `bbox`, [x, y, width, height].
 
-The fields `category` (MuirBench `task`), `question_group`, `problem_type`, `fps`, `target_boxes` and `target_frames` are
-copied. Several `<image>` in a text become "[image 1]", "[image 2]", because all pictures are shown before it.
+The fields `category` (MuirBench `task`), `question_group`, `problem_type`, `fps`, `target_boxes` and `target_frames`
+are copied. Several `<image>` in a text become "[image 1]", "[image 2]", because all pictures are shown before it.
 """
 
 import re

@@ -2,12 +2,12 @@
 
 Every data-parallel rank knows the same order of samples. A batch consists of the next usable samples of that order, and
 rank i % dp_size gets the i-th of them. A rank tells the others which samples it cannot use (`exchange`), and the next
-samples of the order take their places; in the batch where an epoch ends, such a sample may stand before the last ones of
-that epoch. So the samples of every batch, and the position after it, are the same for any number of ranks, and no sample is
-repeated or left out if that number changes.
+samples of the order take their places; in the batch where an epoch ends, such a sample may stand before the last ones
+of that epoch. So the samples of every batch, and the position after it, are the same for any number of ranks, and no
+sample is repeated or left out if that number changes.
 
-A sample that cannot be used is quarantined: counted under its reason, reported once with its key, and not tried again. A
-sample that is too long by its index is left out without being read (`admission.py`).
+A sample that cannot be used is quarantined: counted under its reason, reported once with its key, and not tried again.
+A sample that is too long by its index is left out without being read (`admission.py`).
 """
 
 import logging
@@ -113,8 +113,8 @@ class PromptLoader:
         dp_size: number of data-parallel ranks.
         seed: seed of the order.
         batch_size: argument of every `take`, for batches of similar length; 0: unknown.
-        exchange: function that gathers a small object from every rank; may be left out for one rank. If it includes tensor
-            and pipeline peers, a sample that only one of them cannot read is left out by all.
+        exchange: function that gathers a small object from every rank; may be left out for one rank. If it includes
+            tensor and pipeline peers, a sample that only one of them cannot read is left out by all.
         report: warnings of what is found; every process finds the same, so one of them suffices.
     """
 
@@ -154,8 +154,8 @@ class PromptLoader:
     def quarantined(self) -> Mapping[str, str]:
         """Return shard name and key of each quarantined sample -> the reason in words; the same on every rank.
 
-        The shard's name includes folders where two shards have the same name. A repeated key is followed by the number of
-        its sample. An entry without a key stands for the unreadable rest of a shard.
+        The shard's name includes folders where two shards have the same name. A repeated key is followed by the number
+        of its sample. An entry without a key stands for the unreadable rest of a shard.
         """
         return {identity: fault.text for identity, fault in self._faults.items()}
 
@@ -170,8 +170,8 @@ class PromptLoader:
         Every rank of the exchange has to call it with the same count.
 
         Raises:
-            DataError: the sources are used up, a whole epoch held no usable sample, a shard can no longer be read, or (in
-                the first call) ranks have different orders.
+            DataError: the sources are used up, a whole epoch held no usable sample, a shard can no longer be read, or
+                (in the first call) ranks have different orders.
         """
         self._agree()
         mine: dict[int, Prompt] = {}
@@ -263,8 +263,8 @@ class PromptLoader:
                     None,
                     ": its shards, their indexes, the limits of a prompt's length, or another setting behind the order "
                     "(seed, data.shuffle, shuffle_buffer, group_by_length and the batch size) are not those of the "
-                    "checkpoint, so its position means nothing in them; put them back, or start again from its exported "
-                    "weights",
+                    "checkpoint, so its position means nothing in them; put them back, or start again from its "
+                    "exported weights",
                 )
         self._faults = {name: SampleIssue(*fault) for name, fault in state["quarantined"].items()}
         self._unusable = {Place(*place) for place in state["unusable"]}

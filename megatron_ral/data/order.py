@@ -1,7 +1,7 @@
 """The order of samples: a function of (seed, epoch) alone, for any number of ranks, with random access.
 
-The shards of an epoch are permuted, their samples are cut into windows, and the samples are permuted inside each window. At
-most two windows are in memory. With a batch size, batches hold samples of similar length from one window.
+The shards of an epoch are permuted, their samples are cut into windows, and the samples are permuted inside each
+window. At most two windows are in memory. With a batch size, batches hold samples of similar length from one window.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Picture -> patches: the numbers of Hugging Face's Qwen2VLImageProcessorPil, bit for bit, in a fifth of its time.
 
-Departure from it: pixels are put in the order of patches while they are bytes, and each is converted to float once instead
-of once per temporal copy.
+Departure from it: pixels are put in the order of patches while they are bytes, and each is converted to float once
+instead of once per temporal copy.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target mask.
 
-`visuals.py` makes the patches with the settings of Hugging Face's Qwen2-VL image processor. The tokenizer is the one of the
-checkpoint folder. Visual tokens are counted here, because a mismatch is best reported where the sample's key is known.
+`visuals.py` makes the patches with the settings of Hugging Face's Qwen2-VL image processor. The tokenizer is the one of
+the checkpoint folder. Visual tokens are counted here, where the sample's key is known for the error.
 """
 
 import json
@@ -82,8 +82,8 @@ class PromptProcessor:
         """Return the prompt of a sample.
 
         Raises:
-            SampleError: an image or video cannot be decoded or does not match its tokens, the prompt is too long, or a box
-                or span lies outside the image or video. The text names the sample's key.
+            SampleError: an image or video cannot be decoded or does not match its tokens, the prompt is too long, or a
+                box or span lies outside the image or video. The text names the sample's key.
         """
         self._refuse_control_tokens(sample)
         visuals = self.reader.read(sample)
@@ -143,7 +143,7 @@ class PromptProcessor:
         )
 
     def fingerprint(self) -> str:
-        """Return a digest of all rules behind a sample's lengths: tokenizer, chat template, sizes of pictures and videos."""
+        """Return a digest of the rules behind a sample's lengths: tokenizer, chat template, sizes of media."""
         picture = {
             name: getattr(self.image_processor, name, None)
             for name in ("do_resize", "patch_size", "temporal_patch_size", "merge_size")
@@ -174,8 +174,8 @@ class PromptProcessor:
             other_key: setting that names the other checkpoint, for the error.
 
         Raises:
-            ConfigError: the first difference in tokens, their ids, the rules by which text is cut into them, or the rules
-                by which a picture becomes patches.
+            ConfigError: the first difference in tokens, their ids, the rules by which text is cut into them, or the
+                rules by which a picture becomes patches.
         """
         check_same_tokenizer(self.tokenizer, other.tokenizer, key, other_key)
         check_same_patches(self.image_processor, other.image_processor, key, other_key)

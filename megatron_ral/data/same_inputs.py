@@ -48,8 +48,8 @@ def _another_tokenizer(our_key: str, their_key: str, subject: str, ours: str, th
     return ConfigError(
         their_key,
         None,
-        f"has another tokenizer than {our_key}: {subject} {theirs} in {their_key} and {ours} in {our_key}; distil from a "
-        "model with the same tokenizer",
+        f"has another tokenizer than {our_key}: {subject} {theirs} in {their_key} and {ours} in {our_key}; distil from "
+        "a model with the same tokenizer",
     )
 
 
@@ -79,6 +79,6 @@ def check_same_patches(
             raise ConfigError(
                 their_key,
                 None,
-                f"makes other patches of a picture than {our_key}: {name} is {their_value} in {their_key} and {our_value} "
-                f"in {our_key}; distil from a model with the same visual grid",
+                f"makes other patches of a picture than {our_key}: {name} is {their_value} in {their_key} and "
+                f"{our_value} in {our_key}; distil from a model with the same visual grid",
             )

@@ -22,6 +22,7 @@ from megatron_ral.data.index import ShardIndex, open_index
 from megatron_ral.data.issues import SampleError, printable
 from megatron_ral.data.targets import parse_boxes, parse_target_frames
 from megatron_ral.errors import DataError
+from megatron_ral.rewards.answer import reference_answers
 from megatron_ral.types import FramePictures, Sample
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ _IMAGE_MEMBER, _VIDEO_MEMBER = (
     re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(suffixes)})") for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
 )
 _FRAME_MEMBER = re.compile(rf"frames/.*\.(?:{'|'.join(IMAGE_SUFFIXES)})")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def find_shards(pattern: str, key: str) -> list[str]:
@@ -175,8 +175,8 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
     """Return the sample that its members describe.
 
     Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` .. in the order of the question. Videos are
-    `.mp4`, `.webm` or `.gif`, numbered likewise. The pictures `.frames/*` are one more video, shown last, in the order of
-    their names (f2 before f10) with the field `fps` (pictures per second, 1 by default).
+    `.mp4`, `.webm` or `.gif`, numbered likewise. The pictures `.frames/*` are one more video, shown last, in the order
+    of their names (f2 before f10) with the field `fps` (pictures per second, 1 by default).
 
     Args:
         entry: members as `read_entry` returns them.
@@ -275,8 +275,7 @@ def _check_answer(key: str, record: dict[str, Any]) -> None:
 
 def reference_answer(solution: str) -> str:
     """Return the text in a solution's first answer tag, or the whole solution if it has no tag."""
-    found = _ANSWER.search(solution)
-    return (found[1] if found else solution).strip()
+    return reference_answers(solution)[0]
 
 
 def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:

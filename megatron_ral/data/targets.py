@@ -1,7 +1,7 @@
 """Annotated boxes -> target tokens: the visual tokens of an image or a clip that show the object asked for.
 
-A token is a target if its centre lies in a box. In a video, its temporal patch must also hold a sampled frame inside the
-annotated seconds. Boxes are in pixels of the picture as it is stored, before the processor resizes it.
+A token is a target if its centre lies in a box. In a video, its temporal patch must also hold a sampled frame inside
+the annotated seconds. Boxes are in pixels of the picture as it is stored, before the processor resizes it.
 """
 
 import math
@@ -61,8 +61,8 @@ def clip_cells(
         [t, rows, columns] bool.
 
     Raises:
-        SampleError: a span is empty, begins outside the clip or ends later than it by more than a sampled frame, or a box
-            is wrong as in `image_cells` (reason `target_box`).
+        SampleError: a span is empty, begins outside the clip or ends later than it by more than a sampled frame, or a
+            box is wrong as in `image_cells` (reason `target_box`).
     """
     t, rows, columns = grid
     height, width = clip.frames.shape[2:]
@@ -120,8 +120,8 @@ def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
     """Return the annotated spans of a JSON value.
 
     Args:
-        value: list of `{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], ...]}`, or None. A span without boxes covers
-            the whole frame.
+        value: list of `{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], ...]}`, or None. A span without boxes
+            covers the whole frame.
 
     Raises:
         SampleError: another form (reason `target_box`).

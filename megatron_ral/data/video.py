@@ -1,8 +1,8 @@
 """Video -> patches: bytes or pictures -> DecodedVideo -> pixel values and their grid.
 
-The stock video processors of transformers need torchvision, and this module does not. Given the same frames and limits it
-makes the same patches (tests/unit/test_video.py compares them where torchvision is installed). An unusable clip raises
-SampleError with the reason `broken_video` and without the sample's key, which the caller adds.
+The stock video processors of transformers need torchvision, and this module does not. Given the same frames and limits
+it makes the same patches (tests/unit/test_video.py compares them where torchvision is installed). An unusable clip
+raises SampleError with the reason `broken_video` and without the sample's key, which the caller adds.
 """
 
 import io
@@ -133,8 +133,8 @@ def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> 
         num_frames: frames of the clip, at least 1.
         seconds: duration of the clip.
 
-    Source: Qwen2VLVideoProcessor.sample_frames of transformers 5.23. It is computed in integers here, because the float32
-    steps there at times give one index past the end.
+    Source: Qwen2VLVideoProcessor.sample_frames of transformers 5.23. It is computed in integers here, because the
+    float32 steps there at times give one index past the end.
     """
     patch = settings.temporal_patch_size
     asked = min(max(seconds * settings.fps, settings.min_frames), settings.max_frames, num_frames)
@@ -185,8 +185,8 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
     """Return the clip of an mp4, webm or gif file.
 
     The number of frames and their times are read from the packets, because headers may have no duration or a wrong one.
-    Only the frames between a keyframe and a sampled frame are decoded. The first sampled frame is decoded even to measure
-    the clip, because it says by how much the clip is turned.
+    Only the frames between a keyframe and a sampled frame are decoded. The first sampled frame is decoded even to
+    measure the clip, because it says by how much the clip is turned.
 
     Args:
         data: bytes of the file.
@@ -310,8 +310,8 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
 def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int, int]:
     """Return the patches (t, h, w) of a clip, resized to whole tokens near its aspect ratio and within the limits.
 
-    Only a very thin frame, one token across, may exceed `max_pixels_per_frame`. A family may count the frames and pixels
-    in its own way (`Family.counted_size`).
+    Only a very thin frame, one token across, may exceed `max_pixels_per_frame`. A family may count the frames and
+    pixels in its own way (`Family.counted_size`).
 
     Args:
         num_frames: sampled frames, at least 1.
@@ -352,8 +352,8 @@ def visual_token_count(num_frames: int, height: int, width: int, settings: Video
 def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor, Tensor]:
     """Cut a clip into patches.
 
-    The frames are resized (bicubic, antialiased, in uint8) and normalised. The last frame is repeated until the temporal
-    patches are whole.
+    The frames are resized (bicubic, antialiased, in uint8) and normalised. The last frame is repeated until the
+    temporal patches are whole.
 
     Returns:
         pixel_values_videos: [t * h * w, 3 * temporal_patch_size * patch_size**2] float32; the patches of one visual

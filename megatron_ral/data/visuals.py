@@ -59,8 +59,8 @@ class VisualReader:
         """Return the images of a sample, then its videos.
 
         Args:
-            measure_only: only grids are needed: read the headers of pictures, the packets of videos and one frame of each
-                video.
+            measure_only: only grids are needed: read the headers of pictures, the packets of videos and one frame of
+                each video.
 
         Raises:
             SampleError: an image or video that cannot be used, or targets that do not fit it.

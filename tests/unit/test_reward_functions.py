@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megatron_ral.config import RunConfig, dump_config, load_config
-from megatron_ral.errors import ConfigError
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.errors import ConfigError, show_value
 from megatron_ral.rewards.functions import load_function
 from megatron_ral.rewards.score import reward_parts, score_response
-from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, scoring_issues, score_responses
+from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, score_responses, scoring_issues
 from megatron_ral.types import ResponseBatch, Sample, pad_prompts
 
 HERE = __name__
@@ -117,7 +117,11 @@ def test_path_that_cannot_be_used_is_named(path, said):
     with pytest.raises(ConfigError) as error:
         load_function("reward.functions.mine.path", path)
     sentence = str(error.value)
-    assert sentence.startswith(f"reward.functions.mine.path = '{path}' ") and said in sentence and "\n" not in sentence
+    assert (
+        sentence.startswith(f"reward.functions.mine.path = {show_value(path)} ")
+        and said in sentence
+        and "\n" not in sentence
+    )
 
 
 @pytest.mark.parametrize(

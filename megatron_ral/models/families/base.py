@@ -37,7 +37,7 @@ class Family:
     qk_norm: bool
     """Presence of an RMSNorm on queries and keys, per head."""
     interleaved_rotary: bool
-    """Layout of the rotary axes t, h, w: alternating over frequencies (True) or one block of frequencies each (False)."""
+    """Layout of the rotary axes t, h, w: alternating over frequencies, or (False) one block of frequencies each."""
     hub_prefixes: tuple[tuple[str, str], ...] = ()
     """Pairs (our prefix, prefix on the hub) of weight names."""
     end_of_turn: str = "<|im_end|>"

@@ -1,5 +1,5 @@
-"""Qwen2.5-VL (arXiv 2502.13923): biased q, k, v; rotary axes in blocks of frequencies; a video is one run of visual tokens
-whose temporal positions are seconds.
+"""Qwen2.5-VL (arXiv 2502.13923): biased q, k, v; rotary axes in blocks of frequencies; a video is one run of visual
+tokens whose temporal positions are seconds.
 """
 
 from typing import TYPE_CHECKING, Any

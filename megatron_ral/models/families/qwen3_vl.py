@@ -1,6 +1,6 @@
-"""Qwen3-VL (arXiv 2511.21631): q and k normalised per head, no bias; rotary axes interleaved over frequencies; features of
-several depths of the vision tower enter the first language layers (DeepStack, arXiv 2406.04334); every temporal patch of a
-video is a run of its own behind a time stamp in text.
+"""Qwen3-VL (arXiv 2511.21631): q and k normalised per head, no bias; rotary axes interleaved over frequencies; features
+of several depths of the vision tower enter the first language layers (DeepStack, arXiv 2406.04334); every temporal
+patch of a video is a run of its own behind a time stamp in text.
 """
 
 from typing import Sequence
