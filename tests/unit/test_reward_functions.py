@@ -1,4 +1,4 @@
-"""Reward functions by import path, and scoring of decoded responses: what is counted, logged and survives an error."""
+"""Reward functions by import path, and scoring of decoded responses: counts, log lines, and errors of a function."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ GOOD = "<think>red</think><answer>7</answer>"
 
 
 def brevity(completion: str, solution: str, problem_type: str) -> float:
-    """Depends on all three arguments."""
+    """Return a reward that depends on all three arguments."""
     return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
 
 

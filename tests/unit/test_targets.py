@@ -16,7 +16,7 @@ from tests.unit.test_video import clip as mp4_clip
 
 
 def decoded(num_frames: int, fps: float = 1.0) -> DecodedVideo:
-    """Frames of 60 x 40 pixels."""
+    """Return frames of 60 x 40 pixels."""
     return DecodedVideo(torch.zeros(num_frames, 3, 40, 60).byte(), torch.arange(num_frames).double() / fps, fps)
 
 
