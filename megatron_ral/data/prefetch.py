@@ -1,7 +1,7 @@
 """Decoding ahead of the consumer in a few threads, with a bound on the prompts that are held.
 
 Threads suffice, because Pillow, PyAV, the tokenizer and torch release the interpreter's lock while they work. Results
-that nobody asks for are dropped, so that decoding ahead never changes a result.
+that are not asked for are dropped, so that decoding ahead never changes a result.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor

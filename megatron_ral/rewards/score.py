@@ -123,7 +123,7 @@ def _value(part: RewardPart, response: str, solution: str, problem_type: str) ->
     try:
         returned = part.function(response, solution, problem_type)
         value = float(returned)
-    except (Exception, SystemExit) as error:  # whatever a reward function does, the run goes on
+    except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
         return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not max(abs(value), abs(value * part.weight)) <= LARGEST:
         return 0.0, f"returned {value}, which with weight {part.weight} is not a finite number of float32"

@@ -297,7 +297,7 @@ def test_decoding_ahead_changes_nothing(with_faults, processor, workers, ahead):
     for count in (5, 5, 9, 1, 5):
         wanted, got = plain.take(count), stream.take(count)
         assert identities(wanted) == identities(got)
-        assert len(stream._ahead._begun) <= ahead
+        assert len(stream._prefetcher._begun) <= ahead
         for one, other in zip(wanted, got):
             assert torch.equal(one.pixel_values, other.pixel_values) and torch.equal(one.input_ids, other.input_ids)
 

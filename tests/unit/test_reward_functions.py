@@ -30,7 +30,7 @@ def brevity(completion: str, solution: str, problem_type: str) -> float:
     return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
 
 
-class HealthMonitor:
+class Judge:
     def __call__(self, completion, solution, problem_type="", *, strict=False):
         return 0.25
 
@@ -38,7 +38,7 @@ class HealthMonitor:
         return 0.5
 
 
-judge = HealthMonitor()
+judge = Judge()
 
 
 def with_defaults(completion, *rest):
@@ -337,7 +337,7 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
     told = []
     monkeypatch.setattr(trainer, "gather_objects", lambda value, group: told.append(value) or [value, value])
     for is_main, lines in ((False, 0), (True, 6)):
-        run = SimpleNamespace(groups=SimpleNamespace(data=None), is_main=is_main, problems=ScoringIssueLog())
+        run = SimpleNamespace(process_groups=SimpleNamespace(data=None), is_main=is_main, problems=ScoringIssueLog())
         with caplog.at_level(logging.WARNING):
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[scored]), 4)
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[]), 5)
