@@ -5,7 +5,7 @@ that are not asked for are dropped, so that decoding ahead never changes a resul
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Hashable, Mapping, Sequence, TypeVar
+from typing import Callable, Generic, Hashable, Mapping, Sequence, TypeVar
 
 from megatron_ral.runtime.progress import tick
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 Slot = TypeVar("Slot")
 
 
-class Prefetcher:
+class Prefetcher(Generic[Place, Result]):
     """Threads that run `decode` on places, some of them before they are asked for.
 
     Args:

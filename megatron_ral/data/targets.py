@@ -5,7 +5,7 @@ the annotated seconds. Boxes are in pixels of the picture as it is stored, befor
 """
 
 import math
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def in_span(timestamps: Tensor, target: TargetFrames) -> Tensor:
     return (timestamps >= start - CLOCK_TOLERANCE) & (timestamps < end - CLOCK_TOLERANCE)
 
 
-def parse_boxes(value: object, field: str) -> tuple[Box, ...]:
+def parse_boxes(value: Any, field: str) -> tuple[Box, ...]:
     """Return the boxes of a JSON value.
 
     Args:
@@ -116,7 +116,7 @@ def parse_boxes(value: object, field: str) -> tuple[Box, ...]:
         raise SampleError(f"{field} must be a list of [x0, y0, x1, y1]", "target_box") from None
 
 
-def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
+def parse_target_frames(value: Any) -> tuple[TargetFrames, ...]:
     """Return the annotated spans of a JSON value.
 
     Args:

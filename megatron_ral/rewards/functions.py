@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from typing import Callable
+from typing import Any, Callable
 
 from megatron_ral.errors import ConfigError
 
@@ -22,7 +22,7 @@ def load_function(key: str, path: str) -> RewardFunction:
         ConfigError: no such module or function, a module that fails, or something that cannot be called as
             f(completion, solution, problem_type).
     """
-    function, reason = None, ""
+    function: Any = None
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
         reason = "is not of the form package.module:function"
@@ -34,7 +34,7 @@ def load_function(key: str, path: str) -> RewardFunction:
     return function
 
 
-def _find(module_name: str, name: str) -> tuple[object, str]:
+def _find(module_name: str, name: str) -> tuple[Any, str]:
     """Return (object, empty) or (None, fault of the path)."""
     try:
         found = importlib.import_module(module_name)
