@@ -1,1 +1,1 @@
-"""Shards -> samples -> prompts. Knows ranks only as the two integers dp_rank and dp_size."""
+"""Shards -> samples -> prompts. The only knowledge of ranks are the two integers `dp_rank` and `dp_size`."""

@@ -1,9 +1,9 @@
-"""Where each sample lies in a tar file, from the headers of its members alone.
+"""The place of each sample in a tar file, found from the headers of its members alone.
 
 Members of one sample stand together and share the name up to the first dot of the file name: `KEY.json`, `KEY.png`,
-`KEY.0.jpg`; pictures of a video may stand in a folder `KEY.frames/0001.jpg`. A member is never written to disk, and still
-one whose name leads out of the archive, or that is no plain file, makes its sample unusable. What can be read of a damaged
-archive is used.
+`KEY.0.jpg`. Pictures of a video may stand in a folder, `KEY.frames/0001.jpg`. Members are never written to disk. All
+the same, a member whose name leads out of the archive, or that is no plain file, makes its sample unusable. The
+readable samples of a damaged archive are used.
 """
 
 import re
@@ -23,13 +23,16 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(frozen=True)
 class SampleSpan:
-    """The bytes [offset, offset + size) of a shard that hold the members of one sample."""
+    """Place of one sample's members in a shard."""
 
     key: str
+    """Name of the sample."""
     offset: int
+    """First byte."""
     size: int
+    """Number of bytes."""
     fault: Optional[SampleIssue] = None
-    """Why the sample cannot be used, as far as the headers tell."""
+    """Reason for which the sample cannot be used, as far as the headers tell."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class ArchiveScan:
     """All samples of a shard in file order."""
 
     num_bytes: int
+    """Size of the shard."""
     spans: tuple[SampleSpan, ...]
     damage: str = ""
-    """What is wrong with the archive; empty: nothing. The spans are what lies before the damage."""
+    """Fault of the archive; empty: none. The spans lie before the damage."""
 
 
 def split_member(name: str) -> Optional[tuple[str, str]]:
-    """(key, suffix) of a member's name; None for what belongs to no sample (no suffix, or `__meta__`).
+    """Return (key, suffix) of a member's name, or None if it belongs to no sample (no suffix, or `__meta__`).
 
     `a/s0.png` -> (a/s0, png), `s0.1.JPG` -> (s0, 1.jpg), `s0.frames/0001.jpg` -> (s0, frames/0001.jpg).
     """
@@ -57,7 +61,7 @@ def split_member(name: str) -> Optional[tuple[str, str]]:
 
 
 def scan_archive(path: str | Path) -> ArchiveScan:
-    """Find the samples of a tar file; reads headers only.
+    """Find the samples of a tar file by its headers.
 
     Raises:
         DataError: the file cannot be opened or is no tar archive.
@@ -71,23 +75,23 @@ def scan_archive(path: str | Path) -> ArchiveScan:
         if not damage:
             damage = _damage_at_end(path, end)
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
-        raise DataError(f"shard '{path}' is not a tar archive; remove or rebuild it") from None
+        raise DataError(f"'{path}'", None, "is not a tar archive; remove or rebuild it") from None
     except OSError as error:
         raise DataError(
-            f"shard '{path}' cannot be read ({error.strerror}); check the path and its permissions"
+            f"'{path}'", None, f"cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
     return ArchiveScan(num_bytes, tuple(_without_repetition(spans)), damage)
 
 
 def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) -> str:
-    """Append the samples to `spans`; returns what damage ended the reading."""
+    """Append the samples to `spans` and return the damage that ended the reading; empty: none."""
     suffixes: set[str] = set()
     while True:
         try:
             member = archive.next()
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             return f"it is cut short or damaged at byte {archive.offset} ({error})"
-        archive.members = []  # tarfile keeps every member it has seen
+        archive.members = []  # otherwise tarfile holds every member it has seen
         if member is None:
             return ""
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -132,7 +136,10 @@ def _too_large(key: str, size: int) -> Optional[SampleIssue]:
 
 
 def _damage_at_end(path: str | Path, end: int) -> str:
-    """A whole archive ends with blocks of zeros; a reader takes anything else for the end too."""
+    """Return the fault of an archive that does not end with a block of zeros.
+
+    tarfile takes any other bytes for the end too, without an error.
+    """
     with open(path, "rb") as stream:
         stream.seek(end)
         block = stream.read(tarfile.BLOCKSIZE)
@@ -142,7 +149,7 @@ def _damage_at_end(path: str | Path, end: int) -> str:
 
 
 def _without_repetition(spans: list[SampleSpan]) -> Iterator[SampleSpan]:
-    """The first of several samples with one key is used, the others are faults."""
+    """Yield the spans with a fault on each repetition of a key; the first sample of that key is used."""
     seen: set[str] = set()
     for span in spans:
         if span.key in seen and span.fault is None:

@@ -1,8 +1,9 @@
-"""The index beside a shard: where each sample lies and how long its prompt is, so that nothing has to be decoded to know.
+"""The index beside a shard: the place of each sample and the length of its prompt, known without decoding anything.
 
-`NAME.tar` has `NAME.index.jsonl`. Its first line is a header: format, bytes of the tar (another number means the index is
-stale), fingerprint of the rules that the lengths were computed with (`PromptProcessor.fingerprint`). Then a line per
-sample in file order: key, offset, size, and either its lengths or, where it cannot be used, reason and text.
+The index of `NAME.tar` is `NAME.index.jsonl`. Its first line is a header: format, bytes of the tar (another number
+means that the index is stale), and the fingerprint of the rules behind the lengths (`PromptProcessor.fingerprint`). One
+line per sample follows, in file order: key, offset, size, and either the lengths or, for a sample that cannot be used,
+reason and text.
 """
 
 import json
@@ -18,61 +19,72 @@ from megatron_ral.data.issues import REASONS, SampleIssue
 
 FORMAT = 1
 UNKNOWN = -1
+"""Length of a sample whose length could not be computed."""
 
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """What is known of a sample without its pixels. Lengths in tokens."""
+    """Facts about a sample that need no pixels. Lengths are in tokens."""
 
     prompt_length: int
-    """Visual tokens included."""
+    """Length of the prompt, visual tokens included."""
     visual_tokens: int
+    """Visual tokens of the prompt."""
     response_length: int
-    """Reference response with its reasoning and the end-of-turn token."""
+    """Length of the reference response with its reasoning and the end-of-turn token."""
     num_images: int
+    """Number of images."""
     num_videos: int
+    """Number of videos."""
     problem_type: str
+    """Problem type of the sample; may be empty."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The samples of one shard, in arrays."""
+    """Index of one shard's N samples, in arrays."""
 
     shard: str
+    """Path of the tar file."""
     keys: tuple[str, ...]
+    """Names of the samples."""
     offsets: np.ndarray
-    """[N] int64 bytes."""
+    """[N] int64 first bytes."""
     sizes: np.ndarray
-    """[N] int64 bytes."""
+    """[N] int64 numbers of bytes."""
     faults: Mapping[int, SampleIssue]
-    """Sample number -> why it cannot be used."""
+    """Sample number -> reason for which it cannot be used."""
     damage: str = ""
-    """What is wrong with the archive; empty: nothing."""
+    """Fault of the archive; empty: none."""
     fingerprint: str = ""
-    """Of the rules that the lengths were computed with; empty: no lengths."""
+    """Fingerprint of the rules behind the lengths; empty: no lengths."""
     prompt_lengths: Optional[np.ndarray] = None
     """[N] int32 tokens, UNKNOWN where the length could not be computed; None: no index."""
     visual_tokens: Optional[np.ndarray] = None
-    """[N] int32."""
+    """[N] int32 tokens, as `prompt_lengths`."""
     note: str = ""
-    """Why there are no lengths; empty: there are."""
+    """State of the index file where there are no lengths (`missing`, `stale`, ..); empty: there are lengths."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard is."""
+    """Return the path of a shard's index."""
     return Path(shard).with_suffix(".index.jsonl")
 
 
 def write_index(shard: str | Path, scan: ArchiveScan, lengths: Mapping[str, SampleLengths], fingerprint: str) -> Path:
-    """Write the index of a shard whole or not at all.
+    """Write the index of a shard in one step, so that no reader finds half of it.
 
     Args:
-        scan: of the shard as it is on disk.
-        lengths: by key; samples without are written without.
-        fingerprint: of the processor that computed the lengths.
+        shard: path of the tar file.
+        scan: samples of the shard as it is on disk.
+        lengths: lengths by key; a sample may have none.
+        fingerprint: fingerprint of the processor that computed the lengths.
+
+    Returns:
+        Path of the index.
     """
     target = index_path(shard)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -97,10 +109,13 @@ def write_index(shard: str | Path, scan: ArchiveScan, lengths: Mapping[str, Samp
 
 
 def open_index(shard: str | Path) -> ShardIndex:
-    """Index of a shard; made in memory from the headers of the tar where it is missing or stale (`note` says so).
+    """Return the index of a shard.
+
+    A missing, stale or unreadable index is replaced in memory by one without lengths, made from the headers of the tar;
+    `note` says so.
 
     Raises:
-        DataError: the shard is no tar archive.
+        DataError: the shard is no tar archive or cannot be read.
     """
     path, note = index_path(shard), ""
     try:
@@ -120,7 +135,13 @@ def open_index(shard: str | Path) -> ShardIndex:
 
 
 def index_of_scan(shard: str, scan: ArchiveScan, note: str = "") -> ShardIndex:
-    """Index without lengths."""
+    """Return an index without lengths.
+
+    Args:
+        shard: path of the tar file.
+        scan: its samples.
+        note: state of the index file.
+    """
     return _build(shard, list(scan.spans), damage=scan.damage, note=note)
 
 
@@ -143,7 +164,11 @@ def _from_lines(shard: str, header: dict, lines: list[dict]) -> ShardIndex:
 
 
 def _span(line: dict, tar_bytes: int) -> SampleSpan:
-    """One line. Raises ValueError, KeyError or TypeError where `write_index` cannot have written it."""
+    """Return the span of one line.
+
+    Raises:
+        ValueError, KeyError, TypeError: `write_index` cannot have written the line.
+    """
     fault = SampleIssue(line["reason"], line["text"]) if "reason" in line else None
     if not isinstance(line["key"], str) or fault and not (fault.reason in REASONS and isinstance(fault.text, str)):
         raise TypeError("'key', 'reason' and 'text' are texts")

@@ -1,4 +1,8 @@
-"""What can be wrong with data: a whole source (`DataError`, the run ends) or one sample (`SampleError`, it is put aside)."""
+"""Errors of one sample, and their kinds.
+
+One sample that cannot be used raises `SampleError`; the loader puts it aside and goes on. A source that cannot be used
+as a whole raises `megatron_ral.errors.DataError` instead, and the run ends.
+"""
 
 from dataclasses import dataclass
 
@@ -23,14 +27,18 @@ REASONS = {
     "cannot_read": "the disk refused to give the bytes",
     "unusable": "anything else",
 }
+"""Reason of a fault -> its meaning. The keys stand in indexes, checkpoints and tags of the log."""
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used; the loader quarantines it under its key and goes on.
+    """A sample that cannot be used.
+
+    Readers of a single picture, clip, annotation or record do not know the sample's key. They raise this error with the
+    bare fault, and the caller puts the key before it (`of_sample`).
 
     Args:
-        text: a sentence that names the key.
-        reason: one of REASONS, for counting.
+        text: a sentence that names the fault.
+        reason: key of REASONS, for counting.
     """
 
     def __init__(self, text: str, reason: str = "unusable"):
@@ -38,16 +46,21 @@ class SampleError(ValueError):
         super().__init__(text)
         self.reason = reason
 
+    def of_sample(self, key: str) -> "SampleError":
+        """Return the same error with the sample's key before its text."""
+        return SampleError(f"sample '{key}': {self}", self.reason)
+
 
 @dataclass(frozen=True)
 class SampleIssue:
-    """Why one sample or shard is not used."""
+    """Reason for which one sample, or the rest of a shard, is not used."""
 
     reason: str
-    """One of REASONS."""
+    """Key of REASONS."""
     text: str
+    """Sentence that names the sample or shard and its fault."""
 
 
 def printable(name: str) -> str:
-    """A name from an archive with what is no text escaped, so that it can be printed and written anywhere."""
+    """Return a name from an archive with undecodable bytes escaped, so that it can be printed and written anywhere."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

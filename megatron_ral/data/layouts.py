@@ -1,16 +1,16 @@
-"""Records of published data sets -> what a shard holds of them: one function per layout, chosen by the fields present.
+"""Records of published data sets -> fields and media of a sample: one function per layout, chosen by the fields.
 
 - Video-R1: `problem`, `solution`, `path` (one or several files), `options`, `process`, `problem_type`, `data_type`.
 - chat: `messages` of a user and an assistant, content as text or as parts (`text`, `image`, `video`); or text with
-  `<image>` and `<video>` and the files in `images`, `videos`. Earlier systems' text stands before the question. Pictures
+  `<image>` and `<video>` and the files in `images`, `videos`. Text of the system is put before the question. Pictures
   are shown before the text, wherever they stood in it.
 - V* and the other benchmarks: `question` (V* also `text`, ChartQA `query`) and `image` (MuirBench `image_list`, ChartQA
-  `imgname`) or `video`, `answer` (or `label`) as text, letter or number of an option, a list (or VizWiz' `answers`) where
-  several are right; options as `options` (MVBench `candidates`, `choices`); boxes: `target_boxes` as [x0, y0, x1, y1], or
-  `bbox` as [x, y, width, height].
+  `imgname`) or `video`; `answer` (or `label`) as text, letter or number of an option, or a list (VizWiz: `answers`) of
+  several right ones; options as `options` (MVBench `candidates`, `choices`); boxes as `target_boxes`, [x0, y0, x1, y1],
+  or as `bbox`, [x, y, width, height].
 
-`category` (MuirBench `task`), `question_group`, `problem_type`, `fps`, `target_boxes` and `target_frames` are kept. Where a
-text has several `<image>` they become "[image 1]", "[image 2]", because all pictures are shown before it.
+The fields `category` (MuirBench `task`), `question_group`, `problem_type`, `fps`, `target_boxes` and `target_frames`
+are copied. Several `<image>` in a text become "[image 1]", "[image 2]", because all pictures are shown before it.
 """
 
 import re
@@ -45,18 +45,18 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class RawSample:
-    """A record, its media not yet looked at."""
+    """Sample made of a record, its media not yet read."""
 
     fields: dict[str, Any]
-    """Of the sample's `.json` member."""
+    """Fields of the sample's `.json` member."""
     images: tuple[Media, ...]
-    """Paths, or the bytes themselves."""
+    """Paths or bytes of the images."""
     videos: tuple[Media, ...]
-    """Paths of files or of folders of frames, or bytes."""
+    """Paths of video files or of folders of frames, or bytes of video files."""
 
 
 def record_id(record: Any) -> Optional[str]:
-    """What the record calls itself; None: nothing."""
+    """Return the record's own name, or None if it has none."""
     for name in _ID_FIELDS:
         if isinstance(record, dict) and isinstance(record.get(name), (str, int)) and str(record[name]).strip():
             return str(record[name]).strip()
@@ -64,10 +64,10 @@ def record_id(record: Any) -> Optional[str]:
 
 
 def read_record(record: Any) -> RawSample:
-    """Fields and media of one record of any layout.
+    """Return the fields and media of one record of any layout.
 
     Raises:
-        SampleError: no layout fits, or a field is missing or impossible. The caller knows the key and puts it before.
+        SampleError: no layout fits, or a field is missing or impossible. The text does not name the sample's key.
     """
     if not isinstance(record, dict):
         raise SampleError("the record is not an object", "wrong_field")
@@ -85,7 +85,10 @@ def read_record(record: Any) -> RawSample:
 
 
 def _refuse_unread_media(record: dict) -> None:
-    """A question whose picture stands in a field that is not read must not become a question without one."""
+    """Raise SampleError if a field that is not read seems to name media.
+
+    Otherwise a question about a picture would become a question without one.
+    """
     for name, value in record.items():
         if name not in _TEXTS and any(map(_is_media, value if isinstance(value, list) else [value])):
             raise SampleError(
@@ -218,7 +221,7 @@ def _raw_sample(
 
 
 def _bare(options: list[str]) -> list[str]:
-    """Options without their letters, where all have them ("A.M." alone has none)."""
+    """Return the options without their letters, if all have one ("A.M." alone has none)."""
     found = [
         re.fullmatch(rf"\s*\(?{letter}[.):]\s*(.*)", option, re.DOTALL) for letter, option in zip(LETTERS, options)
     ]
@@ -226,7 +229,7 @@ def _bare(options: list[str]) -> list[str]:
 
 
 def _numbered(text: str, kind: str, count: int) -> str:
-    """Text whose `<image>` (or `<video>`) became "[image 1]", "[image 2]"; a single one is taken out."""
+    """Return the text with `<image>` (or `<video>`) replaced by "[image 1]", "[image 2]"; a single one is removed."""
     place = f"<{kind}>"
     named = text.count(place)
     if named and named != count:
@@ -276,7 +279,7 @@ def _options(record: dict) -> list[str]:
 
 
 def _first(record: dict, names: Sequence[str]) -> Any:
-    """The first of several fields that is there and not empty."""
+    """Return the first of several fields that exists and is not empty."""
     return next((record[name] for name in names if record.get(name) not in (None, "", [])), None)
 
 
@@ -288,7 +291,7 @@ def _text(record: dict, *names: str) -> str:
 
 
 def _answer(record: dict, *names: str) -> str | int | float:
-    """Of several right answers, each in a tag."""
+    """Return the answer; several right answers as one text, each in a tag."""
     for name in names:
         value = record.get(name)
         if isinstance(value, list) and value:
@@ -302,12 +305,12 @@ def _answer(record: dict, *names: str) -> str | int | float:
 
 
 def _solution(answer: str | int | float) -> str:
-    """In the tags that the rewards look for."""
+    """Return the answer in the tags that the rewards read."""
     return str(answer) if "<answer>" in str(answer) else f"<answer>{answer}</answer>"
 
 
 def _media_list(value: Any, name: str) -> tuple[Media, ...]:
-    """Paths or bytes; a parquet file's pictures are {bytes, path}."""
+    """Return paths or bytes; the pictures of a parquet file are {bytes, path}."""
     values = [] if value is None else value if isinstance(value, list) else [value]
     values = [(item.get("bytes") or item.get("path")) if isinstance(item, dict) else item for item in values]
     if not all(isinstance(item, (str, bytes)) and item for item in values):
@@ -316,7 +319,7 @@ def _media_list(value: Any, name: str) -> tuple[Media, ...]:
 
 
 def _corners(boxes: Any) -> list[list[float]]:
-    """[x, y, width, height] -> [x0, y0, x1, y1]."""
+    """Convert [x, y, width, height] to [x0, y0, x1, y1]."""
     boxes = [boxes] if isinstance(boxes, list) and boxes and not isinstance(boxes[0], list) else boxes
     try:
         return [[x, y, x + width, y + height] for x, y, width, height in (map(float, box) for box in boxes)]

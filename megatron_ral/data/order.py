@@ -1,7 +1,7 @@
-"""The order of samples: a function of (seed, epoch) alone, whatever the number of ranks, with random access.
+"""The order of samples: a function of (seed, epoch) alone, for any number of ranks, with random access.
 
-An epoch is the shards in a permuted order, their samples cut into windows, and the samples permuted inside a window; only two
-windows are ever in memory. With a batch size, samples of similar length inside a window stand together in batches.
+The shards of an epoch are permuted, their samples are cut into windows, and the samples are permuted inside each
+window. At most two windows are in memory. With a batch size, batches hold samples of similar length from one window.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ import numpy as np
 
 
 class SeededRandom(random.Random):
-    """random.Random seeded by a stable hash of its identity."""
+    """Generator of random numbers that is seeded by a stable hash of its identity."""
 
     def __init__(self, *identity: object):
         super().__init__(int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "little"))
 
 
 class EpochOrder:
-    """Places of one source's samples in each epoch.
+    """Order of one source's samples in each epoch.
 
     Args:
-        numbers: per shard, numbers of the samples that take part, ascending int arrays.
-        seed: of the permutations.
-        shuffle: false: shards and samples in file order.
-        window: samples permuted together; rounded up to whole batches where batch_size is given.
-        lengths: per shard, the length of each sample in `numbers`; needed with batch_size.
-        batch_size: samples that should be of similar length; 0: lengths do not matter.
-        phase: place of the first sample of epoch 0 in its batch.
+        numbers: ascending int arrays, one per shard: numbers of the samples that take part.
+        seed: seed of the permutations.
+        shuffle: permutation of shards and samples; False: file order.
+        window: samples permuted together; rounded up to whole batches if `batch_size` is given.
+        lengths: arrays, one per shard: length of each sample in `numbers`; needed with `batch_size`.
+        batch_size: samples of a batch of similar length; 0: lengths do not matter.
+        phase: place of the first sample of epoch 0 inside its batch.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EpochOrder:
         self._held: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def at(self, epoch: int, offset: int, count: int) -> list[tuple[int, int]]:
-        """(shard, sample number) of up to `count` places from `offset` on; fewer where the epoch ends."""
+        """Return (shard, sample number) of up to `count` places from `offset` on, fewer at the end of the epoch."""
         places: list[tuple[int, int]] = []
         while len(places) < count and offset + len(places) < self.size:
             number, start = divmod(offset + len(places), self.window)
@@ -60,7 +60,7 @@ class EpochOrder:
 
     def _window(self, epoch: int, number: int) -> list[tuple[int, int]]:
         if (epoch, number) not in self._held:
-            while len(self._held) > 1:  # this one and the one before: a batch may lie in both
+            while len(self._held) > 1:  # a batch may lie in this window and in the one before
                 self._held.pop(next(iter(self._held)))
             self._held[epoch, number] = self._make_window(epoch, number)
         return self._held[epoch, number]
@@ -83,10 +83,11 @@ class EpochOrder:
         return [(shard, int(self.numbers[shard][row])) for shard, row in rows]
 
     def _by_length(self, rows: list[tuple[int, int]], filled: int, rng: random.Random) -> list[tuple[int, int]]:
-        """Rows in batches of similar length, the batches in a random order.
+        """Return the rows in batches of similar length, the batches in a random order.
 
         Args:
-            filled: places of the first batch that were taken before this window.
+            rows: (shard, row of `numbers`) of a window.
+            filled: places of the first batch that the window before has taken.
         """
         assert self.lengths is not None, "batches of similar length need lengths"
         cuts = [0, *range(self.batch_size - filled, len(rows), self.batch_size), len(rows)]

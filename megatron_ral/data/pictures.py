@@ -1,7 +1,7 @@
-"""A decoded picture -> patches: the numbers of Hugging Face's Qwen2VLImageProcessorPil, bit for bit, in a fifth of its time.
+"""Picture -> patches: the numbers of Hugging Face's Qwen2VLImageProcessorPil, bit for bit, in a fifth of its time.
 
-Departure from it: pixels are put in the order of patches while they are bytes, and each is turned into a number once rather
-than once per temporal copy.
+Departure from it: pixels are put in the order of patches while they are bytes, and each is converted to float once
+instead of once per temporal copy.
 """
 
 import io
@@ -17,12 +17,13 @@ MAX_IMAGE_PIXELS = 2**27
 
 
 def open_image(data: bytes) -> Image.Image:
-    """PNG, JPEG or WebP of bytes nobody vouches for: no other decoder is tried, and the declared size is checked before a
-    pixel is decoded.
+    """Open a PNG, JPEG or WebP file from an untrusted source.
+
+    No other decoder is tried, and the declared size is checked before a pixel is decoded.
 
     Raises:
         PIL.Image.DecompressionBombError: too many pixels.
-        Exception: whatever PIL raises for bytes that are no such picture.
+        Exception: any error of PIL for bytes that are no such picture.
     """
     image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
     if max(image.size) > MAX_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
@@ -31,11 +32,11 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> tuple[Tensor, Tensor]:
-    """Resize, normalise, repeat to one temporal patch, cut.
+    """Resize a picture, normalise it, repeat it to one temporal patch and cut it into patches.
 
     Args:
-        image: RGB.
-        processor: of the checkpoint; one that leaves out a step does its work itself.
+        image: RGB picture.
+        processor: image processor of the checkpoint. It does the work itself if its settings leave out a step.
 
     Returns:
         pixel_values: [h * w, 3 * temporal_patch_size * patch_size**2] float32; the patches of one visual token are
@@ -57,13 +58,20 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     cut = pixels.view(h // merge, merge, patch, w // merge, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    # a byte is scaled in float64, as there
+    # float64, because the stock processor scales in it
     values = (cut.reshape(h * w, 3, 1, patch, patch).double() * processor.rescale_factor).float().sub_(mean).div_(std)
     return values.expand(-1, -1, depth, -1, -1).reshape(h * w, -1), grid
 
 
 def image_grid(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> Tensor:
-    """[3] int64 patches (1, h, w) that patchify_image makes of an image, from its size alone; errors as there."""
+    """Return the grid that `patchify_image` makes of an image, from its size alone.
+
+    Returns:
+        [3] int64 patches (1, h, w).
+
+    Raises:
+        ValueError: as in `patchify_image`.
+    """
     height, width = image.height, image.width
     if processor.do_resize:
         height, width = smart_resize(

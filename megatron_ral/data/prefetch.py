@@ -1,11 +1,11 @@
-"""Decoding ahead of the consumer in a few threads, at most so many prompts at a time.
+"""Decoding ahead of the consumer in a few threads, with a bound on the prompts that are held.
 
-Threads suffice: Pillow, PyAV, the tokenizer and torch let go of the interpreter while they work. What was begun for
-nothing is thrown away, so that looking ahead never changes a result.
+Threads suffice, because Pillow, PyAV, the tokenizer and torch release the interpreter's lock while they work. Results
+that are not asked for are dropped, so that decoding ahead never changes a result.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Hashable, Mapping, Sequence, TypeVar
+from typing import Callable, Generic, Hashable, Mapping, Sequence, TypeVar
 
 from megatron_ral.runtime.progress import tick
 
@@ -14,13 +14,13 @@ Result = TypeVar("Result")
 Slot = TypeVar("Slot")
 
 
-class Prefetcher:
-    """Runs `decode` on places, some of them before they are asked for.
+class Prefetcher(Generic[Place, Result]):
+    """Threads that run `decode` on places, some of them before they are asked for.
 
     Args:
-        decode: what to run; may be called from several threads at once.
-        workers: threads; 0: everything is decoded when it is asked for, by the consumer.
-        limit: most places that are held decoded or being decoded ahead.
+        decode: function of a place; several threads may call it at once.
+        workers: number of threads; 0: the consumer decodes each place when it asks for it.
+        limit: most places that are decoded, or being decoded, ahead.
     """
 
     def __init__(self, decode: Callable[[Place], Result], workers: int, limit: int):
@@ -30,7 +30,7 @@ class Prefetcher:
         self._begun: dict[Hashable, Future] = {}
 
     def begin(self, places: Sequence[Place]) -> None:
-        """Start on the first `limit` of these places; whatever else was begun is dropped."""
+        """Start to decode the first `limit` of these places and drop all others that were started."""
         wanted = places[: self.limit]
         for place in [place for place in self._begun if place not in wanted]:
             self._begun.pop(place).cancel()
@@ -39,7 +39,11 @@ class Prefetcher:
                 self._begun[place] = self._pool.submit(self._decode, place)
 
     def get(self, places: Mapping[Slot, Place]) -> dict[Slot, Result]:
-        """Results of these places. Raises what `decode` raises."""
+        """Return the results of these places.
+
+        Raises:
+            Exception: any error of `decode`.
+        """
         results = {}
         if self._pool is None:
             for slot, place in places.items():

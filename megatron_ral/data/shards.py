@@ -1,4 +1,4 @@
-"""Reading WebDataset shards: which files, the bytes of one sample, and what they say.
+"""WebDataset shards: finding the files, reading the bytes of one sample, parsing them into a `Sample`.
 
 Departures from plain `webdataset.WebDataset(urls)`:
 - Shards must be existing local files. A shard name never reaches a shell (`pipe:` and other schemes are refused).
@@ -18,10 +18,11 @@ from typing import Any, Iterator, Optional, Sequence
 from webdataset.tariterators import tar_file_expander
 
 from megatron_ral.data.archive import split_member
-from megatron_ral.data.issues import SampleError, printable
-from megatron_ral.errors import DataError
 from megatron_ral.data.index import ShardIndex, open_index
+from megatron_ral.data.issues import SampleError, printable
 from megatron_ral.data.targets import parse_boxes, parse_target_frames
+from megatron_ral.errors import DataError
+from megatron_ral.rewards.answer import reference_answers
 from megatron_ral.types import FramePictures, Sample
 
 logger = logging.getLogger(__name__)
@@ -36,56 +37,59 @@ _IMAGE_MEMBER, _VIDEO_MEMBER = (
     re.compile(rf"(?:([0-9]{{1,9}})\.)?(?:{'|'.join(suffixes)})") for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
 )
 _FRAME_MEMBER = re.compile(rf"frames/.*\.(?:{'|'.join(IMAGE_SUFFIXES)})")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def find_shards(pattern: str, key: str) -> list[str]:
-    """Sorted local files of a glob.
+    """Return the sorted local files of a glob.
 
     Args:
         pattern: glob of tar files.
-        key: configuration key, for the error.
+        key: setting or option that holds the glob, for the error.
 
     Raises:
-        DataError: a URL scheme or no match.
+        DataError: a URL scheme, no match, or a match that is no file.
     """
     scheme = pattern.split("/", 1)[0]
     if ":" in scheme:
-        raise DataError(
-            f"{key} = '{pattern}': only local files are read, '{scheme.split(':')[0]}:' is refused; "
-            "give a path to tar files"
-        )
+        refused = scheme.split(":")[0]
+        raise DataError(key, pattern, f": only local files are read, '{refused}:' is refused; give a path to tar files")
     shards = sorted(glob.glob(pattern))
     if not shards:
-        raise DataError(f"{key} = '{pattern}' matches no file; make the shards first or correct the path")
+        raise DataError(key, pattern, "matches no file; make the shards first or correct the path")
     for shard in shards:
         if not Path(shard).is_file():
-            raise DataError(f"{key}: shard '{shard}' is not a tar archive; remove or rebuild it")
+            raise DataError(key, None, f": '{shard}' is not a tar archive; remove or rebuild it")
     return shards
 
 
 def open_shards(pattern: str, key: str) -> list[ShardIndex]:
-    """Indexes of the shards of a glob, and a look into each: a shard in which none of the first samples can be parsed is
-    likely wrong as a whole.
+    """Return the indexes of the shards of a glob, after a test of each shard.
+
+    The test parses the first samples: a shard in which none of them can be parsed is likely wrong as a whole.
+
+    Args:
+        pattern: glob of tar files.
+        key: setting or option that holds the glob, for the error.
 
     Raises:
-        DataError: as in find_shards; a file that is no tar archive; no sample at all; none of the first
+        DataError: as in `find_shards`; a file that is no tar archive; no sample at all; none of the first
             NUM_FIRST_SAMPLES samples of a shard has the needed fields.
     """
     indexes = []
     for shard in find_shards(pattern, key):
         try:
             indexes.append(open_index(shard))
-            _look_into(indexes[-1])
+            _parse_first_samples(indexes[-1])
         except DataError as error:
-            raise DataError(f"{key}: {error}") from None
+            raise DataError(key, None, f": {error}") from None
     if not any(len(index) for index in indexes):
         damage = f" ({indexes[0].damage})" if indexes[0].damage else ""
-        raise DataError(f"{key} = '{pattern}': its {len(indexes)} shards hold no sample{damage}; rebuild them")
+        raise DataError(key, pattern, f": its {len(indexes)} shards hold no sample{damage}; rebuild them")
     return indexes
 
 
-def _look_into(index: ShardIndex) -> None:
+def _parse_first_samples(index: ShardIndex) -> None:
+    """Raise DataError if none of the first samples can be parsed."""
     first_error = None
     for number in range(min(len(index), NUM_FIRST_SAMPLES)):
         if number in index.faults:
@@ -96,14 +100,21 @@ def _look_into(index: ShardIndex) -> None:
         except SampleError as error:
             first_error = first_error or error
     if first_error is not None:
-        raise DataError(f"shard '{index.shard}': {first_error}")
+        raise DataError(f"'{index.shard}'", None, f": {first_error}")
 
 
 def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
-    """Members of one sample: suffix -> bytes, `__key__` and `__url__` (the shard).
+    """Read the members of one sample.
+
+    Args:
+        index: index of the shard.
+        number: number of the sample in the shard.
+
+    Returns:
+        Suffix -> bytes of each member, and the texts `__key__` and `__url__` (the shard).
 
     Raises:
-        SampleError: the members there are not those of the index, or the disk gives no bytes.
+        SampleError: other members than the index says stand there, or the disk gives no bytes.
     """
     key = printable(index.keys[number])
     try:
@@ -118,7 +129,7 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
         for member in tar_file_expander([{"url": index.shard, "stream": io.BytesIO(data)}], eof_value=None):
             found, suffix = split_member(member["fname"]) or (None, "")
             if found == entry["__key__"]:
-                if not suffix.startswith("__"):  # the names of what is not a member
+                if not suffix.startswith("__"):  # such a name would replace `__key__` or `__url__`
                     entry[suffix] = member["data"]
             elif found is not None:
                 raise SampleError(
@@ -135,13 +146,14 @@ def read_entry(index: ShardIndex, number: int) -> dict[str, Any]:
 
 
 def shard_entries(shards: Sequence[str], num_readers: int = 1) -> Iterator[dict[str, Any]]:
-    """Members of all samples of the shards in file order. A sample that cannot be used is left out with a warning.
+    """Yield the members of all samples in file order. A sample that cannot be used is left out with a warning.
 
     Args:
-        num_readers: processes that read the same and must find the same.
+        shards: paths of tar files.
+        num_readers: processes that read the same shards and must find the same samples.
 
     Raises:
-        DataError: a shard is no tar archive, or of several readers this one's disk fails.
+        DataError: a shard is no tar archive, or the disk of one of several readers fails.
     """
     for shard in shards:
         index = open_index(shard)
@@ -155,17 +167,22 @@ def shard_entries(shards: Sequence[str], num_readers: int = 1) -> Iterator[dict[
                 yield read_entry(index, number)
             except SampleError as error:
                 if error.reason == "cannot_read" and num_readers > 1:  # others may have read it
-                    raise DataError(f"{error}; evaluation has to read the same on all ranks") from None
+                    raise DataError(f"'{shard}'", None, f": {error}; all ranks have to read the same samples") from None
                 logger.warning("left out of '%s': %s", shard, error)
 
 
 def parse_sample(entry: dict[str, Any]) -> Sample:
-    """Members of a sample -> Sample. Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` ... in
-    the order of the question; videos likewise (`.mp4`, `.webm`, `.gif`), or the pictures `.frames/*` in the order of
-    their names (f2 before f10) with the field `fps` (pictures per second, 1 by default), shown last.
+    """Return the sample that its members describe.
+
+    Images are the members `.png` (or another suffix), or `.0.png`, `.1.png` .. in the order of the question. Videos are
+    `.mp4`, `.webm` or `.gif`, numbered likewise. The pictures `.frames/*` are one more video, shown last, in the order
+    of their names (f2 before f10) with the field `fps` (pictures per second, 1 by default).
+
+    Args:
+        entry: members as `read_entry` returns them.
 
     Raises:
-        SampleError: a field is missing, of the wrong type or impossible; names sample and field.
+        SampleError: a field is missing, of the wrong type or impossible; the text names sample and field.
     """
     key, shard = printable(entry["__key__"]), entry["__url__"]
     record = _record(key, entry)
@@ -198,8 +215,8 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
     try:
         boxes = parse_boxes(record.get("target_boxes"), "target_boxes")
         target_frames = parse_target_frames(record.get("target_frames"))
-    except ValueError as error:
-        raise SampleError(f"sample '{key}': {error}", "target_box") from None
+    except SampleError as error:
+        raise error.of_sample(key) from None
     return Sample(
         key=key,
         shard=shard,
@@ -240,12 +257,12 @@ def _frame_pictures(key: str, entry: dict[str, Any], record: dict[str, Any]) -> 
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorting key in which numbers count as numbers: `f2.jpg` before `f10.jpg`."""
+    """Return a sorting key in which numbers count as numbers: `f2.jpg` before `f10.jpg`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]{1,18})", name)]
 
 
 def _check_answer(key: str, record: dict[str, Any]) -> None:
-    """The reference answer of a question with `options` must be one of them, or the letter of one."""
+    """Raise SampleError if the reference answer is none of the question's options, by text or by letter."""
     options = record.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise SampleError(f"sample '{key}': options must be a list of texts", "wrong_field")
@@ -257,13 +274,15 @@ def _check_answer(key: str, record: dict[str, Any]) -> None:
 
 
 def reference_answer(solution: str) -> str:
-    """The text in a solution's first answer tag, or all of it where it has none."""
-    found = _ANSWER.search(solution)
-    return (found[1] if found else solution).strip()
+    """Return the text in a solution's first answer tag, or the whole solution if it has no tag."""
+    return reference_answers(solution)[0]
 
 
 def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:
-    """Letter of the option that an answer names by letter (`B`, `(b)`, `B.`), by text, or by both; None: none."""
+    """Return the letter of the option that an answer names, or None.
+
+    An answer may name it by letter (`B`, `(b)`, `B.`), by text, or by both.
+    """
     letters = [chr(ord("A") + number) for number in range(len(options))]
     texts = [
         re.sub(rf"^\(?{letter}[.):]\s*", "", option.strip()).strip().casefold()

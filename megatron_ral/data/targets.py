@@ -1,42 +1,45 @@
-"""Annotated boxes -> visual tokens: which tokens of an image or a clip show what the question asks for.
+"""Annotated boxes -> target tokens: the visual tokens of an image or a clip that show the object asked for.
 
-A token counts where its centre lies in a box; of a video only the temporal patches count of which a sampled frame lies in
+A token is a target if its centre lies in a box. In a video, its temporal patch must also hold a sampled frame inside
 the annotated seconds. Boxes are in pixels of the picture as it is stored, before the processor resizes it.
 """
 
 import math
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.video import CLOCK_TOLERANCE, DecodedVideo
 from megatron_ral.types import Box, TargetFrames
 
 
-class TargetError(ValueError):
-    """An annotation that does not fit its image or video."""
-
-
 def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, columns: int, what: str = "image") -> Tensor:
-    """Tokens of a picture of width x height pixels that is cut into rows x columns of them.
+    """Return the target tokens of a picture.
 
     Args:
         boxes: (x0, y0, x1, y1) in pixels.
-        what: the picture's name in the error.
+        width: pixels of the picture.
+        height: pixels of the picture.
+        rows: visual tokens from top to bottom.
+        columns: visual tokens from left to right.
+        what: name of the picture in the error.
 
     Returns:
         [rows, columns] bool.
 
     Raises:
-        TargetError: a box is empty or reaches over the picture's edge.
+        SampleError: a box is empty or reaches over the picture's edge (reason `target_box`).
     """
     centre_y = (torch.arange(rows) + 0.5) * height / rows
     centre_x = (torch.arange(columns) + 0.5) * width / columns
     cells = torch.zeros(rows, columns, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise TargetError(f"target box {(x0, y0, x1, y1)} is not inside the {what} of {width} x {height} pixels")
+            raise SampleError(
+                f"target box {(x0, y0, x1, y1)} is not inside the {what} of {width} x {height} pixels", "target_box"
+            )
         cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
     return cells
 
@@ -44,9 +47,13 @@ def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, column
 def clip_cells(
     targets: Sequence[TargetFrames], clip: DecodedVideo, grid: Sequence[int], temporal_patch_size: int
 ) -> Tensor:
-    """Tokens of a clip. An annotated span between two sampled frames is not seen by the model and marks nothing.
+    """Return the target tokens of a clip.
+
+    An annotated span between two sampled frames marks nothing, because the model does not see it.
 
     Args:
+        targets: annotated spans.
+        clip: the sampled frames.
         grid: (t, rows, columns) in visual tokens.
         temporal_patch_size: sampled frames per temporal patch.
 
@@ -54,8 +61,8 @@ def clip_cells(
         [t, rows, columns] bool.
 
     Raises:
-        TargetError: a span that is empty, begins outside the clip or ends later than it by more than a sampled frame, or
-            a box as in image_cells.
+        SampleError: a span is empty, begins outside the clip or ends later than it by more than a sampled frame, or a
+            box is wrong as in `image_cells` (reason `target_box`).
     """
     t, rows, columns = grid
     height, width = clip.frames.shape[2:]
@@ -63,7 +70,9 @@ def clip_cells(
     for target in targets:
         start, end = target.seconds
         if not (0 <= start < min(end, seconds) and end <= seconds + 1 / clip.fps):
-            raise TargetError(f"target_frames from {start:g} to {end:g} s do not lie in the video of {seconds:g} s")
+            raise SampleError(
+                f"target_frames from {start:g} to {end:g} s do not lie in the video of {seconds:g} s", "target_box"
+            )
         shown = (
             image_cells(target.boxes, width, height, rows, columns, "video frame")
             if target.boxes
@@ -76,26 +85,49 @@ def clip_cells(
 
 
 def in_span(timestamps: Tensor, target: TargetFrames) -> Tensor:
-    """[T] bool: frames at timestamps [T] (seconds) that lie in the annotated span, its end left out."""
+    """Return which frames lie in an annotated span, its end left out.
+
+    Args:
+        timestamps: [T] seconds of the frames.
+        target: the span.
+
+    Returns:
+        [T] bool.
+    """
     start, end = target.seconds
     return (timestamps >= start - CLOCK_TOLERANCE) & (timestamps < end - CLOCK_TOLERANCE)
 
 
-def parse_boxes(value: object, field: str) -> tuple[Box, ...]:
-    """JSON -> boxes. Raises ValueError naming the field."""
+def parse_boxes(value: Any, field: str) -> tuple[Box, ...]:
+    """Return the boxes of a JSON value.
+
+    Args:
+        value: list of [x0, y0, x1, y1], or None.
+        field: name of the value in the error.
+
+    Raises:
+        SampleError: another form (reason `target_box`).
+    """
     try:
         if any(isinstance(box, (str, dict)) for box in value or []):
             raise TypeError("a text or an object is no box")
         return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in value or [])
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{field} must be a list of [x0, y0, x1, y1]") from None
+        raise SampleError(f"{field} must be a list of [x0, y0, x1, y1]", "target_box") from None
 
 
-def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
-    """JSON `[{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], ...]}, ...]` -> annotated spans; without boxes the
-    whole frame. Raises ValueError naming the field."""
+def parse_target_frames(value: Any) -> tuple[TargetFrames, ...]:
+    """Return the annotated spans of a JSON value.
+
+    Args:
+        value: list of `{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], ...]}`, or None. A span without boxes
+            covers the whole frame.
+
+    Raises:
+        SampleError: another form (reason `target_box`).
+    """
     if not isinstance(value or [], list):
-        raise ValueError(f"target_frames must be a list, not {type(value).__name__}")
+        raise SampleError(f"target_frames must be a list, not {type(value).__name__}", "target_box")
     spans = []
     for item in value or []:
         unknown = set(item) - {"seconds", "boxes"} if isinstance(item, dict) else {"no object"}
@@ -104,9 +136,10 @@ def parse_target_frames(value: object) -> tuple[TargetFrames, ...]:
         except (KeyError, TypeError, ValueError, OverflowError):
             unknown |= {"no seconds"}
         if unknown or not (math.isfinite(start) and math.isfinite(end)):
-            raise ValueError(
+            raise SampleError(
                 f'target_frames must be a list of {{"seconds": [start, end], "boxes": [[x0, y0, x1, y1], '
-                f"...]}}, not of {str(item)[:80]}"
+                f"...]}}, not of {str(item)[:80]}",
+                "target_box",
             )
         spans.append(TargetFrames((start, end), parse_boxes(item.get("boxes"), "boxes of target_frames")))
     return tuple(spans)

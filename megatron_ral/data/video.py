@@ -1,8 +1,8 @@
-"""Video -> patches for Qwen2.5-VL and Qwen3-VL: bytes or pictures -> DecodedVideo -> pixel values and their grid.
+"""Video -> patches: bytes or pictures -> DecodedVideo -> pixel values and their grid.
 
-The stock video processors of transformers need torchvision; this does not, and given the same frames and limits its
-patches are theirs (tests/unit/test_video.py compares them where torchvision is installed). Nothing here knows of
-samples: an unusable clip raises VideoError, and whoever holds the sample's key adds it.
+The stock video processors of transformers need torchvision, and this module does not. Given the same frames and limits
+it makes the same patches (tests/unit/test_video.py compares them where torchvision is installed). An unusable clip
+raises SampleError with the reason `broken_video` and without the sample's key, which the caller adds.
 """
 
 import io
@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_ral.data.issues import SampleError
 from megatron_ral.errors import ConfigError
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.types import FramePictures
 
 if TYPE_CHECKING:
     import av
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 # Only demuxers (mp4, webm and gif with their kin) and picture formats that open no other file and start no program.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif"
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -34,47 +35,64 @@ MAX_ASPECT_RATIO = 200
 CLOCK_TOLERANCE = 1e-3
 
 
-class VideoError(ValueError):
-    """A video that cannot be used."""
-
-
 @dataclass(frozen=True)
 class VideoSettings:
-    """What the checkpoint fixes (patches, normalisation) and what a run chooses (limits, by default the paper's).
+    """Rules by which a video becomes patches.
+
+    The checkpoint fixes the patches, the normalisation and the family. A run may choose the limits; their defaults are
+    those of the paper.
 
     Raises:
-        ConfigError: an unknown family or limits that no clip can meet.
+        ConfigError: an unknown family, or limits that no clip can meet.
 
     Source: RAL (arXiv 2602.04884): 1 frame per second, at most 128 frames, at most 128 * 28 * 28 pixels each.
     """
 
     patch_size: int
+    """Pixels of a patch and side."""
     temporal_patch_size: int
+    """Frames of a temporal patch."""
     merge_size: int
+    """Patches of a visual token and side."""
     image_mean: tuple[float, ...]
+    """Mean of each channel, in [0, 1]."""
     image_std: tuple[float, ...]
+    """Standard deviation of each channel, in [0, 1]."""
     family: str = "qwen2_5_vl"
+    """Key of `FAMILIES`."""
     fps: float = 1.0
+    """Frames sampled per second."""
     max_frames: int = 128
+    """Most frames of a clip."""
     min_frames: int = 4
+    """Least frames of a clip that has as many."""
     max_pixels_per_frame: int = 128 * 28 * 28
+    """Most pixels of a resized frame."""
     min_pixels_per_frame: int = 4 * 28 * 28
+    """Least pixels of a resized frame."""
 
     def __post_init__(self):
         if self.family not in FAMILIES:
-            raise ConfigError(f"video family '{self.family}' is none of {', '.join(FAMILIES)}")
+            raise ConfigError("video family", self.family, f"is none of {', '.join(FAMILIES)}")
         frames = max(self.min_frames, self.temporal_patch_size) <= self.max_frames
         pixels = max(self.min_pixels_per_frame, self.token_side**2) <= self.max_pixels_per_frame
         if not (0 < self.fps < math.inf and frames and pixels and self.min_pixels_per_frame > 0):
             raise ConfigError(
-                f"no clip can meet the video limits: {self.fps} frames per second, {self.min_frames} to "
+                "the video limits",
+                None,
+                f"cannot be met by any clip: {self.fps} frames per second, {self.min_frames} to "
                 f"{self.max_frames} frames in patches of {self.temporal_patch_size}, {self.min_pixels_per_frame} to "
-                f"{self.max_pixels_per_frame} pixels per frame in tokens of {self.token_side**2}"
+                f"{self.max_pixels_per_frame} pixels per frame in tokens of {self.token_side**2}",
             )
 
     @classmethod
     def from_image_processor(cls, processor, **choices) -> "VideoSettings":
-        """Settings of a checkpoint's own Qwen2VLImageProcessorPil; choices: family and limits unlike the defaults."""
+        """Return the settings of a checkpoint.
+
+        Args:
+            processor: Qwen2VLImageProcessorPil of the checkpoint.
+            choices: family and limits that differ from the defaults.
+        """
         return cls(
             processor.patch_size,
             processor.temporal_patch_size,
@@ -86,33 +104,37 @@ class VideoSettings:
 
     @property
     def token_side(self) -> int:
-        """Pixels per visual token and side."""
+        """Return the pixels of a visual token and side."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """Sampled frames of one clip.
-
-    frames: [T, 3, H, W] uint8, in the clip's size.
-    timestamps: [T] float64 seconds after the clip's first frame.
-    fps: sampled frames per second of the clip.
-    """
+    """Sampled frames of one clip."""
 
     frames: Tensor
+    """[T, 3, H, W] uint8, in the clip's size."""
     timestamps: Tensor
+    """[T] float64 seconds after the clip's first frame."""
     fps: float
+    """Sampled frames per second of the clip."""
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> list[int]:
-    """Frames to take of a clip of num_frames >= 1: uniformly spaced, settings.fps of them per second within min_frames
-    and max_frames, rounded down to whole temporal patches. A clip of less than one temporal patch gives all it has.
+    """Return the indices of the frames to sample, uniformly spaced.
 
-    Source: Qwen2VLVideoProcessor.sample_frames of transformers 5.23, in integers; its float32 steps at times give one
-    index past the end.
+    Their number is `settings.fps` per second, within `min_frames` and `max_frames`, rounded down to whole temporal
+    patches. A clip shorter than one temporal patch gives all its frames.
+
+    Args:
+        num_frames: frames of the clip, at least 1.
+        seconds: duration of the clip.
+
+    Source: Qwen2VLVideoProcessor.sample_frames of transformers 5.23. It is computed in integers here, because the
+    float32 steps there at times give one index past the end.
     """
     patch = settings.temporal_patch_size
     asked = min(max(seconds * settings.fps, settings.min_frames), settings.max_frames, num_frames)
@@ -121,7 +143,14 @@ def sample_indices(num_frames: int, seconds: float, settings: VideoSettings) -> 
 
 
 def read_clip(video: bytes | FramePictures, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
-    """Clip of a sample's video, whichever form it has; measure_only and errors as in frames_video and decode_video."""
+    """Return the clip of a sample's video, a file or pictures.
+
+    Args:
+        measure_only: only the size of the frames is needed: decode the first sampled frame and repeat it T times.
+
+    Raises:
+        SampleError: as in `frames_video` and `decode_video`.
+    """
     if isinstance(video, FramePictures):
         return frames_video(video.pictures, video.fps, settings, measure_only=measure_only)
     return decode_video(video, settings, measure_only=measure_only)
@@ -130,14 +159,18 @@ def read_clip(video: bytes | FramePictures, settings: VideoSettings, *, measure_
 def frames_video(
     frames: Sequence[bytes], fps: float, settings: VideoSettings, *, measure_only: bool = False
 ) -> DecodedVideo:
-    """Clip of pictures (PNG, JPEG or WebP) in order of time, fps of them per second; only sampled ones are decoded, with
-    measure_only the first of them alone, in the place of all.
+    """Return the clip of pictures (PNG, JPEG or WebP), of which only the sampled ones are decoded.
+
+    Args:
+        frames: encoded pictures in order of time.
+        fps: pictures per second.
+        measure_only: as in `read_clip`.
 
     Raises:
-        VideoError: no picture, an unusable fps, or a sampled picture that is undecodable, huge or of another size.
+        SampleError: no picture, an unusable fps, or a sampled picture that is undecodable, huge or of another size.
     """
     if not frames or not 0 < fps < math.inf:
-        raise VideoError(f"a video of {len(frames)} frames at {fps} per second cannot be used")
+        raise _broken(f"a video of {len(frames)} frames at {fps} per second cannot be used")
     seconds = len(frames) / fps
     indices = sample_indices(len(frames), seconds, settings)
     pictures = (_open_picture(frames[index], index, len(indices)) for index in indices)
@@ -149,12 +182,18 @@ def frames_video(
 
 
 def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
-    """Clip of an mp4, webm or gif file's bytes. How many frames it has, and when, is read from its packets: headers may
-    have no duration, or a wrong one. Only what lies between a keyframe and a sampled frame is decoded, with measure_only
-    the first sampled frame alone (whether a clip is turned stands there), in the place of all.
+    """Return the clip of an mp4, webm or gif file.
+
+    The number of frames and their times are read from the packets, because headers may have no duration or a wrong one.
+    Only the frames between a keyframe and a sampled frame are decoded. The first sampled frame is decoded even to
+    measure the clip, because it says by how much the clip is turned.
+
+    Args:
+        data: bytes of the file.
+        measure_only: as in `read_clip`.
 
     Raises:
-        VideoError: undecodable, without frames, huge, or of changing size.
+        SampleError: undecodable, without frames, huge, or of changing size.
     """
     import av
 
@@ -162,11 +201,11 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
         with av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": DEMUXERS}) as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
-                raise VideoError("the file has no video stream that can be decoded")
+                raise _broken("the file has no video stream that can be decoded")
             packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
             times = sorted({packet.pts for packet in packets if not packet.is_discard})
             if not times:
-                raise VideoError("the video has no frames")
+                raise _broken("the video has no frames")
             tick, last = float(stream.time_base), len(times) - 1
             # the last frame lasts as long as the others in the mean, a lone one as long as a sampling interval
             seconds = (times[-1] - times[0]) * tick * (1 + 1 / last) if last else 1 / settings.fps
@@ -179,14 +218,19 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
                 len(wanted) / seconds,
             )
     except av.error.FFmpegError as error:
-        raise VideoError(f"the video cannot be decoded ({error.strerror})") from None
+        raise _broken(f"the video cannot be decoded ({error.strerror})") from None
 
 
 def _frames_at(
     wanted: list[int], packets: list["av.Packet"], decoder: "av.VideoCodecContext"
 ) -> Iterator["av.VideoFrame"]:
-    """The frame shown at each wanted time (ascending, in ticks), decoded from the keyframe before it unless decoding
-    has already come further."""
+    """Yield the frame shown at each wanted time.
+
+    Decoding starts at the keyframe before it, unless it has already come further.
+
+    Args:
+        wanted: ascending times in ticks.
+    """
     keyframes = [index for index, packet in enumerate(packets) if packet.is_keyframe or not index]
     place = {packet.pts: index for index, packet in enumerate(packets)}
     reached, frame, decoded = -1, None, iter(())
@@ -199,14 +243,14 @@ def _frames_at(
         while frame is None or frame.pts < time:
             reached, frame = next(decoded, (len(packets), None))
             if frame is None:
-                raise VideoError("the video cannot be decoded to its end; it is cut short or damaged")
+                raise _broken("the video cannot be decoded to its end; it is cut short or damaged")
         yield frame
 
 
 def _decode_from(
     start: int, packets: list["av.Packet"], decoder: "av.VideoCodecContext", wanted: set[int]
 ) -> Iterator[tuple[int, "av.VideoFrame"]]:
-    """(packet reached, frame) from a keyframe on, passing over frames neither wanted nor referred to."""
+    """Yield (packet reached, frame) from a keyframe on, passing over frames neither wanted nor referred to."""
     decoder.flush_buffers()
     for index in range(start, len(packets)):
         decoder.skip_frame = "DEFAULT" if packets[index].pts in wanted else "NONREF"
@@ -217,32 +261,36 @@ def _decode_from(
 
 
 def _to_picture(frame: "av.VideoFrame") -> Tensor:
-    """[3, H, W] uint8, turned the way the file says it is to be shown (phones write such files)."""
+    """Return [3, H, W] uint8, turned as the file says (phones write such files)."""
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(picture, round(frame.rotation / 90), (1, 2))
 
 
 def _open_picture(data: bytes, index: int, count: int) -> Tensor:
-    """[3, H, W] uint8."""
+    """Return [3, H, W] uint8."""
     try:
         image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         _check_size(*image.size, count)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except VideoError:
+    except SampleError:
         raise
     except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
-        raise VideoError(f"frame {index} of the video cannot be decoded ({error})") from None
+        raise _broken(f"frame {index} of the video cannot be decoded ({error})") from None
+
+
+def _broken(text: str) -> SampleError:
+    return SampleError(text, "broken_video")
 
 
 def _check_size(width: int, height: int, count: int) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise VideoError(f"the video's frames of {width} x {height} pixels are not within {MAX_SIDE} on a side")
+        raise _broken(f"the video's frames of {width} x {height} pixels are not within {MAX_SIDE} on a side")
     if 3 * width * height * count > MAX_CLIP_BYTES:
-        raise VideoError(f"{count} frames of {width} x {height} pixels take more than {MAX_CLIP_BYTES / 2**30:g} GiB")
+        raise _broken(f"{count} frames of {width} x {height} pixels take more than {MAX_CLIP_BYTES / 2**30:g} GiB")
 
 
 def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -> Tensor:
-    """[T, 3, H, W], filled one picture at a time so that the clip is held once; measure_only: the first, T times."""
+    """Return [T, 3, H, W], filled one picture at a time so that the clip is held in memory once."""
     frames = None
     if measure_only:
         return next(iter(pictures))[None].expand(count, -1, -1, -1)
@@ -251,7 +299,7 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
             frames = picture.new_empty(count, *picture.shape)
         if picture.shape != frames.shape[1:]:
             sizes = " and ".join(f"{shape[-1]} x {shape[-2]}" for shape in (frames.shape, picture.shape))
-            raise VideoError(f"the video's frames are not of one size: {sizes} pixels")
+            raise _broken(f"the video's frames are not of one size: {sizes} pixels")
         frames[index] = picture
     return frames
 
@@ -260,25 +308,28 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
 
 
 def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int, int]:
-    """Patches (t, h, w) of num_frames >= 1 sampled frames of height x width pixels, resized to whole tokens near their
-    aspect ratio and within the limits; only a very thin frame, one token across, may exceed max_pixels_per_frame.
+    """Return the patches (t, h, w) of a clip, resized to whole tokens near its aspect ratio and within the limits.
 
-    Qwen3-VL limits the pixels of the whole clip, here those of a frame times the frames, and first enlarges a frame
-    smaller than a token.
+    Only a very thin frame, one token across, may exceed `max_pixels_per_frame`. A family may count the frames and
+    pixels in its own way (`Family.counted_size`).
+
+    Args:
+        num_frames: sampled frames, at least 1.
+        height: pixels of a frame.
+        width: pixels of a frame.
 
     Raises:
-        VideoError: one side is more than 200 times the other.
+        SampleError: one side is more than 200 times the other.
 
     Source: smart_resize of Qwen2VLVideoProcessor and of Qwen3VLVideoProcessor in transformers 5.23.
     """
     side, patch = settings.token_side, settings.temporal_patch_size
-    frames = counted = max(num_frames, patch)
-    if settings.family == "qwen3_vl":
-        counted = round(frames / patch) * patch
-        if (small := min(height, width)) < side:
-            height, width = int(height * (side / small)), int(width * (side / small))
+    frames = max(num_frames, patch)
+    counted, height, width = FAMILIES[settings.family].counted_size(
+        num_frames, height, width, temporal_patch_size=patch, token_side=side
+    )
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise VideoError(
+        raise _broken(
             f"the video's frames of {width} x {height} pixels are too thin: one side is more than "
             f"{MAX_ASPECT_RATIO} times the other"
         )
@@ -294,18 +345,23 @@ def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings
 
 
 def visual_token_count(num_frames: int, height: int, width: int, settings: VideoSettings) -> int:
-    """Visual tokens of a clip from its sizes alone; arguments and error as in video_grid."""
+    """Return the visual tokens of a clip from its sizes alone; arguments and errors as in `video_grid`."""
     return math.prod(video_grid(num_frames, height, width, settings)) // settings.merge_size**2
 
 
 def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor, Tensor]:
-    """Resize (bicubic, antialiased, in uint8), normalise, repeat the last frame to whole temporal patches, cut. Error
-    as in video_grid.
+    """Cut a clip into patches.
+
+    The frames are resized (bicubic, antialiased, in uint8) and normalised. The last frame is repeated until the
+    temporal patches are whole.
 
     Returns:
         pixel_values_videos: [t * h * w, 3 * temporal_patch_size * patch_size**2] float32; the patches of one visual
             token are neighbours.
         grid_thw: [3] int64 patches (t, h, w).
+
+    Raises:
+        SampleError: as in `video_grid`.
 
     Source: Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers 5.23.
     """
@@ -320,11 +376,11 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
 
 
 def seconds_per_grid(video: DecodedVideo, settings: VideoSettings) -> float:
-    """Seconds one temporal patch stands for: Qwen2.5-VL's second_per_grid_ts."""
+    """Return the duration of one temporal patch in seconds (`second_per_grid_ts` of Qwen2.5-VL)."""
     return settings.temporal_patch_size / video.fps
 
 
 def grid_timestamps(video: DecodedVideo, settings: VideoSettings) -> list[float]:
-    """Seconds of each temporal patch, the mean of its first and last frame; Qwen3-VL writes them into the prompt."""
+    """Return the time of each temporal patch in seconds: the mean of its first and its last frame."""
     times, patch = video.timestamps.tolist(), settings.temporal_patch_size
     return [(times[start] + times[min(start + patch, len(times)) - 1]) / 2 for start in range(0, len(times), patch)]

@@ -1,12 +1,12 @@
-"""Where the answer stands: `<answer>..</answer>` in responses and solutions, and the format of a whole response.
+"""Answers in their tags, `<answer>..</answer>`, of responses and solutions, and the format of a whole response.
 
-A response has an answer if it has exactly one opening and one closing answer tag, in this order; with none or with
-several it is *unparsed*, which is counted apart from wrong. Departure: Video-R1 (src/r1-v/src/open_r1/grpo.py at
-59d65c3) takes the first of several tags, so that a tag quoted while thinking is scored in place of the answer, and its
-format lets a response with two answers pass. Here each tag may stand once.
+A response has an answer if it has exactly one opening and one closing answer tag, in this order. Otherwise it is
+*unparsed*, which is counted apart from wrong. Departure: Video-R1 (src/r1-v/src/open_r1/grpo.py at 59d65c3) takes the
+first of several tags, so that a tag quoted while thinking is scored in place of the answer, and its format lets a
+response with two answers pass. Here each tag may stand once.
 
-A solution may hold several tags: each is a reference answer, and any of them is right (one question with alternatives,
-or the ten answers of VizWiz, see `rules.consensus`).
+A solution may hold several tags. Each is a reference answer, and any of them is right (a question with alternatives, or
+the ten answers of VizWiz, see `rules.consensus`).
 """
 
 import re
@@ -20,7 +20,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def extract_answer(response: str) -> Optional[str]:
-    """Stripped content of the response's only answer tag; None: unparsed."""
+    """Return the stripped content of the response's only answer tag, or None if the response is unparsed."""
     if response.count("<answer>") != 1 or response.count("</answer>") != 1:
         return None
     found = _ANSWER.search(response)
@@ -28,34 +28,40 @@ def extract_answer(response: str) -> Optional[str]:
 
 
 def reference_answers(solution: str) -> tuple[str, ...]:
-    """Stripped content of every answer tag of a solution in order; a solution without tags is itself the answer."""
+    """Return the stripped content of each answer tag of a solution; a solution without tags is itself the answer."""
     return tuple(answer.strip() for answer in _ANSWER.findall(solution)) or (solution.strip(),)
 
 
 def taught_solution(solution: str) -> str:
-    """What supervised training teaches: the solution, or of several answers the most frequent (the first of equals)."""
+    """Return the text that supervised training teaches.
+
+    It is the solution, or the most frequent of several reference answers (the first of equally frequent ones).
+    """
     answers = reference_answers(solution)
     return solution if len(answers) == 1 else f"<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
 
 
 def accuracy_reward(response: str, solution: str, problem_type: str = "") -> float:
-    """1.0 where the response's answer equals a reference answer as text, else 0.0 (the paper, for every problem type).
+    """Return 1.0 if the response's answer equals a reference answer as text, else 0.0.
 
     Args:
         response: generated text.
         solution: `<answer>..</answer>`, once or several times, or the bare answer.
-        problem_type: has no influence.
+        problem_type: unused; it makes the signature that of every reward.
+
+    Source: RAL (arXiv 2602.04884), for every problem type.
     """
     return float(extract_answer(response) in reference_answers(solution))
 
 
 def format_reward(response: str, require_think: bool = True) -> float:
-    """1.0 where the whole response is `<think>..</think><answer>..</answer>`, each tag once, else 0.0. White space
-    around and between the two blocks is free.
+    """Return 1.0 if the whole response is `<think>..</think><answer>..</answer>`, each tag once, else 0.0.
+
+    White space around and between the two blocks is ignored.
 
     Args:
         response: generated text.
-        require_think: False: only `<answer>..</answer>`, no think block (RAL-zero).
+        require_think: presence of the think block; False: only `<answer>..</answer>` without it (RAL-zero).
     """
     if any(response.count(tag) > 1 for tag in _TAGS):
         return 0.0

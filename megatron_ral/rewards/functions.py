@@ -1,29 +1,28 @@
-"""Reward functions of the user's own, by import path."""
+"""Reward functions of the user, found by import path."""
 
 import importlib
 import inspect
-from typing import Callable
+from typing import Any, Callable
 
 from megatron_ral.errors import ConfigError
 
-RewardFunction = Callable[[str, str, str], float]
-"""f(completion, solution, problem_type) -> float"""
-
 CALL = "f(completion, solution, problem_type) -> float"
+RewardFunction = Callable[[str, str, str], float]
+"""Function with the arguments of CALL."""
 
 
 def load_function(key: str, path: str) -> RewardFunction:
-    """The function at `package.module:function`.
+    """Return the function at `package.module:function`.
 
     Args:
-        key: configuration key, for the error.
-        path: import path; imported as Python would, from PYTHONPATH or where the command is run.
+        key: setting that holds the path, for the error.
+        path: import path; Python looks for it on PYTHONPATH and in the working directory.
 
     Raises:
         ConfigError: no such module or function, a module that fails, or something that cannot be called as
             f(completion, solution, problem_type).
     """
-    function, reason = None, ""
+    function: Any = None
     module_name, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
         reason = "is not of the form package.module:function"
@@ -31,12 +30,12 @@ def load_function(key: str, path: str) -> RewardFunction:
         function, reason = _find(module_name, name)
     reason = reason or _call_problem(function)
     if reason:
-        raise ConfigError(f"{key} = '{path}' {reason}")
+        raise ConfigError(key, path, reason)
     return function
 
 
-def _find(module_name: str, name: str) -> tuple[object, str]:
-    """(object, reason why there is none)"""
+def _find(module_name: str, name: str) -> tuple[Any, str]:
+    """Return (object, empty) or (None, fault of the path)."""
     try:
         found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way, and each is a wrong setting
@@ -52,7 +51,7 @@ def _find(module_name: str, name: str) -> tuple[object, str]:
 
 
 def _call_problem(function: object) -> str:
-    """Why something cannot be called as a reward function; empty if it can."""
+    """Return the reason for which an object cannot be called as a reward function; empty: it can."""
     if not callable(function) or inspect.isclass(function):
         return f"is a {'class' if inspect.isclass(function) else type(function).__name__}, not a function {CALL}"
     if any(

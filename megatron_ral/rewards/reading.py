@@ -1,4 +1,4 @@
-r"""Reading answers: text out of its LaTeX or Markdown dress, numbers with commas and units, option letters."""
+r"""Meaning of an answer's text: its content without LaTeX or Markdown markup, its number, its option letter."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import unicodedata
 from typing import Optional
 
 MAX_NUMBER_LENGTH = 100
-"""A longer text is no number."""
+"""Characters of the longest text that is read as a number."""
 
 _TYPOGRAPHY = str.maketrans(
     {"−": "-", "－": "-", "–": "-", "＋": "+", "．": ".", "，": ",", "％": "%", "٪": "%", "٫": ".", "٬": ",", "’": "'"}
@@ -23,7 +23,7 @@ _LATEX = [
         (r"\\([%$])", r"\1"),
     )
 ]
-_DRESS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
+_MARKUP = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
 _NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
 
 _CURRENCY = "$€£¥₹"
@@ -39,7 +39,7 @@ _NUMBER = re.compile(
 _OTHER_NUMBER = re.compile(
     r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|half|and|or|to|plus|minus)\b"
 )
-"""Words behind a number that make it another one, or leave open which one it is."""
+"""Words behind a number that change its value or leave it open."""
 
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
@@ -54,14 +54,17 @@ _FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
 
 
 def plain(text: str) -> str:
-    r"""Text without surrounding spaces, `\boxed{..}`, `$..$`, `\(..\)`, `**..**`, quotation marks, `\text{..}` and
-    LaTeX spacing. Of text around a single `\boxed{..}` nothing is kept; several boxes stay as they are."""
+    r"""Return the text without surrounding spaces, `\boxed{..}`, `$..$`, `\(..\)`, `**..**`, quotation marks,
+    `\text{..}` and LaTeX spacing.
+
+    Text around a single `\boxed{..}` is removed. Several boxes stay as they are.
+    """
     text = text.strip()
     while True:
         before = text
         if text.count(r"\boxed{") == 1:
             text = _inside_braces(text, text.index(r"\boxed{") + len(r"\boxed{")).strip()
-        for left, right in _DRESS:
+        for left, right in _MARKUP:
             inner = text[len(left) : -len(right)]
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right) and left not in inner:
                 text = inner.strip()
@@ -73,7 +76,7 @@ def plain(text: str) -> str:
 
 
 def _inside_braces(text: str, start: int) -> str:
-    """What stands from `start` to the brace that closes the one before it; the whole text if none does."""
+    """Return the text from `start` to the brace that closes the one before it, or the whole text if there is none."""
     depth = 1
     for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -83,7 +86,7 @@ def _inside_braces(text: str, start: int) -> str:
 
 
 def finite(text: str) -> Optional[float]:
-    """Python's reading of a float (digits of any script); None for anything else, infinities and NaN included."""
+    """Return Python's reading of a float (digits of any script), or None for infinities, NaN and other text."""
     try:
         value = float(text)
     except ValueError:
@@ -92,11 +95,11 @@ def finite(text: str) -> Optional[float]:
 
 
 def number(text: str) -> Optional[float]:
-    """The number an answer is, its unit dropped; None where it is none.
+    """Return the number that an answer is, its unit dropped, or None if it is no number.
 
-    All commas are dropped ("1,000"), a percent sign is a unit ("50%" is 50), a unit is at most three words ("12 km/h",
-    "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6", "10:30",
-    "3 of 4", "5½", "5 million" and "5 and a half" are no numbers.
+    All commas are dropped ("1,000"). A percent sign is a unit ("50%" is 50), and a unit has at most three words ("12
+    km/h", "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6",
+    "10:30", "3 of 4", "5½", "5 million" and "5 and a half" are no numbers.
     """
     text = _NARROW_SPACE.sub("", plain(text).translate(_TYPOGRAPHY)).replace(",", "").strip().rstrip(".;:!").rstrip()
     if len(text) > MAX_NUMBER_LENGTH:
@@ -108,12 +111,15 @@ def number(text: str) -> Optional[float]:
 
 
 def _is_part_of_number(unit: str) -> bool:
-    """Whether what stands behind a number belongs to it ("million", "½", "万") and is no unit."""
+    """Return True if the text behind a number belongs to it ("million", "½", "万") and is no unit."""
     return any(word[0].isnumeric() for word in unit.split()) or bool(_OTHER_NUMBER.search(unit.casefold()))
 
 
 def chart_number(text: str) -> Optional[float]:
-    """The number an answer is where a unit is not dropped and "50%" is 0.5; commas are dropped."""
+    """Return the number that an answer is, with "50%" as 0.5, or None.
+
+    Commas are dropped. An answer with a unit is no number here.
+    """
     text = plain(text).translate(_TYPOGRAPHY).replace(",", "")
     if len(text) > MAX_NUMBER_LENGTH:
         return None
@@ -122,11 +128,12 @@ def chart_number(text: str) -> Optional[float]:
 
 
 def choice(text: str) -> Optional[str]:
-    """The option letter, upper case, of "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B",
-    "The answer is B"; None where there is none or more than one ("A or B", "A, B", "(A)(B)", "A) B)", "A. B. C").
+    """Return the option letter that an answer chooses, upper case, or None for no letter or several.
 
-    Text may follow only after a mark or on a new line: "A red ball" is no choice of A. A single letter is text after a
-    mark ("A. X"), but a second choice on a line of its own.
+    "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B" and "The answer is B" choose B. "A or
+    B", "A, B", "(A)(B)", "A) B)" and "A. B. C" choose several. Text may follow only after a mark or on a new line: "A
+    red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second choice on a line of its
+    own.
     """
     match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
     if match is None or _SECOND_CHOICE.match(match[4]):
@@ -135,6 +142,6 @@ def choice(text: str) -> Optional[str]:
 
 
 def first_word(text: str) -> str:
-    """The first run of letters, lower case; empty if there is none."""
+    """Return the first run of letters, lower case; empty: there is none."""
     match = _FIRST_WORD.match(plain(text).casefold())
     return match[1] if match else ""

@@ -1,6 +1,6 @@
-"""Accuracy by problem type: each rule takes an answer and a reference answer and gives a number in [0, 1].
+"""Accuracy by problem type: each rule takes an answer and a reference answer and returns a number in [0, 1].
 
-Our own code, written to the published rules; each docstring says where it departs. Sources:
+The code is our own, written to the published rules; each docstring names its departures. Sources:
 - Video-R1: tulerfeng/Video-R1 at 59d65c3, src/r1-v/src/open_r1/grpo.py, `accuracy_reward`.
 - ChartQA: google-research/pix2struct at 5b086ef, pix2struct/metrics.py, `relaxed_correctness`.
 - MME: BradyFU/Awesome-Multimodal-Large-Language-Models at 1c1d69e, tools/eval_tool.zip, eval_tool/calculation.py,
@@ -22,7 +22,7 @@ Rule = Callable[[str, str], float]
 
 RELAXED_TOLERANCE = 0.05
 CONSENSUS = 3
-"""Matching answers, beside the one left out, that make an answer right."""
+"""Equal answers of other annotators that make an answer right."""
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER_WORDS = {
@@ -32,7 +32,7 @@ _ARTICLES = {"a", "an", "the"}
 
 
 def exact(answer: str, reference: str) -> float:
-    """1 where both are the same text (the paper)."""
+    """Return 1 if both are the same text (the paper)."""
     return float(answer == reference)
 
 
@@ -41,10 +41,10 @@ def _same_text(answer: str, reference: str) -> float:
 
 
 def multiple_choice(answer: str, reference: str) -> float:
-    """1 where both name the same option letter, or are the same text.
+    """Return 1 if both name the same option letter, or are the same text.
 
-    Source: Video-R1, where only the same stripped text is right. More is right here: case, brackets, marks and the
-    option's text beside its letter.
+    Source: Video-R1, where only the same stripped text is right. Departure: case, brackets, marks and the option's text
+    beside its letter make no difference here.
     """
     if _same_text(answer, reference):
         return 1.0
@@ -53,11 +53,11 @@ def multiple_choice(answer: str, reference: str) -> float:
 
 
 def numerical(answer: str, reference: str) -> float:
-    """1 where both numbers are equal when rounded to two decimals.
+    """Return 1 if both numbers are equal when rounded to two decimals.
 
-    Source: Video-R1. There, one of them having a point or a comma and the other none is wrong ("3" against "3.0",
-    "1,000" against "1000") and so is anything `float` does not read; here units are dropped, and a reference that is no
-    number ("1/2") is compared as text.
+    Source: Video-R1. An answer is wrong there if only one side has a point or a comma ("3" against "3.0", "1,000"
+    against "1000"), or if `float` does not read it. Departure: units are dropped, and a reference that is no number
+    ("1/2") is compared as text.
     """
     wanted = number(reference)
     if wanted is None:
@@ -67,10 +67,10 @@ def numerical(answer: str, reference: str) -> float:
 
 
 def regression(answer: str, reference: str) -> float:
-    """1 - |answer - reference| / |reference|, at least 0; numbers are read as in `numerical`.
+    """Return 1 - |answer - reference| / |reference|, at least 0; numbers are read as in `numerical`.
 
-    Source: Video-R1, which adds 1e-9 above and below: an exact answer gets 1e-9 / |reference| less than 1 there, and 0
-    where the reference is 0. Here an exact answer is 1.
+    Source: Video-R1, which adds 1e-9 above and below, so that an exact answer gets 1e-9 / |reference| less than 1, and
+    0 if the reference is 0. Departure: an exact answer gets 1.
     """
     wanted = number(reference)
     if wanted is None:
@@ -82,7 +82,7 @@ def regression(answer: str, reference: str) -> float:
 
 
 def transcription(answer: str, reference: str) -> float:
-    """1 - word error rate, at least 0; words are what white space separates, case counts.
+    """Return 1 - word error rate, at least 0; white space separates words, and case counts.
 
     Source: Video-R1 (problem type OCR).
     """
@@ -95,20 +95,23 @@ def _rouge() -> RougeScorer:
 
 
 def free_form(answer: str, reference: str) -> float:
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming.
+    """Return the mean F measure of ROUGE-1, ROUGE-2 and ROUGE-L with stemming.
 
-    Source: Video-R1. ROUGE knows only the letters a-z and digits: text in other scripts always gets 0. A single word
-    has no ROUGE-2 and gets 2 / 3 at most.
+    ROUGE reads only the letters a-z and digits: text in other scripts always gets 0. A single word has no ROUGE-2 and
+    gets 2 / 3 at most.
+
+    Source: Video-R1.
     """
     scores = _rouge().score(reference, answer)
     return sum(scores[name].fmeasure for name in _ROUGE) / len(_ROUGE)
 
 
 def relaxed_accuracy(answer: str, reference: str) -> float:
-    """1 where numbers differ by at most 5 % of the reference, or other text is the same but for case.
+    """Return 1 if numbers differ by at most 5 % of the reference, or other text is the same but for case.
 
-    Source: ChartQA. As there, "50%" is 0.5 and units are not dropped, so that category names stay text. Departures:
-    commas in numbers are dropped, and a reference of 0 is a number ("0.0" is right).
+    "50%" is 0.5, and units are not dropped, so that category names stay text.
+
+    Source: ChartQA. Departures: commas in numbers are dropped, and a reference of 0 is a number ("0.0" is right).
     """
     wanted, value = chart_number(reference), chart_number(answer)
     if wanted is None or value is None:
@@ -117,22 +120,24 @@ def relaxed_accuracy(answer: str, reference: str) -> float:
 
 
 def yes_or_no(answer: str, reference: str) -> float:
-    """1 where the first word of the answer is the reference, yes or no.
+    """Return 1 if the first word of the answer is the reference, yes or no.
 
-    Source: MME, which looks for "yes" and "no" anywhere in the first four characters: "not sure", "none" and
-    "yesterday" say no, no and yes there, and here neither.
+    Source: MME, which searches the first four characters for "yes" and "no", so that "not sure", "none" and "yesterday"
+    mean no, no and yes. Departure: they mean neither here.
     """
     wanted = first_word(reference)
     return float(first_word(answer) == wanted) if wanted in ("yes", "no") else _same_text(answer, reference)
 
 
 def consensus(answer: str, references: Sequence[str]) -> float:
-    """Mean over the reference answers of min(number of the *other* ones equal to the answer / 3, 1): of ten answers
-    0, 1, 2, 3, 4 equal ones give 0, 0.3, 0.6, 0.9, 1. Up to three references: the share that is equal. Both sides are
-    normalised: lower case, number words as digits, without articles, apostrophes and marks.
+    """Return the mean over reference answers of min(number of the *other* ones equal to the answer / 3, 1).
 
-    Source: VQA. There contractions are repaired where here apostrophes are dropped, and nothing is normalised where all
-    ten answers are the same.
+    With ten references, 0, 1, 2, 3 and 4 equal ones give 0, 0.3, 0.6, 0.9 and 1. With at most three references, the
+    result is the share of equal ones. Both sides are normalised: lower case, number words as digits, without articles,
+    apostrophes and marks.
+
+    Source: VQA. Departures: apostrophes are dropped, where contractions are repaired there; answers are normalised even
+    if all ten references are the same.
     """
     answer, count = _consensus_text(answer), len(references)
     matches = sum(_consensus_text(reference) == answer for reference in references)
@@ -161,28 +166,31 @@ RULES: Mapping[str, Rule] = {
     "yes no": yes_or_no,
     "mme": yes_or_no,
 }
-"""By problem type, in lower case and with spaces for `-`, `_` and `/`; beside them "consensus" or "vizwiz"."""
+"""Rule of each problem type, in the spelling of `rule_name`. "consensus" and "vizwiz" are apart, because their rule
+takes all reference answers at once."""
 _CONSENSUS_TYPES = ("consensus", "vizwiz")
 
 
 def rule_name(problem_type: str) -> str:
-    """A problem type as RULES has it."""
+    """Return a problem type in the spelling of RULES: lower case, with spaces for `-`, `_` and `/`."""
     return " ".join(re.split(r"[\s_/-]+", problem_type.strip())).casefold()
 
 
 def has_rule(problem_type: str) -> bool:
-    """Whether a problem type has a rule of its own; others are matched exactly."""
+    """Return True if a problem type has a rule of its own; the answers of others are matched exactly."""
     return rule_name(problem_type) in RULES or rule_name(problem_type) in _CONSENSUS_TYPES
 
 
 def accuracy_by_type(response: str, solution: str, problem_type: str) -> float:
-    """Accuracy by the rule of the problem type, by exact match where it has none; of several reference answers the best
-    counts. Unparsed: 0.
+    """Return the accuracy by the rule of the problem type, in [0, 1].
+
+    A problem type without a rule is matched exactly. The best of several reference answers counts. An unparsed response
+    gets 0.
 
     Args:
         response: generated text.
         solution: `<answer>..</answer>`, once or several times, or the bare answer.
-        problem_type: of the sample; its spelling is free as to case, spaces, `-`, `_` and `/`.
+        problem_type: problem type of the sample in any spelling that `rule_name` unifies.
     """
     answer, references = extract_answer(response), reference_answers(solution)
     if answer is None:

@@ -1,34 +1,42 @@
-"""Score responses: the parts of the reward, their weighted sum, and what went wrong in scoring."""
+"""Scores of responses: the parts of the reward, their weighted sum, and the problems in scoring."""
 
 from dataclasses import dataclass
 from typing import Mapping, Protocol
 
+from megatron_ral.errors import ConfigError
 from megatron_ral.rewards.answer import accuracy_reward, extract_answer, format_reward
 from megatron_ral.rewards.functions import RewardFunction, load_function
-from megatron_ral.errors import ConfigError
 
 UNPARSED, ERROR = "unparsed", "error"
-"""Components that count responses and carry no weight."""
+"""Components that count responses without a readable answer and failures of a part; neither has a weight."""
 RESERVED = ("accuracy", "format", UNPARSED, ERROR)
+"""Names that a reward function of the user cannot have."""
 LARGEST = 1.0e30
-"""Values beyond it, before or after weighting, overflow float32 when they are summed; they count as not finite."""
+"""Largest value, before or after weighting, that counts as finite, because larger ones overflow float32 in a sum."""
 
 
-class OwnFunction(Protocol):
-    """One entry of reward.functions."""
+class FunctionSettings(Protocol):
+    """One entry of `reward.functions`."""
 
     path: str
+    """Import path, `package.module:function`."""
     weight: float
+    """Factor of the function's value in the reward."""
 
 
 class RewardSettings(Protocol):
     """The `reward` section of a configuration."""
 
     accuracy: str
+    """Kind of the accuracy: `exact` or `by_type`."""
     accuracy_weight: float
+    """Factor of the accuracy."""
     format_weight: float
+    """Factor of the format."""
     require_think: bool
-    functions: Mapping[str, OwnFunction]
+    """Presence of a think block in the format."""
+    functions: Mapping[str, FunctionSettings]
+    """Functions of the user by name."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +44,34 @@ class RewardPart:
     """One summand of the reward."""
 
     name: str
+    """Name in the log."""
     function: RewardFunction
+    """Value of a response."""
     weight: float
+    """Factor of the value in the reward."""
 
 
 @dataclass(frozen=True)
 class ResponseScore:
-    """What one response got."""
+    """Score of one response."""
 
     reward: float
+    """Weighted sum of the parts."""
     components: Mapping[str, float]
-    """Before weighting, and `unparsed` and `error`, 0 or 1."""
+    """Value of each part before weighting, and `unparsed` and `error`, 0 or 1."""
     problems: tuple[str, ...]
-    """What went wrong, each as `kind: detail`."""
+    """Problems in scoring, each as `kind: detail`."""
 
 
 def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
-    """The parts of the reward that a configuration asks for.
+    """Return the parts of the reward that a configuration asks for.
 
     Raises:
-        ConfigError: a function of the user's own cannot be used.
+        ConfigError: a function of the user cannot be used.
     """
     accuracy = accuracy_reward
     if settings.accuracy == "by_type":
-        # Only here, because ROUGE's package takes two seconds to import.
+        # A late import, because ROUGE's package takes two seconds to load.
         from megatron_ral.rewards.rules import accuracy_by_type as accuracy
     parts = [
         RewardPart("accuracy", accuracy, settings.accuracy_weight),
@@ -69,19 +81,29 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
     ]
     for name, own in settings.functions.items():
         if name in RESERVED:
-            raise ConfigError(f"reward.functions.{name}: the name '{name}' is taken; choose another")
+            raise ConfigError(f"reward.functions.{name}", None, f": the name '{name}' is taken; choose another")
         if not name.isidentifier():
             raise ConfigError(
-                f"reward.functions: the name '{name}' must be letters, digits and _, and begin "
-                "with no digit; it becomes the tag rewards/<name>/mean"
+                "reward.functions",
+                None,
+                f": the name '{name}' must be letters, digits and _, and begin with no digit; it becomes the tag "
+                "rewards/<name>/mean",
             )
         parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
     return tuple(parts)
 
 
 def score_response(response: str, solution: str, problem_type: str, parts: tuple[RewardPart, ...]) -> ResponseScore:
-    """Reward of one response: the sum over parts of weight * value. A part that raises or returns no finite number is 0
-    and counted as an error."""
+    """Return the score of one response. The reward is the sum over parts of weight * value.
+
+    A part that raises or returns no finite number has the value 0 and counts as an error.
+
+    Args:
+        response: generated text.
+        solution: `<answer>..</answer>`, once or several times, or the bare answer.
+        problem_type: problem type of the sample; may be empty.
+        parts: parts of the reward.
+    """
     values, problems = {}, []
     if extract_answer(response) is None:
         problems.append(f"{UNPARSED}: not exactly one <answer>..</answer>")
@@ -97,11 +119,11 @@ def score_response(response: str, solution: str, problem_type: str, parts: tuple
 
 
 def _value(part: RewardPart, response: str, solution: str, problem_type: str) -> tuple[float, str]:
-    """(value of a part, what went wrong)"""
+    """Return (value of a part, problem); an empty problem: none."""
     try:
         returned = part.function(response, solution, problem_type)
         value = float(returned)
-    except (Exception, SystemExit) as error:  # whatever a reward function does, the run goes on
+    except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
         return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not max(abs(value), abs(value * part.weight)) <= LARGEST:
         return 0.0, f"returned {value}, which with weight {part.weight} is not a finite number of float32"

@@ -19,7 +19,7 @@ def picture(width: int = 28, height: int = 28, suffix: str = "png", colour="red"
 
 
 def pixel_bomb(side: int = 20000) -> bytes:
-    """A small PNG that declares side x side pixels and begins to give them."""
+    """Return a small PNG that declares side x side pixels and holds the first of them."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -45,7 +45,7 @@ def text(**changes) -> bytes:
 
 
 def faulty(kind: str, images: dict) -> dict[str, bytes]:
-    """Members of a sample with one fault; `images` are those of a good one."""
+    """Return the members of a sample with one fault; `images` are those of a good one."""
     options = {"problem_type": "multiple choice", "options": ["A. red", "B. blue"]}
     return {
         "broken_image": {"jpg": picture(suffix="jpg")[:200], "json": text()},
@@ -80,10 +80,10 @@ KINDS = (
 def write_faulty_set(
     folder: Path, num_shards: int, shard_size: int, faults_per_shard: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Shards of shard_size samples; returns the identities of the good ones, and identity -> reason of the others.
+    """Write shards of shard_size samples; return the identities of the good ones, and identity -> reason of the others.
 
-    Kinds take turns, so that each is met alike often. A shard whose turn it is
-    ends in the middle of its last sample.
+    Kinds of faults take turns, so that each occurs equally often. The shard of the kind `truncated` ends in the
+    middle of its last sample.
     """
     good, bad, images = [], {}, {"png": picture(), "jpg": picture(56, 28, "jpg")}
     kept = {kind: faulty(kind, {"png": images["png"]}) for kind in KINDS}

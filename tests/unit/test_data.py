@@ -1,4 +1,4 @@
-"""Shards, samples, prompts: what is read, what is refused, what is quarantined, and how a position is restored."""
+"""Shards, samples, prompts: reading, refusal, quarantine, and restored positions."""
 
 import io
 import json
@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.errors import DataError
 from megatron_ral.data.index import open_index
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.pictures import patchify_image
-from megatron_ral.data.processor import PromptProcessor, SampleError
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import find_shards, open_shards, parse_sample, read_entry
+from megatron_ral.errors import DataError
 from megatron_ral.types import FramePictures, Sample
 from tests.unit.test_video import clip as mp4_clip
 
@@ -41,7 +42,7 @@ def record(**changes) -> dict:
 
 
 def write_shard(path, samples) -> None:
-    """samples: (key, {suffix: bytes})"""
+    """Write a shard of samples (key, {suffix: bytes})."""
     with tarfile.open(path, "w") as tar:
         for key, members in samples:
             for suffix, data in members.items():
@@ -60,7 +61,7 @@ def processor(material):
 
 
 class Ranks:
-    """Data-parallel ranks as threads of this process, with an exchange as a process group has it."""
+    """Data-parallel ranks as threads of this process, with an exchange like that of a process group."""
 
     def __init__(self, shards, processor, size, **settings):
         self.barrier, self.slots = threading.Barrier(size, timeout=600), [None] * size
@@ -79,12 +80,12 @@ class Ranks:
         return gathered
 
     def take(self, count):
-        """Prompts of each rank."""
+        """Return the prompts of each rank."""
         with ThreadPoolExecutor(len(self.loaders)) as pool:
             return list(pool.map(lambda stream: stream.take(count), self.loaders))
 
     def keys(self, count):
-        """Keys of one batch in the order of its places."""
+        """Return the keys of one batch in the order of its places."""
         shares = [iter(share) for share in self.take(count)]
         return [next(shares[place % len(shares)]).sample.key for place in range(count)]
 
@@ -119,7 +120,7 @@ def test_schemes_never_reach_a_shell(url):
 
 def test_file_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 100)
-    with pytest.raises(DataError, match="data.train: shard .*a.tar' is not a tar"):
+    with pytest.raises(DataError, match="data.train: .*a.tar' is not a tar"):
         open_shards(str(tmp_path / "*.tar"), "data.train")
 
 
@@ -294,7 +295,7 @@ def four_shards(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6])
 def test_batches_do_not_depend_on_the_number_of_ranks(four_shards, processor, size):
-    """Also with more ranks than shards (6), and across epochs (24 samples, batches of 6 and 7)."""
+    """The same holds with more ranks than shards (6), and across epochs (24 samples, batches of 6 and 7)."""
     ranks, alone = Ranks(four_shards, processor, size), loader(four_shards, processor)
     for count in (6, 7, 6, 7, 6):
         assert ranks.keys(count) == [prompt.sample.key for prompt in alone.take(count)]

@@ -1,4 +1,4 @@
-"""The loader over faulty, indexed and long data: what is counted, filtered, grouped; stopping and going on anywhere."""
+"""The loader over faulty, indexed and long data: counting, filtering, grouping, and resuming anywhere."""
 
 import io
 import json
@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.data import processor as processor_module
+from megatron_ral.data import visuals as visuals_module
 from megatron_ral.data.archive import scan_archive
-from megatron_ral.errors import DataError
 from megatron_ral.data.index import index_path, open_index
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.order import EpochOrder
-from megatron_ral.data.processor import PromptProcessor, SampleError
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, read_entry
+from megatron_ral.errors import DataError
 from megatron_ral.types import FramePictures
 from tests.unit.shard_faults import KINDS, picture, pixel_bomb, text, write_faulty_set, write_members
 from tests.unit.test_data import Ranks, good, loader, write_shard
@@ -37,11 +38,11 @@ def identities(prompts) -> list[str]:
     return [prompt.sample.identity for prompt in prompts]
 
 
-# --- faults -------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 def test_faults_of_every_kind_in_2000_samples(tmp_path, processor, monkeypatch):
-    """5 % are at fault: each is counted under its reason with its key, all others are seen once per epoch."""
+    """Each of the 5 % faulty samples is counted under its reason with its key; all others are seen once per epoch."""
     monkeypatch.chdir(tmp_path)
     usable, bad = write_faulty_set(tmp_path, num_shards=20, shard_size=100, faults_per_shard=5)
     assert len(usable) == 1900 and set(bad.values()) == set(KINDS)
@@ -120,7 +121,7 @@ def test_hostile_numbers_are_faults_of_their_sample(members, reason):
 def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, monkeypatch):
     write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
     stream = loader(tmp_path / "a.tar", processor)
-    patchify = processor_module.patchify_image
+    patchify = visuals_module.patchify_image
     failures, own = [ZeroDivisionError("once")], {thread.ident for thread in threading.enumerate()}
 
     def fails_once(*args):
@@ -129,7 +130,7 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, mo
             raise failures.pop()
         return patchify(*args)
 
-    monkeypatch.setattr(processor_module, "patchify_image", fails_once)
+    monkeypatch.setattr(visuals_module, "patchify_image", fails_once)
     assert len(stream.take(3)) == 3
     [text] = stream.quarantined.values()
     assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}
@@ -171,12 +172,12 @@ def test_hostile_archives(tmp_path, processor):
     assert "declares 9999999999999999999999 bytes" in open_index(path).damage
 
 
-# --- stopping and going on ------------------------------------------------------------------------------------------------
+# --- stopping and going on --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def with_faults(tmp_path_factory):
-    """Four shards of 7 samples, one of each at fault in a way that only decoding finds."""
+    """Write four shards of 7 samples, one of each with a fault that only decoding finds."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(4):
         write_shard(
@@ -190,8 +191,8 @@ def with_faults(tmp_path_factory):
 
 
 def test_any_batch_any_number_of_ranks(with_faults, processor):
-    """Stopped after every batch of two epochs and gone on with 1, 2 or 3 ranks, what remains is exactly the rest, in the
-    same order, whatever the number of ranks before."""
+    """A run that stops after any batch of two epochs and resumes with 1, 2 or 3 ranks reads exactly the rest, in the
+    same order, for any number of ranks before."""
     straight, per_batch, states = loader(with_faults, processor), [], []
     for _ in range(10):  # 24 usable samples, batches of 5: epochs end inside batches
         states.append(json.loads(json.dumps(straight.state())))
@@ -237,7 +238,7 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(processor, tmp_path):
-    """As make_shards.py writes them."""
+    """Index the shards like make_shards.py."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_shard(tmp_path / name / "shard-000000.tar", [good("0"), good("1", target_boxes=[[0, 0, 99, 9]])])
@@ -248,7 +249,7 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(processor, tmp_path):
 
 
 def test_any_batch_any_number_of_ranks_in_batches_of_similar_length(processor, tmp_path):
-    """With an index, a sample in each shard that only decoding finds at fault, and epochs that end inside batches."""
+    """The shards have an index and a sample each with a fault that only decoding finds; epochs end inside batches."""
     for shard in range(3):
         write_members(
             tmp_path / f"s-{shard}.tar",
@@ -296,7 +297,7 @@ def test_decoding_ahead_changes_nothing(with_faults, processor, workers, ahead):
     for count in (5, 5, 9, 1, 5):
         wanted, got = plain.take(count), stream.take(count)
         assert identities(wanted) == identities(got)
-        assert len(stream._ahead._begun) <= ahead
+        assert len(stream._prefetcher._begun) <= ahead
         for one, other in zip(wanted, got):
             assert torch.equal(one.pixel_values, other.pixel_values) and torch.equal(one.input_ids, other.input_ids)
 
@@ -313,11 +314,11 @@ def test_memory_stays_flat_over_20_epochs(tmp_path, processor):
     assert held[-1] - held[4] < 25
 
 
-# --- index ----------------------------------------------------------------------------------------------------------------
+# --- index ------------------------------------------------------------------------------------------------------------
 
 
 def several_lengths(folder, count=40) -> None:
-    """Samples of 1 to `count` visual tokens, in a mixed order."""
+    """Write samples of 1 to `count` visual tokens, in a mixed order."""
     write_members(
         folder / "a.tar",
         [
@@ -388,7 +389,7 @@ def test_filters_read_nothing_but_the_index(tmp_path, processor, material, caplo
 
 
 def test_ranks_that_found_other_indexes_end_together(tmp_path, processor, material):
-    """An index that was written, or a disk that showed it, between the looks of two ranks."""
+    """An index appears after one rank has opened the shards and before another one does."""
     several_lengths(tmp_path, 8)
     few = PromptProcessor(str(material["tiny"]), 128, max_visual_tokens=4)
     ranks = Ranks(tmp_path / "a.tar", few, 2)
@@ -502,7 +503,7 @@ def test_members_by_their_place_are_those_of_the_file(tmp_path):
     assert scan_archive(tmp_path / "a.tar").num_bytes == (tmp_path / "a.tar").stat().st_size
 
 
-# --- similar lengths --------------------------------------------------------------------------------------------------------
+# --- similar lengths --------------------------------------------------------------------------------------------------
 
 
 def padding(stream, batches, size) -> tuple[int, list[str]]:

@@ -1,4 +1,4 @@
-"""Attention pictures: where heat and frames are drawn, for one image, several, and a video."""
+"""Attention pictures: places of heat and frames, for one image, several, and a video."""
 
 import io
 
@@ -25,7 +25,7 @@ def processor(material) -> PromptProcessor:
 
 
 def drawn(processor, looked_at: dict[int, float], teacher: dict[int, float] | None = None, **fields) -> np.ndarray:
-    """Picture of a sample whose visual tokens have the given masses."""
+    """Return the picture of a sample whose visual tokens have the given masses."""
     sample = Sample(
         "k", "s", "Which digit is red?", "<answer>3</answer>", "", "", **{"images": (), "target_boxes": (), **fields}
     )
@@ -39,7 +39,7 @@ def drawn(processor, looked_at: dict[int, float], teacher: dict[int, float] | No
 
 
 def is_hot(pixels: np.ndarray) -> bool:
-    """Whether the heat map is at its peak somewhere (red and blue up, over green at 60)."""
+    """Return True where the heat map is at its peak (red and blue up, over green at 60)."""
     return bool(((pixels[..., 0] > 140) & (pixels[..., 2] > 140) & (pixels[..., 0] < 200)).mean() > 0.1)
 
 
@@ -55,7 +55,7 @@ def test_one_image_stands_beside_its_heat_map(processor):
 
 
 def columns(made: np.ndarray, count: int, rows: int) -> list[list[np.ndarray]]:
-    """Cells of a contact sheet of one line: [column][label, picture, heat ...]."""
+    """Return the cells of a contact sheet of one line: [column][label, picture, heat ...]."""
     assert made.shape == (16 + rows * 114, count * 120 - 8, 3)
     parts = [made[:, index * 120 : index * 120 + 112] for index in range(count)]
     return [[part[:16], *(part[16 + row * 114 : 128 + row * 114] for row in range(rows))] for part in parts]

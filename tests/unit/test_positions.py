@@ -21,7 +21,7 @@ def stock(tmp_path_factory):
 
 
 def random_mix(rng: random.Random) -> list[tuple[int, list[int]]]:
-    """Segments (type, grid): 0 text, 1 image, 2 video; text stands between any two visuals, as their end tokens do."""
+    """Return segments (type, grid): 0 text, 1 image, 2 video. Text stands between any two visuals."""
     mix = [(0, [rng.randint(1, 5)])]
     for _ in range(rng.randint(0, 4)):
         video = rng.random() < 0.5

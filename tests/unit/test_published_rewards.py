@@ -102,7 +102,7 @@ NO_NUMBER = [
 
 
 def drawn_number(rng: random.Random, value: float | None = None) -> tuple[str, float | None]:
-    """(text, value or None), also around a given value."""
+    """Return (text, value or None), at times close to a given value."""
     if value is None and rng.random() < 0.1:
         return rng.choice(NO_NUMBER), None
     if value is None:
@@ -207,7 +207,7 @@ def drawn_text(rng: random.Random, around: str | None = None) -> str:
 
 
 def edit_distance(left: list, right: list) -> int:
-    """Levenshtein over words by its recurrence, row by row."""
+    """Return the Levenshtein distance over words by its recurrence, row by row."""
     row = list(range(len(right) + 1))
     for i, word in enumerate(left, 1):
         before, row = row, [i]
@@ -229,7 +229,7 @@ def test_transcription():
 
 
 def published_rouge(answer: str, solution: str) -> float:
-    """Mean F of ROUGE-1, -2 and -L over lower-case runs of a-z0-9, those longer than three stemmed."""
+    """Return the mean F measure of ROUGE-1, -2 and -L over lower-case runs of a-z0-9, stemmed if longer than three."""
     from nltk.stem.porter import PorterStemmer
 
     stem = PorterStemmer().stem
@@ -266,7 +266,7 @@ def test_free_form():
 
 
 def test_yes_or_no():
-    """As published but for words that only begin like yes and no."""
+    """The rule equals the published one except for words that only begin like yes and no."""
     rng, seen = random.Random(7), Counter()
     for _ in range(DRAWS):
         said = rng.choice(["yes", "no"] * 3 + ["maybe", "unclear", "I think so", "", "not sure", "none", "yesterday"])
@@ -284,7 +284,7 @@ def test_yes_or_no():
 
 
 def published_vqa(answer: str, references: list[str]) -> float:
-    """Mean over the sets of nine of min(matches / 3, 1), answers made alike as the VQA tools do."""
+    """Return the mean over sets of nine of min(matches / 3, 1), with answers normalised like in the VQA tools."""
     digits = {"none": "0", "zero": "0", "one": "1", "two": "2", "ten": "10"}
 
     def alike(given):
@@ -322,7 +322,7 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 def test_format():
-    """As published where each tag stands once and no space surrounds the whole."""
+    """The format equals the published one if each tag stands once and no space surrounds the whole."""
     rng, seen = random.Random(9), Counter()
     for _ in range(2 * DRAWS):
         pieces = ["<think>", "red", "</think>", rng.choice(["", "\n", " x"]), "<answer>", "7", "</answer>"]

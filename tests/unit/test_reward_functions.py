@@ -1,4 +1,4 @@
-"""Reward functions by import path, and scoring of decoded responses: what is counted, logged and survives an error."""
+"""Reward functions by import path, and scoring of decoded responses: counts, log lines, and errors of a function."""
 
 import json
 import logging
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megatron_ral.config import RunConfig, dump_config, load_config
-from megatron_ral.errors import ConfigError
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.errors import ConfigError, show_value
 from megatron_ral.rewards.functions import load_function
 from megatron_ral.rewards.score import reward_parts, score_response
-from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, scoring_issues, score_responses
+from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, score_responses, scoring_issues
 from megatron_ral.types import ResponseBatch, Sample, pad_prompts
 
 HERE = __name__
@@ -26,11 +26,11 @@ GOOD = "<think>red</think><answer>7</answer>"
 
 
 def brevity(completion: str, solution: str, problem_type: str) -> float:
-    """Depends on all three arguments."""
+    """Return a reward that depends on all three arguments."""
     return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
 
 
-class HealthMonitor:
+class Judge:
     def __call__(self, completion, solution, problem_type="", *, strict=False):
         return 0.25
 
@@ -38,7 +38,7 @@ class HealthMonitor:
         return 0.5
 
 
-judge = HealthMonitor()
+judge = Judge()
 
 
 def with_defaults(completion, *rest):
@@ -117,7 +117,11 @@ def test_path_that_cannot_be_used_is_named(path, said):
     with pytest.raises(ConfigError) as error:
         load_function("reward.functions.mine.path", path)
     sentence = str(error.value)
-    assert sentence.startswith(f"reward.functions.mine.path = '{path}' ") and said in sentence and "\n" not in sentence
+    assert (
+        sentence.startswith(f"reward.functions.mine.path = {show_value(path)} ")
+        and said in sentence
+        and "\n" not in sentence
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,7 +337,7 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
     told = []
     monkeypatch.setattr(trainer, "gather_objects", lambda value, group: told.append(value) or [value, value])
     for is_main, lines in ((False, 0), (True, 6)):
-        run = SimpleNamespace(groups=SimpleNamespace(data=None), is_main=is_main, problems=ScoringIssueLog())
+        run = SimpleNamespace(process_groups=SimpleNamespace(data=None), is_main=is_main, problems=ScoringIssueLog())
         with caplog.at_level(logging.WARNING):
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[scored]), 4)
             trainer.Trainer._show_problems(run, SimpleNamespace(rollout=[]), 5)

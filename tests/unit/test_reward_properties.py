@@ -1,4 +1,4 @@
-"""What must hold of every reward, whatever the answer: on answers drawn at random with a fixed seed."""
+"""Properties of every reward, on answers drawn at random with a fixed seed."""
 
 import random
 import string
@@ -25,7 +25,7 @@ def references(*answers: str) -> str:
 
 
 def text(rng: random.Random) -> str:
-    """Characters without tags; often a number, a letter, or words."""
+    """Return characters without tags, often a number, a letter, or words."""
     return rng.choice(
         [
             lambda: "".join(rng.choices(PRINTABLE, k=rng.randint(0, 20))),
@@ -38,7 +38,7 @@ def text(rng: random.Random) -> str:
 
 
 def fitting(problem_type: str, rng: random.Random) -> str:
-    """An answer of the kind that the rule is for."""
+    """Return an answer of the kind that the rule is for."""
     if problem_type in ("numerical", "regression", "relaxed accuracy", "chartqa"):
         return rng.choice(
             [str(rng.randint(-5000, 5000)), f"{rng.uniform(-99, 99):.2f}", f"{rng.randint(1000, 10**7):,}"]

@@ -47,7 +47,7 @@ def test_response(response, accuracy, form):
 
 @pytest.mark.parametrize("answer", ["Red", "red.", r"\boxed{red}", "the red", ""])
 def test_exact_match_is_of_the_text_alone(answer):
-    """What the rules by type forgive, the paper's rule does not."""
+    """The paper's rule counts differences as wrong that the rules by type accept."""
     assert accuracy_reward(f"<answer>{answer}</answer>", "<answer>red</answer>") == 0.0
     assert accuracy_reward(f"<answer>{answer}</answer>", answer) == 1.0
 
@@ -61,7 +61,7 @@ def test_without_thinking():
 
 
 def test_several_tags():
-    """In a response: unparsed. In a solution: so many reference answers, of which supervised training teaches one."""
+    """A response with several tags is unparsed. In a solution each is a reference; supervised training teaches one."""
     for response in (
         "<answer>a</answer><answer>a</answer>",
         "<answer><answer>a</answer>",

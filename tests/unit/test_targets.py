@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from megatron_ral.data.processor import PromptProcessor, SampleError
+from megatron_ral.data.issues import SampleError
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample
-from megatron_ral.data.targets import TargetError, clip_cells, image_cells, in_span, parse_target_frames
+from megatron_ral.data.targets import clip_cells, image_cells, in_span, parse_target_frames
 from megatron_ral.data.video import DecodedVideo
 from megatron_ral.types import FramePictures, TargetFrames
 from tests.unit.test_data import png, record
@@ -15,7 +16,7 @@ from tests.unit.test_video import clip as mp4_clip
 
 
 def decoded(num_frames: int, fps: float = 1.0) -> DecodedVideo:
-    """Frames of 60 x 40 pixels."""
+    """Return frames of 60 x 40 pixels."""
     return DecodedVideo(torch.zeros(num_frames, 3, 40, 60).byte(), torch.arange(num_frames).double() / fps, fps)
 
 
@@ -79,7 +80,7 @@ def test_times_follow_the_sampled_frames_of_a_slow_clip():
     ],
 )
 def test_wrong_spans_and_boxes(span, boxes, message):
-    with pytest.raises(TargetError, match=message):
+    with pytest.raises(SampleError, match=message):
         clip_cells([TargetFrames(span, boxes)], decoded(5), (3, 2, 3), 2)
 
 
@@ -97,7 +98,7 @@ def test_wrong_spans_and_boxes(span, boxes, message):
     ],
 )
 def test_annotations_that_cannot_be_read(value, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SampleError, match=message):
         parse_target_frames(value)
     with pytest.raises(ValueError, match=f"sample 'k': {message}"):
         parsed({"mp4": b""}, data_type="video", target_boxes=[], target_frames=value)

@@ -1,4 +1,4 @@
-"""Videos: which frames are taken, what is refused, and patches equal to the stock processors of transformers."""
+"""Videos: sampled frames, refusals, and patches equal to those of the stock processors of transformers."""
 
 import io
 import struct
@@ -11,11 +11,9 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_ral.errors import ConfigError
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.video import (
-    FAMILIES,
     DecodedVideo,
-    VideoError,
     VideoSettings,
     decode_video,
     frames_video,
@@ -26,6 +24,8 @@ from megatron_ral.data.video import (
     video_grid,
     visual_token_count,
 )
+from megatron_ral.errors import ConfigError
+from megatron_ral.models.families import FAMILIES
 
 CODECS = {  # short groups of pictures, so that decoding skips some
     "mp4": ("mp4", "libx264", "yuv420p", {"g": "6", "bf": "2"}),
@@ -42,7 +42,7 @@ def settings(family="qwen2_5_vl", **choices) -> VideoSettings:
 
 
 def clip(kind="mp4", count=20, times=None) -> bytes:
-    """64 x 48 pixels, ten frames per second (or at times, in tenths), each a ramp moved on: no two are alike."""
+    """Return a clip of 64 x 48 pixels, ten frames per second (or at `times`, in tenths), each frame another ramp."""
     container, codec, pixels, options = CODECS[kind]
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
@@ -66,7 +66,7 @@ def all_frames(data: bytes) -> torch.Tensor:
 
 
 def overwrite(data: bytes, after: bytes, skip: int, value: bytes) -> bytes:
-    """value in place of what stands skip bytes after the first occurrence of a name."""
+    """Return the data with `value` written `skip` bytes after the first occurrence of a name."""
     place = data.index(after) + len(after) + skip
     return data[:place] + value + data[place + len(value) :]
 
@@ -123,7 +123,7 @@ def test_what_no_sampled_frame_needs_is_not_decoded():
             damaged[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     few = settings(min_frames=2, max_frames=2)  # frames 0 and 21 of 42
     assert torch.equal(decode_video(bytes(damaged), few).frames, decode_video(data, few).frames)
-    with pytest.raises(VideoError, match="cannot be decoded"):
+    with pytest.raises(SampleError, match="cannot be decoded"):
         decode_video(bytes(damaged), settings(fps=100.0))
 
 
@@ -212,7 +212,7 @@ def test_pictures_are_sampled_by_the_same_rule():
     ],
 )
 def test_unusable_files(data, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(SampleError, match=message):
         decode_video(data, settings(fps=100.0))
 
 
@@ -229,12 +229,12 @@ def test_unusable_files(data, message):
     ],
 )
 def test_unusable_pictures(frames, fps, message):
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(SampleError, match=message):
         frames_video(frames, fps, settings())
 
 
 def test_too_thin_frames():
-    with pytest.raises(VideoError, match="more than 200 times"):
+    with pytest.raises(SampleError, match="more than 200 times"):
         patchify_video(noise(2, 2, 402), settings())
 
 
@@ -289,7 +289,7 @@ def test_qwen3_vl_limits_the_pixels_of_the_clip():
 
 
 def test_patches_hold_the_frames_in_order():
-    """Without resizing, each patch is a piece of two frames: (token row, token column, row, column) after time."""
+    """Without resizing, each patch is cut out of two frames: (token row, token column, row, column) after time."""
     video, chosen = noise(3, 56, 84), settings(min_pixels_per_frame=28 * 28)
     values, grid = patchify_video(video, chosen)
     assert grid.tolist() == [2, 4, 6]
@@ -307,7 +307,7 @@ def test_patches_hold_the_frames_in_order():
 
 
 def test_resizing_is_bicubic_and_antialiased():
-    """As PIL resizes, but for the rounding of a level."""
+    """The frames equal those that PIL resizes, up to the rounding of a level."""
     video, chosen = noise(2, 300, 400), settings(max_pixels_per_frame=28 * 28, min_pixels_per_frame=1)
     values, grid = patchify_video(video, chosen)
     assert grid.tolist() == [1, 2, 2]

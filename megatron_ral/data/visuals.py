@@ -1,0 +1,142 @@
+"""Images and videos of a sample -> patches, grids and target tokens."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from megatron_ral.data.issues import SampleError
+from megatron_ral.data.pictures import MAX_IMAGE_PIXELS, image_grid, open_image, patchify_image
+from megatron_ral.data.targets import clip_cells, image_cells
+from megatron_ral.data.video import (
+    MAX_SIDE,
+    VideoSettings,
+    grid_timestamps,
+    patchify_video,
+    read_clip,
+    seconds_per_grid,
+    video_grid,
+)
+from megatron_ral.models.families import Family
+from megatron_ral.types import FramePictures, Sample
+
+
+@dataclass
+class Visual:
+    """One image or video of a sample."""
+
+    pixels: Optional[Tensor]
+    """[patches, width] float32; None if only lengths are measured."""
+    grid: Tensor
+    """[3] int64 patches (t, h, w)."""
+    targets: Tensor
+    """[visual tokens] bool: tokens that show the object asked for."""
+    is_video: bool = False
+    """Kind of the visual: video or image."""
+    seconds: float = 0.0
+    """Duration of one temporal patch of a video; 0 for an image."""
+    stamps: tuple[float, ...] = ()
+    """Seconds of each temporal patch of a video after its first frame; empty for an image."""
+
+
+class VisualReader:
+    """Reader of images and videos for one checkpoint. Several threads may call it.
+
+    Args:
+        image_processor: image processor of the checkpoint.
+        family: family of the checkpoint.
+        merge_size: patches of a visual token and side in the vision tower.
+    """
+
+    def __init__(self, image_processor: Qwen2VLImageProcessorPil, family: Family, merge_size: int):
+        self.image_processor, self.family, self.merge_size = image_processor, family, merge_size
+        self.video = VideoSettings.from_image_processor(image_processor, family=family.model_type)
+
+    def read(self, sample: Sample, *, measure_only: bool = False) -> list[Visual]:
+        """Return the images of a sample, then its videos.
+
+        Args:
+            measure_only: only grids are needed: read the headers of pictures, the packets of videos and one frame of
+                each video.
+
+        Raises:
+            SampleError: an image or video that cannot be used, or targets that do not fit it.
+        """
+        _refuse_stray_targets(sample)
+        try:
+            images = [_open_image(data, decode=not measure_only) for data in sample.images]
+            visuals = [self._image(image, measure_only) for image in images]
+            if sample.target_boxes:
+                rows, columns = self.token_grid(visuals[0].grid)[1:]
+                visuals[0].targets = image_cells(sample.target_boxes, *images[0].size, rows, columns).flatten()
+            for number, video in enumerate(sample.videos):
+                visuals.append(self._video(video, sample.target_frames if number == 0 else (), measure_only))
+        except SampleError as error:
+            raise error.of_sample(sample.key) from None
+        return visuals
+
+    def token_grid(self, grid: Tensor) -> tuple[int, int, int]:
+        """Return the visual tokens (t, rows, columns) of patches (t, h, w)."""
+        t, h, w = grid.tolist()
+        return t, h // self.merge_size, w // self.merge_size
+
+    def run_grids(self, visual: Visual) -> Tensor:
+        """Return the grid of each run of visual tokens in the prompt, [runs, 3] int64 patches."""
+        if visual.is_video and self.family.timed_video:
+            return visual.grid.new_tensor([[1, *visual.grid[1:]]] * len(visual.stamps))
+        return visual.grid[None]
+
+    def _no_targets(self, grid: Tensor) -> Tensor:
+        return torch.zeros(int(grid.prod()) // self.merge_size**2, dtype=torch.bool)
+
+    def _image(self, image: Image.Image, measure_only: bool) -> Visual:
+        try:
+            if measure_only:
+                pixels, grid = None, image_grid(image, self.image_processor)
+            else:
+                pixels, grid = patchify_image(image, self.image_processor)
+        except ValueError as error:  # an aspect ratio that the processor refuses
+            raise SampleError(f"image cannot be used ({error})", "broken_image") from None
+        return Visual(pixels, grid, self._no_targets(grid))
+
+    def _video(self, video: bytes | FramePictures, target_frames: tuple, measure_only: bool) -> Visual:
+        clip = read_clip(video, self.video, measure_only=measure_only)
+        if measure_only:
+            pixels, grid = None, torch.tensor(video_grid(len(clip.frames), *clip.frames.shape[2:], self.video))
+        else:
+            pixels, grid = patchify_video(clip, self.video)
+        targets = self._no_targets(grid)
+        if target_frames:
+            depth = self.video.temporal_patch_size
+            targets = clip_cells(target_frames, clip, self.token_grid(grid), depth).flatten()
+        stamps = tuple(grid_timestamps(clip, self.video))
+        return Visual(pixels, grid, targets, True, seconds_per_grid(clip, self.video), stamps)
+
+
+def _open_image(data: bytes, *, decode: bool) -> Image.Image:
+    """Open an image, its declared size checked before a pixel is decoded."""
+    try:
+        image = open_image(data)
+        return image.convert("RGB") if decode else image
+    except Image.DecompressionBombError as error:
+        raise SampleError(
+            f"image declares too many pixels ({error}); at most {MAX_SIDE} on a side and {MAX_IMAGE_PIXELS} in all",
+            "image_too_large",
+        ) from None
+    except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
+        raise SampleError(f"image cannot be decoded ({error})", "broken_image") from None
+
+
+def _refuse_stray_targets(sample: Sample) -> None:
+    """Raise SampleError for targets without an image or video that they could lie in."""
+    for boxes, media, field, kind, way in (
+        (sample.target_boxes, sample.images, "target_boxes", "image", "a video has target_frames"),
+        (sample.target_frames, sample.videos, "target_frames", "video", "an image has target_boxes"),
+    ):
+        if boxes and not media:
+            raise SampleError(
+                f"sample '{sample.key}' has {field} but no {kind} they could lie in ({way})", "target_box"
+            )
