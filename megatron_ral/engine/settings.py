@@ -32,12 +32,12 @@ class EngineSettings:
     @classmethod
     def from_config(cls, config: RunConfig) -> "EngineSettings":
         """Return the settings of the policy."""
-        return cls._of(config, config.model.path)
+        return cls._from_config(config, config.model.path)
 
     @classmethod
     def reference_from_config(cls, config: RunConfig) -> "EngineSettings":
         """Return the settings of the frozen reference."""
-        return cls._of(config, config.model.reference_path or config.model.path)
+        return cls._from_config(config, config.model.reference_path or config.model.path)
 
     @classmethod
     def teacher_from_config(cls, config: RunConfig, offload: bool) -> "EngineSettings":
@@ -50,7 +50,7 @@ class EngineSettings:
         return cls(teacher.path, teacher.dtype, teacher.sequence_parallel, offload)
 
     @classmethod
-    def _of(cls, config: RunConfig, path: str) -> "EngineSettings":
+    def _from_config(cls, config: RunConfig, path: str) -> "EngineSettings":
         parallel = config.parallel
         return cls(
             path,

@@ -22,13 +22,13 @@ class TargetPass(Enum):
 
 @dataclass(frozen=True)
 class TargetRules:
-    """What settings a target allows and what a run has to hold for it."""
+    """Settings that a target allows, and the pass that a run has to make for it."""
 
     needs: TargetPass
     keys: tuple[str, ...] = ("all", "visual", "prompt")
     """Values of `loss.attention_keys` that it allows."""
     keys_reason: str = ""
-    """Why it allows no others, as the rest of a sentence about them."""
+    """Reason why it allows no others, as the rest of a sentence about them."""
     stores: tuple[str, ...] = ("rows", "qk")
     """Values of `loss.attention_store` that it allows."""
     is_zero_on_policy: bool = False
