@@ -48,6 +48,7 @@ def ran(tmp_path_factory) -> tuple[Path, list[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=600,
+            check=False,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-4000:]}"
         printed.append(done.stdout)
@@ -73,17 +74,20 @@ def test_what_the_guide_names_exists():
     named = {
         match
         for match in re.findall(r"(?<![/\w.])([a-z_]+\.[a-z_]+)\b(?![/(])", text)
-        if match.split(".")[0] in sections and not match.endswith((".json", ".md", ".html", ".py"))
+        if match.split(".")[0] in sections and not match.endswith((".json", ".jsonl", ".md", ".html", ".py"))
     }
     assert len(named) > 30 and named - known <= {"watchdog.log"}, named - known  # a file
     for page in WRITTEN:
         if page.name == "CHANGELOG.md":  # names what was there before
             continue
+        text = page.read_text(encoding="utf-8")
         for path in re.findall(
-            r"\b((?:tools|docs|launch_scripts|tests|pretrained_configs|megatron_ral)/[\w./-]+\w)",
-            page.read_text("utf-8"),
+            r"\b((?:tools|docs|launch_scripts|tests|pretrained_configs|megatron_ral)/[\w./-]+\w)", text
         ):
             assert "NAME" in path or (PROJECT / path).exists(), f"{page.name}: {path}"
+        for path in re.findall(r"(?<![\w/])((?:[a-z]+/)+\w+\.py)\b", text):  # below the project or the package
+            found = any((root / path).exists() for root in (PROJECT, PROJECT / "megatron_ral"))
+            assert found or "NAME" in path, f"{page.name}: {path}"
 
 
 def test_links_between_pages_lead_somewhere():
