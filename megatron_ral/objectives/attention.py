@@ -17,7 +17,7 @@ from megatron_ral.types import GroupBatch, PromptBatch, TrainBatch
 
 PRECISION_FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12, torch.bfloat16: 1e-4}
 """Divergence in nats below which a row may differ from its target by rounding alone, by the precision of queries and keys
-(see "Precision" in docs/results/measurements.md)."""
+(see "Precision" in docs/measurements.md)."""
 
 ROLLOUT_POLICY = ("old", "group", "hindsight")
 """Targets made of rows of the policy that made the rollout."""
