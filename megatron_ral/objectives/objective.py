@@ -12,7 +12,7 @@ from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.kl import kl_estimate
-from megatron_ral.functional.policy_loss import Surrogate, cispo_loss, grpo_loss, gspo_loss
+from megatron_ral.functional.surrogates import Surrogate, cispo_loss, grpo_loss, gspo_loss
 from megatron_ral.objectives.attention import AttentionTerm, attention_metrics
 from megatron_ral.objectives.distillation import DistillTerm
 from megatron_ral.types import TrainBatch
