@@ -1,4 +1,4 @@
-"""Steps that are not finite in real runs: skipped, kept, and reproduced by the command in the log."""
+"""Steps of real runs that are not finite are skipped, stored, and reproduced by the command in the log."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.integration.cases import RL, SFT, write_config
 
 
 def rare_token(model, shard) -> tuple[int, int]:
-    """(a token that the model reads in one sample of a shard alone, the number of that sample)"""
+    """Return (a token that only one sample of a shard contains, the number of that sample)."""
     processor = PromptProcessor(str(model), 128)
     prompts = read_prompts(open_sources([(str(shard), 0)], "data.train")[0].shards, processor, 16)
     read = [set(prompt.input_ids.tolist()) | set(prompt.response_ids[:-1].tolist()) for prompt in prompts]
@@ -27,7 +27,7 @@ def rare_token(model, shard) -> tuple[int, int]:
 
 
 def replay_of(log: str) -> list[str]:
-    """What the command in a log hands to megatron_ral.replay."""
+    """Return the arguments of megatron_ral.replay in the command of a log."""
     return re.findall(r"-m torch\.distributed\.run --standalone --nproc-per-node 2 -m megatron_ral\.replay (\S+)", log)
 
 
