@@ -11,9 +11,9 @@ numbers per row of the teacher are sent.
 The mass of the other tokens is a sum, not 1 minus the mass of the k tokens, which would be noise below 1e-7 in float32.
 
 Without the last outcome (verl's `forward_kl_topk`) nothing bounds the student's total mass on the k tokens, and a
-distribution renormalised over them does not show it. Losses with the last outcome: verl's `forward_kl_topk_tail` (verl-project/verl
-01dcf9f0cad6bd9b158cb875ae9e5c256f45633d, verl/trainer/distillation/tail_kl.py, forward KL, 1 - sum, clamped from
-below), TRL's `loss_add_tail` (huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8,
+distribution renormalised over them does not show it. Losses with the last outcome: verl's `forward_kl_topk_tail`
+(verl-project/verl 01dcf9f0cad6bd9b158cb875ae9e5c256f45633d, verl/trainer/distillation/tail_kl.py, forward KL, 1 - sum,
+clamped from below), TRL's `loss_add_tail` (huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8,
 trl/experimental/server_distillation/server_distillation_trainer.py:71-81, all three divergences, 1 - sum).
 """
 
@@ -29,7 +29,7 @@ class TopTokens(NamedTuple):
     """Most likely tokens of a teacher, without gradient."""
 
     indices: Tensor
-    """Token ids in the whole vocabulary, [..., k] int64, all different, each below the (padded) size of the vocabulary."""
+    """Token ids in the whole vocabulary, [..., k] int64, all different, each below the (padded) vocabulary size."""
     logprobs: Tensor
     """Log-probabilities over the whole vocabulary at the temperature of the divergence, [..., k]."""
     others: Optional[Tensor] = None
@@ -168,8 +168,8 @@ def _local(indices: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Ten
 def _without(columns: Tensor, inside: Tensor, local: Tensor) -> Tensor:
     """Set the top tokens of non-negative columns to 0, in place.
 
-    The reduction is a minimum, because an id of another shard is clamped to some column too and must leave it unchanged,
-    whatever the order of the updates.
+    The reduction is a minimum, because an id of another shard is clamped to some column too and must leave it
+    unchanged, whatever the order of the updates.
     """
     bound = torch.zeros_like(local, dtype=columns.dtype).masked_fill_(~inside, float("inf"))
     return columns.scatter_reduce_(-1, local, bound, reduce="amin")

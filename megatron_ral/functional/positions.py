@@ -29,7 +29,7 @@ def multimodal_positions(
         ValueError: the visual tokens do not match the grids.
 
     Source: Qwen2-VL (arXiv 2409.12191) section 2.1, Qwen2.5-VL (arXiv 2502.13923) section 2.1.2. The position after a
-    video follows transformers 5. Up to version 4 it was one more than the largest coordinate, the temporal one included.
+    video follows transformers 5. Up to version 4 it followed the largest coordinate, the temporal one included.
     """
     columns, position, index, number = [], 0, 0, 0
     intervals = [1.0] * len(grids) if temporal_intervals is None else temporal_intervals

@@ -1,8 +1,8 @@
 """Surrogates of the policy gradient: token losses of the GRPO family, one value per token.
 
 `SURROGATES` names them as `loss.policy_loss` does, and all are called alike (`TokenLoss`). Their values are summed with
-the weights of `aggregation.token_weights`. Padding enters no ratio and no flag, whatever its log-probabilities hold, and
-carries no gradient. The value of the loss at padding has no meaning, because its weight is 0.
+the weights of `aggregation.token_weights`. Padding enters no ratio and no flag, whatever its log-probabilities hold,
+and carries no gradient. The value of the loss at padding has no meaning, because its weight is 0.
 
 A new token loss is one function here with its row in `SURROGATES`, and its name in `config/loss.py`.
 """
@@ -149,7 +149,7 @@ def cispo_loss(
 
     Args: the arguments of `grpo_loss`, with these differences.
         clip_low: 1 or more for no lower bound (the paper's runs and TRL).
-        clip_high: > 0. TRL's epsilon_high is the bound itself, which is 1 + clip_high: epsilon_high = 5 is clip_high = 4.
+        clip_high: > 0. TRL's epsilon_high is the bound itself, 1 + clip_high: epsilon_high = 5 is clip_high = 4.
             verl's two-sided 1 - clip_ratio_low and 1 + clip_ratio_high have the same meaning as here.
         dual_clip: 0. The loss has no second bound; the argument exists so that all token losses are called alike.
 
