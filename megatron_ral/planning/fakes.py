@@ -1,9 +1,9 @@
 """Modes under which real code runs on tensors without memory, and that count its memory and arithmetic.
 
 `FakeTensorMode` of torch gives every tensor a size and no contents. This file adds two modes. `KnownIntegers` computes
-small integer tensors for real beside their fakes, so that code that asks for the number of visual tokens, or for the first
-window, gets an answer. `Watched` follows every storage from its creation to its end and counts arithmetic, so that a phase
-has a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
+small integer tensors for real beside their fakes, so that code that asks for the number of visual tokens, or for the
+first window, gets an answer. `Watched` follows every storage from its creation to its end and counts arithmetic, so
+that a phase has a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
 """
 
 import math
@@ -240,8 +240,8 @@ def _attention_flops(name: str, args: tuple, kwargs: dict) -> int:
 def first_chunks(watched: Watched, count: int = 2) -> Iterator[None]:
     """Let the first chunks of attention rows represent all chunks of the code that runs inside.
 
-    Attention rows are computed in many chunks of one size, one after the other. Peaks are the same, because no two chunks
-    exist at a time.
+    Attention rows are computed in many chunks of one size, one after the other. Peaks are the same, because no two
+    chunks exist at a time.
 
     Args:
         watched: mode that counts the chunks.

@@ -1,8 +1,9 @@
 """Machines of a rehearsal as stated numbers, and the time that work takes on them.
 
 Defaults are an H100 SXM node. Arithmetic, HBM and NVLink follow NVIDIA's data sheet (989 TFLOP/s dense bfloat16,
-67 TFLOP/s float32, 3.35 TB/s, 900 GB/s both ways), with one 400 Gb/s InfiniBand port per GPU. The shares of them that are
-reached, the cost of a kernel start and the speed of a disk are assumptions, and so is every second derived from them.
+67 TFLOP/s float32, 3.35 TB/s, 900 GB/s both ways), with one 400 Gb/s InfiniBand port per GPU. The shares of them that
+are reached, the cost of a kernel start and the speed of a disk are assumptions, and so is every second derived from
+them.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Settings that decide memory, traffic and time of a launch, taken from a run's configuration and its number of ranks."""
+"""Settings that decide memory, traffic and time of a launch, from a run's configuration and its number of ranks."""
 
 import json
 from dataclasses import asdict, dataclass, field

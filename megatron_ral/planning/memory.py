@@ -1,8 +1,8 @@
 """Check that a teacher fits beside the policy, before any weight is read.
 
-Only bytes that are certain are counted, on the rank that holds most of them: shards of every model between uses, float32
-gradients, master weights and moments of trained parameters, and the largest stage that is ever gathered. Activations, KV
-cache, logits and attention rows come on top.
+Only bytes that are certain are counted, on the rank that holds most of them: shards of every model between uses,
+float32 gradients, master weights and moments of trained parameters, and the largest stage that is ever gathered.
+Activations, KV cache, logits and attention rows come on top.
 """
 
 import os

@@ -3,7 +3,7 @@
 Every rank reports its own state to the first rank, which compares all reports and prints every issue at once:
 
     1. each rank writes a small file into train.output_dir, and reports versions, GPUs, settings, shards and model files
-    2. each rank looks for the file of another rank, reads its clock, and one process per node connects to all other nodes
+    2. each rank looks for the file of another rank and reads its clock, and one process per node connects to all nodes
     3. the first rank judges; all ranks learn the verdict and end, or start
 
 Neither a device nor a process group is needed.
@@ -160,7 +160,8 @@ def _check(
             launch_facts.remove_file(probe)
     if verdict:
         raise AgreedError("", None, verdict)
-    return f"preflight: {rendezvous.world_size} ranks agree on versions, settings, shards, model files and train.output_dir"
+    agreed = "agree on versions, settings, shards, model files and train.output_dir"
+    return f"preflight: {rendezvous.world_size} ranks {agreed}"
 
 
 def _look(
@@ -229,8 +230,8 @@ def _judge(
                 LaunchIssue(
                     output,
                     f"'{report.settings[output]}'",
-                    f"is another folder than on rank {writer}, whose file does not appear there; give one on a disk that "
-                    "all nodes share",
+                    f"is another folder than on rank {writer}, whose file does not appear there; give one on a disk "
+                    "that all nodes share",
                 )
             )
         if not sent - CLOCK_SKEW_SECONDS <= seen.clock <= received + CLOCK_SKEW_SECONDS:
@@ -238,8 +239,8 @@ def _judge(
             own.append(LaunchIssue("clock", f"{seen.clock - sent:+.0f} s", remedy))
         for node, address, port, error in seen.unreachable:
             remedy = (
-                f"of node {node} cannot be reached ({error}); open all ports between the nodes, and let every host name "
-                "resolve to its address in that network"
+                f"of node {node} cannot be reached ({error}); open all ports between the nodes, and let every host "
+                "name resolve to its address in that network"
             )
             own.append(LaunchIssue("port", f"{address}:{port}", remedy))
         if several and report.port[1] and report.port[0].startswith("127."):

@@ -1,4 +1,4 @@
-"""Rehearsal of a launch: every distinct rank is simulated, and the results become memory, traffic and seconds of one step."""
+"""Rehearsal of a launch: simulation of every distinct rank, and memory, traffic and seconds of one step from it."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -162,7 +162,7 @@ def rehearse(
 
 
 def _teacher_bytes(plan: LaunchPlan, shape: ModelShape) -> HeldBytes:
-    """Return the bytes of the teacher, whose passes are not simulated: its shards and its stage, and a copy of its head."""
+    """Return the bytes of the teacher: shards, gathered stage and a copy of its head. Its passes are not simulated."""
     if plan.teacher is None:
         return HeldBytes(0, 0)
     settings, tensor = plan.teacher, plan.layout.tensor_size

@@ -92,8 +92,8 @@ def _job(rehearsal: Rehearsal) -> list[str]:
         f"{rehearsal.prompts_per_day:,.0f} prompts per day ({plan.work.group_size} responses each)",
         f"checkpoint: {rehearsal.checkpoint_bytes / 1e9:,.0f} GB, "
         f"{max(r.seconds['checkpoint'] for r in rehearsal.ranks):,.0f} s",
-        f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, of which "
-        f"{hardware.reserved_gib:g} are reserved: {verdict}",
+        f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, "
+        f"of which {hardware.reserved_gib:g} are reserved: {verdict}",
     ]
     if plan.teacher is not None:
         lines.append(

@@ -1,4 +1,4 @@
-"""Simulation of one rank of a job that does not exist, through the phases of one step, without memory for its tensors."""
+"""Simulation of one rank of a job that does not exist, through the phases of one step, without memory."""
 
 from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping
@@ -115,7 +115,7 @@ class _Simulator:
         self.phase("vision", self.work.num_prompts, lambda: self.engine.encode_visual(prompts))
 
     def generation(self) -> None:
-        """Run two passes of one batch, the first and the one that takes most memory, with their traffic and sampling."""
+        """Run two passes of one batch with traffic and sampling: the first, and the one that takes most memory."""
         engine, work = self.engine, self.work
         batch = make_groups(engine.shape, work, work.generation_batch, engine.layout.is_first_stage, engine.stage.dtype)
         settings = SamplingSettings(work.group_size, work.response_length, 0, 0, self.plan.temperature, self.plan.top_p)

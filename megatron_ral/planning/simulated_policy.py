@@ -1,8 +1,8 @@
-"""Engine of one rank of a job that does not exist: its stage is built and run by the real code on tensors without memory.
+"""Engine of one rank of a job that does not exist. The real code builds and runs its stage on tensors without memory.
 
-`SimulatedPolicy` is the trainable engine without DeepSpeed. Its parameters are whole all the time, and nothing is gathered
-or reduced, because `planning/zero3.py` does that by arithmetic. Everything else, megatron's schedule included, is what a
-real rank runs.
+`SimulatedPolicy` is the trainable engine without DeepSpeed. Its parameters are whole all the time, and nothing is
+gathered or reduced, because `planning/zero3.py` does that by arithmetic. Everything else, megatron's schedule included,
+is what a real rank runs.
 """
 
 from contextlib import nullcontext

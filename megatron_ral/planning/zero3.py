@@ -1,9 +1,9 @@
 """Bytes that ZeRO-3 holds and sends for one stage, by arithmetic on the sizes of its parameters.
 
 Every parameter is divided into equal shards, the last one padded. Between uses a rank holds its shards. For trained
-parameters it also holds float32 gradient shards, master weights and two moments, and a buffer through which gradients are
-reduced. A use gathers the stage (`engine/stage.py`). For a moment, the flat buffer of the gather and the parameters made
-from it exist together (DeepSpeed 0.19.8).
+parameters it also holds float32 gradient shards, master weights and two moments, and a buffer through which gradients
+are reduced. A use gathers the stage (`engine/stage.py`). For a moment, the flat buffer of the gather and the parameters
+made from it exist together (DeepSpeed 0.19.8).
 """
 
 from collections import Counter

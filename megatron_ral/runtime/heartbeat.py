@@ -67,8 +67,9 @@ class HealthMonitor:
     Args:
         limits: seconds without a heartbeat or tick after which a rank counts as dead or stalled, in (a usual, a long)
             phase.
-        watches_waiting: whether a heartbeat shows that its main thread waits for other ranks. With an accelerator it does
-            not, because the wait is in the queue of the device. A stall then counts only once no rank makes progress.
+        watches_waiting: whether a heartbeat shows that its main thread waits for other ranks. With an accelerator it
+            does not, because the wait is in the queue of the device. A stall then counts only once no rank makes
+            progress.
     """
 
     def __init__(self, limits: tuple[float, float], watches_waiting: bool):

@@ -16,7 +16,7 @@ class Progress:
         """Count that grows with every sign of progress of the main thread."""
         self.phase, self.is_long = "start-up", True
         self.num_phases = 0
-        """Number of phases entered so far. It orders ranks, because all ranks enter the same phases in the same order."""
+        """Number of phases entered so far. It orders ranks, because all enter the same phases in the same order."""
         self.step = 0
         """1-based step in work, 0 before the first."""
         self.samples: Sequence[str] = ()

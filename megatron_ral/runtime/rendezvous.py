@@ -16,7 +16,8 @@ from megatron_ral.errors import UserError
 _ADDRESS = "MASTER_ADDR:MASTER_PORT"
 _OPEN_STORES: list[dist.Store] = []
 """Stores that stay open to the end of the process. Without a launcher's agent the first rank hosts the store, and the
-process groups connect to the same port later. A store that closed in between would reset the ranks that connected early."""
+process groups connect to the same port later. A store that closed in between would reset the ranks that connected
+early."""
 
 
 class RendezvousError(UserError):

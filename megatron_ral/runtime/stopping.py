@@ -14,8 +14,8 @@ class StopRequests:
     """Requests that ask this process to end.
 
     A signal may reach one rank only, so `agreed` tells all ranks. Slurm sends SIGUSR1 before a time limit with
-    `--signal`, to some or all of its tasks. torchrun sends SIGTERM to its workers and kills them 30 s later. A rank whose
-    peer died also gets SIGTERM from torchrun. It never reaches an agreement then, and the watchdog ends it.
+    `--signal`, to some or all of its tasks. torchrun sends SIGTERM to its workers and kills them 30 s later. A rank
+    whose peer died also gets SIGTERM from torchrun. It never reaches an agreement then, and the watchdog ends it.
 
     Args:
         time_limit_minutes: minutes after which the run ends; 0 for no limit.

@@ -1,16 +1,16 @@
 """Watchdog: a rank that dies or stalls ends the whole job, with a message that names rank, place and samples.
 
-A thread of every rank sends heartbeats (phase, step, samples and ticks of `progress.py`) through a key-value store of its
-own, which the first rank hosts. The store is separate because the main thread may be stuck in a collective.
+A thread of every rank sends heartbeats (phase, step, samples and ticks of `progress.py`) through a key-value store of
+its own, which the first rank hosts. The store is separate because the main thread may be stuck in a collective.
 
 - Ranks of one machine check each other's processes, so that a death is noticed within a second.
 - The first rank judges the heartbeats of all ranks. No heartbeat for too long means a stopped rank or a lost machine.
-  Heartbeats whose ticks do not grow mean a stalled main thread. Waiting in a collective for another rank is no stall, so
-  that the stragglers are named: ranks that do not wait, in the earliest phase.
+  Heartbeats whose ticks do not grow mean a stalled main thread. Waiting in a collective for another rank is no stall,
+  so that the stragglers are named: ranks that do not wait, in the earliest phase.
 - All other ranks watch the first rank, because the store ends with it.
 
-The rank that finds a failure writes a verdict into the store. The verdict is printed by that rank, by the first rank and
-by the first rank that has not failed. Every rank's thread then ends its process, wherever the main thread is stuck.
+The rank that finds a failure writes a verdict into the store. The verdict is printed by that rank, by the first rank
+and by the first rank that has not failed. Every rank's thread then ends its process, wherever the main thread is stuck.
 """
 
 import json
@@ -185,8 +185,8 @@ class Watchdog:
     def end_with(self, error: BaseException) -> NoReturn:
         """End the process because of an error.
 
-        Where another rank is the cause, the watchdog's verdict ends the process. Otherwise the error is printed, and the
-        other ranks end because of it.
+        Where another rank is the cause, the watchdog's verdict ends the process. Otherwise the error is printed, and
+        the other ranks end because of it.
         """
         if self._thread is not None and comes_from_a_collective(error):
             self._thread.join(self.timeout)  # the thread ends the process where it finds a cause

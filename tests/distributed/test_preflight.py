@@ -71,7 +71,7 @@ def port_after_rendezvous() -> bool:
 
 
 def test_port_stays_open_after_the_rendezvous():
-    """A closed port would reset a rank that connects early to the process groups, where no launcher's agent hosts it."""
+    """A closed port would reset a rank that connects early to the process groups, if no launcher's agent hosts it."""
     assert run_ranks(1, port_after_rendezvous) == [False], "a single rank needs no store"
     assert run_ranks(2, port_after_rendezvous)[0]
 

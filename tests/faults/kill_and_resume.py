@@ -1,4 +1,4 @@
-"""Rounds of kill_and_resume.sh: a random rank is killed, the job has to end in time, and the resumed run has to be exact."""
+"""Rounds of kill_and_resume.sh: a rank is killed, the job has to end in time, and the resumed run has to be exact."""
 
 import json
 import os

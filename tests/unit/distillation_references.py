@@ -1,7 +1,7 @@
 """References of the tests of token distillation.
 
-One is the definition over the whole vocabulary in float64 with gradients by autograd. The other calls the functions under
-test on a vocabulary split by hand.
+One is the definition over the whole vocabulary in float64 with gradients by autograd. The other calls the functions
+under test on a vocabulary split by hand.
 """
 
 import pytest

@@ -1,6 +1,7 @@
-"""Token distillation on vocabulary shards: numbers by hand, the definition over the vocabulary, TRL's formula, rounding.
+"""Token distillation on vocabulary shards: numbers by hand, the definition, TRL's formula, rounding.
 
-Shards are made by hand and their sums added. The collectives are tested in tests/distributed/test_distillation_vocab.py.
+Shards are made by hand and their sums added. The collectives are tested in
+tests/distributed/test_distillation_vocab.py.
 """
 
 import math

@@ -1,5 +1,7 @@
-"""What surrounds the divergences of distillation: layers matched by depth, the shuffled control, settings without effect,
-memory of a teacher, and the study's arithmetic."""
+"""Distillation around its divergences: layers matched by depth, the shuffled control, settings without effect, memory.
+
+The arithmetic of the study is tested here too.
+"""
 
 import sys
 from pathlib import Path
@@ -90,7 +92,7 @@ def test_settings_without_effect_are_named():
 
 
 def test_memory_of_a_teacher_at_real_size():
-    """32 billion parameters in bfloat16 over tensor 8: an eighth of each cut weight, between uses and while it reads."""
+    """32 billion parameters in bfloat16 over tensor 8: an eighth of each weight, between uses and in a pass."""
     teacher, student = read_shape(str(MODELS / "qwen2.5-vl-32b")), read_shape(str(MODELS / "qwen2.5-vl-7b"))
     [stage] = stage_parameters(teacher, RankLayout(0, 8, 8, 1))
     one_node = RankLayout(0, 8, 8, 1)

@@ -314,7 +314,7 @@ def test_micro_batches_of_a_batch_add_up(kind, mode):
 
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_gradient_is_the_policy_gradient_on_policy(kind):
-    """At ratio 1 every loss has the gradient -A / T: a descent step makes tokens with A > 0 likelier, others less so."""
+    """At ratio 1 every loss has the gradient -A / T: descent makes tokens with A > 0 likelier, others less so."""
     old = logprobs(1)
     _, gradient = value_and_gradient(kind, old, old)
     assert torch.allclose(gradient, -ADVANTAGES[..., None] * MASK / MASK.sum(), rtol=1e-13, atol=0)

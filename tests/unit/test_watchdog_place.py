@@ -8,7 +8,7 @@ from megatron_ral.runtime.watchdog import main_thread_place
 
 
 def seen_during(action) -> tuple[str, str]:
-    """Return main_thread_place() as another thread sees it during `action`, whose argument is the event that ends it."""
+    """Return main_thread_place() as seen by another thread during `action`, which gets the event that ends it."""
     found, end = [], threading.Event()
 
     def watch() -> None:

@@ -4,8 +4,8 @@
     python -m tools.benchmarks.attention_term --device cuda [--shapes 8192x1024 32768x4096] [--peak-tflops 989]
 
 One sequence has S tokens, the last R of them the response, with 28 heads and 4 key/value heads of width 128, in float32
-on CPU and bfloat16 on CUDA. The loss is the mean JSD between the head-averaged attention of the R rows (own token left out)
-and a fixed target, plus the layer's output times a fixed cotangent. Forward and backward passes to q, k and v:
+on CPU and bfloat16 on CUDA. The loss is the mean JSD between the head-averaged attention of the R rows (own token left
+out) and a fixed target, plus the layer's output times a fixed cotangent. Forward and backward passes to q, k and v:
 
     eager layer   layer without this project: scores of all S x S per head, softmax in float32, output = weights @ v,
                   rows = mean over heads of the same weights, autograd through output and loss
@@ -14,13 +14,13 @@ and a fixed target, plus the layer's output times a fixed cotangent. Forward and
     term          our loss alone: `head_mean_attention` and `row_divergence`, to q (R rows) and k
     eager rows    the loss alone, by autograd through a softmax over heads x R x S
 
-Repetitions of all cases are interleaved, and the least time counts. On a machine with other work, `--clock cpu` (processor
-seconds of all threads) with OMP_NUM_THREADS=1 is the steadier measure. Memory is the peak above the inputs, counted by the
-allocator in a pass of its own. It includes the gradients of the inputs, which are printed apart; `extra` is without them.
-Where the eager layer needs more than `--eager-memory` GiB, it runs with fewer key/value heads and the query heads that
-share them, and its time and memory are multiplied. Such lines are marked. On CUDA the time of the term is also compared
-with the least time of its matrix products. The last line is `ratio attention_term VALUE`: time of the term over that of the
-eager layer, the largest over the shapes.
+Repetitions of all cases are interleaved, and the least time counts. On a machine with other work, `--clock cpu`
+(processor seconds of all threads) with OMP_NUM_THREADS=1 is the steadier measure. Memory is the peak above the inputs,
+counted by the allocator in a pass of its own. It includes the gradients of the inputs, which are printed apart; `extra`
+is without them. Where the eager layer needs more than `--eager-memory` GiB, it runs with fewer key/value heads and the
+query heads that share them, and its time and memory are multiplied. Such lines are marked. On CUDA the time of the term
+is also compared with the least time of its matrix products. The last line is `ratio attention_term VALUE`: time of the
+term over that of the eager layer, the largest over the shapes.
 """
 
 import argparse

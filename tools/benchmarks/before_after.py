@@ -1,13 +1,13 @@
 """Training step of this tree against one of an earlier revision, on one machine.
 
     bash launch_scripts/ral_tiny.sh
-    python -m tools.benchmarks.before_after REVISION [--run outputs/ral_tiny] [--rounds 6] [--steps 10] [dotted.key=value ...]
+    python -m tools.benchmarks.before_after REVISION [--run outputs/ral_tiny] [--rounds 6] [--steps 10] [SETTING ...]
 
-The RL steps of a finished tiny run start from its weights after SFT, with one thread per tree. REVISION is checked out to a
-temporary folder and must have `tools/benchmarks/profile_step.py`. In each round both trees run at once, each on a processor
-of its own. They swap processors every round, so that other work on the machine affects both alike. Seconds are medians over
-rounds. Other data: `data.train="[{shards: DIR/*.tar}]"`. The last line is `ratio before_after VALUE`: seconds of a step now
-over those before.
+The RL steps of a finished tiny run start from its weights after SFT, with one thread per tree. REVISION is checked out
+to a temporary folder and must have `tools/benchmarks/profile_step.py`. In each round both trees run at once, each on a
+processor of its own. They swap processors every round, so that other work on the machine affects both alike. Seconds
+are medians over rounds. Other data: `data.train="[{shards: DIR/*.tar}]"`. The last line is `ratio before_after VALUE`:
+seconds of a step now over those before.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def main() -> None:
     names = list(turns[0][0])
     old, new = ({name: median(pair[side].get(name, 0.0) for pair in turns) for name in names} for side in (0, 1))
     print(
-        f"before: {subject.stdout.strip()}\nmedians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
+        f"before: {subject.stdout.strip()}\n"
+        f"medians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
         f"{'phase':12}{'before':>9}{'now':>9}{'ratio':>8}"
     )
     for name in [*names, "step"]:

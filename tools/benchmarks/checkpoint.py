@@ -3,9 +3,9 @@
     python -m tools.benchmarks.checkpoint [--hidden-size 512] [--num-layers 6] [--steps 3] [--saves 5] [--folder DIR]
 
 One process runs supervised steps of a model of the given size. A period is --steps steps and one save. The three modes
-(no save, at once, in a thread) take turns. The cost of a mode is its shortest period minus the shortest period without a
-save, because other work on the machine only adds time. Printed are the bytes of a checkpoint, the seconds of one step, and
-for each mode the seconds of a save and the part of it inside `save`. `ratio checkpoint_at_once` and
+(no save, at once, in a thread) take turns. The cost of a mode is its shortest period minus the shortest period without
+a save, because other work on the machine only adds time. Printed are the bytes of a checkpoint, the seconds of one
+step, and for each mode the seconds of a save and the part of it inside `save`. `ratio checkpoint_at_once` and
 `ratio checkpoint_in_thread` are the cost of a save over one step.
 """
 

@@ -2,10 +2,10 @@
 
     python -m tools.benchmarks.conversion [--scale 16] [--folder DIR]
 
-A random checkpoint with every tensor of Qwen2.5-VL-72B (80 layers, 64 / 8 heads), whose widths are divided by --scale, is
-converted by `to-megatron` (TP=8, PP=4) and `to-hf` in processes of their own. The memory of a process before it opens the
-checkpoint is subtracted from its peak (Linux). The last lines are `ratio conversion_memory` (peak over the two largest
-tensors) and `ratio conversion_seconds` (to-megatron over cp of the same bytes).
+A random checkpoint with every tensor of Qwen2.5-VL-72B (80 layers, 64 / 8 heads), whose widths are divided by --scale,
+is converted by `to-megatron` (TP=8, PP=4) and `to-hf` in processes of their own. The memory of a process before it
+opens the checkpoint is subtracted from its peak (Linux). The last lines are `ratio conversion_memory` (peak over the
+two largest tensors) and `ratio conversion_seconds` (to-megatron over cp of the same bytes).
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Tokens per second of generating G responses to each image prompt, against `transformers.generate` on the same weights.
+"""Tokens per second of generating G responses to each image prompt, against `transformers.generate`.
 
     python -m tools.benchmarks.generation [--prompts 8] [--group-size 8] [--length 64] [--cores 1 --clock cpu]
 
-A random Qwen2.5-VL in Hugging Face format is made, wide enough for its matrices to take the time. Three sides answer by
-turns, each in processes of its own that stay open:
+A random Qwen2.5-VL in Hugging Face format is made, wide enough for its matrices to take the time. Three sides with the
+same weights answer by turns, each in processes of its own that stay open:
 
     transformers   one process with --cores threads; the prompts in one batch, num_return_sequences = G
     one stage      one process with --cores threads
@@ -11,11 +11,12 @@ turns, each in processes of its own that stay open:
                    left out with --cores 1
 
 All sides sample at temperature 1 from the whole vocabulary, in float32, up to the last step: no token ends a response.
-Seconds are those of a whole call, vision tower included. Seconds of decoding are those of a whole call minus those of a call
-for one token. A second measurement ends every second response after a quarter of the steps. It is compared with a batch of
-half the group size in which no response ends, because matrices of fewer rows are less efficient in any case. All sides
-compute greedy tokens first, and the share of ours that equals those of transformers is printed. On a machine with other
-work, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure.
+Seconds are those of a whole call, vision tower included. Seconds of decoding are those of a whole call minus those of a
+call for one token. A second measurement ends every second response after a quarter of the steps. It is compared with a
+batch of half the group size in which no response ends, because matrices of fewer rows are less efficient in any case.
+All sides compute greedy tokens first, and the share of ours that equals those of transformers is printed. On a machine
+with other work, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier
+measure.
 
 The last lines are ratios of tokens per second:
     generation_ended         one stage: cost of a token (decoding seconds over tokens of responses) where half of the
@@ -157,7 +158,7 @@ def child(side: str, args: argparse.Namespace) -> None:
         print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
 
 
-# --- in the process that requests -----------------------------------------------------------------------------------------
+# --- in the process that requests -------------------------------------------------------------------------------------
 
 
 class Side:
@@ -223,8 +224,8 @@ class Side:
 def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
     """Return the median seconds of the calls of each side, and its greedy tokens, by side.
 
-    Calls are for one token, for all tokens, for all with half of the responses ended, and with half of the group size for one
-    token and for all.
+    Calls are for one token, for all tokens, for all with half of the responses ended, and with half of the group size
+    for one token and for all.
     """
     sides, rounds, greedy = {}, {name: [] for name in sides_of(args.cores)}, {}
     try:

@@ -4,21 +4,21 @@ Code, weights, responses and loss are the same on both sides.
 
     python -m tools.benchmarks.group_layout [--scale 4] [--layers 2] [--rounds 3] [--threads 1]
 
-Separate sequences are groups of one response for the same engine: one micro-batch of G prompts, the same prompt G times,
-with one response each. The sides take turns. For one group, two things are timed: the gradients of one update, and the pass
-without gradient that computes the old (or the reference's) log-probabilities. Both read visual embeddings that exist
-already, so that no vision tower runs. The objective is GRPO without recorded attention, because the attention term is over
-the same number of response rows on both sides. AdamW is left out: it is the same on both sides, and runs once per 16 groups
-in the published runs.
+Separate sequences are groups of one response for the same engine: one micro-batch of G prompts, the same prompt G
+times, with one response each. The sides take turns. For one group, two things are timed: the gradients of one update,
+and the pass without gradient that computes the old (or the reference's) log-probabilities. Both read visual embeddings
+that exist already, so that no vision tower runs. The objective is GRPO without recorded attention, because the
+attention term is over the same number of response rows on both sides. AdamW is left out: it is the same on both sides,
+and runs once per 16 groups in the published runs.
 
 The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The vocabulary is reduced further to
 --layers / 28, because the LM head reads response rows only and gains nothing from the layout. With the whole vocabulary
 beside a few layers, it would hide the gain of the layers. The linear parts of a layer read P + G R tokens instead of
 G (P + R). Attention over the prompt falls to 1 / G, attention over the responses stays.
 
-Both sides must give the same gradient; the difference is printed. Calls of the vision tower are counted over the rollout of
---prompts prompts, the old pass and the update. Ratios use processor seconds of all threads, medians of --rounds; wall
-seconds are printed beside them. The last lines:
+Both sides must give the same gradient; the difference is printed. Calls of the vision tower are counted over the
+rollout of --prompts prompts, the old pass and the update. Ratios use processor seconds of all threads, medians of
+--rounds; wall seconds are printed beside them. The last lines:
     ratio group_layout_tower    pictures that the tower encodes in all of that, per prompt
     ratio group_layout_old      speed-up of the old pass over the token ratio G (P + R) / (P + G R)
     ratio group_layout          speed-up of the update over the token ratio
@@ -26,7 +26,6 @@ seconds are printed beside them. The last lines:
 
 import argparse
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -134,7 +133,7 @@ class Bench:
         return norm([one - other for one, other in zip(*found)]) / norm(found[1])
 
     def rollout(self) -> tuple[list, list[int]]:
-        """Run a rollout and a whole step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
+        """Run a rollout and a step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
         from megatron_ral.rollout.collect import collect_rollout
 
         with counted(self.policy.stage.visual) as counts:

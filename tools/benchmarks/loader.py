@@ -8,9 +8,9 @@ JPEG shards, their index and a tiny checkpoint are made first. Three rates are m
     processor    encoded bytes in memory -> prompt (decode, resize, patches, tokens), one after the other
     loader       shards on disk -> batches of prompts in shuffled order, decoding in --threads threads
 
-The loader's rate includes the work on a prompt besides decoding. `loader / processor` is the time that the loader itself
-adds or saves. Resident memory (RSS) is printed after every epoch. The last line is `ratio loader VALUE`, the loader's rate
-over bare PIL's.
+The loader's rate includes the work on a prompt besides decoding. `loader / processor` is the time that the loader
+itself adds or saves. Resident memory (RSS) is printed after every epoch. The last line is `ratio loader VALUE`, the
+loader's rate over bare PIL's.
 """
 
 import argparse
@@ -110,11 +110,12 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
         epoch()
         held.append(psutil.Process().memory_info().rss / 2**20)
     print(
-        f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, batches of {batch}, "
-        f"{args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round"
+        f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, "
+        f"batches of {batch}, {args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round"
     )
     print(
-        f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\nloader     {1 / whole:8.1f} samples/s"
+        f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\n"
+        f"loader     {1 / whole:8.1f} samples/s"
     )
     print("RSS in MiB after each epoch: " + " ".join(f"{value:.0f}" for value in held))
     print(f"RSS of the last epoch minus that of the fifth: {held[-1] - held[min(4, len(held) - 1)]:+.1f} MiB")

@@ -8,7 +8,8 @@ The RL steps of a finished tiny run start from its weights after SFT and run fou
     1. to warm up
     2. without a profiler, for the seconds of each phase. Compare these before and after a change
     3. under torch's profiler, for the own time of operators, the backward pass included
-    4. under cProfile, for the own time of Python functions. It makes them several times slower: read shares, not seconds
+    4. under cProfile, for the own time of Python functions. It makes them several times slower: read shares, not
+       seconds
 
 The last line is `ratio profile VALUE`: processor seconds per step over those of its matrix products alone.
 """

@@ -9,22 +9,23 @@ A step is the pass for the old log-probabilities and the gradients of one update
     ral             ral_7b.yaml: one recorded layer
     ral all layers  ral_7b.yaml with every layer recorded
 
-Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The term falls with the number
-of heads and therefore weighs --scale times more against the layers than in the 7B. Three things are not part of a step here.
-The reference pass and AdamW are the same on both sides and would lower the ratio (AdamW is printed; it runs once per 16
-groups in the published runs). Recomputed activations would favour RAL, because recorded layers are not recomputed. All
-responses have the full length.
+Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The term falls with the
+number of heads and therefore weighs --scale times more against the layers than in the 7B. Three things are not part of
+a step here. The reference pass and AdamW are the same on both sides and would lower the ratio (AdamW is printed; it
+runs once per 16 groups in the published runs). Recomputed activations would favour RAL, because recorded layers are not
+recomputed. All responses have the full length.
 
 A machine without an accelerator holds a few layers, beside which one recorded layer weighs far more than beside 28.
 Each side is therefore timed at two depths, and the formula
 
     step(L, recorded) = fixed + L * layer + recorded * term
 
-is solved. `layer` and `fixed` come from bare GRPO at both depths. `term` (recording in the old pass, rows of both passes,
-divergence, metrics, backward pass) is the additional time of a side per recorded layer, mean of both depths. `measured` is
-the term of GRPO, which computes no gradient. `fixed` is mostly the LM head, whose share is that beside 28 layers. Printed
-are the ratios at the timed depths and, by this formula, at 28 layers. The ratio with the rollout includes generation and
-rewards, which are the same on both sides. Its vision tower is tiny, so that the rollout is too cheap.
+is solved. `layer` and `fixed` come from bare GRPO at both depths. `term` (recording in the old pass, rows of both
+passes, divergence, metrics, backward pass) is the additional time of a side per recorded layer, mean of both depths.
+`measured` is the term of GRPO, which computes no gradient. `fixed` is mostly the LM head, whose share is that beside 28
+layers. Printed are the ratios at the timed depths and, by this formula, at 28 layers. The ratio with the rollout
+includes generation and rewards, which are the same on both sides. Its vision tower is tiny, so that the rollout is too
+cheap.
 
 Ratios use processor seconds of all threads, because the machine may do other work; they are medians of --rounds. Wall
 seconds are printed beside them. The last lines, for 28 layers:

@@ -2,11 +2,12 @@
 
     python -m tools.benchmarks.rehearsal
 
-Measured are the live bytes of all tensors that each process makes during the step, not the resident memory of the process,
-because an allocator on CPUs blurs it. `planning/` rehearses the same bytes. The table has one row per layout and pipeline
-stage.
+Measured are the live bytes of all tensors that each process makes during the step, not the resident memory of the
+process, because an allocator on CPUs blurs it. `planning/` rehearses the same bytes. The table has one row per layout
+and pipeline stage.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from tools.benchmarks.tiny_material import make_tiny_material
 
 
 def main() -> None:
-    """Print the table."""
+    """Run and rehearse the steps, and print the table."""
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     from tests.distributed.runner import run_ranks
     from tests.distributed.test_rehearsal import CASES, real_step, rehearsed_step
 
     with tempfile.TemporaryDirectory() as folder:
         policy, other, data = make_tiny_material(Path(folder))
         print(
-            "| tensor x pipeline x data | settings | stage | bytes alive, measured | rehearsed | difference | bytes sent, "
-            "counted | rehearsed | difference |\n|---|---|---|---|---|---|---|---|---|"
+            "| tensor x pipeline x data | settings | stage | bytes alive, measured | rehearsed | difference | "
+            "bytes sent, counted | rehearsed | difference |\n|---|---|---|---|---|---|---|---|---|"
         )
         for tensor, pipeline, settings in CASES:
             real = run_ranks(4, real_step, policy, other, data, tensor, pipeline, settings, timeout=600)

@@ -1,11 +1,12 @@
 """Material of the benchmarks of a training step.
 
-It holds models with the proportions of Qwen2.5-VL-7B, prompts of an exact length about pictures of noise, the settings of
-the published runs, and a clock.
+It holds models with the proportions of Qwen2.5-VL-7B, prompts of an exact length about pictures of noise, the settings
+of the published runs, and a clock.
 
-Every width of the 7B and its vocabulary are divided by one number (`scale`); the width of a head stays. The work of a linear
-layer falls by the square of `scale`, in the layers as in the LM head, so that the head costs as much beside 28 layers as in
-the 7B. Attention and elementwise work fall by `scale` alone and therefore weigh `scale` times more than in the 7B.
+Every width of the 7B and its vocabulary are divided by one number (`scale`); the width of a head stays. The work of a
+linear layer falls by the square of `scale`, in the layers as in the LM head, so that the head costs as much beside 28
+layers as in the 7B. Attention and elementwise work fall by `scale` alone and therefore weigh `scale` times more than in
+the 7B.
 """
 
 import io
@@ -98,8 +99,8 @@ def make_prompts(processor, count: int, length: int) -> list:
 def settings_of(run: str, model: str, overrides: Sequence[str]):
     """Return the configuration of a published run on this model, in float32 and one process.
 
-    The reference model, recomputed activations and tensor parallelism are off, because they are the same for all sides or
-    need more ranks.
+    The reference model, recomputed activations and tensor parallelism are off, because they are the same for all sides
+    or need more ranks.
     """
     from megatron_ral.config import load_config
 
@@ -141,8 +142,8 @@ def with_advantages(rollout: Sequence) -> list:
 
 
 STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
-"""Environment in which glibc does not return freed memory to the system. Otherwise a tenth to a third of the seconds are
-page faults, and their number varies by chance."""
+"""Environment in which glibc does not return freed memory to the system. Otherwise a tenth to a third of the seconds
+are page faults, and their number varies by chance."""
 
 
 def start(threads: int):

@@ -3,9 +3,10 @@
     python -m tools.benchmarks.traffic [--micro-batches 1 4 16]
 
 Two stages x two data-parallel ranks of a tiny model run on the fixed rollouts of the tests. Every collective is counted
-where torch dispatches it. The table shows the first rank of the last stage for both values of `parallel.gather`: calls, and
-bytes as a multiple of the stage's parameters (all-gather) or of its trained parameters (reduce-scatter, float32). The last
-line is `ratio traffic VALUE`: bytes with the most micro-batches over bytes with the fewest, for `gather=stage`.
+where torch dispatches it. The table shows the first rank of the last stage for both values of `parallel.gather`: calls,
+and bytes as a multiple of the stage's parameters (all-gather) or of its trained parameters (reduce-scatter, float32).
+The last line is `ratio traffic VALUE`: bytes with the most micro-batches over bytes with the fewest, for
+`gather=stage`.
 """
 
 import argparse
@@ -16,9 +17,9 @@ from tools.benchmarks.tiny_material import make_tiny_material
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16], help="divisors of 16")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16], help="numbers of micro-batches, divisors of 16")
     counts = sorted(parser.parse_args().micro_batches)
     from tests.distributed.runner import run_ranks
     from tests.distributed.test_traffic import counted

@@ -16,7 +16,7 @@ def length_reward(completion: str, solution: str = "", problem_type: str = "") -
 
 
 def say(phases: list[dict[str, float]], **more) -> None:
-    """Print one JSON line: seconds of the phases of all steps but the first, and the peak of resident memory in bytes."""
+    """Print one JSON line: seconds of the phases of all steps but the first, and peak resident memory in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"phases": phases[1:], "peak": peak, **more}), flush=True)
 

@@ -2,25 +2,27 @@
 
     python -m tools.benchmarks.whole_step_trl [--venv DIR] [--length 32] [--rounds 2] [--steps 1] [--clock cpu]
 
-No test runs it, because TRL is installed, with the torch and transformers of this environment, into an environment of its
-own. It is made once under --venv (about a minute, 1 GB; needs a package index).
+No test runs it, because TRL is installed, with the torch and transformers of this environment, into an environment of
+its own. It is made once under --venv (about a minute, 1 GB; needs a package index).
 
-A random Qwen2.5-VL in Hugging Face format and pictures of noise are made. Both sides load the same folder in float32. They
-run --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), and as many updates per
-rollout as there are prompts, with AdamW, without reference model, with a frozen vision tower, and with recomputed
-activations only under --recompute. Rewards are the same and follow the text's length, so that advantages are not 0:
+A random Qwen2.5-VL in Hugging Face format and pictures of noise are made. Both sides load the same folder in float32.
+They run --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), and as many
+updates per rollout as there are prompts, with AdamW, without reference model, with a frozen vision tower, and with
+recomputed activations only under --recompute. Rewards are the same and follow the text's length, so that advantages are
+not 0:
 
     ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the
           paper on the last layer (coefficient 1). Phases are its own, with the clock of --clock
-    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass, generation by
-          transformers (vLLM needs an accelerator), attention by --attention, pictures read by the same class of
+    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass, generation
+          by transformers (vLLM needs an accelerator), attention by --attention, pictures read by the same class of
           transformers. rollout: `_generate_and_score_completions` without its pass for the old log-probabilities, which
           is timed apart; update: the rest of a step
 
-The sides run one after the other, never at once, and each round in fresh processes. Their allocator does not return freed
-memory, because page faults would be a tenth of the seconds on both sides. The first rollout of each process is not counted.
-Shapes follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a share of the work, a
-vision tower narrower and shallower in proportion. Memory is the peak of resident memory of the process.
+The sides run one after the other, never at once, and each round in fresh processes. Their allocator does not return
+freed memory, because page faults would be a tenth of the seconds on both sides. The first rollout of each process is
+not counted. Shapes follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a
+share of the work, a vision tower narrower and shallower in proportion. Memory is the peak of resident memory of the
+process.
 
 The last lines:
     ratio whole_step_trl_memory    peak memory of TRL over ours
@@ -169,7 +171,7 @@ def run_ours(args: argparse.Namespace) -> None:
     stop_groups()
 
 
-# --- in the process that compares -----------------------------------------------------------------------------------------
+# --- in the process that compares -------------------------------------------------------------------------------------
 
 
 def other_python(folder: Path) -> str:
