@@ -1,6 +1,6 @@
 """Rehearsal of a launch: simulation of every distinct rank, and memory, traffic and seconds of one step from it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
@@ -280,7 +280,7 @@ def _count_seconds(report: RankReport, plan: LaunchPlan, hardware: Hardware) -> 
         own = hardware.compute_seconds(seen.flops, seen.wide_flops, seen.calls)
         if name == "token":
             own = max(own, hardware.memory_seconds(read + report.rank.cache_bytes))
-        sending: Counter = Counter()
+        sending: dict[str, float] = defaultdict(float)
         for (group, kind), size in report.sent[name].items():
             sending[group] += hardware.collective_seconds(kind, size, *spans[group])
         hidden = 0.0

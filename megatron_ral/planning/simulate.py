@@ -182,7 +182,7 @@ class _Simulator:
             for groups in self.batches(simulated)
         ]
         engine.stage.train()
-        objective = _WatchedObjective(self.objective, engine.watched)
+        objective: Any = _WatchedObjective(self.objective, engine.watched)
         count = work.micro_batches * work.num_updates
         self.phase("update", count, lambda: engine.accumulate(batches, objective), simulated)
 

@@ -60,9 +60,8 @@ class SimulatedBatch(DecodingBatch):
         if held:
             with self._cache.watched.kind("KV cache"):
                 for layer, parts in self._cache.prompt.items():
-                    self._cache.response[layer] = tuple(
-                        part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts
-                    )
+                    key, value = (part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
+                    self._cache.response[layer] = key, value
 
 
 class _SimulatedReduction:

@@ -140,6 +140,7 @@ class Watchdog:
         self.rank, self.world_size, self.log, self.source = rank, world_size, log, source
         self.timeout, self.interval = timeout, min(1.0, timeout / 10)
         self._thread: Optional[threading.Thread] = None
+        self._server: Optional[dist.TCPStore] = None
         if not timeout:
             return
         # Judged a little early, so that the job has ended when the time is up.
@@ -151,9 +152,9 @@ class Watchdog:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
 
         def serve() -> int:
-            self._server = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
-            self._server.set(_VERDICT, "")
-            return self._server.port
+            server = self._server = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
+            server.set(_VERDICT, "")
+            return server.port
 
         port = from_first_rank_of_all(serve)
         self._store = dist.TCPStore(host, port, None, False, wait)
