@@ -26,11 +26,11 @@ class DiskPlan:
     keep_checkpoints: int
     """Number of most recent checkpoints on disk."""
     export: bool
-    """Whether the final weights are written as a Hugging Face folder."""
+    """True if the final weights are written as a Hugging Face folder."""
     dtype: str
     """Precision of the exported weights."""
     train_vision: bool
-    """Whether the vision tower is part of a checkpoint, because it is trained."""
+    """True if the vision tower is part of a checkpoint, because it is trained."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "DiskPlan":

@@ -26,7 +26,7 @@ class TeacherPlan:
     pipeline_size: int
     """Pipeline stages."""
     cpu_offload: bool
-    """Whether its shards wait in the host's memory between uses."""
+    """True if its shards wait in the host's memory between uses."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Optional["TeacherPlan"]:
@@ -51,13 +51,13 @@ class LaunchPlan:
     dtype: str
     """Precision of parameters and activations: float32 or bfloat16."""
     train_vision: bool
-    """Whether the vision tower is trained."""
+    """True if the vision tower is trained."""
     is_supervised: bool
-    """Whether a step is a supervised update instead of a rollout with its updates."""
+    """True if a step is a supervised update instead of a rollout with its updates."""
     passes: Mapping[str, bool]
     """Passes without gradient of one RL step in order, by name, with whether they record attention."""
     needs_reference: bool
-    """Whether a frozen reference model is held."""
+    """True if a frozen reference model is held."""
     temperature: float
     """Sampling temperature."""
     top_p: float

@@ -46,19 +46,19 @@ class Report:
     settings: dict[str, str] = field(default_factory=dict)
     """Resolved settings by dotted key, which must be the same on every rank."""
     wrote: bool = False
-    """Whether the rank could write into the output folder."""
+    """True if the rank could write into the output folder."""
     port: Sequence[Any] = _NO_PORT
     """Address and port at which this node's first process listens; empty on the other processes."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one rank sees of the other ranks."""
+    """View that one rank has of the other ranks."""
 
     clock: float
     """Time of its clock in seconds."""
     sees: bool
-    """Whether the file of the chosen writer appears in its output folder."""
+    """True if the file of the chosen writer appears in its output folder."""
     unreachable: list[list[Any]]
     """Ports of other nodes that it cannot reach: (node, address, port, error)."""
 

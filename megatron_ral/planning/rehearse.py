@@ -64,7 +64,7 @@ class Rehearsal:
 
     @property
     def fits(self) -> bool:
-        """Whether the launch fits into the memory of its GPUs."""
+        """True if the launch fits into the memory of its GPUs."""
         return self.peak_bytes <= self.hardware.usable_bytes
 
     @property

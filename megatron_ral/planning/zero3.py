@@ -18,15 +18,15 @@ class SimulatedParameter:
     numel: int
     """Number of elements."""
     trained: bool
-    """Whether it is trained."""
+    """True if it is trained."""
     layer: Optional[int]
     """0-based layer that it belongs to, or None."""
     partial: bool
-    """Whether its gradient is summed over tensor ranks."""
+    """True if its gradient is summed over tensor ranks."""
     tied: bool
-    """Whether its gradient is summed over the first and last stage."""
+    """True if its gradient is summed over the first and last stage."""
     embedding: bool
-    """Whether it holds word embeddings, of which a pass reads single rows."""
+    """True if it holds word embeddings, of which a pass reads single rows."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class StageBytes:
     recorded: Collection[int]
     """Layers that a training pass does not gather one by one, because their attention is recorded."""
     moved: bool
-    """Whether shards wait in the host's memory."""
+    """True if shards wait in the host's memory."""
     overlap: bool = False
-    """Whether layers are gathered and gradients reduced while passes compute."""
+    """True if layers are gathered and gradients reduced while passes compute."""
 
     def _shard(self, parameters: Sequence[SimulatedParameter]) -> int:
         return sum(-(-parameter.numel // self.data_size) for parameter in parameters)
@@ -73,7 +73,7 @@ class StageBytes:
 
     @property
     def gathers(self) -> bool:
-        """Whether a use gathers the stage at all."""
+        """True if a use gathers the stage at all."""
         return self.data_size > 1 or self.moved
 
     @property
