@@ -31,6 +31,7 @@ def main() -> None:
     from megatron_ral.errors import ConfigError
     from megatron_ral.models.shape import read_shape
     from megatron_ral.planning.hardware import Hardware
+    from megatron_ral.planning.launch_plan import LaunchPlan
     from megatron_ral.planning.rehearse import rehearse
     from megatron_ral.planning.report import describe
     from megatron_ral.planning.search import search, way_out
@@ -59,13 +60,14 @@ def main() -> None:
     try:
         config = load_config(arguments.config, arguments.overrides)
         shape = read_shape(config.model.path)
+        plan = LaunchPlan.from_config(config, arguments.world_size, arguments.visual_tokens)
         if arguments.search:
-            print(search(config, shape, arguments.world_size, hardware, arguments.visual_tokens))
+            print(search(plan, shape, hardware))
             return
-        result = rehearse(config, shape, arguments.world_size, hardware, visual_tokens=arguments.visual_tokens)
+        result = rehearse(plan, shape, hardware)
         print(describe(result, row=arguments.row))
         if not result.fits and not arguments.row:
-            print(way_out(result, shape, arguments.visual_tokens))
+            print(way_out(result, shape))
             sys.exit(1)
     except ConfigError as error:
         fail(error)

@@ -76,16 +76,22 @@ def main() -> None:
     choose_deepspeed_accelerator()
     from megatron_ral.errors import AgreedError, CheckpointError, DataError
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.planning.launch_facts import LaunchSettings
+    from megatron_ral.planning.launch_plan import LaunchPlan
     from megatron_ral.planning.memory import check_fits
-    from megatron_ral.planning.preflight import PreflightError, check_launch
+    from megatron_ral.planning.preflight import check_launch
     from megatron_ral.runtime.progress import progress
+    from megatron_ral.runtime.rendezvous import RendezvousError
     from megatron_ral.runtime.watchdog import Watchdog
     from megatron_ral.runtime.stopping import StopRequests
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
     if not problems:  # everything on disk is looked at, and all ranks are compared, before any memory is taken
         for look in (
-            lambda: teacher is None or check_fits(config, shape, teacher),
+            lambda: (
+                teacher is None
+                or check_fits(LaunchPlan.from_config(config, int(os.environ.get("WORLD_SIZE", 1))), shape, teacher)
+            ),
             lambda: Inputs.open(config, arguments.resume),
         ):
             try:
@@ -93,8 +99,9 @@ def main() -> None:
             except (CheckpointError, ConfigError, DataError, OSError) as error:
                 problems.append(error)
     try:
-        line = check_launch(config, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
-    except PreflightError:
+        settings = LaunchSettings.from_config(config) if config is not None else None
+        line = check_launch(settings, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
+    except (AgreedError, RendezvousError):  # printed by `check_launch`
         leave(2)
     if int(os.environ.get("RANK", 0)) == 0 and (arguments.preflight or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         print(line, flush=True)

@@ -1,9 +1,15 @@
-"""Pure maths on tensors: no process groups, no modules, no files.
+"""Token mathematics as pure functions on tensors: no process groups, no modules, no files.
 
-Shape legend (suffix letters of the arguments, one for the whole project):
+Letters at the end of a tensor's name give its shape. They mean the same in the whole project:
 
-    B prompt groups     G responses per group     R response tokens (padded)     P prompt tokens (padded)
-    S = P + R keys of a response row (prompt, then the response's own tokens)
-    N attention heads   K key/value heads         D head width                   V vocabulary
-    lower case (n, k, v): this tensor-parallel rank's share of the dimension
+    B   prompt groups (one prompt and its G responses each)
+    G   responses per group
+    R   response tokens, padded to the longest response
+    P   prompt tokens, padded to the longest prompt
+    S   P + R, the keys that a response token can attend to: the prompt, then the response's own tokens
+    N   attention heads
+    K   key/value heads
+    D   width of one attention head
+    V   vocabulary
+    n, k, v (lower case)   share of N, K or V that one tensor-parallel rank holds
 """

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def group_advantages(rewards_BG: Tensor, eps: float = 1e-6, scale: str = "std") -> Tensor:
-    """Rewards relative to their group.
+    """Return rewards relative to the other rewards of their group.
 
         std     A[b, g] = (r[b, g] - mean_g r[b]) / (std_g r[b] + eps)      std with Bessel's correction (ddof = 1)
         none    A[b, g] =  r[b, g] - mean_g r[b]
@@ -13,35 +13,38 @@ def group_advantages(rewards_BG: Tensor, eps: float = 1e-6, scale: str = "std") 
     Args:
         rewards_BG: rewards, float, [B, G], G >= 2.
         eps: added to the standard deviation. verl uses 1e-6, TRL 1e-4; both use ddof = 1.
-        scale: "std" (GRPO) or "none" (Dr. GRPO: dividing by it favours questions that are too easy or too hard).
+        scale: "std" (GRPO) or "none" (Dr. GRPO, because dividing by the standard deviation favours questions that are
+            too easy or too hard).
 
     Returns:
-        [B, G] float32; a group whose rewards are all equal gets exactly 0 (no signal). No gradient.
+        [B, G] float32. A group whose rewards are all equal gets exactly 0. No gradient.
 
     Raises:
-        ValueError: G < 2, where no baseline exists; unknown scale.
+        ValueError: G < 2, where no baseline exists, or an unknown scale.
 
     Source: RAL paper eq. (8); GRPO (arXiv 2402.03300); "none": Dr. GRPO (arXiv 2503.20783) section 3.2.
     """
     if scale not in ("std", "none"):
-        raise ValueError(f"advantage scale '{scale}' is none of std, none")
+        raise ValueError(f"advantage scale '{scale}' is not one of std, none")
     signal = has_signal(rewards_BG)[:, None]
     rewards = rewards_BG.detach().double()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
-    # Equal rewards must give exactly zero although a mean in floating point may be off by one ulp.
+    # The mean in floating point may be off by one ulp, but equal rewards must give exactly zero.
     return torch.where(signal, advantages, torch.zeros_like(advantages)).float()
 
 
 def has_signal(rewards_BG: Tensor) -> Tensor:
-    """Groups whose rewards are not all equal: the others have no advantage, whichever the estimator.
+    """Return which groups have rewards that are not all equal.
+
+    A group of equal rewards has no advantage under any estimator.
 
     Args:
         rewards_BG: rewards, float, [B, G], G >= 2.
 
     Returns:
-        [B] bool.
+        [B] bool, True where a group has a learning signal.
 
     Raises:
         ValueError: G < 2, where no baseline exists.

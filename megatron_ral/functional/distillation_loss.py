@@ -1,35 +1,35 @@
-"""Divergence of a student's next-token distribution from a teacher's, from vocabulary shards of both.
+"""Divergence between next-token distributions of a student and a teacher, from vocabulary shards of both.
 
-With V split over tensor-parallel ranks every rank holds columns [start, start + v) of both models' logits. Two numbers
-per row and model (a maximum, a sum of exponentials) make the softmax of all shards; after that every divergence, and
-everything its gradient needs, is a sum over columns:
+With V split over tensor-parallel ranks, every rank holds columns [start, start + v) of both models' logits. Two numbers
+per row and model (a maximum and a sum of exponentials) give the softmax over all shards. After that, every divergence
+and everything its gradient needs is a sum over columns:
 
     `local_statistics`    -> gather -> `merge_statistics`       (maximum, sum_exp of the whole vocabulary)
     `divergence_partials` -> sum    -> value and mean slope     (two numbers per row)
     `divergence_gradient`                                       (this shard's columns; no collective)
 
-The pure halves are here, the collectives in `parallel/vocab_distillation.py`. Work goes piece by piece over rows, in float32
-(float64 where the logits are); besides what is returned nothing of size rows x v is ever alive.
+This file holds the local steps, `parallel/vocab_distillation.py` the collectives between them. Rows are processed in
+chunks, in float32 (float64 where the logits are float64), so that no temporary tensor has the size rows x v.
 
-P is the teacher, Q the student, and names follow `attention/divergence.py` with the student as the policy:
+P is the teacher and Q the student. Names follow `attention/divergence.py`, where the student's place is the policy's:
 
     forward_kl  KL(P || Q)                                              covers the teacher's mass
-    reverse_kl  KL(Q || P)                                              the paper's L_GKD: seeks the teacher's modes
+    reverse_kl  KL(Q || P)                                              seeks the teacher's modes (L_GKD of the paper)
     jsd         beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q,  0 < beta < 1
 
 beta is the weight of the *teacher*. jsd is bounded by the entropy of (beta, 1 - beta) and goes to 0 with beta and with
-1 - beta: jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl. So a beta near 0 or 1 is first of all a small
-coefficient, and beta = 0 or 1 is refused. How others name the three:
+1 - beta: jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl. A beta near 0 or 1 therefore acts first of all as a
+small coefficient, and beta = 0 or 1 is refused. Names in other projects:
 
-    TRL   `GKDTrainer` has one number, beta: 0 is forward_kl, 1 is reverse_kl, between them jsd with the same beta as
-          here; the loss jumps at both ends (issue 6780). Before its pull request 3043 beta weighted the student.
+    TRL   `GKDTrainer` has one number, beta: 0 is forward_kl, 1 is reverse_kl, values between are jsd with the same beta
+          as here. The loss jumps at both ends (issue 6780). Before its pull request 3043 beta weighted the student.
           huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8, trl/experimental/gkd/gkd_trainer.py:239-300.
-    verl  `forward_kl_topk` is sum over the teacher's k tokens of p (log p - log q): no rest, so it can be negative and
-          is cut at 0; `kl`, `k1` to `k3` are estimates of reverse_kl from the sampled token. There is no jsd.
-          verl-project/verl 1dda039b9c6311889a9c9a26040677e1254814f9, verl/trainer/distillation/losses.py,
-          megatron/losses.py:62-262. Its recipe has `kl`, `rkl` and `jsd` on the teacher's k tokens, with beta as here
-          and clamped to [1e-6, 1 - 1e-6]: verl-project/verl-recipe cb313bcd2bbd58256b3bd0e85e376c2c8dfadc98,
-          gkd/megatron/megatron_distill_losses.py.
+    verl  `forward_kl_topk` is the sum over the teacher's k tokens of p (log p - log q). The other tokens are left out,
+          so that the sum can be negative and is clamped at 0. `kl` and `k1` to `k3` estimate reverse_kl from the
+          sampled token. There is no jsd. verl-project/verl 1dda039b9c6311889a9c9a26040677e1254814f9,
+          verl/trainer/distillation/losses.py, megatron/losses.py:62-262. Its recipe has `kl`, `rkl` and `jsd` on the
+          teacher's k tokens, with beta as here and clamped to [1e-6, 1 - 1e-6]: verl-project/verl-recipe
+          cb313bcd2bbd58256b3bd0e85e376c2c8dfadc98, gkd/megatron/megatron_distill_losses.py.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,15 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-_PIECE, _PIECES = 1 << 18, 64
+_CHUNK_ELEMENTS = 1 << 18
+"""Fewest elements of a chunk of rows, so that a chunk is worth the start of its kernels."""
+_NUM_CHUNKS = 64
+"""Largest number of chunks of a large matrix, up to rounding."""
 
 
 @dataclass(frozen=True)
 class TokenDivergence:
-    """Which divergence, and at which temperature.
+    """Kind of divergence and temperature of both distributions.
 
     Raises:
         ValueError: unknown kind, beta outside (0, 1), temperature <= 0.
@@ -52,22 +55,24 @@ class TokenDivergence:
     """
 
     kind: str = "reverse_kl"
-    """forward_kl, reverse_kl or jsd."""
+    """Name of the divergence: forward_kl, reverse_kl or jsd."""
     beta: float = 0.5
-    """Weight of the teacher in the mixture, in (0, 1); used by jsd alone."""
+    """Weight of the teacher in the mixture, in (0, 1); only jsd reads it."""
     temperature: float = 1.0
-    """Both distributions are softmax(logits / temperature). The loss is not multiplied by temperature^2."""
+    """Divisor of the logits of both models before the softmax. The loss is not multiplied by temperature^2."""
 
     def __post_init__(self):
         if self.kind not in _KINDS:
-            raise ValueError(f"divergence '{self.kind}' is none of {', '.join(_KINDS)}")
+            raise ValueError(f"divergence '{self.kind}' is not one of {', '.join(_KINDS)}")
         if not 0.0 < self.beta < 1.0:
-            raise ValueError(f"beta = {self.beta} must be between 0 and 1 and neither; take forward_kl or reverse_kl")
+            raise ValueError(
+                f"beta = {self.beta} must lie strictly between 0 and 1; use forward_kl or reverse_kl for the limits"
+            )
         if not self.temperature > 0.0:
             raise ValueError(f"temperature = {self.temperature} must be more than 0")
 
     def terms(self, log_ratio: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        """One term of the divergence per outcome, never negative; 0 where log_ratio is 0.
+        """Return one term of the divergence per outcome. No term is negative, and it is 0 where log_ratio is 0.
 
         Args:
             log_ratio: log p - log q, finite, any shape.
@@ -76,29 +81,32 @@ class TokenDivergence:
         return _KINDS[self.kind].terms(log_ratio, p, q, self.beta)
 
     def slopes(self, log_ratio: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        """q dD/dq per outcome, up to q times a constant of the row; 0 where log_ratio is 0. With their sum over all
-        outcomes, dD/d(log-weight of q) = slopes - q * sum(slopes). Arguments as `terms`."""
+        """Return q dD/dq per outcome, up to q times a constant of the row. It is 0 where log_ratio is 0.
+
+        The gradient follows as dD/d(log-weight of q) = slopes - q * sum(slopes), summed over all outcomes. Arguments:
+        see `terms`.
+        """
         return _KINDS[self.kind].slopes(log_ratio, p, q, self.beta)
 
 
 class RowStatistics(NamedTuple):
-    """What makes a row of logits a distribution: of one shard, or merged over all."""
+    """Normaliser of the softmax of every row, over one shard or over all of them."""
 
     maximum: Tensor
-    """[rows] largest logit (as it is, not divided by the temperature)."""
+    """Largest logit [rows], not divided by the temperature."""
     sum_exp: Tensor
-    """[rows] sum exp((logit - maximum) / temperature)"""
+    """Sum of exp((logit - maximum) / temperature), [rows]."""
 
 
-def row_pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Cut rows into pieces so small that a dozen temporaries of a piece are far below rows x columns."""
-    size = max(1, max(_PIECE, rows * columns // _PIECES) // columns)
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Split rows into chunks so small that a dozen temporaries of a chunk stay far below rows x columns."""
+    size = max(1, max(_CHUNK_ELEMENTS, rows * columns // _NUM_CHUNKS) // columns)
     for start in range(0, max(rows, 1), size):
         yield slice(start, min(start + size, rows))
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where one of the tensors is."""
+    """Return float32, or float64 where one of the tensors is float64."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -107,26 +115,30 @@ def wide(*tensors: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def local_statistics(logits_v: Tensor, temperature: float, dtype: torch.dtype) -> RowStatistics:
-    """Statistics of one shard.
+    """Return the statistics of one shard.
 
     Args:
         logits_v: [rows, v] finite logits of this shard, any floating dtype.
-        temperature: > 0.
-        dtype: of the result and the arithmetic.
+        temperature: divisor of the logits, > 0.
+        dtype: dtype of the result and of the arithmetic.
     """
     maximum, sum_exp = (torch.empty(len(logits_v), dtype=dtype, device=logits_v.device) for _ in range(2))
-    for piece in row_pieces(*logits_v.shape):
-        logits = logits_v[piece].to(dtype)
-        maximum[piece] = logits.max(dim=-1).values
-        sum_exp[piece] = (logits - maximum[piece, None]).div_(temperature).exp_().sum(dim=-1)
+    for chunk in row_chunks(*logits_v.shape):
+        logits = logits_v[chunk].to(dtype)
+        maximum[chunk] = logits.max(dim=-1).values
+        sum_exp[chunk] = (logits - maximum[chunk, None]).div_(temperature).exp_().sum(dim=-1)
     return RowStatistics(maximum, sum_exp)
 
 
 def merge_statistics(shards: Sequence[RowStatistics], temperature: float) -> RowStatistics:
-    """Statistics over all shards, from those of each in group order. A shard of padding alone (-1e9) adds exactly 0.
+    """Return the statistics over all shards. A shard that holds only padding (-1e9) adds exactly 0.
 
-    The order of the sum is fixed, so that equal logits have equal statistics to the last bit; an all-reduce promises no
-    such thing.
+    The order of the sum is fixed, so that equal logits have bit-identical statistics. An all-reduce gives no such
+    guarantee.
+
+    Args:
+        shards: statistics of every shard, in the order of the tensor-parallel ranks.
+        temperature: divisor of the logits, > 0.
     """
     maxima = torch.stack([shard.maximum for shard in shards])
     maximum = maxima.max(dim=0).values
@@ -138,7 +150,7 @@ def merge_statistics(shards: Sequence[RowStatistics], temperature: float) -> Row
 def divergence_partials(
     student_v: Tensor, teacher_v: Tensor, student: RowStatistics, teacher: RowStatistics, divergence: TokenDivergence
 ) -> Tensor:
-    """Partial sums of one shard; added over shards they are the divergence and the mean slope of each row.
+    """Return the sums of one shard. Added over shards they are the divergence and the mean slope of each row.
 
         D    = sum_i terms_i          forward_kl: p_i E(-d_i)      reverse_kl: q_i E(d_i)
                                       jsd: beta p_i E(ln m_i/p_i) + (1 - beta) q_i E(ln m_i/q_i)
@@ -146,25 +158,26 @@ def divergence_partials(
                                       jsd: (1 - beta) q_i ln q_i/m_i
         d_i  = ln p_i - ln q_i,   E(x) = e^x - 1 - x >= 0
 
-    The terms are those of the definition plus multiples of p_i - q_i, which sum to 0; none is negative, so nothing
+    The terms are those of the definition plus multiples of p_i - q_i, which sum to 0. None is negative, so that nothing
     cancels where the student is close to the teacher. d_i is formed from the difference of the logits, not of the
     log-probabilities. Equal logits give exactly 0 and 0.
 
     Args:
         student_v, teacher_v: [rows, v] finite logits of this shard, any floating dtype. Padded columns (-1e9 in both)
-            add exactly 0. Where only the teacher's is -1e9 the divergence is as large as that says.
+            add exactly 0. A column that is -1e9 in the teacher alone counts like any other logit.
         student, teacher: statistics merged over all shards.
+        divergence: kind and temperature.
 
     Returns:
-        [2, rows] in the dtype of the statistics: value in nats, >= 0; mean slope. No gradient.
+        [2, rows] in the dtype of the statistics: value in nats, >= 0, and mean slope. No gradient.
 
     Source: GKD (arXiv 2306.13649) eq. (1); forms derived here.
     """
     result = student.sum_exp.new_empty(2, len(student_v))
-    for piece in row_pieces(*student_v.shape):
-        columns = _columns(student_v, teacher_v, student, teacher, divergence.temperature, piece)
-        result[0, piece] = divergence.terms(*columns).sum(dim=-1)
-        result[1, piece] = divergence.slopes(*columns).sum(dim=-1)
+    for chunk in row_chunks(*student_v.shape):
+        columns = _columns(student_v, teacher_v, student, teacher, divergence.temperature, chunk)
+        result[0, chunk] = divergence.terms(*columns).sum(dim=-1)
+        result[1, chunk] = divergence.slopes(*columns).sum(dim=-1)
     return result
 
 
@@ -178,26 +191,26 @@ def divergence_gradient(
     grad: Tensor,
     divergence: TokenDivergence,
 ) -> Tensor:
-    """Gradient of sum(grad * D) with respect to this shard of the student's logits.
+    """Return the gradient of sum(grad * D) with respect to this shard of the student's logits.
 
         dD/dlogit_i = (slopes_i - q_i * mean) / temperature
 
-    Subtracting the mean makes it sum to 0 over the vocabulary whatever the rounding of the statistics, and makes an
-    error of theirs, which shifts all d_i alike, drop out. Exactly 0 where the logits are equal.
+    The subtracted mean makes the gradient sum to 0 over the vocabulary, whatever the rounding of the statistics. A
+    rounding error of the statistics shifts all d_i alike and cancels. The gradient is exactly 0 where the logits are
+    equal.
 
-    Args:
+    Args: the arguments of `divergence_partials`, and
         mean: [rows] second row of `divergence_partials`, summed over all shards.
         grad: [rows] gradient of each row's divergence.
-        The others: as `divergence_partials`.
 
     Returns:
         [rows, v] in the dtype of `student_v`.
     """
     result = torch.empty_like(student_v)
-    for piece in row_pieces(*student_v.shape):
-        log_ratio, p, q = _columns(student_v, teacher_v, student, teacher, divergence.temperature, piece)
-        slopes = divergence.slopes(log_ratio, p, q).addcmul_(q, mean[piece, None], value=-1)
-        result[piece] = slopes.mul_((grad[piece] / divergence.temperature)[:, None])
+    for chunk in row_chunks(*student_v.shape):
+        log_ratio, p, q = _columns(student_v, teacher_v, student, teacher, divergence.temperature, chunk)
+        slopes = divergence.slopes(log_ratio, p, q).addcmul_(q, mean[chunk, None], value=-1)
+        result[chunk] = slopes.mul_((grad[chunk] / divergence.temperature)[:, None])
     return result
 
 
@@ -207,12 +220,12 @@ def _columns(
     student: RowStatistics,
     teacher: RowStatistics,
     temperature: float,
-    piece: slice,
+    chunk: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p - log q, p and q of a piece of rows."""
-    student, teacher = (RowStatistics(*(tensor[piece, None] for tensor in rows)) for rows in (student, teacher))
+    """Return log p - log q, p and q of a chunk of rows."""
+    student, teacher = (RowStatistics(*(tensor[chunk, None] for tensor in rows)) for rows in (student, teacher))
     dtype = student.sum_exp.dtype
-    q_logits, p_logits = student_v[piece].to(dtype), teacher_v[piece].to(dtype)
+    q_logits, p_logits = student_v[chunk].to(dtype), teacher_v[chunk].to(dtype)
     shift = (teacher.maximum - student.maximum) / temperature + (teacher.sum_exp / student.sum_exp).log()
     log_ratio = (p_logits - q_logits).div_(temperature).sub_(shift)
     p = (p_logits - teacher.maximum).div_(temperature).exp_().div_(teacher.sum_exp)
@@ -221,13 +234,18 @@ def _columns(
 
 
 class _Kind(NamedTuple):
+    """Formulas of one divergence, as functions of (log p - log q, p, q, beta)."""
+
     terms: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     slopes: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def _excess(weight: Tensor, x: Tensor, moved: Tensor) -> Tensor:
-    """weight * (e^x - 1 - x), never negative, where `moved` = weight * e^x is known without overflow. By its series for
-    small x, where the direct form cancels (at |x| = 0.5 cut off below 1e-8, or 1e-15 in float64)."""
+    """Return weight * (e^x - 1 - x), never negative, where `moved` = weight * e^x is known without overflow.
+
+    For small x the direct form cancels, so that the series is used. At |x| = 0.5 it is truncated below 1e-8, or below
+    1e-15 in float64.
+    """
     series = torch.ones_like(x)
     for power in range(9 if x.dtype == torch.float32 else 14, 2, -1):
         series = series.mul_(x).div_(power).add_(1)
@@ -236,12 +254,15 @@ def _excess(weight: Tensor, x: Tensor, moved: Tensor) -> Tensor:
 
 
 def _difference(log_ratio: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """q - p, from the log-ratio: exact where they are close."""
+    """Return q - p from the log-ratio, which is exact where p and q are close."""
     return torch.sign(log_ratio).mul_(torch.maximum(p, q)).mul_(torch.expm1(-log_ratio.abs()))
 
 
 def _to_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """ln m/p and ln m/q, m = beta p + (1 - beta) q: the smaller by log1p of something in (-1, 0], the other from it."""
+    """Return ln m/p and ln m/q with m = beta p + (1 - beta) q.
+
+    The smaller of the two is log1p of a number in (-1, 0]; the other follows from it and the log-ratio.
+    """
     share = torch.where(log_ratio > 0, log_ratio.new_full((), 1.0 - beta), beta)
     smaller = share.mul_(torch.expm1(-log_ratio.abs())).log1p_()
     return smaller + (-log_ratio).clamp_(min=0), smaller + log_ratio.clamp(min=0)

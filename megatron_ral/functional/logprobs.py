@@ -1,8 +1,8 @@
-"""Log-probabilities from vocabulary shards: local partial -> collective -> combine.
+"""Log-probabilities and entropy from vocabulary shards, in three steps: local sums, collective, combination.
 
-With V split over tensor-parallel ranks every rank holds logits[..., start : start + v]. Three numbers per row have to
-cross ranks (a maximum, a sum of exponentials, the target's logit); a fourth sum gives the entropy. The pure halves are
-here, the collective is in `parallel/vocab.py`. All in float32.
+With V split over tensor-parallel ranks, every rank holds logits[..., start : start + v]. Three numbers per row cross
+ranks: a maximum, a sum of exponentials and the target's logit. A fourth sum gives the entropy. This file holds the
+local steps, `parallel/vocab.py` the collective between them. All arithmetic is in float32.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabPartials:
-    """Sums over one vocabulary shard, each of the shape of the targets; adding them over shards completes them."""
+    """Sums over one vocabulary shard, each with the shape of the targets. Their totals over shards are complete."""
 
     sum_exp: Tensor
-    """sum exp(logit - maximum)"""
+    """Sum of exp(logit - maximum)."""
     target_logit: Tensor
-    """logit - maximum of the target, 0 on shards that do not hold it"""
+    """Logit of the target minus the maximum, 0 on shards that do not hold the target."""
     weighted_logit: Tensor
-    """sum exp(logit - maximum) * (logit - maximum), for the entropy"""
+    """Sum of exp(logit - maximum) * (logit - maximum), for the entropy."""
 
 
 def vocab_partials(logits_v: Tensor, targets: Tensor, maximum: Tensor, vocab_start: int) -> VocabPartials:
-    """Partial sums of one shard.
+    """Return the sums over one shard.
 
     Args:
         logits_v: [..., v] float32 logits of this shard.
-        targets: [...] token ids in the whole vocabulary.
-        maximum: [...] maximum logit over *all* shards.
-        vocab_start: id of the shard's first column.
+        targets: [...] int64 token ids in the whole vocabulary.
+        maximum: [...] float32 maximum logit over *all* shards.
+        vocab_start: token id of the shard's first column.
+
+    Returns:
+        Sums with the shape of `targets`, float32; each carries gradient where `logits_v` does.
     """
     shifted = logits_v - maximum[..., None]
     exponentials = shifted.exp()
@@ -45,7 +48,11 @@ def vocab_partials(logits_v: Tensor, targets: Tensor, maximum: Tensor, vocab_sta
 
 
 def combine_logprobs(total: VocabPartials) -> tuple[Tensor, Tensor]:
-    """(log-probability of the target, entropy in nats) from partials summed over all shards."""
+    """Return the log-probability of each target and the entropy of each row, both in nats, float32.
+
+    Args:
+        total: sums of `vocab_partials`, added over all shards.
+    """
     log_normaliser = total.sum_exp.log()
     return total.target_logit - log_normaliser, log_normaliser - total.weighted_logit / total.sum_exp
 
@@ -53,7 +60,19 @@ def combine_logprobs(total: VocabPartials) -> tuple[Tensor, Tensor]:
 def logprob_gradient(
     logits_v: Tensor, targets: Tensor, maximum: Tensor, sum_exp: Tensor, grad: Tensor, vocab_start: int
 ) -> Tensor:
-    """Gradient of sum(grad * logprob) for one shard: grad * (onehot(target) - softmax)."""
+    """Return the gradient of sum(grad * logprob) for one shard: grad * (onehot(target) - softmax).
+
+    Args:
+        logits_v: [..., v] float32 logits of this shard.
+        targets: [...] int64 token ids in the whole vocabulary.
+        maximum: [...] maximum logit over *all* shards.
+        sum_exp: [...] sum of exponentials over *all* shards.
+        grad: [...] gradient of each row's log-probability.
+        vocab_start: token id of the shard's first column.
+
+    Returns:
+        [..., v] float32.
+    """
     probabilities = (logits_v - maximum[..., None]).exp() / sum_exp[..., None]
     result = -grad[..., None] * probabilities
     local = targets - vocab_start
@@ -63,15 +82,18 @@ def logprob_gradient(
 
 
 def entropy_gradient(logits_v: Tensor, maximum: Tensor, total: VocabPartials, grad: Tensor) -> Tensor:
-    """Gradient of sum(grad * entropy) for one shard: -grad * p * (log p + H), p = softmax.
+    """Return the gradient of sum(grad * entropy) for one shard: -grad * p * (log p + H) with p = softmax.
 
     Args:
         logits_v: [..., v] float32 logits of this shard.
         maximum: [...] maximum logit over *all* shards.
-        total: partials summed over all shards.
+        total: sums of `vocab_partials`, added over all shards.
         grad: [...] gradient of each row's entropy.
+
+    Returns:
+        [..., v] float32.
     """
     shifted = logits_v - maximum[..., None]
     probabilities = shifted.exp() / total.sum_exp[..., None]
-    # log p + H = shifted - its mean under p: the log of the normaliser cancels.
+    # The log of the normaliser cancels: log p + H = shifted - (mean of shifted under p).
     return -grad[..., None] * probabilities * (shifted - (total.weighted_logit / total.sum_exp)[..., None])

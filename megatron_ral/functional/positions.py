@@ -1,4 +1,4 @@
-"""Multimodal rotary positions (temporal, height, width) of the Qwen-VL families: indices and angles."""
+"""Multimodal rotary positions (temporal, height, width) of the Qwen-VL families, and the angles they give."""
 
 from typing import Optional, Sequence
 
@@ -9,18 +9,18 @@ from torch import Tensor
 def multimodal_positions(
     is_visual: Tensor, grids: Tensor, spatial_merge_size: int, temporal_intervals: Optional[Sequence[float]] = None
 ) -> tuple[Tensor, int]:
-    """Position ids of one prompt.
+    """Return the position ids of one prompt.
 
     Text advances all three coordinates together. An image or video of grid (t, h, w) that starts at position s gives
-    its token (i, y, x) the coordinates (s + floor(i * interval), s + y, s + x), with y < h / merge and x < w / merge;
-    the text after it continues at s + max(h, w) / merge.
+    its token (i, y, x) the coordinates (s + floor(i * interval), s + y, s + x), with y < h / merge and x < w / merge.
+    The text after it continues at s + max(h, w) / merge.
 
     Args:
         is_visual: [P] bool, True at visual tokens. Each run of visual tokens holds whole images or videos.
         grids: [V, 3] int64 patches (t, h, w) of each image or video in the order of their tokens.
         spatial_merge_size: patches per visual token and side.
-        temporal_intervals: [V] positions between two temporal patches; None: 1 everywhere. Qwen2.5-VL takes tokens per
-            second times seconds per patch for a video.
+        temporal_intervals: [V] positions between two temporal patches; None for 1 everywhere. Qwen2.5-VL takes tokens
+            per second times seconds per patch for a video.
 
     Returns:
         ([3, P] int64 positions, position of the next text token).
@@ -28,8 +28,8 @@ def multimodal_positions(
     Raises:
         ValueError: the visual tokens do not match the grids.
 
-    Source: Qwen2-VL (arXiv 2409.12191) section 2.1, Qwen2.5-VL (arXiv 2502.13923) section 2.1.2. What follows a video
-    is as transformers 5 has it; up to version 4 it continued after the largest coordinate, the temporal one included.
+    Source: Qwen2-VL (arXiv 2409.12191) section 2.1, Qwen2.5-VL (arXiv 2502.13923) section 2.1.2. The position after a
+    video follows transformers 5. Up to version 4 it followed the largest coordinate, the temporal one included.
     """
     columns, position, index, number = [], 0, 0, 0
     intervals = [1.0] * len(grids) if temporal_intervals is None else temporal_intervals
@@ -57,18 +57,18 @@ def multimodal_positions(
 def rotary_angles(
     position_ids: Tensor, inverse_frequencies: Tensor, sections: Sequence[int], interleaved: bool
 ) -> Tensor:
-    """Rotation angle of every position and channel: each frequency follows one of the three coordinates.
+    """Return the rotation angle of every position and channel. Each frequency follows one of the three coordinates.
 
     Args:
         position_ids: [3, B, S] int64 (temporal, height, width).
         inverse_frequencies: [D / 2] float32.
-        sections: frequencies of each coordinate; sum = D / 2.
-        interleaved: False: the first sections[0] frequencies follow the temporal coordinate, the next the height, the
-            last the width (Qwen2.5-VL). True: t, h, w alternate until height and width have had their share, the
-            rest is temporal (Qwen3-VL).
+        sections: number of frequencies of each coordinate; their sum is D / 2.
+        interleaved: order of the coordinates. False: the first sections[0] frequencies follow the temporal coordinate,
+            the next the height, the last the width (Qwen2.5-VL). True: temporal, height and width alternate until
+            height and width have had their share, and the rest is temporal (Qwen3-VL).
 
     Returns:
-        [S, B, 1, D] float32, the two halves equal, as megatron-core takes it.
+        [S, B, 1, D] float32 with two equal halves, the layout that megatron-core expects.
     """
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
     if interleaved:

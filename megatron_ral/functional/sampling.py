@@ -1,7 +1,7 @@
-"""Sampling of tokens whose randomness belongs to the sample, not to the rank.
+"""Token sampling with one random stream per response instead of one per rank.
 
-Every response draws from its own stream, keyed by (seed, step, prompt key, response number). A rollout is therefore
-the same however prompts are spread over data-parallel ranks and micro-batches.
+The stream of a response is keyed by (seed, step, prompt key, response number). A rollout is therefore the same however
+prompts are spread over data-parallel ranks and micro-batches.
 """
 
 import hashlib
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def uniform_stream(length: int, *identity: object) -> Tensor:
-    """`length` uniform float64 numbers in [0, 1) that depend on `identity` alone (hashed with BLAKE2)."""
+    """Return `length` uniform float64 numbers in [0, 1) that depend on `identity` alone, hashed with BLAKE2."""
     digest = hashlib.blake2b("\x1f".join(map(str, identity)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
 def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Inverse-CDF sampling of one token per row with temperature and nucleus (top-p) truncation.
+    """Sample one token per row by the inverse CDF, with temperature and nucleus (top-p) truncation.
 
     Args:
-        logits_XV: [X, V] logits, whole vocabulary.
+        logits_XV: [X, V] logits of the whole vocabulary.
         uniform_X: [X] float64 in [0, 1), one draw per row.
-        temperature: >= 0; 0 means greedy (the most likely token, the lowest id on ties).
-        top_p: in (0, 1]; the smallest set of most likely tokens whose probability reaches top_p is kept.
+        temperature: >= 0; 0 is greedy (the most likely token, the lowest id on ties).
+        top_p: in (0, 1]. A token is drawn from the smallest set of most likely tokens whose probability reaches top_p.
 
     Returns:
         [X] token ids (int64).
@@ -40,7 +40,7 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
         cumulative = ordered.cumsum(dim=-1)
     threshold = uniform_X.to(cumulative)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits_XV.shape[-1] - 1)
-    # A draw on the very end of the scale must not land in the truncated tail.
+    # A draw close to 1 must not land in the truncated tail.
     last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
     return token_ids.gather(-1, torch.minimum(index, last))[:, 0]
 
@@ -55,24 +55,27 @@ def sample_candidates(
     temperature: float,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`sample_tokens` from the most likely tokens alone, where these decide.
+    """Sample as `sample_tokens` does, from the most likely tokens of each row alone.
 
     Args:
-        logits_XC: [X, C] float32 logits of candidates; of equal ones the lower id stands first.
-        ids_XC: [X, C] their ids.
-        least_X: [X] every token above this logit is a candidate (-inf: all are).
-        maximum_X: [X] largest logit.
+        logits_XC: [X, C] float32 logits of the candidates; among equal logits the lower id stands first.
+        ids_XC: [X, C] token ids of the candidates.
+        least_X: [X] bound above which every token of the vocabulary is a candidate; -inf where all tokens are.
+        maximum_X: [X] largest logit of the vocabulary.
         total_X: [X] float64 sum over the whole vocabulary of exp((logit - maximum) / temperature).
-        uniform_X, temperature, top_p: as `sample_tokens`; temperature > 0.
+        uniform_X, temperature, top_p: as for `sample_tokens`; temperature > 0.
 
     Returns:
-        ([X] int64 ids, [X] bool: whether the id is what `sample_tokens` of the whole vocabulary draws).
+        ([X] int64 ids, [X] bool). The second is True where `sample_tokens` of the whole vocabulary draws the same id;
+        elsewhere the candidates do not decide the draw.
     """
     logits, order = logits_XC.sort(dim=-1, descending=True, stable=True)
     ordered = ((logits.double() - maximum_X[:, None]) / temperature).exp() / total_X[:, None]
     cumulative = ordered.cumsum(dim=-1)
     whole = least_X == float("-inf")
-    known = whole[:, None] | (logits > least_X[:, None])  # a prefix; behind it others may have to stand between
+    known = whole[:, None] | (
+        logits > least_X[:, None]
+    )  # a prefix: after it, tokens that are no candidates may come first
     last, reach = (ordered > 0).sum(dim=-1, keepdim=True) - 1, torch.ones_like(total_X)
     if top_p < 1.0:
         inside = cumulative - ordered < top_p

@@ -8,11 +8,9 @@ from torch import Tensor
 from megatron_ral.config.loss import LossConfig
 from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.kl import kl_estimate
-from megatron_ral.functional.policy_loss import Surrogate, cispo_loss, grpo_loss, gspo_loss
+from megatron_ral.functional.surrogates import SURROGATES, Surrogate
 from megatron_ral.objectives.base import Metrics, Term, TokenOutputs
 from megatron_ral.types import RlBatch
-
-SURROGATES = {"grpo": grpo_loss, "gspo": gspo_loss, "cispo": lambda *a, dual_clip=0.0, **k: cispo_loss(*a, **k)}
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Rehearsing a launch in one process: what every rank would hold, without any memory being taken."""
+"""Plans of a launch before it starts: memory, traffic and time of every rank, and a comparison of all ranks."""

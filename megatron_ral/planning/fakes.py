@@ -1,9 +1,9 @@
-"""Modes under which real code runs on tensors without memory, and what they see of it.
+"""Modes under which real code runs on tensors without memory, and that count its memory and arithmetic.
 
-`FakeTensorMode` gives every tensor a size and no contents. Two things are added. `KnownIntegers` computes small integer
-tensors for real beside their fakes, so that code which asks how many visual tokens there are, or which window comes first,
-gets its answer. `Watched` follows every storage from its first tensor to its last and counts arithmetic, so that a phase has
-a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
+`FakeTensorMode` of torch gives every tensor a size and no contents. This file adds two modes. `KnownIntegers` computes
+small integer tensors for real beside their fakes, so that code that asks for the number of visual tokens, or for the
+first window, gets an answer. `Watched` follows every storage from its creation to its end and counts arithmetic, so
+that a phase has a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
 """
 
 import math
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from megatron_ral.attention import rows as attention_rows
+from megatron_ral.attention import blocks
 
 _KNOWN_NUMEL = 1 << 22
-"""Integer tensors up to so many elements are computed for real."""
+"""Largest number of elements of an integer tensor that is computed for real."""
 
 
 def _known(value: Any) -> Optional[Tensor]:
@@ -31,8 +31,14 @@ def _known(value: Any) -> Optional[Tensor]:
 
 
 class KnownIntegers(TorchDispatchMode):
-    """Integers of fake tensors that come from integers alone are computed for real; a number that is asked of an unknown
-    tensor is 1, and no place of it is true (no draw of a token needs the whole vocabulary)."""
+    """Mode that computes integers of fake tensors for real where they come from integers alone.
+
+    A number read from an unknown tensor is 1, and no element of an unknown mask is true, so that no sampled token needs
+    the whole vocabulary.
+
+    Args:
+        fake_mode: mode that makes the fake tensors.
+    """
 
     def __init__(self, fake_mode: FakeTensorMode):
         super().__init__()
@@ -52,10 +58,10 @@ class KnownIntegers(TorchDispatchMode):
             if func is torch.ops.aten.nonzero.default:
                 return tensors[0].new_empty(0, tensors[0].dim(), dtype=torch.int64)
             if func is torch.ops.aten.index.Tensor:
-                args = (args[0], [self._as_places(index) for index in args[1]])
+                args = (args[0], [self._as_positions(index) for index in args[1]])
             result = func(*args, **kwargs)
             if func._schema.is_mutable:
-                for tensor in tensors[:1]:  # what was known of it is so no more
+                for tensor in tensors[:1]:  # the value known of it is outdated
                     if isinstance(tensor, FakeTensor) and hasattr(tensor, "known_value"):
                         del tensor.known_value
             return result
@@ -94,14 +100,14 @@ class KnownIntegers(TorchDispatchMode):
         fake.known_value = real
         return fake
 
-    def _as_places(self, index: Optional[Tensor]) -> Optional[Tensor]:
-        """A known mask as the places it names: how many decides the size of what is chosen."""
+    def _as_positions(self, index: Optional[Tensor]) -> Optional[Tensor]:
+        """Return a known mask as the positions where it is true, because their number is the size of the selection."""
         known = _known(index) if index is not None else None
         if known is None or known.dtype != torch.bool or known.dim() != 1:
             return index
         with unset_fake_temporarily():
-            places = known.nonzero()[:, 0]
-        return self._fake(places)
+            positions = known.nonzero()[:, 0]
+        return self._fake(positions)
 
 
 def _some_number(dtype: torch.dtype) -> Any:
@@ -110,46 +116,48 @@ def _some_number(dtype: torch.dtype) -> Any:
 
 @dataclass
 class Seen:
-    """What one phase did."""
+    """Memory and arithmetic of one phase."""
 
     peak: Counter = field(default_factory=Counter)
-    """Live bytes by kind when their sum was largest."""
+    """Live bytes by kind at the moment of their largest sum."""
     flops: float = 0.0
+    """FLOPs of products in 16 bits."""
     wide_flops: float = 0.0
-    """Those in float32 or wider, which tensor cores do not serve."""
+    """FLOPs of products in float32 or wider, which tensor cores do not compute."""
     calls: float = 0.0
-    """Operations that make or change a tensor: kernels to launch, at least."""
+    """Operations that make or change a tensor, a lower bound of the kernels to launch."""
 
     @property
     def peak_bytes(self) -> int:
+        """Live bytes at their largest sum."""
         return sum(self.peak.values())
 
 
 class Watched(TorchDispatchMode):
-    """Live bytes by kind and FLOPs of what runs inside.
+    """Mode that counts live bytes by kind, and FLOPs, of the code that runs inside.
 
     Args:
-        kind_of: says of a new tensor which kind of bytes it is; "activations" where it says nothing.
+        kind_of: function that names the kind of a new tensor, or returns None for "activations".
     """
 
     def __init__(self, kind_of: Callable[[Tensor], Optional[str]] = lambda tensor: None):
         super().__init__()
         self.seen, self.live, self._kind_of = Seen(), Counter(), kind_of
         self.weight = 1.0
-        """What FLOPs and calls count for: more than 1 where some stand for many alike."""
+        """Factor of FLOPs and calls, more than 1 where one call represents several equal ones."""
         self._total = self._largest = 0
         self._held: dict[int, list] = {}
         self._kind: Optional[str] = None
 
     @contextmanager
     def phase(self) -> Iterator[Seen]:
-        """A new count, from what is live now."""
+        """Start a new count with the bytes that are live now."""
         self.seen, self._largest = Seen(Counter(self.live)), self._total
         yield self.seen
 
     @contextmanager
     def kind(self, name: str) -> Iterator[None]:
-        """Tensors made inside are of this kind."""
+        """Assign a kind to all tensors made inside."""
         before, self._kind = self._kind, name
         try:
             yield
@@ -157,7 +165,7 @@ class Watched(TorchDispatchMode):
             self._kind = before
 
     def call_it(self, name: str, *tensors: Optional[Tensor]) -> None:
-        """Tensors that exist are of this kind; followed from here on if they were not."""
+        """Assign a kind to tensors that exist, and follow them from here on."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -186,7 +194,7 @@ class Watched(TorchDispatchMode):
         return result
 
     def _follow(self, tensor: Tensor, kind: Optional[str]) -> bool:
-        """Whether its storage is new."""
+        """Follow the storage of a tensor, and return whether it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held:
@@ -218,7 +226,7 @@ class Watched(TorchDispatchMode):
 
 
 def _attention_flops(name: str, args: tuple, kwargs: dict) -> int:
-    """Two products forward, five backward (the scores are formed again); half of them where attention is causal."""
+    """Return the FLOPs of attention: two products forward, five backward with recomputed scores, half where causal."""
     backward = "backward" in name
     query, key, value = args[1:4] if backward else args[:3]
     *heads, rows, width = query.shape
@@ -229,29 +237,36 @@ def _attention_flops(name: str, args: tuple, kwargs: dict) -> int:
 
 
 @contextmanager
-def first_pieces(watched: Watched, count: int = 2) -> Iterator[None]:
-    """Attention rows are formed in many boxes of one size, one after the other; inside, the first `count` stand for all of
-    them. Peaks are the same, since no two boxes are alive together."""
-    original = attention_rows.pieces
+def first_chunks(watched: Watched, count: int = 2) -> Iterator[None]:
+    """Let the first chunks of attention rows represent all chunks of the code that runs inside.
 
-    def pieces(*arguments: Any) -> Iterator[Any]:
+    Attention rows are computed in many chunks of one size, one after the other. Peaks are the same, because no two
+    chunks exist at a time.
+
+    Args:
+        watched: mode that counts the chunks.
+        count: number of chunks that run.
+    """
+    original = blocks.row_blocks
+
+    def chunks(*arguments: Any) -> Iterator[Any]:
         every = list(original(*arguments))
         before = watched.weight
-        for piece in every[:count]:
+        for chunk in every[:count]:
             watched.weight = before * len(every) / len(every[:count])
-            yield piece
+            yield chunk
         watched.weight = before
 
-    attention_rows.pieces = pieces
+    blocks.row_blocks = chunks
     try:
         yield
     finally:
-        attention_rows.pieces = original
+        blocks.row_blocks = original
 
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Tensors made inside take no memory; integers made of integers are known."""
+    """Give no memory to tensors made inside, and compute integers that come from integers."""
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(KnownIntegers(mode))

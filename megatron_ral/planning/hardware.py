@@ -1,8 +1,9 @@
-"""The machines a rehearsal is for, as stated numbers, and how long work takes on them.
+"""Machines of a rehearsal as stated numbers, and the time that work takes on them.
 
-Defaults are an H100 SXM node: NVIDIA's data sheet for arithmetic, HBM and NVLink (989 TFLOP/s dense bfloat16, 67 TFLOP/s
-float32, 3.35 TB/s, 900 GB/s both ways), one 400 Gb/s InfiniBand port per GPU. Shares of them that are reached, the cost of
-starting a kernel and what a disk takes are assumptions, and so is every second that is derived from them.
+Defaults are an H100 SXM node. Arithmetic, HBM and NVLink follow NVIDIA's data sheet (989 TFLOP/s dense bfloat16,
+67 TFLOP/s float32, 3.35 TB/s, 900 GB/s both ways), with one 400 Gb/s InfiniBand port per GPU. The shares of them that
+are reached, the cost of a kernel start and the speed of a disk are assumptions, and so is every second derived from
+them.
 """
 
 from dataclasses import dataclass
@@ -10,58 +11,63 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """Per GPU unless said otherwise."""
+    """Speeds and sizes, per GPU unless stated otherwise."""
 
     gpu_memory_gib: float = 79.1
-    """What torch reports of an 80 GB card."""
+    """Memory in GiB; the default is the value that torch reports for an 80 GB card."""
     reserved_gib: float = 4.0
-    """CUDA context, NCCL and cuBLAS buffers, fragmentation: assumed."""
+    """Memory in GiB of CUDA context, NCCL and cuBLAS buffers, and fragmentation (assumed)."""
     gpus_per_node: int = 8
+    """GPUs of one node."""
     peak_tflops: float = 989.0
-    """Dense bfloat16."""
+    """TFLOP/s of dense bfloat16."""
     wide_tflops: float = 67.0
-    """float32 without tensor cores."""
+    """TFLOP/s of float32 without tensor cores."""
     utilisation: float = 0.4
-    """Share of both that training reaches: assumed (Megatron-LM reports 0.41 to 0.48 of an H100 for whole models)."""
+    """Share of both that training reaches (assumed; Megatron-LM reports 0.41 to 0.48 of an H100 for whole models)."""
     hbm_gbps: float = 3350.0
-    """GB/s."""
+    """Bandwidth of the GPU's memory in GB/s."""
     nvlink_gbps: float = 450.0
-    """GB/s one way, inside a node."""
+    """Bandwidth inside a node in GB/s, one way."""
     network_gbps: float = 50.0
-    """GB/s one way, between nodes."""
+    """Bandwidth between nodes in GB/s, one way."""
     host_gbps: float = 50.0
-    """GB/s between GPU and host: what is offloaded."""
+    """Bandwidth between GPU and host in GB/s, for offloaded tensors."""
     link_share: float = 0.8
-    """Share of all bandwidths that is reached: assumed."""
+    """Share of all bandwidths that is reached (assumed)."""
     launch_microseconds: float = 6.0
-    """Of one kernel, not hidden where kernels are small: assumed."""
+    """Time to start one kernel in microseconds, not hidden where kernels are small (assumed)."""
     disk_gbps_per_node: float = 2.0
-    """GB/s written to the shared disk: assumed."""
+    """Bandwidth of writing to the shared disk in GB/s per node (assumed)."""
 
     @property
     def usable_bytes(self) -> float:
+        """Bytes of GPU memory that a rank may take."""
         return (self.gpu_memory_gib - self.reserved_gib) * 2**30
 
     def compute_seconds(self, flops: float, wide_flops: float, calls: float) -> float:
-        """Arithmetic, or starting it where that takes longer."""
+        """Return the seconds of arithmetic, or of starting its kernels where that takes longer."""
         working = (flops / self.peak_tflops + wide_flops / self.wide_tflops) / (1e12 * self.utilisation)
         return max(working, calls * self.launch_microseconds * 1e-6)
 
     def memory_seconds(self, size: float) -> float:
-        """Reading or writing bytes of HBM."""
+        """Return the seconds to read or write bytes of the GPU's memory."""
         return size / (self.hbm_gbps * self.link_share * 1e9)
 
     def host_seconds(self, size: float) -> float:
-        """Bytes between GPU and host."""
+        """Return the seconds to move bytes between GPU and host."""
         return size / (self.host_gbps * self.link_share * 1e9)
 
     def collective_seconds(self, kind: str, size: float, ranks: int, span: int) -> float:
-        """A ring over `ranks`, whole buffers of `size` bytes.
+        """Return the seconds of a collective in a ring.
 
         Args:
-            span: ranks from the group's first to its last, both counted; a group in one node uses NVLink.
+            kind: all-reduce, all-gather, reduce-scatter, send or receive.
+            size: bytes of the whole buffer.
+            ranks: number of ranks of the process group.
+            span: number of ranks from the group's first to its last, both counted. A group inside one node uses NVLink.
         """
-        if ranks < 2 or kind == "receive":  # counted where it is sent
+        if ranks < 2 or kind == "receive":  # counted where the bytes are sent
             return 0.0
         share = {
             "all-reduce": 2 * (ranks - 1) / ranks,

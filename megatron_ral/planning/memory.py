@@ -1,8 +1,8 @@
-"""Whether a teacher fits beside the policy, before anything of them is read.
+"""Check that a teacher fits beside the policy, before any weight is read.
 
-Counted is what is there for certain on the rank that holds most: shards of every model between uses, float32 gradients,
-master weights and moments of what is trained, and the largest stage that is ever gathered. Activations, KV cache, logits
-and attention rows come on top.
+Only bytes that are certain are counted, on the rank that holds most of them: shards of every model between uses,
+float32 gradients, master weights and moments of trained parameters, and the largest stage that is ever gathered.
+Activations, KV cache, logits and attention rows come on top.
 """
 
 import os
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_ral.config import RunConfig
 from megatron_ral.errors import ConfigError
-from megatron_ral.weights.conversion import visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.planning.launch_plan import LaunchPlan, TeacherPlan
 from megatron_ral.planning.parameters import stage_parameters
+from megatron_ral.weights.conversion import visual_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of one number by the name of its precision."""
 GIB = 2**30
+"""Bytes of one GiB."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,20 @@ class HeldBytes:
     """Bytes of one model on the rank that holds most of it."""
 
     shard: int
-    """Between uses."""
+    """Bytes held between uses."""
     gathered: int
-    """What comes to it while a whole stage is used; 0 where the shard is the stage already."""
+    """Additional bytes while a whole stage is used; 0 where the shard is the whole stage."""
 
 
-def frozen_bytes(
-    shape: ModelShape, tensor_size: int, pipeline_size: int, world_size: int, dtype: str, moved: bool = False
-) -> HeldBytes:
-    """A frozen model in a layout.
+def frozen_bytes(shape: ModelShape, layout: RankLayout, dtype: str, moved: bool = False) -> HeldBytes:
+    """Return the bytes of a frozen model.
 
     Args:
-        moved: its shards wait in another memory than the one it is used in (offload).
+        shape: model.
+        layout: layout of the model's ranks.
+        dtype: precision of its parameters.
+        moved: whether its shards wait in another memory than the one it is used in (offload).
     """
-    layout = RankLayout(0, world_size, tensor_size, pipeline_size)
     stages = stage_parameters(shape, layout)
     stage = max(stage.per_tensor_rank for stage in stages) * BYTES[dtype]
     return HeldBytes(
@@ -48,13 +50,17 @@ def frozen_bytes(
     )
 
 
-def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldBytes:
-    """The policy: parameters, and float32 gradient, master weights and two moments of those that are trained."""
-    layout = RankLayout(
-        0, world_size, config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    )
-    held = frozen_bytes(shape, layout.tensor_size, layout.pipeline_size, world_size, config.model.dtype)
-    visual = 0 if config.model.train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())
+def policy_bytes(shape: ModelShape, layout: RankLayout, dtype: str, train_vision: bool) -> HeldBytes:
+    """Return the bytes of the policy: parameters, and float32 gradient, master weight and two moments of trained ones.
+
+    Args:
+        shape: model.
+        layout: layout of the policy's ranks.
+        dtype: precision of its parameters.
+        train_vision: whether the vision tower is trained.
+    """
+    held = frozen_bytes(shape, layout, dtype)
+    visual = 0 if train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())
     trained = max(
         stage.per_rank - (visual // layout.data_size if stage.stage == 0 else 0)
         for stage in stage_parameters(shape, layout)
@@ -62,50 +68,51 @@ def policy_bytes(config: RunConfig, shape: ModelShape, world_size: int) -> HeldB
     return HeldBytes(held.shard + 16 * trained, held.gathered)
 
 
+def teacher_bytes(plan: TeacherPlan, teacher: ModelShape, world_size: int, moved: bool) -> HeldBytes:
+    """Return the bytes of a teacher on `world_size` ranks. Arguments: see `frozen_bytes`."""
+    return frozen_bytes(teacher, RankLayout(0, world_size, plan.tensor_size, plan.pipeline_size), plan.dtype, moved)
+
+
+def head_bytes(plan: TeacherPlan, teacher: ModelShape, shape: ModelShape, tensor_size: int) -> int:
+    """Return the bytes of the copy of a teacher's LM head that a rank of the policy holds."""
+    return shape.padded_vocab_size(tensor_size) // tensor_size * teacher.hidden_size * BYTES[plan.dtype]
+
+
 def device_memory() -> int:
-    """Free bytes for one process: of its GPU, or its share of the host's memory where there is none."""
+    """Return the free bytes of one process: of its GPU, or its share of the host's memory where there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     return host_memory()
 
 
 def host_memory() -> int:
-    """This process's share of the host's free memory."""
+    """Return this process's share of the host's free memory in bytes."""
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_fits(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> None:
-    """Refuse a teacher that cannot be held beside the policy and a reference.
+def check_fits(plan: LaunchPlan, shape: ModelShape, teacher: ModelShape) -> None:
+    """Check that a teacher can be held beside the policy and a reference.
+
+    Args:
+        plan: plan of the launch, with a teacher.
+        shape: the policy's model.
+        teacher: the teacher's model.
 
     Raises:
-        ConfigError: naming what is needed, what there is, and what would make it fit.
+        ConfigError: the teacher does not fit. It names the bytes needed, the bytes free and the way out.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    tensor, pipeline = config.teacher_layout
-    offload = config.teacher.cpu_offload and torch.cuda.is_available()
-    held = frozen_bytes(teacher, tensor, pipeline, world_size, config.teacher.dtype, offload)
-    policy = policy_bytes(config, shape, world_size)
-    others = [policy]
-    if config.needs_reference:
-        others.append(
-            frozen_bytes(
-                shape,
-                config.parallel.tensor_model_parallel_size,
-                config.parallel.pipeline_model_parallel_size,
-                world_size,
-                config.model.dtype,
-            )
-        )
-    head = (
-        shape.padded_vocab_size(config.parallel.tensor_model_parallel_size)
-        // config.parallel.tensor_model_parallel_size
-        * teacher.hidden_size
-        * BYTES[config.teacher.dtype]
-    )
+    settings, layout = plan.teacher, plan.layout
+    if settings is None:
+        return
+    offload = settings.cpu_offload and torch.cuda.is_available()
+    held = teacher_bytes(settings, teacher, layout.world_size, offload)
+    others = [policy_bytes(shape, layout, plan.dtype, plan.train_vision)]
+    if plan.needs_reference:
+        others.append(frozen_bytes(shape, layout, plan.dtype))
     needed = {
         "this device": (
             sum(other.shard for other in others)
-            + head
+            + head_bytes(settings, teacher, shape, layout.tensor_size)
             + (0 if offload else held.shard)
             + max(model.gathered for model in (held, *others)),
             device_memory(),
@@ -116,10 +123,13 @@ def check_fits(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> Non
     for where, (total, free) in needed.items():
         if total > free:
             raise ConfigError(
-                f"teacher.path = '{teacher.path}' does not fit: with tensor {tensor} x pipeline {pipeline} on {world_size} "
-                f"ranks it takes {held.shard / GIB:.1f} GiB of each between uses and {held.gathered / GIB:.1f} GiB more while "
-                f"it reads; beside {sum(other.shard for other in others) / GIB:.1f} GiB of policy and reference that is "
+                "teacher.path",
+                teacher.path,
+                f"does not fit: with tensor {settings.tensor_size} x pipeline {settings.pipeline_size} on "
+                f"{layout.world_size} ranks it takes {held.shard / GIB:.1f} GiB of each between uses and "
+                f"{held.gathered / GIB:.1f} GiB more while it reads; beside "
+                f"{sum(other.shard for other in others) / GIB:.1f} GiB of policy and reference that is "
                 f"{total / GIB:.1f} GiB of {where}, of which {free / GIB:.1f} GiB are free; take "
-                f"{'' if config.teacher.cpu_offload else 'teacher.cpu_offload = true (with GPUs), '}more ranks, or larger "
-                "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size"
+                f"{'' if settings.cpu_offload else 'teacher.cpu_offload = true (with GPUs), '}more ranks, or larger "
+                "teacher.tensor_model_parallel_size and teacher.pipeline_model_parallel_size",
             )

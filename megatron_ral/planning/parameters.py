@@ -1,31 +1,33 @@
-"""How many parameters each rank of a layout holds, from the table of tensors alone (no module, no memory)."""
+"""Numbers of parameters that each rank of a layout holds, from the table of tensors alone (no module, no memory)."""
 
 from dataclasses import dataclass
 
 import torch
 
-from megatron_ral.weights.conversion import expected_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.tensor_table import stage_tensors
 from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.weights.conversion import expected_shapes, visual_shapes
+from megatron_ral.weights.tensor_table import stage_tensors
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """One pipeline stage."""
+    """Numbers of parameters of one pipeline stage."""
 
     stage: int
+    """Number of the stage."""
     layers: range
+    """Layers of the stage, 0-based."""
     per_tensor_rank: int
-    """Parameters of the stage on one tensor rank while it is gathered."""
+    """Parameters of the gathered stage on one tensor rank."""
     per_rank: int
-    """ZeRO-3 shard that one rank holds between steps (each parameter padded to the data-parallel ranks)."""
+    """Parameters of the ZeRO-3 shard of one rank, each parameter padded to the data-parallel ranks."""
     unique: int
-    """Parameters of the model that live here first: cut ones over all tensor ranks, copies and padding not counted."""
+    """Parameters of the model that no earlier stage holds, over all tensor ranks, without copies and padding."""
 
 
 def stage_parameters(shape: ModelShape, layout: RankLayout) -> list[StageParameters]:
-    """Every stage of a layout; the sum of `unique` is the model's number of parameters."""
+    """Return all stages of a layout. The sum of `unique` is the model's number of parameters."""
     names, sizes, seen, result = list(visual_shapes(shape)), expected_shapes(shape), set(), []
     for stage in range(layout.pipeline_size):
         place = RankLayout(stage, layout.pipeline_size, 1, layout.pipeline_size)
@@ -45,7 +47,7 @@ def stage_parameters(shape: ModelShape, layout: RankLayout) -> list[StageParamet
 
 
 def describe_parameters(shape: ModelShape, layout: RankLayout) -> str:
-    """Table of the stages and the total."""
+    """Return a table of the stages and the total as text."""
     rows = [f"{'stage':>6} {'layers':>9} {'per tensor rank':>18} {'ZeRO-3 shard per rank':>23}"]
     stages = stage_parameters(shape, layout)
     for stage in stages:

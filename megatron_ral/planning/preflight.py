@@ -1,18 +1,15 @@
-"""Whether all ranks of a launch are fit to start it, before any memory is taken.
+"""Preflight: a check that all ranks of a launch can start it, before any memory is taken.
 
-Every rank looks at what it has and sees and reports it to the first, which compares and prints all that is wrong at once:
+Every rank reports its own state to the first rank, which compares all reports and prints every issue at once:
 
-    1. each rank writes a small file into train.output_dir, and reports versions, GPUs, settings, shards, model files
-    2. each rank looks for the file of another, reads its clock, and one process per node connects to all other nodes
-    3. the first rank judges; all learn the verdict and end, or go on
+    1. each rank writes a small file into train.output_dir, and reports versions, GPUs, settings, shards and model files
+    2. each rank looks for the file of another rank and reads its clock, and one process per node connects to all nodes
+    3. the first rank judges; all ranks learn the verdict and end, or start
 
-Nothing here needs a device or a process group.
+Neither a device nor a process group is needed.
 """
 
-import hashlib
-import importlib.metadata
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -21,145 +18,107 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
-import torch
-
-from megatron_ral.config import RunConfig, flat_settings
-from megatron_ral.data.shards import find_shards
-from megatron_ral.errors import CheckpointError, DataError
-from megatron_ral.models.folder import config_folder
-from megatron_ral.weights.conversion import check_weights, open_weights
+from megatron_ral.errors import AgreedError
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.runtime.rendezvous import Rendezvous, RendezvousError
+from megatron_ral.planning import launch_facts
 from megatron_ral.planning.disk import disk_problem
+from megatron_ral.planning.launch_facts import LaunchSettings
+from megatron_ral.planning.launch_issues import LaunchIssue, describe_issues
+from megatron_ral.runtime.rendezvous import Rendezvous, RendezvousError
 
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
 CLOCK_SKEW_SECONDS = 5.0
-_EMPTY_PORT = ("", 0)
-
-
-class PreflightError(RuntimeError):
-    """What keeps a launch from starting: one sentence, or a table of several."""
-
-
-@dataclass(frozen=True)
-class LaunchIssue:
-    """One thing that is wrong."""
-
-    key: str
-    """Setting or fact."""
-    value: str
-    remedy: str
-    """What is wrong with it and the way out."""
-    text: str = ""
-    """The whole as the sentence that it came in, where it did."""
-
-    @classmethod
-    def of(cls, error: Exception) -> "LaunchIssue":
-        """An error sentence of this project (`key = value ...`) in its parts."""
-        text = " ".join(str(error).split())
-        found = re.match(r"(?:rank \d+: )?'?([\w.-]+)'? = ('[^']*'|\[[^]]*\]|\S+?)[:;,]? (.*)", text)
-        return cls(*found.groups(), text=text) if found else cls("", "", text, text)
-
-    def sentence(self) -> str:
-        return self.text or f"{self.key} = {self.value} {self.remedy}"
+"""Largest difference of clocks that is accepted."""
+_NO_PORT = ("", 0)
 
 
 @dataclass
 class Report:
-    """What one rank has and sees."""
+    """State of one rank."""
 
     host: str
+    """Name of the host."""
     node: str
-    """Host, and the number of the launcher's agent there."""
-    findings: list[dict] = field(default_factory=list)
-    """What it found by itself (fields of Finding)."""
+    """Host and number of the launcher's agent on it."""
+    issues: list[dict] = field(default_factory=list)
+    """Issues that the rank found by itself, as fields of `LaunchIssue`."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What must be the same on every rank."""
+    """Facts that must be the same on every rank."""
     settings: dict[str, str] = field(default_factory=dict)
-    """Resolved settings by dotted key, the same on every rank."""
+    """Resolved settings by dotted key, which must be the same on every rank."""
     wrote: bool = False
-    port: Sequence[Any] = _EMPTY_PORT
-    """Address and port at which this node's first process listens; empty: another one's task."""
+    """True if the rank could write into the output folder."""
+    port: Sequence[Any] = _NO_PORT
+    """Address and port at which this node's first process listens; empty on the other processes."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """View that one rank has of the other ranks."""
+
+    clock: float
+    """Time of its clock in seconds."""
+    sees: bool
+    """True if the file of the chosen writer appears in its output folder."""
+    unreachable: list[list[Any]]
+    """Ports of other nodes that it cannot reach: (node, address, port, error)."""
 
 
 def check_launch(
-    config: Optional[RunConfig],
+    settings: Optional[LaunchSettings],
     shape: Optional[ModelShape],
     teacher: Optional[ModelShape] = None,
     problems: Sequence[Exception] = (),
     options: Optional[Mapping[str, Any]] = None,
     say: Callable[[str], None] = print,
 ) -> str:
-    """Compare all ranks of the job (environment of torchrun). Every rank calls it, also one that cannot go on.
+    """Compare all ranks of the job, whose number is in the environment of torchrun.
+
+    Every rank calls it, also one that cannot start.
 
     Args:
-        config: resolved configuration; None: this rank has none.
-        shape, teacher: of the models that this rank could read.
-        problems: what this rank found wrong before.
-        options: further settings that have to be the same everywhere, by name.
-        say: gets what is wrong, on the first rank, while all others still wait: the launcher ends a job with its first rank
-            that ends.
+        settings: settings of the run; None where this rank could not read them.
+        shape, teacher: models that this rank could read.
+        problems: errors that this rank found before.
+        options: further settings that must be the same everywhere, by name.
+        say: function that prints the issues on the first rank. It is called while all other ranks still wait, because
+            the launcher ends a job with the first rank that ends.
 
     Returns:
-        One line that says what was compared, on every rank.
+        One line about the comparison, on every rank.
 
     Raises:
-        PreflightError: on every rank, with the same text.
+        AgreedError: an issue was found; raised on every rank with the same text.
+        RendezvousError: some ranks did not take part.
     """
     try:
-        meeting = Rendezvous(60.0 * (config.parallel.timeout_minutes if config else 30))
-        return _check(meeting, config, shape, teacher, problems, options or {}, say)
+        rendezvous = Rendezvous(settings.timeout_seconds if settings else 1800.0)
+        return _check(rendezvous, settings, shape, teacher, problems, options or {}, say)
     except RendezvousError as error:
         say(f"rank {os.environ.get('RANK', 0)}: {error}")
-        raise PreflightError(str(error)) from None
+        raise
 
 
 def _check(
-    meeting: Rendezvous,
-    config: Optional[RunConfig],
+    rendezvous: Rendezvous,
+    settings: Optional[LaunchSettings],
     shape: Optional[ModelShape],
     teacher: Optional[ModelShape],
     problems: Sequence[Exception],
     options: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> str:
-    folder = Path(config.train.output_dir) if config else None
-    made = _missing_parents(folder) if folder and meeting.rank == 0 else []
-    name = meeting.announce("probe", f".preflight-{secrets.token_hex(4)}")
+    folder = Path(settings.disk.output_dir) if settings else None
+    made = launch_facts.missing_parents(folder) if folder and rendezvous.rank == 0 else []
+    name = rendezvous.announce("probe", f".preflight-{secrets.token_hex(4)}")
+    probe = folder / f"{name}-{rendezvous.rank}" if folder else None
     report = Report(socket.gethostname(), f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', 0)}")
-    findings = [LaunchIssue.of(problem) for problem in problems if not isinstance(problem, OSError)]
     server = None
     try:
-        if config is not None:
-            unwritable = _write_probe(folder, f"{name}-{meeting.rank}")
-            report.wrote = unwritable is None
-            findings += (
-                [unwritable]
-                if unwritable
-                else [LaunchIssue.of(error) for error in problems if isinstance(error, OSError)]
-            )
-            report.settings = {**flat_settings(config), **{key: str(value) for key, value in options.items()}}
-            try:
-                report.facts = _facts(config)
-                if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                    findings += _weight_findings(config, shape, teacher)
-                    server, report.port = _listen()
-                if meeting.rank == 0 and report.wrote and shape is not None:
-                    problem = disk_problem(config, shape, shutil.disk_usage(folder).free)
-                    findings += [LaunchIssue.of(problem)] if problem else []
-            except OSError as error:  # the others wait for this report
-                findings.append(
-                    LaunchIssue(
-                        "file",
-                        f"'{error.filename}'",
-                        f"could not be looked at ({error.strerror or error}); is "
-                        "it changed, or its disk lost, while the job starts?",
-                    )
-                )
-        report.findings = [asdict(finding) for finding in findings]
-        first = meeting.gather("report", asdict(report))
+        issues, server = _look(report, probe, settings, shape, teacher, problems, options, rendezvous.rank)
+        report.issues = [asdict(issue) for issue in issues]
+        first = rendezvous.gather("report", asdict(report))
         writers = [rank for rank, other in enumerate(first or []) if other["wrote"]]
-        task = meeting.announce(
+        task = rendezvous.announce(
             "task",
             {
                 "writer": writers[0] if writers else None,
@@ -167,258 +126,150 @@ def _check(
             },
         )
         sent = time.time()
-        meeting.announce("clock", sent)
-        second = meeting.gather(
-            "second",
-            {
-                "clock": time.time(),
-                "sees": task["writer"] is None or not report.wrote or _appears(folder / f"{name}-{task['writer']}"),
-                "unreachable": _unreachable(task["ports"]) if server is not None else [],
-            },
+        rendezvous.announce("clock", sent)
+        observation = Observation(
+            time.time(),
+            task["writer"] is None
+            or not report.wrote
+            or folder is None
+            or launch_facts.appears(folder / f"{name}-{task['writer']}"),
+            launch_facts.unreachable_ports(task["ports"]) if server is not None else [],
         )
-        verdict = None
+        second = rendezvous.gather("second", asdict(observation))
+        found: dict[LaunchIssue, list[int]] = {}
+        reports = [Report(**other) for other in first or []]
         if second is not None:
-            verdict = _judge([Report(**other) for other in first], second, sent, time.time(), task["writer"])
-        meeting.announce("looked")
-        # everybody has looked; the file of each goes before anybody ends
-        _remove(folder, f"{name}-{meeting.rank}")
-        meeting.gather("removed", None)
-        line = f"preflight: {meeting.world_size} ranks agree on versions, settings, shards, model files and train.output_dir"
-        if verdict and meeting.rank == 0:
+            observations = [Observation(**other) for other in second]
+            found = _judge(reports, observations, sent, time.time(), task["writer"])
+        rendezvous.announce("looked")
+        # Every rank has looked for the files. Each removes its own before any rank ends.
+        if probe is not None:
+            launch_facts.remove_file(probe)
+        rendezvous.gather("removed", None)
+        verdict = describe_issues(found, [other.host for other in reports]) if found else None
+        if verdict and rendezvous.rank == 0:
             for path in made:
-                _remove(path.parent, path.name, is_folder=True)
+                launch_facts.remove_folder(path)
             say(verdict)
-        verdict = meeting.announce("verdict", verdict)
-        meeting.gather("heard", None)  # the first rank may hold the store
+        verdict = rendezvous.announce("verdict", verdict)
+        rendezvous.gather("heard", None)  # the first rank may host the store
     finally:
-        if server is not None:  # the verdict came when all nodes had tried to reach it
+        if server is not None:  # at the verdict, all nodes have tried to reach it
             server.close()
-        if folder is not None:
-            _remove(folder, f"{name}-{meeting.rank}")
+        if probe is not None:
+            launch_facts.remove_file(probe)
     if verdict:
-        raise PreflightError(verdict)
-    return line
+        raise AgreedError("", None, verdict)
+    agreed = "agree on versions, settings, shards, model files and train.output_dir"
+    return f"preflight: {rendezvous.world_size} ranks {agreed}"
 
 
-# ---- what a rank looks at -------------------------------------------------------------------------------------------
-
-
-def _facts(config: RunConfig) -> dict[str, str]:
-    facts = {package: importlib.metadata.version(package) for package in PACKAGES}
-    facts["megatron_ral"] = source_digest(Path(__file__).parents[1])
-    facts["GPUs"] = "none"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
-        facts["GPUs"] = f"{torch.cuda.device_count()} x {device.name}, {device.total_memory / 2**30:.0f} GiB"
-    patterns = {f"data.train.{number}.shards": source.shards for number, source in enumerate(config.data.train)}
-    for key, pattern in {**patterns, "data.eval_shards": config.data.eval_shards}.items():
-        try:
-            facts[key] = _listing(Path(shard) for shard in find_shards(pattern, key)) if pattern else "none"
-        except DataError:  # told already
-            continue
-    for key, path in _models(config).items():
-        folders = {Path(path), config_folder(path)}
-        facts[key] = _listing(
-            file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()
-        )
-    return facts
-
-
-def _models(config: RunConfig) -> dict[str, str]:
-    paths = {
-        "model.path": config.model.path,
-        "model.reference_path": config.model.reference_path,
-        "teacher.path": config.teacher.path if config.distills else "",
-    }
-    return {key: path for key, path in paths.items() if path}
-
-
-def source_digest(folder: Path) -> str:
-    """Short digest of every Python file below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        path for path in folder.rglob("*.py") if path.is_file()
-    ):  # an editor's lock may be a link to nothing
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def _listing(files) -> str:
-    sizes = sorted((path.name, path.stat().st_size) for path in files)
-    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()[:6]
-    return f"{len(sizes)} files, {sum(size for _, size in sizes)} bytes, names and sizes {digest}"
-
-
-def _weight_findings(
-    config: RunConfig, shape: Optional[ModelShape], teacher: Optional[ModelShape]
-) -> list[LaunchIssue]:
-    """Headers of the checkpoints against their config.json."""
-    findings = []
-    for key, path in _models(config).items():
-        expected = teacher if key == "teacher.path" else shape
-        try:
-            if expected is not None:
-                check_weights(open_weights(path), expected)
-        except CheckpointError as error:
-            lines = str(error).splitlines()
-            text = "; ".join(" ".join(line.split()) for line in lines[:4]) + f"; and {len(lines) - 4} more" * (
-                len(lines) > 4
-            )
-            findings.append(LaunchIssue(key, f"'{path}'", f"{text}; complete the folder or name another"))
-    return findings
-
-
-def _missing_parents(folder: Path) -> list[Path]:
-    """The folder and those above it that do not exist yet, innermost first."""
-    return [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
-
-
-def _write_probe(folder: Path, name: str) -> Optional[LaunchIssue]:
+def _look(
+    report: Report,
+    probe: Optional[Path],
+    settings: Optional[LaunchSettings],
+    shape: Optional[ModelShape],
+    teacher: Optional[ModelShape],
+    problems: Sequence[Exception],
+    options: Mapping[str, Any],
+    rank: int,
+) -> tuple[list[LaunchIssue], Optional[socket.socket]]:
+    """Fill in this rank's report; returns its issues, and the socket at which this node listens."""
+    issues = [LaunchIssue.of(problem) for problem in problems if not isinstance(problem, OSError)]
+    if settings is None or probe is None:
+        return issues, None
+    server = None
+    unwritable = launch_facts.write_probe(probe.parent, probe.name)
+    report.wrote = unwritable is None
+    if unwritable:
+        issues.append(unwritable)
+    else:  # an output folder that cannot be written to is reported above
+        issues += [LaunchIssue.of(problem) for problem in problems if isinstance(problem, OSError)]
+    report.settings = {**settings.resolved, **{key: str(value) for key, value in options.items()}}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(socket.gethostname())
-    except OSError as error:
-        return LaunchIssue(
-            "train.output_dir",
-            f"'{folder}'",
-            f"cannot be written to ({error.strerror}); give a folder on a "
-            "disk that all nodes share and this user may write to",
-        )
-    return None
-
-
-def _remove(folder: Path, name: str, is_folder: bool = False) -> None:
-    try:
-        (folder / name).rmdir() if is_folder else (folder / name).unlink(missing_ok=True)
-    except OSError:
-        pass
-
-
-def _appears(path: Path, seconds: float = 10.0) -> bool:
-    """Network file systems may show a new file late."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        try:
-            os.listdir(path.parent)
-            time.sleep(0.1)
-        except OSError:
-            return False
-    return True
-
-
-def _listen() -> tuple[socket.socket, tuple[str, int]]:
-    """A socket on a port of the system's choice, as the groups and the watchdog will have them, and its address."""
-    server = socket.create_server(("", 0), backlog=1024)
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = "127.0.0.1"
-    return server, (address, server.getsockname()[1])
-
-
-def _unreachable(ports: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    failed = []
-    for node, address, port in ports:
-        try:
-            socket.create_connection((address, port), timeout=10.0).close()
-        except OSError as error:
-            failed.append([node, address, port, str(error)])
-    return failed
-
-
-# ---- what the first rank concludes ----------------------------------------------------------------------------------
+        report.facts = launch_facts.launch_facts(settings)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            issues += launch_facts.weight_issues(settings.models, shape, teacher)
+            server, report.port = launch_facts.listen()
+        if rank == 0 and report.wrote and shape is not None:
+            problem = disk_problem(settings.disk, shape, shutil.disk_usage(probe.parent).free)
+            issues += [LaunchIssue.of(problem)] if problem else []
+    except OSError as error:  # reported instead of raised, because the other ranks wait for this report
+        reason = f"cannot be read ({error.strerror or error}); is it changed, or its disk lost, while the job starts?"
+        issues.append(LaunchIssue("file", f"'{error.filename}'", reason))
+    return issues, server
 
 
 def _judge(
-    reports: Sequence[Report], second: Sequence[Mapping[str, Any]], sent: float, received: float, writer: Optional[int]
-) -> Optional[str]:
-    """Text of everything that is wrong, or None.
+    reports: Sequence[Report],
+    observations: Sequence[Observation],
+    sent: float,
+    received: float,
+    writer: Optional[int],
+) -> dict[LaunchIssue, list[int]]:
+    """Return the ranks of every issue.
 
-    A clock is wrong for certain where its reading lies outside the time in which it was taken.
+    Args:
+        reports, observations: results of every rank.
+        sent, received: times between which all ranks read their clocks. A clock is certainly wrong where its reading
+            lies outside.
+        writer: rank whose file the others looked for.
     """
     found: dict[LaunchIssue, list[int]] = {}
-
-    def add(rank: int, *parts: str) -> None:
-        found.setdefault(LaunchIssue(*parts), []).append(rank)
-
     several = len({report.host for report in reports}) > 1
     usual = reports[0] if reports[0].settings else next((report for report in reports if report.settings), reports[0])
     first = reports.index(usual)
-    for rank, (report, late) in enumerate(zip(reports, second)):
-        for finding in report.findings:
-            add(rank, *(finding[name] for name in ("key", "value", "remedy", "text")))
-        for what, remedy in (
-            ("settings", "start every node with the same --config and the same settings"),
-            ("facts", "make every node the same: one environment, one checkout, one shared disk"),
-        ):
-            ours, theirs = getattr(usual, what), getattr(report, what)
-            told = {finding["key"] for finding in report.findings}
-            for key in sorted(ours.keys() | theirs.keys()) if theirs and ours else ():
-                if ours.get(key, "nothing") != theirs.get(key, "nothing") and not any(
-                    key.startswith(t) for t in told if t
-                ):
-                    add(
-                        rank,
-                        key,
-                        theirs.get(key, "nothing"),
-                        f"is not that of rank {first}, {ours.get(key, 'nothing')}; {remedy}",
-                    )
+    for rank, (report, seen) in enumerate(zip(reports, observations)):
+        own = [LaunchIssue(**issue) for issue in report.issues]
+        reported = [issue.key for issue in own if issue.key]
+        own += _differences(report.settings, usual.settings, first, reported, _SAME_SETTINGS)
+        own += _differences(report.facts, usual.facts, first, reported, _SAME_MACHINES)
         output = "train.output_dir"
-        if not late["sees"] and report.settings.get(output) == usual.settings.get(output):
-            add(
-                rank,
-                output,
-                f"'{report.settings[output]}'",
-                f"is another folder than on rank {writer}, whose file does not "
-                "appear there; give one on a disk that all nodes share",
+        if not seen.sees and report.settings.get(output) == usual.settings.get(output):
+            own.append(
+                LaunchIssue(
+                    output,
+                    f"'{report.settings[output]}'",
+                    f"is another folder than on rank {writer}, whose file does not appear there; give one on a disk "
+                    "that all nodes share",
+                )
             )
-        if not sent - CLOCK_SKEW_SECONDS <= late["clock"] <= received + CLOCK_SKEW_SECONDS:
-            add(
-                rank,
-                "clock",
-                f"{late['clock'] - sent:+.0f} s",
-                "away from that of rank 0; set the clocks of the nodes (ntp)",
+        if not sent - CLOCK_SKEW_SECONDS <= seen.clock <= received + CLOCK_SKEW_SECONDS:
+            remedy = "away from that of rank 0; set the clocks of the nodes (ntp)"
+            own.append(LaunchIssue("clock", f"{seen.clock - sent:+.0f} s", remedy))
+        for node, address, port, error in seen.unreachable:
+            remedy = (
+                f"of node {node} cannot be reached ({error}); open all ports between the nodes, and let every host "
+                "name resolve to its address in that network"
             )
-        for node, address, port, error in late["unreachable"]:
-            add(
-                rank,
-                "port",
-                f"{address}:{port}",
-                f"of node {node} cannot be reached ({error}); open all ports between the "
-                "nodes, and let every host name resolve to its address in that network",
-            )
+            own.append(LaunchIssue("port", f"{address}:{port}", remedy))
         if several and report.port[1] and report.port[0].startswith("127."):
-            add(
-                rank,
-                "host name",
-                report.host,
-                f"resolves to {report.port[0]}, where other nodes cannot reach it; correct "
-                "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+            remedy = (
+                f"resolves to {report.port[0]}, where other nodes cannot reach it; correct /etc/hosts, or set "
+                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             )
-    if not found:
-        return None
-    if len(found) == 1:
-        [(finding, ranks)] = found.items()
-        where = "" if len(ranks) == len(reports) else f"{_where(ranks, reports)}: "
-        return where + finding.sentence()
-    rows = [("where", "key", "value", "what is wrong, and the way out")]
-    rows += [(_where(ranks, reports), finding.key, finding.value, finding.remedy) for finding, ranks in found.items()]
-    widths = [min(max(len(row[column]) for row in rows), 48) for column in range(3)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
-    return "\n".join([f"{len(found)} things are wrong; nothing was started", *lines])
+            own.append(LaunchIssue("host name", report.host, remedy))
+        for issue in own:
+            found.setdefault(issue, []).append(rank)
+    return found
 
 
-def _where(ranks: Sequence[int], reports: Sequence[Report]) -> str:
-    if len(ranks) == len(reports):
-        return "all ranks"
-    hosts = list(dict.fromkeys(reports[rank].host for rank in ranks))
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    numbers = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {numbers} ({', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''})"
+_SAME_SETTINGS = "start every node with the same --config and the same settings"
+_SAME_MACHINES = "make every node the same: one environment, one checkout, one shared disk"
+
+
+def _differences(
+    theirs: Mapping[str, str], usual: Mapping[str, str], first: int, reported: Sequence[str], remedy: str
+) -> list[LaunchIssue]:
+    """Return the values of a rank that are not those of rank `first`, except below keys with a reported issue."""
+    if not theirs or not usual:
+        return []
+    return [
+        LaunchIssue(
+            key,
+            theirs.get(key, "nothing"),
+            f"is not that of rank {first}, {usual.get(key, 'nothing')}; {remedy}",
+        )
+        for key in sorted(usual.keys() | theirs.keys())
+        if usual.get(key, "nothing") != theirs.get(key, "nothing") and not any(key.startswith(k) for k in reported)
+    ]

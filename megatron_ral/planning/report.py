@@ -1,15 +1,14 @@
-"""A rehearsal as text."""
+"""Rehearsal as text."""
 
 from collections import Counter
 
+from megatron_ral.planning.memory import GIB
 from megatron_ral.planning.rehearse import RankReport, Rehearsal
 
-GIB = 2**30
 KINDS = (
     "parameters",
     "gathered stage",
     "reference",
-    "average",
     "teacher",
     "gradients",
     "optimizer state",
@@ -22,10 +21,10 @@ KINDS = (
 
 
 def describe(rehearsal: Rehearsal, row: bool = False) -> str:
-    """Every distinct rank, then the job; `row`: one row of a Markdown table."""
+    """Return every distinct rank and then the job as text, or with `row` one row of a Markdown table."""
     if row:
         return _row(rehearsal)
-    layout, work = rehearsal.layout, rehearsal.work
+    layout, work = rehearsal.plan.layout, rehearsal.plan.work
     lines = [
         f"{layout.world_size} ranks = tensor {layout.tensor_size} x pipeline {layout.pipeline_size} x data "
         f"{layout.data_size}; {rehearsal.total_parameters:,} parameters",
@@ -40,13 +39,13 @@ def describe(rehearsal: Rehearsal, row: bool = False) -> str:
 
 
 def _rank(report: RankReport, rehearsal: Rehearsal) -> list[str]:
-    played, zero = report.rank, report.zero
+    rank, zero = report.rank, report.zero
     layers = sorted({parameter.layer for parameter in zero.parameters if parameter.layer is not None})
     stages = ", ".join(map(str, report.stages))
     lines = [
-        f"stage {stages} (rank {played.layout.rank} stands for all): layers {layers[0]}-{layers[-1]}, "
-        f"{played.numel:,} parameters per tensor rank; ZeRO-3 shard {zero.shard_numel:,} x {zero.data_size} ranks = "
-        f"{played.numel:,} + {zero.padding:,} of padding"
+        f"stage {stages} (rank {rank.layout.rank} stands for all): layers {layers[0]}-{layers[-1]}, "
+        f"{rank.numel:,} parameters per tensor rank; ZeRO-3 shard {zero.shard_numel:,} x {zero.data_size} ranks = "
+        f"{rank.numel:,} + {zero.padding:,} of padding"
     ]
     kinds = [kind for kind in KINDS if any(memory[kind] for memory in report.memory.values())]
     width = {kind: max(len(kind), 6) + 2 for kind in kinds}
@@ -71,13 +70,14 @@ def _rank(report: RankReport, rehearsal: Rehearsal) -> list[str]:
 
 
 def _job(rehearsal: Rehearsal) -> list[str]:
-    hardware, layout = rehearsal.hardware, rehearsal.layout
+    hardware, plan = rehearsal.hardware, rehearsal.plan
+    layout = plan.layout
     report = max(rehearsal.ranks, key=lambda rank: rank.peak[1])
     phase, size = report.peak
     verdict = "fits" if rehearsal.fits else "DOES NOT FIT"
     flops = (
         sum(
-            (p.seen.flops + p.seen.wide_flops) * p.count / p.played * len(r.stages)
+            (p.seen.flops + p.seen.wide_flops) * p.count / p.simulated * len(r.stages)
             for r in rehearsal.ranks
             for p in r.rank.phases.values()
         )
@@ -89,21 +89,21 @@ def _job(rehearsal: Rehearsal) -> list[str]:
         + ", ".join(f"{name} {seconds:,.1f}" for name, seconds in rehearsal.seconds.items() if seconds >= 0.05),
         f"{rehearsal.step_seconds:,.0f} s per step; {flops:.2e} FLOPs on all ranks, "
         f"{flops / rehearsal.step_seconds / layout.world_size / 1e12:,.0f} TFLOP/s per GPU; "
-        f"{rehearsal.prompts_per_day:,.0f} prompts per day ({rehearsal.work.group_size} responses each)",
+        f"{rehearsal.prompts_per_day:,.0f} prompts per day ({plan.work.group_size} responses each)",
         f"checkpoint: {rehearsal.checkpoint_bytes / 1e9:,.0f} GB, "
         f"{max(r.seconds['checkpoint'] for r in rehearsal.ranks):,.0f} s",
-        f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, of which "
-        f"{hardware.reserved_gib:g} are reserved: {verdict}",
+        f"peak: {size / GIB:.1f} GiB in {phase} on stage {report.stages[0]} of {hardware.gpu_memory_gib:g} GiB, "
+        f"of which {hardware.reserved_gib:g} are reserved: {verdict}",
     ]
-    if rehearsal.config.distills:
+    if plan.teacher is not None:
         lines.append(
             "of the teacher are counted: shards, head, gathered stage, and the products with its parameters; "
             "not: its activations and logits, and what is sent to it"
         )
-    host = Counter()
+    host: Counter = Counter()
     for rank in rehearsal.ranks:
-        parallel, zero = rehearsal.config.parallel, rank.zero
-        models = 1 + rehearsal.config.needs_reference
+        parallel, zero = plan.parallel, rank.zero
+        models = 1 + plan.needs_reference
         host[rank.stages[0]] = (
             zero.shard_numel * zero.itemsize * models * parallel.offload_parameters
             + 16 * zero.trained_numel * parallel.offload_optimizer
@@ -114,7 +114,7 @@ def _job(rehearsal: Rehearsal) -> list[str]:
 
 
 def _row(rehearsal: Rehearsal) -> str:
-    layout, parallel = rehearsal.layout, rehearsal.config.parallel
+    layout, parallel = rehearsal.plan.layout, rehearsal.plan.parallel
     extras = [
         name
         for name in ("sequence_parallel", "recompute_activations", "offload_optimizer", "offload_parameters")

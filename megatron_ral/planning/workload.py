@@ -1,4 +1,4 @@
-"""Sizes of one step on one rank, and batches of that size without contents."""
+"""Sizes of one step on one rank, and batches of these sizes without contents."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.rollout.assemble import num_on_policy_updates
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
@@ -14,17 +15,20 @@ _SAMPLE = Sample("rehearsed", "", "", "", "", "", (), ())
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of one RL step on one rank, at the limits that the configuration allows."""
+    """Sizes of one step on one rank, at the limits that the configuration allows."""
 
     prompt_length: int
+    """Tokens of a prompt."""
     grid: tuple[int, int]
-    """Visual tokens of a prompt as rows and columns of one picture; (0, 0): text only."""
+    """Visual tokens of a prompt as rows and columns of one picture; (0, 0) for text only."""
     response_length: int
+    """Tokens of a response."""
     group_size: int
+    """Responses to each prompt."""
     generation_batch: int
     """Prompts generated together in one batch."""
     in_flight: int
-    """Batches that generation works on by turns."""
+    """Batches that generation processes by turns; 0 in a supervised step."""
     micro_batch: int
     """Prompt groups of a micro-batch."""
     num_prompts: int
@@ -32,26 +36,28 @@ class Workload:
     num_updates: int
     """Optimizer steps on a rollout."""
     micro_batches: int
-    """Of one optimizer step."""
+    """Micro-batches of one optimizer step."""
     on_policy: int = 0
-    """Micro-batches that the pass of the old policy leaves out."""
+    """Micro-batches that the pass of the old policy leaves out, because their update is on policy."""
 
     @property
     def visual_tokens(self) -> int:
+        """Visual tokens of a prompt."""
         return self.grid[0] * self.grid[1]
 
     @property
     def passes(self) -> int:
-        """Micro-batches of the whole rollout, each of which the passes without gradient read once (but for `on_policy`)."""
+        """Micro-batches of the whole rollout. Passes without gradient read each once, except those of `on_policy`."""
         return self.num_prompts // self.micro_batch
 
     @classmethod
-    def of(cls, config: RunConfig, data_size: int, pipeline_size: int = 1, visual_tokens: int = -1) -> "Workload":
-        """Prompts and responses as long as they may be. A supervised step is one update on responses that are given.
+    def from_config(cls, config: RunConfig, layout: RankLayout, visual_tokens: int = -1) -> "Workload":
+        """Return the sizes for prompts and responses of the largest length. A supervised step is one update.
 
         Args:
-            data_size, pipeline_size: ranks.
-            visual_tokens: of each prompt; negative: as many as the limits allow.
+            config: settings of the run.
+            layout: layout of the ranks.
+            visual_tokens: visual tokens of each prompt; negative for as many as the limits allow.
         """
         length, rollout = config.data.max_prompt_length, config.rollout
         visual = (
@@ -60,22 +66,21 @@ class Workload:
         rows = next((rows for rows in range(int(visual**0.5), 0, -1) if visual % rows == 0), 0) if visual else 0
         grid = rows, visual // rows if rows else 0
         if config.train.algorithm == "sft":
-            share = config.train.batch_size // data_size
+            share = config.train.batch_size // layout.data_size
             micro = min(config.train.micro_batch_size, share)
             return cls(length, grid, rollout.max_response_length, 1, 0, 0, micro, share, 1, share // micro)
-        share = rollout.num_prompts // data_size
+        share = rollout.num_prompts // layout.data_size
         per_update = share // rollout.num_minibatches
         micro = min(config.train.micro_batch_size, per_update)
-        together = min(
-            rollout.generation_batch_size, -(-share // pipeline_size)
-        )  # as `engine/pipelined_decoder.py` spreads them
+        # Prompts are spread over batches as in `engine/pipelined_decoder.py`.
+        together = min(rollout.generation_batch_size, -(-share // layout.pipeline_size))
         return cls(
             length,
             grid,
             rollout.max_response_length,
             rollout.group_size,
             together,
-            min(pipeline_size, -(-share // together)),
+            min(layout.pipeline_size, -(-share // together)),
             micro,
             share,
             config.updates_per_rollout,
@@ -85,7 +90,7 @@ class Workload:
 
 
 def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
-    """One prompt of the longest kind: a picture, then text."""
+    """Return one prompt of the largest length: a picture, then text."""
     length, visual = work.prompt_length, work.visual_tokens
     merge = shape.vision.spatial_merge_size
     mask = torch.arange(length) < visual
@@ -107,7 +112,15 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
 
 
 def make_groups(shape: ModelShape, work: Workload, size: int, embeds: bool, dtype: torch.dtype) -> GroupBatch:
-    """`size` groups of the longest kind; embeds: with features of the vision tower."""
+    """Return a batch of groups of the largest size.
+
+    Args:
+        shape: model.
+        work: sizes.
+        size: number of groups.
+        embeds: whether the groups carry visual embeddings.
+        dtype: dtype of the visual embeddings.
+    """
     prompts = pad_prompts([make_prompt(shape, work)] * size, 0)
     G, R = work.group_size, work.response_length
     features = (

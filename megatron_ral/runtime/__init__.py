@@ -1,1 +1,1 @@
-"""One process of a job: its progress, heartbeats and watchdog, rendezvous with the other ranks, stopping, random state."""
+"""Services of one process of a job: progress, heartbeats and watchdog, rendezvous, stopping, random state."""

@@ -1,4 +1,4 @@
-"""What ranks tell of themselves, and who died or stalled by it: the pure half of the watchdog."""
+"""Heartbeats of all ranks, and the ranks that died or stalled according to them: the pure half of the watchdog."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -7,99 +7,120 @@ from typing import Mapping, Optional, Sequence
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """State that a rank reports about itself."""
 
     number: int = 0
+    """Number of heartbeats sent so far."""
     ticks: int = 0
+    """Count that grows while the main thread makes progress (`Progress.ticks`)."""
     phase: str = "start-up"
+    """Name of the current phase."""
     is_long: bool = True
+    """Permission of the phase to last long without a tick."""
     num_phases: int = 0
+    """Number of phases entered so far."""
     step: int = 0
+    """1-based step in work, 0 before the first."""
     samples: str = ""
+    """Names of the samples last touched, as text for people."""
     waits_in: str = ""
-    """Collective in which the main thread waits for other ranks; empty: in none."""
+    """Collective in which the main thread waits for other ranks, or empty."""
     place: str = ""
-    """Innermost line of this package that the main thread is at."""
+    """Innermost line of this package that the main thread executes."""
     has_left: bool = False
-    """It has nothing more to do and ends as it should."""
+    """Announcement that the rank has finished its work and ends normally."""
 
     def where(self) -> str:
+        """Return phase, step and samples as one phrase."""
         step = f" of step {self.step}" if self.step else ""
         return f"phase '{self.phase}'{step}, {self.samples or 'no sample yet'}"
 
 
-def stragglers(beats: Mapping[int, Heartbeat]) -> list[int]:
-    """Ranks that are behind, of a job in which nothing gets on: those that wait for nobody, or else all; of these, those
-    in the earliest phase."""
-    free = [rank for rank, beat in beats.items() if not beat.waits_in] or list(beats)
-    earliest = min(beats[rank].num_phases for rank in free)
-    return [rank for rank in free if beats[rank].num_phases == earliest]
+def stragglers(heartbeats: Mapping[int, Heartbeat]) -> list[int]:
+    """Return the ranks that hold up a job in which no rank makes progress.
+
+    Candidates are the ranks that do not wait in a collective, or all ranks if every rank waits. The stragglers are the
+    candidates in the earliest phase.
+    """
+    candidates = [rank for rank, heartbeat in heartbeats.items() if not heartbeat.waits_in] or list(heartbeats)
+    earliest = min(heartbeats[rank].num_phases for rank in candidates)
+    return [rank for rank in candidates if heartbeats[rank].num_phases == earliest]
 
 
-def describe(beats: Mapping[int, Heartbeat]) -> list[str]:
-    """One line for all ranks that are at the same place."""
+def describe(heartbeats: Mapping[int, Heartbeat]) -> list[str]:
+    """Return lines of text, one for all ranks that are at the same place."""
     places: dict[str, list[int]] = defaultdict(list)
-    for rank, beat in sorted(beats.items()):
-        state = f"waits for other ranks ({beat.waits_in}) " if beat.waits_in else ""
-        places[f"{beat.where()}, {state}at {beat.place or 'no line of this package'}"].append(rank)
+    for rank, heartbeat in sorted(heartbeats.items()):
+        state = f"waits for other ranks ({heartbeat.waits_in}) " if heartbeat.waits_in else ""
+        places[f"{heartbeat.where()}, {state}at {heartbeat.place or 'no line of this package'}"].append(rank)
     return [f"  {name_ranks(ranks)}: {place}" for place, ranks in places.items()]
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
+    """Return "rank 3" or "ranks 3, 5"."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 class HealthMonitor:
-    """Who died or stalled, from the beats of all ranks as they arrive.
+    """Judgement of the health of all ranks, from their heartbeats in the order of arrival.
 
     Args:
-        limits: seconds without a sign of life in (a usual, a long) phase.
-        watches_waiting: whether a beat shows that its main thread waits for others. With an accelerator it does not (the
-            wait is in the device's queue), so that a stall counts only once no rank gets on.
+        limits: seconds without a heartbeat or tick after which a rank counts as dead or stalled, in (a usual, a long)
+            phase.
+        watches_waiting: whether a heartbeat shows that its main thread waits for other ranks. With an accelerator it
+            does not, because the wait is in the queue of the device. A stall then counts only once no rank makes
+            progress.
     """
 
     def __init__(self, limits: tuple[float, float], watches_waiting: bool):
         self.limits, self.watches_waiting = limits, watches_waiting
-        self.beats: dict[int, Heartbeat] = {}
-        self._heard: dict[int, float] = {}
-        self._moved: dict[int, float] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
+        self._last_heartbeat: dict[int, float] = {}
+        self._last_progress: dict[int, float] = {}
 
-    def hear(self, rank: int, beat: Heartbeat, now: float) -> None:
-        known = self.beats.get(rank)
-        if known is None or known.number != beat.number:
-            self._heard[rank] = now
-        if known is None or known.ticks != beat.ticks:
-            self._moved[rank] = now
-        self.beats[rank] = beat
+    def record(self, rank: int, heartbeat: Heartbeat, now: float) -> None:
+        """Take note of a rank's newest heartbeat at time `now` in seconds."""
+        known = self.heartbeats.get(rank)
+        if known is None or known.number != heartbeat.number:
+            self._last_heartbeat[rank] = now
+        if known is None or known.ticks != heartbeat.ticks:
+            self._last_progress[rank] = now
+        self.heartbeats[rank] = heartbeat
 
-    def skip(self, seconds: float) -> None:
-        """So many seconds counted for nobody: the judge itself was held up, maybe with all ranks."""
-        for times in (self._heard, self._moved):
+    def exclude(self, seconds: float) -> None:
+        """Exclude seconds from all counts, because the monitor itself was suspended, perhaps with all ranks."""
+        for times in (self._last_heartbeat, self._last_progress):
             for rank in times:
                 times[rank] += seconds
 
     def silent(self, now: float) -> Optional[tuple[list[int], str]]:
-        """(ranks that send no beats, what to say of them), or None."""
-        ranks = [rank for rank, beat in self._present() if now - self._heard[rank] > self.limits[beat.is_long]]
+        """Return the ranks that send no heartbeat and a description of their state, or None."""
+        ranks = [
+            rank
+            for rank, heartbeat in self._present()
+            if now - self._last_heartbeat[rank] > self.limits[heartbeat.is_long]
+        ]
         if not ranks:
             return None
-        seconds = now - max(self._heard[rank] for rank in ranks)
-        return ranks, f"gave no sign of life for {seconds:.0f} s (stopped, or its machine is lost)"
+        seconds = now - max(self._last_heartbeat[rank] for rank in ranks)
+        return ranks, f"sent no heartbeat for {seconds:.0f} s (stopped, or its machine is lost)"
 
     def stalled(self, now: float) -> Optional[tuple[list[int], str]]:
-        """(ranks whose main thread keeps the others waiting, what to say of them), or None."""
+        """Return the stragglers of a stalled job and a description of their state, or None."""
         present = dict(self._present())
         ranks = [
             rank
-            for rank, beat in present.items()
-            if self.watches_waiting and not beat.waits_in and now - self._moved[rank] > self.limits[beat.is_long]
+            for rank, heartbeat in present.items()
+            if self.watches_waiting
+            and not heartbeat.waits_in
+            and now - self._last_progress[rank] > self.limits[heartbeat.is_long]
         ]
         if (
             not ranks
             and present
             and (
-                now - max(self._moved[rank] for rank in present)
-                > max(self.limits[beat.is_long] for beat in present.values())
+                now - max(self._last_progress[rank] for rank in present)
+                > max(self.limits[heartbeat.is_long] for heartbeat in present.values())
             )
         ):
             ranks = list(present)
@@ -107,7 +128,7 @@ class HealthMonitor:
             return None
         ranks = stragglers({rank: present[rank] for rank in ranks})
         waiting = ", all ranks waiting for each other" if all(present[rank].waits_in for rank in ranks) else ""
-        return ranks, f"did not get on for {now - max(self._moved[rank] for rank in ranks):.0f} s{waiting}"
+        return ranks, f"made no progress for {now - max(self._last_progress[rank] for rank in ranks):.0f} s{waiting}"
 
     def _present(self) -> list[tuple[int, Heartbeat]]:
-        return [(rank, beat) for rank, beat in self.beats.items() if not beat.has_left]
+        return [(rank, heartbeat) for rank, heartbeat in self.heartbeats.items() if not heartbeat.has_left]

@@ -1,8 +1,8 @@
-"""The global random generators of a process.
+"""Global random generators of a process.
 
-Training itself draws from none of them: its streams are functions of (seed, step, prompt). A reward function of the
-user's own may, so they are seeded, their states are part of a checkpoint and are put back on the same ranks of the same
-layout.
+Training draws from none of them, because its random streams are functions of (seed, step, prompt). A user's own reward
+function may draw from them. They are therefore seeded, stored with every checkpoint, and restored on the same ranks of
+the same layout.
 """
 
 import base64
@@ -14,7 +14,7 @@ import torch
 
 
 def seed_random_state(seed: int, rank: int) -> None:
-    """Start the generators of one rank where every run with this seed starts them."""
+    """Seed Python's, numpy's and torch's generators from the run's seed and the rank."""
     number = (seed * 1_000_003 + rank) % 2**32
     random.seed(number)
     np.random.seed(number)
@@ -22,7 +22,7 @@ def seed_random_state(seed: int, rank: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators, as JSON."""
+    """Return the states of Python's, numpy's and torch's generators as JSON."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": _text(torch.get_rng_state())}
     if torch.cuda.is_available():
@@ -31,7 +31,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore the states that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

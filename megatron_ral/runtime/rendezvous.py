@@ -1,4 +1,7 @@
-"""Small objects between all processes of a job before there are process groups: a key-value store, no device, no memory."""
+"""Exchange of small objects between all processes of a job before process groups exist.
+
+It uses a key-value store only: no device and no memory of the model.
+"""
 
 import json
 import os
@@ -8,21 +11,26 @@ from typing import Any, Optional
 
 import torch.distributed as dist
 
+from megatron_ral.errors import UserError
 
+_ADDRESS = "MASTER_ADDR:MASTER_PORT"
 _OPEN_STORES: list[dist.Store] = []
-"""Kept to the end of the process: without a launcher's agent the first rank holds the store, and the process groups meet
-on the same port. A store that closed in between would reset whoever connected early."""
+"""Stores that stay open to the end of the process. Without a launcher's agent the first rank hosts the store, and the
+process groups connect to the same port later. A store that closed in between would reset the ranks that connected
+early."""
 
 
-class RendezvousError(RuntimeError):
-    """Somebody did not come."""
+class RendezvousError(UserError):
+    """A rank that cannot be reached, or that did not answer in time."""
 
 
 class Rendezvous:
-    """All processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); a lone one meets itself.
+    """Meeting point of all processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    A job of one process needs no store and no address.
 
     Args:
-        timeout_seconds: how long anybody is waited for.
+        timeout_seconds: limit of every wait for other ranks.
 
     Raises:
         RendezvousError: the first rank cannot be reached.
@@ -30,7 +38,8 @@ class Rendezvous:
 
     def __init__(self, timeout_seconds: float):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._timeout, self._store = timeout_seconds, None
+        self._timeout = timeout_seconds
+        self._store: Optional[dist.Store] = None
         if self.world_size == 1:
             return
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -38,19 +47,25 @@ class Rendezvous:
             store, _, _ = next(
                 dist.rendezvous("env://", self.rank, self.world_size, timeout=timedelta(seconds=timeout_seconds))
             )
-        except (RuntimeError, ValueError) as error:  # c10d's errors are both
+        except (RuntimeError, ValueError) as error:  # errors of c10d are one or the other
             raise RendezvousError(
-                f"MASTER_ADDR:MASTER_PORT = {where} cannot be used for a meeting of {self.world_size} ranks "
-                f"({' '.join(str(error).split())[:200]}); is the port free, and open between the nodes?"
+                _ADDRESS,
+                where,
+                f"cannot be used for a rendezvous of {self.world_size} ranks ({' '.join(str(error).split())[:200]}); "
+                "is the port free, and open between the nodes?",
             ) from None
         _OPEN_STORES.append(store)
-        self._store = dist.PrefixStore("meeting", store)
+        self._store = dist.PrefixStore("rendezvous", store)
 
     def gather(self, name: str, value: Any) -> Optional[list[Any]]:
-        """Every rank's value (JSON), in rank order, on the first rank; None on the others. A name is used once.
+        """Return every rank's value in rank order on the first rank, and None on the others.
+
+        Args:
+            name: name of the exchange, used once per rendezvous.
+            value: this rank's value, as JSON.
 
         Raises:
-            RendezvousError: naming the ranks that did not come in time (first rank only).
+            RendezvousError: some ranks did not report in time. Raised on the first rank, with their numbers.
         """
         if self._store is None:
             return [value]
@@ -61,16 +76,18 @@ class Rendezvous:
         missing = [
             rank
             for rank in range(self.world_size)
-            if not self._wait(f"{name}/{rank}", max(deadline - time.monotonic(), 0.01))
+            if not self._wait(self._store, f"{name}/{rank}", max(deadline - time.monotonic(), 0.01))
         ]
         if missing:
             raise RendezvousError(
-                f"ranks {missing} of {self.world_size} did not report within {self._timeout:g} s (at '{name}')"
+                f"ranks {missing} of {self.world_size}",
+                None,
+                f"did not report within {self._timeout:g} s (at '{name}'); look at their logs for an earlier error",
             )
         return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.world_size)]
 
     def announce(self, name: str, value: Any = None) -> Any:
-        """The first rank's value (JSON) on every rank.
+        """Return the first rank's value (JSON) on every rank.
 
         Raises:
             RendezvousError: the first rank did not announce it in time.
@@ -80,18 +97,25 @@ class Rendezvous:
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
             return value
-        if not self._wait(name, 2 * self._timeout):
-            raise RendezvousError(f"rank 0 did not announce '{name}' within {2 * self._timeout:g} s")
+        if not self._wait(self._store, name, 2 * self._timeout):
+            raise RendezvousError(
+                "rank 0",
+                None,
+                f"did not announce '{name}' within {2 * self._timeout:g} s; look at its log for an earlier error",
+            )
         return json.loads(self._store.get(name))
 
-    def _wait(self, key: str, seconds: float) -> bool:
+    @staticmethod
+    def _wait(store: dist.Store, key: str, seconds: float) -> bool:
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
-        except dist.DistStoreError:  # the time is up
+            store.wait([key], timedelta(seconds=seconds))
+        except dist.DistStoreError:  # the time limit
             return False
         except RuntimeError as error:
             raise RendezvousError(
-                f"the connection to MASTER_ADDR:MASTER_PORT was lost while waiting for '{key}' "
-                f"({' '.join(str(error).split())[:200]}); did the first rank or the launcher end?"
+                f"the connection to {_ADDRESS}",
+                None,
+                f"was lost while waiting for '{key}' ({' '.join(str(error).split())[:200]}); did the first rank or the "
+                "launcher end?",
             ) from None
         return True

@@ -1,4 +1,4 @@
-"""Ending a run before its last step: by a signal or a time limit, at the next step boundary, all ranks alike."""
+"""Requests to end a run before its last step, by a signal or a time limit, at the next step boundary on all ranks."""
 
 import signal
 import time
@@ -11,15 +11,15 @@ _SIGNALS = {signal.SIGUSR1: 2, signal.SIGTERM: 3}
 
 
 class StopRequests:
-    """What asks this process to end.
+    """Requests that ask this process to end.
 
-    A signal may reach one rank only (Slurm sends SIGUSR1 before a time limit with `--signal`, to some or all of its tasks;
-    torchrun sends SIGTERM to its workers, and kills them 30 s later): `agreed` tells all. A rank whose peer died gets
-    SIGTERM from torchrun as well; it never comes to an agreement then, and the watchdog ends it.
+    A signal may reach one rank only, so `agreed` tells all ranks. Slurm sends SIGUSR1 before a time limit with
+    `--signal`, to some or all of its tasks. torchrun sends SIGTERM to its workers and kills them 30 s later. A rank
+    whose peer died also gets SIGTERM from torchrun. It never reaches an agreement then, and the watchdog ends it.
 
     Args:
-        time_limit_minutes: 0: none.
-        started: time.monotonic() from which it counts; None: now.
+        time_limit_minutes: minutes after which the run ends; 0 for no limit.
+        started: start of the time limit by time.monotonic(); None for now.
     """
 
     def __init__(self, time_limit_minutes: float = 0.0, started: Optional[float] = None):
@@ -27,7 +27,7 @@ class StopRequests:
         self._started = time.monotonic() if started is None else started
 
     def listen(self) -> None:
-        """From now on SIGTERM and SIGUSR1 only ask. Main thread only."""
+        """Turn SIGTERM and SIGUSR1 into requests from now on. Main thread only."""
         for number in _SIGNALS:
             signal.signal(number, self._ask)
 
@@ -35,7 +35,11 @@ class StopRequests:
         self._asked = max(self._asked, _SIGNALS[signal.Signals(number)])
 
     def agreed(self, process_groups: ProcessGroups) -> Optional[str]:
-        """Why the run has to end, or None: the same on every rank, which all call it at the end of each step."""
+        """Return the reason for which the run has to end, or None. Every rank calls it at the end of each step.
+
+        Returns:
+            The same text on every rank.
+        """
         late = bool(self._limit) and time.monotonic() - self._started >= 60.0 * self._limit
         reason = largest_of_all(max(self._asked, int(late)), process_groups)
         return {

@@ -1,7 +1,7 @@
 """Gradient of one optimizer step: coefficient of the attention term, and ratios of gradients."""
 
 from dataclasses import replace
-from typing import Sequence
+from typing import Optional, Sequence
 
 from torch import Tensor
 
@@ -29,14 +29,16 @@ def accumulate_gradients(
     Args:
         policy: Policy.
         minibatch: Micro-batches of this rank.
-        objective: Loss with an attention term.
+        objective: Loss, usually with an attention term.
         num_optimizer_steps: Optimizer steps of the whole run.
         measure_ratio: Whether to measure the ratios of `RATIO_TAGS`.
 
     Returns:
         Metrics, the same on every rank.
     """
-    term: AttentionTerm = objective.term("attention")
+    term: Optional[AttentionTerm] = objective.term("attention")
+    if term is None:
+        return finish_metrics(policy.forward_backward(minibatch, objective))
     settings = term.settings
     if settings.attention_grad_ratio > 0:
         attention = objective.only("attention").with_term(replace(term, coefficient=1.0))

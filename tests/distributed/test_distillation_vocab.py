@@ -178,7 +178,7 @@ class Alive(TorchDispatchMode):
 def elements(tensor: int):
     """Elements and bytes kept for the backward pass, and the most elements alive in each direction, for both forms."""
     process_groups = start_groups(tensor_size=tensor, pipeline_size=1, seed=0)
-    distillation_loss._PIECE = 1 << 10
+    distillation_loss._CHUNK_ELEMENTS = 1 << 10
     rows, columns, found = 256, 1024, {}
     for name, divergence in zip(NAMES, KINDS):
         student_v, teacher_v = (rand(rows, columns, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))

@@ -1,4 +1,4 @@
-"""A rehearsed launch: its figures add up, its bytes are those that real processes send, what cannot work is refused."""
+"""Rehearsal of a launch: its figures add up and are those of real processes, and impossible settings are refused."""
 
 import gc
 import subprocess
@@ -12,6 +12,7 @@ from megatron_ral.config import load_config
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.traffic import CountedTraffic
+from megatron_ral.planning.launch_plan import LaunchPlan
 from tests.distributed.cases import GROUP_SIZE, LENGTH, fixed_minibatch, make_config, open_policy
 from tests.distributed.runner import run_ranks
 
@@ -28,17 +29,24 @@ def published(size: str, *overrides: str):
 
 
 def held_stages(size: str, world_size: int) -> list[tuple]:
-    """Every distinct stage, built: (stages, parameters of a tensor rank, shard, padding, of how many, trained shard). Runs in
-    a process of its own: it plays ranks of jobs that are not there."""
+    """Build every distinct stage of a layout.
+
+    It runs in a process of its own, because it simulates ranks of jobs that do not exist.
+
+    Returns:
+        (stages, elements of a tensor rank, shard, padding, number of parameters, trained shard) of each.
+    """
     from megatron_ral.parallel.process_groups import simulate_rank
     from megatron_ral.planning.fakes import Watched, fake_tensors
     from megatron_ral.planning.rehearse import check_possible, distinct_stages
-    from megatron_ral.planning.simulate import SimulatedPolicy
+    from megatron_ral.planning.simulated_policy import SimulatedPolicy
     from megatron_ral.planning.zero3 import StageBytes
 
     config, shape = published(size)
-    layout, result = check_possible(config, shape, world_size), []
-    for stages in distinct_stages(config, shape, layout):
+    plan, result = LaunchPlan.from_config(config, world_size), []
+    check_possible(plan, shape)
+    layout = plan.layout
+    for stages in distinct_stages(plan, shape):
         rank = layout.rank_of(0, 0, stages[0])
         with (
             simulate_rank(
@@ -46,7 +54,8 @@ def held_stages(size: str, world_size: int) -> list[tuple]:
             ) as process_groups,
             fake_tensors(),
         ):
-            parameters = SimulatedPolicy(shape, process_groups, config, Watched()).parameters()
+            policy = SimulatedPolicy(shape, process_groups, plan.engine, plan.training, Watched())
+            parameters = policy.parameters()
         zero = StageBytes(parameters, layout.data_size, 2, "stage", (), False)
         result.append(
             (
@@ -65,7 +74,7 @@ def held_stages(size: str, world_size: int) -> list[tuple]:
     "size, world_size, total", [("qwen2.5-vl-72b", 64, 73_410_777_344), ("qwen2.5-vl-72b", 256, 73_410_777_344)]
 )
 def test_a_published_size_adds_up(size, world_size, total):
-    """At the layout of the launch script: all shards of all ranks are the published model, copies aside."""
+    """At the layout of the launch script, all shards of all ranks are the published model, apart from copies."""
     [result] = run_ranks(1, held_stages, size, world_size)
     config, shape = published(size)
     tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
@@ -74,7 +83,7 @@ def test_a_published_size_adds_up(size, world_size, total):
     for stages, numel, shard, padding, count, _ in result:
         assert shard * data_size == numel + padding and 0 <= padding < data_size * count
         copies += numel * len(stages) * tensor
-    # All tensor ranks of all stages hold the model once, and again what every tensor rank has a copy of.
+    # All tensor ranks of all stages hold the model once, and copies of the parameters that every tensor rank needs.
     vision = sum(parameter.numel() for parameter in _tower(shape).parameters())
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     assert copies == total + (tensor - 1) * (vision + norms)
@@ -90,7 +99,7 @@ def _tower(shape):
         return build_tower(shape.vision)
 
 
-def test_what_cannot_work_is_refused():
+def test_impossible_layouts_are_refused():
     from megatron_ral.planning.rehearse import check_possible
 
     config, shape = published("qwen2.5-vl-72b")
@@ -106,18 +115,18 @@ def test_what_cannot_work_is_refused():
             config, parallel=parallel, rollout=replace(config.rollout, num_prompts=64 if value != 5 else 48)
         )
         with pytest.raises(ConfigError, match=message):
-            check_possible(changed, shape, world_size)
+            check_possible(LaunchPlan.from_config(changed, world_size), shape)
 
 
 def way_out(path: str) -> dict:
-    """A card that holds a little less than it takes."""
+    """Find settings for a GPU that has a little less memory than the launch takes."""
     from megatron_ral.planning.hardware import Hardware
     from megatron_ral.planning.rehearse import rehearse
     from megatron_ral.planning.report import describe
     from megatron_ral.planning.search import find_way_out
 
     config, shape = make_config(path, tensor=2, pipeline=2, num_groups=16), read_shape(path)
-    result = rehearse(config, shape, 4)
+    result = rehearse(LaunchPlan.from_config(config, 4), shape)
     hardware = Hardware(gpu_memory_gib=0.9 * result.peak_bytes / 2**30, reserved_gib=0.0)
     result = replace(result, hardware=hardware)
     settings, again = find_way_out(result, shape)
@@ -133,11 +142,11 @@ def way_out(path: str) -> dict:
         "text": describe(result),
         "phases": list(result.seconds),
         "cache": [(report.memory["generation"]["KV cache"], report.rank.cache_bytes) for report in result.ranks],
-        "sft": list(rehearse(supervised, shape, 4).seconds),
+        "sft": list(rehearse(LaunchPlan.from_config(supervised, 4), shape).seconds),
     }
 
 
-def test_what_does_not_fit_names_a_setting_with_which_it_does(material):
+def test_a_launch_that_does_not_fit_names_settings_with_which_it_does(material):
     [result] = run_ranks(1, way_out, str(material["tiny"]))
     assert not result["before"] and result["settings"] and "DOES NOT FIT" in result["text"]
     assert result["after"] and result["smaller"] < result["peak"]
@@ -147,8 +156,12 @@ def test_what_does_not_fit_names_a_setting_with_which_it_does(material):
 
 
 def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, settings: dict) -> dict:
-    """One optimizer step in real processes: bytes by (group, kind), most bytes that were alive at once beyond what is held
-    between uses, and the shapes that it had."""
+    """Run one optimizer step in real processes.
+
+    Returns:
+        Bytes sent by (process group, collective), largest number of live bytes beyond those held between uses, and the
+        shapes of the step.
+    """
     from megatron_ral.planning.fakes import Watched
 
     opened = open_policy(path, tensor, pipeline, num_groups=16, **settings)
@@ -168,7 +181,7 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
     sent = {
         ("pipeline" if kind == "send" else group, kind): size
         for (group, kind), size in traffic.sent_bytes.items()
-        # Point-to-point calls do not always name their group; a group of one rank moves nothing.
+        # Point-to-point calls do not always name their group. A group of one rank sends nothing.
         if kind != "receive" and not (group == "data" and process_groups.layout.data_size == 1)
     }
     return {
@@ -182,8 +195,8 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
     }
 
 
-def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, settings: dict) -> dict:
-    """The same, rehearsed."""
+def rehearsed_step(path: str, tensor: int, pipeline: int, P: int, visual: int, settings: dict) -> dict:
+    """Rehearse the step of `real_step`; returns the same numbers by stage."""
     from megatron_ral.planning.rehearse import rehearse
 
     config = make_config(path, tensor=tensor, pipeline=pipeline, num_groups=16, **settings)
@@ -193,12 +206,13 @@ def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, sett
         rollout=replace(config.rollout, num_epochs=1),
         logging=replace(config.logging, gradient_ratio_interval=0),
     )
-    result, stages = rehearse(config, read_shape(path), 4, visual_tokens=visual, on_gpu=False), {}
-    assert (result.work.micro_batch, result.work.group_size, result.work.response_length) == (2, GROUP_SIZE, LENGTH)
+    plan, stages = LaunchPlan.from_config(config, 4, visual), {}
+    result, work = rehearse(plan, read_shape(path), on_gpu=False), plan.work
+    assert (work.micro_batch, work.group_size, work.response_length) == (2, GROUP_SIZE, LENGTH)
     for report in result.ranks:
-        held = sum(report.zero.held(config).values())
+        held = sum(report.zero.held(plan.parallel.offload_optimizer, plan.needs_reference).values())
         rows = sum(phase.held for name, phase in report.rank.phases.items() if name in ("old", "reference"))
-        rows *= result.work.passes
+        rows *= work.passes
         beside = held + report.memory["update"]["visual features"] + rows
         peak = max(
             sum(report.memory["gather"].values()) - held,
@@ -207,7 +221,7 @@ def played_step(path: str, tensor: int, pipeline: int, P: int, visual: int, sett
         for stage in report.stages:
             stages[stage] = {
                 "sent": {key: size for key, size in report.sent["update"].items() if key[1] != "receive"},
-                "micro_batches": result.work.micro_batches,
+                "micro_batches": work.micro_batches,
                 "peak": peak,
                 "share": report.update_share,
                 "shard": report.zero.shard_numel * 4,
@@ -226,16 +240,16 @@ CASES = [
     (1, 2, {"parallel": {"gather": "layer"}}),
     (1, 2, {"parallel": {"overlap_communication": False}}),
 ]
-"""Tensor and pipeline ranks of 4, and what else is set; the test takes three, tools/benchmarks/rehearsal.py all."""
+"""Tensor and pipeline ranks of 4, and further settings. The test takes three, tools/benchmarks/rehearsal.py all."""
 
 
 @pytest.mark.parametrize("tensor, pipeline, settings", [CASES[0], CASES[1], CASES[5]])
 def test_memory_and_bytes_are_those_of_real_processes(material, tensor, pipeline, settings):
     path = str(material["tiny"])
     real = run_ranks(4, real_step, path, str(material["tiny_other"]), str(material["data"]), tensor, pipeline, settings)
-    [played] = run_ranks(1, played_step, path, tensor, pipeline, real[0]["P"], real[0]["visual"], settings)
+    [rehearsed] = run_ranks(1, rehearsed_step, path, tensor, pipeline, real[0]["P"], real[0]["visual"], settings)
     for rank in real:
-        mine = played[rank["stage"]]
+        mine = rehearsed[rank["stage"]]
         assert mine["micro_batches"] == rank["micro_batches"]
         assert abs(mine["peak"] - rank["peak"]) <= 0.15 * rank["peak"], (rank["stage"], mine["peak"], rank["peak"])
         for key in rank["sent"].keys() | mine["sent"].keys():

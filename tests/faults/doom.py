@@ -1,9 +1,12 @@
-"""A rank that meets its end at a chosen moment: `python -m tests.faults.doom TRAINING_ARGUMENTS` with the environment
+"""Training in which one rank fails at a chosen moment.
+
+`python -m tests.faults.doom TRAINING_ARGUMENTS` with the environment
 
     DOOM={"rank": 1, "phase": "rollout", "entry": 2, "delay": 0.05, "how": "kill", "note": FILE}
 
-is `megatron_ral.train` whose rank 1 is killed (`kill`: SIGKILL; `stop`: SIGSTOP; `stall`: its main thread sleeps for ever;
-`ask`: SIGTERM) 0.05 s after it entered the phase for the second time. Before that it notes where it was.
+runs `megatron_ral.train` and makes rank 1 fail 0.05 s after it entered the phase for the second time. `how` is `kill`
+(SIGKILL), `stop` (SIGSTOP), `stall` (its main thread sleeps for ever) or `ask` (SIGTERM). The rank's phase, step and
+samples at that moment are written to `note` before.
 """
 
 import json
@@ -20,7 +23,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "stall": signal.SIGUS
 
 
 def await_doom(rank: int, doom: dict) -> None:
-    """Start the thread that does it, on the rank it is meant for. Main thread only."""
+    """Start the thread that lets the rank fail, on that rank only. Main thread only."""
     if rank != doom["rank"]:
         return
     signal.signal(signal.SIGUSR2, lambda *_: time.sleep(1e6))  # handlers run in the main thread
@@ -50,7 +53,7 @@ def await_doom(rank: int, doom: dict) -> None:
 
 
 def varied(completion: str, solution: str, problem_type: str) -> float:
-    """A reward that differs between the responses of an untrained model."""
+    """Return a reward that differs between the responses of an untrained model."""
     return (sum(map(ord, completion)) % 7) / 7.0
 
 

@@ -1,4 +1,4 @@
-"""The rounds of kill_and_resume.sh."""
+"""Rounds of kill_and_resume.sh: a rank is killed, the job has to end in time, and the resumed run has to be exact."""
 
 import json
 import os
@@ -22,7 +22,7 @@ model: {{dtype: float32}}
 data: {{max_prompt_length: 128, shuffle_buffer: 20}}
 rollout: {{num_prompts: 8, group_size: 3, num_minibatches: 2, max_response_length: 12}}
 reward: {{functions: {{varied: {{path: "tests.faults.doom:varied", weight: 1.0}}}}}}
-loss: {{attention_target: ema, attention_coef: 1.0}}
+loss: {{attention_target: reference, attention_coef: 1.0}}
 optimizer: {{learning_rate: 1.0e-3}}
 train: {{algorithm: ral, num_steps: {STEPS}, micro_batch_size: 2, checkpoint_interval: 1, keep_checkpoints: 2}}
 logging: {{probe_interval: 0}}
@@ -33,12 +33,12 @@ PHASES = {
     "data": STEPS,
     "rollout": STEPS,
     "old": STEPS,
-    "average": STEPS,
+    "reference": STEPS,
     "update": 2 * STEPS,
     "checkpoint": STEPS,
     "export": 1,
 }
-"""Phase -> how often a run enters it."""
+"""Number of times that a run enters a phase, by the name of the phase."""
 
 
 def tool(name: str, *arguments: object) -> None:
@@ -51,11 +51,11 @@ def tool(name: str, *arguments: object) -> None:
 
 
 class Job:
-    """The training run, started as a user would.
+    """Training run, started as a user would start it.
 
     Args:
         work: folder with the model, the data and the configuration.
-        output: of the run.
+        output: output folder of the run.
     """
 
     def __init__(self, work: Path, output: Path):
@@ -79,7 +79,7 @@ class Job:
         ]
 
     def run(self, *more: str, doom: dict | None = None) -> tuple[int, str]:
-        """(exit status, what was printed)"""
+        """Return (exit status, printed text)."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -101,14 +101,14 @@ class Job:
         return done.returncode, done.stdout
 
     def result(self) -> dict[str, bytes]:
-        """Exported weights and the last checkpoint, byte for byte."""
+        """Return the bytes of the exported weights and of the last checkpoint, by file."""
         last = self.output / "checkpoints" / f"step_{STEPS:08d}"
         files = [*(self.output / "hf").glob("*.safetensors"), *last.glob("*.safetensors"), *last.glob("rank_*.json")]
         return {str(path.relative_to(self.output)): path.read_bytes() for path in files}
 
 
-def what_is_wrong(status: int, log: str, rank: int, note: dict, seconds: float) -> list[str]:
-    """Of how a job ended after a rank was killed; empty: nothing."""
+def faults_of_end(status: int, log: str, rank: int, note: dict, seconds: float) -> list[str]:
+    """Return what is wrong with the end of a job after a rank was killed; empty where nothing is."""
     wrong = []
     if status == 0:
         wrong.append("the exit status is 0")
@@ -117,12 +117,12 @@ def what_is_wrong(status: int, log: str, rank: int, note: dict, seconds: float) 
     if not re.search(rf"rank\s*: {rank} \(local_rank", log) or not re.search(r"exitcode\s*: -9", log):
         wrong.append("the launcher does not name the rank")
     if note["phase"] == "leaving" or note["step"] == 0 and "bytes held between steps" not in log:
-        return wrong  # the ranks had not met yet, or had parted: nobody but the launcher can know
+        return wrong  # without a watchdog yet, or no longer: only the launcher can name the rank
     found = re.search(rf"watchdog: rank {rank} was in phase '([^']*)'(?: of step (\d+))?, (.*)", log)
     if f"watchdog: rank {rank} died" not in log or found is None:
         return wrong + ["no message of the watchdog"]
     phase, step, samples = found.group(1), int(found.group(2) or 0), found.group(3)
-    if rank == 0:  # its store died with it: what is known are its last words, from a moment before
+    if rank == 0:  # the store ended with rank 0: the others know only its heartbeat before
         return wrong if step in (note["step"] - 1, note["step"]) else wrong + [f"the message says step {step}"]
     known = {note["phase"], note["before"]} | ({phase} if note["seconds"] < 0.02 else set())
     if phase not in known or step != note["step"]:
@@ -133,7 +133,7 @@ def what_is_wrong(status: int, log: str, rank: int, note: dict, seconds: float) 
 
 
 def one_round(number: int, work: Path, chosen: dict, wanted: dict[str, bytes]) -> tuple[bool, str]:
-    """(passed, what to print)"""
+    """Return (passed, text to print)."""
     job = Job(work, work / f"round_{number}")
     note_file = work / f"note_{number}.json"
     started = time.time()
@@ -145,11 +145,11 @@ def one_round(number: int, work: Path, chosen: dict, wanted: dict[str, bytes]) -
         note = json.loads(note_file.read_text())
         seconds = ended - note_file.stat().st_mtime
         text += f": killed in {note['phase']} of step {note['step']}, ended after {seconds:.1f} s"
-        wrong = what_is_wrong(status, log, chosen["rank"], note, seconds)
+        wrong = faults_of_end(status, log, chosen["rank"], note, seconds)
     elif status != 0:
         wrong = [f"it ended by itself with status {status}"]
     else:
-        text += ": the run was over before"
+        text += ": the run had ended before"
     again, resumed = job.run("--resume")
     if again != 0:
         wrong.append(f"resumed, it ended with status {again}")
@@ -167,6 +167,7 @@ def one_round(number: int, work: Path, chosen: dict, wanted: dict[str, bytes]) -
 
 
 def main(count: int) -> int:
+    """Run the rounds and return the exit status."""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
     work = Path(os.environ.get("FAULTS_DIR") or tempfile.mkdtemp(prefix="kill_and_resume-"))
     work.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# kill -9 of a random rank at COUNT random moments of a small training run; each time the job must end in time and say
-# which rank, in which phase, with which sample, and resumed from the newest whole checkpoint it must end bit-identical to
-# a run that was left alone.
+# kill -9 of a random rank at COUNT random moments of a small training run. Each time the job must end in time and name
+# rank, phase and sample. Resumed from the newest complete checkpoint, it must end bit-identical to an undisturbed run.
 #
 #   bash tests/faults/kill_and_resume.sh [COUNT]          # default 20; about 40 s each on two cores
 #

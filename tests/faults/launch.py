@@ -1,4 +1,4 @@
-"""Start `megatron_ral.train` on a few ranks from a server that has everything imported, and wait for how they end."""
+"""Launch of `megatron_ral.train` on a few ranks, forked from a server that has imported everything."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from tests.faults.doom import await_doom
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended."""
+    """End of a job."""
 
     codes: list[int]
-    """Exit status of every rank; negative: the signal that killed it."""
+    """Exit status of every rank; a negative one is the signal that killed it."""
     output: list[str]
-    """What every rank wrote to standard output and error."""
+    """Standard output and error of every rank."""
     seconds: float
-    """From `clock` (the first end of a rank, or the doom) to the last end."""
+    """Seconds from the failure to the end of the last rank."""
 
 
 def _entry(
@@ -61,7 +61,7 @@ def run_job(
     module: str = "megatron_ral.train",
     timeout: float = 120.0,
 ) -> Ended:
-    """Run to the end of all ranks; without a launcher that would end the others when one has died."""
+    """Run a job until all ranks have ended. No launcher ends the other ranks when one has died."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""A signal to one rank and the time limit end a run at the next step boundary, checkpointed; resumed it ends the same."""
+"""A signal to one rank and the time limit end a run at the next step with a checkpoint; a resumed run is exact."""
 
 import torch
 from safetensors.torch import load_file

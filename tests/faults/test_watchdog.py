@@ -1,4 +1,4 @@
-"""Real ranks of a real training that die, are stopped, or stall: the job ends in time and says who, where, with what."""
+"""Real ranks of a real training die, are stopped, or stall: the job ends in time and names rank, phase and samples."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def arguments(tmp_path, model, data, *more):
 
 
 def test_all_survivors_of_the_first_rank_hear_its_verdict(material, tmp_path):
-    """It holds the store: nobody ends it before the others have looked, and none of them takes it for dead."""
+    """The first rank hosts the store, so it ends last: all others read its verdict, and none takes it for dead."""
     ended = run_job(
         3,
         tmp_path / "job",
@@ -36,7 +36,7 @@ def test_all_survivors_of_the_first_rank_hear_its_verdict(material, tmp_path):
         {"rank": 0, "phase": "rollout", "entry": 2, "delay": 0.03, "how": "stall"},
     )
     assert ended.codes == [3, 3, 3]
-    assert "watchdog: rank 0 did not get on" in ended.output[0] + ended.output[1]
+    assert "watchdog: rank 0 made no progress" in ended.output[0] + ended.output[1]
     assert not any("died" in text or "does not answer" in text for text in ended.output), ended.output
     assert (tmp_path / "run" / "watchdog.log").read_text().count("the job ends") == 1
 
@@ -47,10 +47,10 @@ def test_all_survivors_of_the_first_rank_hear_its_verdict(material, tmp_path):
         ("kill", 1, "rollout", 2, "died"),
         ("kill", 0, "update", 3, "died"),
         ("kill", 1, "checkpoint", 2, "died"),
-        ("stop", 1, "update", 3, "gave no sign of life"),
+        ("stop", 1, "update", 3, "sent no heartbeat"),
         ("stop", 0, "rollout", 2, "does not answer"),
-        ("stall", 1, "rollout", 2, "did not get on"),
-        ("stall", 0, "update", 3, "did not get on"),
+        ("stall", 1, "rollout", 2, "made no progress"),
+        ("stall", 0, "update", 3, "made no progress"),
     ],
 )
 def test_rank_that_dies_or_stalls_ends_the_job(material, tmp_path, how, rank, phase, entry, what):
@@ -65,15 +65,15 @@ def test_rank_that_dies_or_stalls_ends_the_job(material, tmp_path, how, rank, ph
     text = ended.output[survivor]
     if (
         how == "stall" and rank == 0 and "watchdog: rank 0 died" in text
-    ):  # it saw itself first, and took the store along
-        assert "watchdog: rank 0 did not get on" in ended.output[0] and ended.codes[0] == 3, ended.output[0]
+    ):  # it found itself first, and the store ended with it
+        assert "watchdog: rank 0 made no progress" in ended.output[0] and ended.codes[0] == 3, ended.output[0]
     else:
         assert f"watchdog: rank {rank} {what}" in text, text
     [(where, step, samples)] = re.findall(
         rf"watchdog: rank {rank} was in phase '(.*)' of step (\d+), last samples? (.*)", text
     )
     assert int(step) == note["step"] and "rl-" in samples, text
-    if rank == 1:  # of the first rank, which takes the store along, others know what it said a moment before
+    if rank == 1:  # the store ends with rank 0: others know only its heartbeat before
         assert note["before"] == phase or note["phase"] == phase
         assert where == note["phase"] or (note["seconds"] < 0.02 and where == note["before"]), (note, text)
     assert "where every rank was:" in text and "--resume" in text

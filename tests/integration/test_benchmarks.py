@@ -1,5 +1,7 @@
-"""Records of the named benchmarks, as published -> make_shards.py -> `megatron_ral.evaluate`: one table of all of them;
-and small runs of the project's own benchmarks of a training step, whose times mean nothing here."""
+"""Published records of benchmarks through make_shards.py and `megatron_ral.evaluate`, and benchmarks of a training step.
+
+The benchmarks of a training step run at a small size, at which their times have no meaning.
+"""
 
 import json
 import re
@@ -129,7 +131,8 @@ SMALL = ["--prompt-length", "64", "--group-size", "2", "--length", "4", "--round
 
 def small_run(name: str, *arguments: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(PROJECT / "tools/benchmarks" / name), *SMALL, *arguments],
+        [sys.executable, "-m", f"tools.benchmarks.{name}", *SMALL, *arguments],
+        cwd=PROJECT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -139,7 +142,7 @@ def small_run(name: str, *arguments: str) -> list[str]:
 
 
 def test_ral_over_grpo_extrapolates_what_it_prints():
-    lines = small_run("ral_over_grpo.py", "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
+    lines = small_run("ral_over_grpo", "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
     rows = [re.split(r"\s{2,}", line)[:2] for line in lines]
     for layers, sides in ((1, ["grpo", "bare grpo", "ral"]), (2, ["grpo", "bare grpo", "ral", "ral all layers"])):
         assert [name for name, *rest in rows if rest == [str(layers)]] == [*sides, "adamw", "rollout"]
@@ -159,7 +162,7 @@ def test_ral_over_grpo_extrapolates_what_it_prints():
 
 
 def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower():
-    lines = small_run("group_layout.py", "--layers", "1", "--prompts", "3")
+    lines = small_run("group_layout", "--layers", "1", "--prompts", "3")
     table = {name: line.split()[1] for line in lines for name in ("group", "separate") if line.startswith(name + " ")}
     assert table == {"group": str(64 + 2 * 4), "separate": str(2 * (64 + 4))}
     [difference] = [float(line.split()[6]) for line in lines if line.startswith("gradients of both sides differ by ")]

@@ -1,5 +1,8 @@
-"""What the tests of token distillation compare: the definition over the whole vocabulary in float64 with gradients by
-autograd, and the halves of the functions under test, from a vocabulary cut by hand."""
+"""References of the tests of token distillation.
+
+One is the definition over the whole vocabulary in float64 with gradients by autograd. The other calls the functions
+under test on a vocabulary split by hand.
+"""
 
 import pytest
 import torch
@@ -43,7 +46,7 @@ STUDENT, TEACHER, GRAD = 2 * rand(ROWS, V, seed=1), 2 * rand(ROWS, V, seed=2), r
 
 
 def by_definition(student, teacher, divergence):
-    """In float64, term by term; carries gradient to both."""
+    """Return the divergence in float64, term by term; carries gradient to both."""
     log_q, log_p = (torch.log_softmax(logits.double() / divergence.temperature, -1) for logits in (student, teacher))
     return of_logprobs(log_q, log_p, divergence)
 
@@ -66,7 +69,7 @@ def with_gradient(function, student, teacher, divergence, grad):
 
 
 def by_shards(student, teacher, divergence, grad, shards=1):
-    """Value and gradient from `shards` pieces of the vocabulary, not all equally wide."""
+    """Return value and gradient from `shards` shards of the vocabulary, not all equally wide."""
     dtype, temperature = wide(student, teacher), divergence.temperature
     pieces = list(zip(student.tensor_split(shards, -1), teacher.tensor_split(shards, -1)))
     rows = [
@@ -103,7 +106,7 @@ def top_tokens(logits, k, temperature, shards=1):
 
 
 def by_top_tokens(student, teacher, divergence, grad, shards=1):
-    """Value and gradient; `teacher` are top tokens."""
+    """Return value and gradient; `teacher` holds top tokens."""
     others, outcomes = outcomes_by_shards(student, teacher.indices, divergence.temperature, shards)
     value, gradient = outcome_divergence(outcomes, teacher.outcomes(outcomes.dtype), divergence)
     gradient, pieces = gradient * grad[:, None], student.tensor_split(shards, -1)

@@ -1,6 +1,8 @@
-"""Token distillation on vocabulary shards: hand numbers, the definition over the full vocabulary, the public formula of
-TRL, and what rounding may and may not do. Shards are cut by hand and their partials added; the collectives are in
-tests/distributed/test_distillation_vocab.py."""
+"""Token distillation on vocabulary shards: numbers by hand, the definition, TRL's formula, rounding.
+
+Shards are made by hand and their sums added. The collectives are tested in
+tests/distributed/test_distillation_vocab.py.
+"""
 
 import math
 
@@ -27,7 +29,7 @@ from tests.unit.distillation_references import (
 
 
 def test_two_tokens_by_hand():
-    """P = (1/2, 1/2) the teacher, Q = (1/4, 3/4) the student."""
+    """The teacher is P = (1/2, 1/2), the student Q = (1/4, 3/4)."""
     ln, one = math.log, torch.ones(1, dtype=torch.float64)
     teacher, student = (torch.tensor([[0.0, logit]], dtype=torch.float64) for logit in (0.0, ln(3)))
 
@@ -75,7 +77,7 @@ def test_shards_equal_the_definition(divergence, shards):
 
 
 class Cut(torch.autograd.Function):
-    """The halves as autograd would use them, from three shards."""
+    """Return value and gradient from three shards, with the local functions called as autograd would."""
 
     @staticmethod
     def forward(ctx, student, teacher, divergence):
@@ -119,8 +121,10 @@ def test_jsd_is_bounded_by_the_entropy_of_beta():
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.8, 1.0])
 def test_beta_of_trl(beta):
-    """huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8, trl/experimental/gkd/gkd_trainer.py:271-300, afresh:
-    `kl_div(input, target)` with log_target is target (log target - input), that is KL(target || input)."""
+    """huggingface/trl f2cd57710ae345ea6428ae95363267fcf38a3dc8, trl/experimental/gkd/gkd_trainer.py:271-300, anew.
+
+    `kl_div(input, target)` with log_target is target (log target - input), which is KL(target || input).
+    """
 
     def trl(student, teacher, divergence):
         log_q, log_p = (torch.log_softmax(logits / divergence.temperature, -1) for logits in (student, teacher))
@@ -207,15 +211,15 @@ def test_far_logits_stay_finite(divergence):
 
 
 @every_kind
-def test_pieces_of_rows_change_nothing(divergence, monkeypatch):
+def test_chunks_of_rows_change_nothing(divergence, monkeypatch):
     student, teacher, grad = (
         rand(*shape, seed=seed, dtype=torch.float32) for shape, seed in (((37, 50), 7), ((37, 50), 8), ((37,), 9))
     )
     whole = by_shards(student, teacher, divergence, grad, 2)
-    monkeypatch.setattr(distillation_loss, "_PIECE", 1)
-    for pieces in (37, 5):
-        monkeypatch.setattr(distillation_loss, "_PIECES", pieces)
-        assert len(list(distillation_loss.row_pieces(37, 25))) in (37, 6, 5)
+    monkeypatch.setattr(distillation_loss, "_CHUNK_ELEMENTS", 1)
+    for chunks in (37, 5):
+        monkeypatch.setattr(distillation_loss, "_NUM_CHUNKS", chunks)
+        assert len(list(distillation_loss.row_chunks(37, 25))) in (37, 6, 5)
         again = by_shards(student, teacher, divergence, grad, 2)
         for ours, wanted in zip(again, whole):
             assert torch.allclose(ours, wanted, rtol=1e-6, atol=1e-8)

@@ -1,8 +1,9 @@
-"""What surrounds the divergences of distillation: layers matched by depth, the shuffled control, settings without effect,
-memory of a teacher, and the study's arithmetic."""
+"""Distillation around its divergences: layers matched by depth, the shuffled control, settings without effect, memory.
+
+The arithmetic of the study is tested here too.
+"""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,21 +92,23 @@ def test_settings_without_effect_are_named():
 
 
 def test_memory_of_a_teacher_at_real_size():
-    """32 billion parameters in bfloat16 over tensor 8: an eighth of each cut weight, between uses and while it reads."""
+    """32 billion parameters in bfloat16 over tensor 8: an eighth of each weight, between uses and in a pass."""
     teacher, student = read_shape(str(MODELS / "qwen2.5-vl-32b")), read_shape(str(MODELS / "qwen2.5-vl-7b"))
     [stage] = stage_parameters(teacher, RankLayout(0, 8, 8, 1))
-    held = frozen_bytes(teacher, 8, 1, 8, "bfloat16")
+    one_node = RankLayout(0, 8, 8, 1)
+    held = frozen_bytes(teacher, one_node, "bfloat16")
     assert held.shard == 2 * stage.per_tensor_rank and 8 < held.shard / GIB < 10
     assert held.gathered == 0, "one data-parallel rank holds its stage whole"
-    assert frozen_bytes(teacher, 8, 1, 8, "bfloat16", moved=True).gathered == held.shard
-    sharded = frozen_bytes(teacher, 8, 1, 64, "bfloat16")
+    assert frozen_bytes(teacher, one_node, "bfloat16", moved=True).gathered == held.shard
+    sharded = frozen_bytes(teacher, RankLayout(0, 64, 8, 1), "bfloat16")
     assert sharded.gathered == held.shard and 7.9 < held.shard / sharded.shard <= 8
-    config, visual = RunConfig(model=ModelConfig(path="m")), 676_550_144
-    policy = policy_bytes(config, student, 8)
+    data_parallel, visual = RankLayout(0, 8, 1, 1), 676_550_144
+    policy = policy_bytes(student, data_parallel, "bfloat16", train_vision=False)
     assert policy.shard == pytest.approx((2 * 8_292_166_656 + 16 * (8_292_166_656 - visual)) / 8, rel=0.001)
     assert policy.gathered == pytest.approx(2 * 8_292_166_656, rel=0.001)
-    trained = replace(config, model=ModelConfig(path="m", train_vision=True))
-    assert policy_bytes(trained, student, 8).shard == pytest.approx(18 * 8_292_166_656 / 8, rel=0.001)
+    assert policy_bytes(student, data_parallel, "bfloat16", train_vision=True).shard == pytest.approx(
+        18 * 8_292_166_656 / 8, rel=0.001
+    )
 
 
 def test_steps_to_a_goal():

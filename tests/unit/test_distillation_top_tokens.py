@@ -1,5 +1,7 @@
-"""Distillation from a teacher's k most likely tokens and the mass of the others, on vocabulary shards cut by hand: the
-definition over k + 1 outcomes, the whole vocabulary as k = V, the public formulas, and rounding."""
+"""Distillation from a teacher's k most likely tokens and the mass of all others, on vocabulary shards made by hand.
+
+Compared are the definition over k + 1 outcomes, the whole vocabulary as k = V, the public formulas, and rounding.
+"""
 
 import math
 
@@ -29,7 +31,7 @@ from tests.unit.distillation_references import (
 @every_kind
 @pytest.mark.parametrize("k, shards", [(1, 2), (4, 1), (4, 3), (12, 4)])
 def test_top_tokens_equal_the_definition_over_outcomes(divergence, k, shards):
-    """k + 1 outcomes by autograd: the chosen tokens, and the sum of the others."""
+    """Return the divergence over k + 1 outcomes by autograd: the chosen tokens, and the sum of the others."""
     teacher = top_tokens(TEACHER, k, divergence.temperature, shards)
     log_p = torch.log_softmax(TEACHER / divergence.temperature, -1)
     assert torch.equal(teacher.indices, log_p.topk(k, -1).indices)
@@ -68,7 +70,7 @@ def test_all_tokens_are_the_whole_vocabulary(divergence, dtype, tolerance):
 
 
 def test_small_mass_of_the_others_is_summed_not_subtracted():
-    """1e-9 of the teacher, 1e-8 of the student outside the top token: 1 - p is 0 in float32."""
+    """The mass outside the top token is 1e-9 (teacher) and 1e-8 (student), where 1 - p is 0 in float32."""
     teacher, student = torch.zeros(1, 101), torch.zeros(1, 101)
     teacher[0, 7], student[0, 7] = math.log(100 / 1e-9), math.log(100 / 1e-8)
     chosen = top_tokens(teacher, 1, 1.0, 2)
@@ -118,7 +120,7 @@ def test_equal_logits_give_exactly_zero(divergence, dtype):
 
 @every_kind
 def test_padded_columns_add_nothing(divergence):
-    """Three columns of padding, cut into 1, 3 and 8; k reaches into them."""
+    """Three columns of padding, split into 1, 3 and 8 shards; k is larger than the vocabulary without them."""
     wanted = by_shards(STUDENT, TEACHER, divergence, GRAD)
     student, teacher = (torch.nn.functional.pad(logits, (0, 3), value=-1e9) for logits in (STUDENT, TEACHER))
     for shards in (1, 3, 8):
@@ -128,12 +130,12 @@ def test_padded_columns_add_nothing(divergence):
         assert torch.allclose(gradient[:, :V], wanted[1], rtol=1e-9, atol=1e-13)
 
 
-def test_pieces_of_rows_change_nothing(monkeypatch):
+def test_chunks_of_rows_change_nothing(monkeypatch):
     student, teacher, grad = (rand(*shape, seed=seed) for shape, seed in (((37, 50), 7), ((37, 50), 8), ((37,), 9)))
     found = []
-    for pieces in (1, 5, 37):
-        monkeypatch.setattr(distillation_loss, "_PIECE", 1)
-        monkeypatch.setattr(distillation_loss, "_PIECES", pieces)
+    for chunks in (1, 5, 37):
+        monkeypatch.setattr(distillation_loss, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(distillation_loss, "_NUM_CHUNKS", chunks)
         chosen = top_tokens(teacher, 5, 1.0, 2)
         found.append((*chosen, *by_top_tokens(student, chosen, KINDS[2], grad, 2)))
     for again in found[1:]:

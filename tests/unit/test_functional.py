@@ -1,5 +1,7 @@
-"""Advantages, log-probabilities and sampling against hand numbers and slow float64 references (attention:
-test_attention_rows.py)."""
+"""Advantages, log-probabilities and sampling against numbers by hand and slow float64 references.
+
+Attention is tested in test_attention_rows.py.
+"""
 
 import math
 
@@ -102,7 +104,7 @@ def test_sampling_follows_the_distribution_at_a_temperature():
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("num_candidates", [1, 5, 16, 20])
 def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_shards, num_candidates):
-    """Shards of 20 tokens, each handing over its largest; many ties."""
+    """Shards of 20 tokens, each of which gives its largest logits; many ties."""
     generator = torch.Generator().manual_seed(num_candidates)
     spread = torch.linspace(0.1, 6, 400)[:, None]  # from flat to peaked
     logits = (torch.randn(400, 20 * num_shards, generator=generator) * spread * 2).round() / 2

@@ -1,4 +1,4 @@
-"""What the watchdog takes for waiting for other ranks: the innermost code counts, not what it was called from."""
+"""The watchdog takes only the innermost code for waiting for other ranks, not the code that called it."""
 
 import signal
 import threading
@@ -8,15 +8,15 @@ from megatron_ral.runtime.watchdog import main_thread_place
 
 
 def seen_during(action) -> tuple[str, str]:
-    """main_thread_place() as another thread sees it while this one is in `action`, which gets what ends it."""
+    """Return main_thread_place() as seen by another thread during `action`, which gets the event that ends it."""
     found, end = [], threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         time.sleep(0.3)
         found.append(main_thread_place())
         end.set()
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=watch)
     watcher.start()
     action(end)
     watcher.join()
@@ -24,7 +24,7 @@ def seen_during(action) -> tuple[str, str]:
 
 
 def in_file(name: str, line: str):
-    """A function `collective(call)` of a file of that name."""
+    """Return a function `collective(call)` whose code claims to be of a file of that name."""
     space = {"time": time}
     exec(compile(f"def collective(call):\n    {line}", name, "exec"), space)
     return space["collective"]
@@ -35,12 +35,12 @@ def test_a_collective_is_a_wait():
     assert seen_during(lambda end: collective(None))[0] == "collective"
 
 
-def test_what_a_collective_calls_is_none():
+def test_a_call_from_a_collective_is_no_wait():
     collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "call()")
     assert seen_during(lambda end: collective(lambda: time.sleep(0.6)))[0] == ""
 
 
-def test_a_signal_handler_called_in_a_collective_is_none():
+def test_a_signal_handler_called_in_a_collective_is_no_wait():
     collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "[time.sleep(0.01) for _ in range(60)]")
     before = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.6))
     try:
@@ -51,5 +51,5 @@ def test_a_signal_handler_called_in_a_collective_is_none():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_waiting_for_a_thread_of_this_process_is_none():
+def test_waiting_for_a_thread_of_this_process_is_no_wait():
     assert seen_during(lambda end: end.wait())[0] == ""

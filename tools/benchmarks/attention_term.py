@@ -1,62 +1,67 @@
 """Time and memory of the attention term at the last layer of Qwen2.5-VL 7B, against eager attention with autograd.
 
-    python tools/benchmarks/attention_term.py [--shapes 4096x512 8192x1024] [--repeats 3] [--clock cpu]
-    python tools/benchmarks/attention_term.py --device cuda [--shapes 8192x1024 32768x4096] [--peak-tflops 989]
+    python -m tools.benchmarks.attention_term [--shapes 4096x512 8192x1024] [--repeats 3] [--clock cpu]
+    python -m tools.benchmarks.attention_term --device cuda [--shapes 8192x1024 32768x4096] [--peak-tflops 989]
 
-One sequence of S tokens, the last R of them the response; 28 heads, 4 key/value heads of width 128; float32 on CPU,
-bfloat16 on CUDA. The loss is the mean JSD of the R rows' head-averaged attention (own token left out) from a fixed
-target, plus the layer's output times a fixed cotangent. Forward and backward to q, k and v:
+One sequence has S tokens, the last R of them the response, with 28 heads and 4 key/value heads of width 128, in float32
+on CPU and bfloat16 on CUDA. The loss is the mean JSD between the head-averaged attention of the R rows (own token left
+out) and a fixed target, plus the layer's output times a fixed cotangent. Forward and backward passes to q, k and v:
 
-    eager layer   what a user without this project does: scores of all S x S per head, softmax in float32, output =
-                  weights @ v, rows = mean over heads of the same weights, autograd through output and loss
-    our layer     SDPA for the output plus the term from the recorded queries and keys
-    SDPA          that output alone, no loss: what the layer costs anyway
-    term          ours alone: `head_mean_attention` + `row_divergence`, to q (R rows) and k
-    eager rows    the loss alone by autograd through a softmax over heads x R x S
+    eager layer   layer without this project: scores of all S x S per head, softmax in float32, output = weights @ v,
+                  rows = mean over heads of the same weights, autograd through output and loss
+    our layer     SDPA for the output, and the term from the recorded queries and keys
+    SDPA          that output alone without a loss: the cost of the layer in any case
+    term          our loss alone: `head_mean_attention` and `row_divergence`, to q (R rows) and k
+    eager rows    the loss alone, by autograd through a softmax over heads x R x S
 
-Repetitions of all are interleaved; the least time counts. On a machine that does other work too, `--clock cpu`
+Repetitions of all cases are interleaved, and the least time counts. On a machine with other work, `--clock cpu`
 (processor seconds of all threads) with OMP_NUM_THREADS=1 is the steadier measure. Memory is the peak above the inputs,
-counted by the allocator in a pass of its own; it includes the gradients of the inputs, which are printed apart: `extra`
-is without them. Where the eager layer needs more than `--eager-memory` GiB it runs with fewer key/value heads (and the
-query heads that share them) and its time and memory are multiplied; such lines say so. On CUDA the term's time is
-compared with the floor of its matrix products too. The last line is `ratio attention_term VALUE`: time of the
+counted by the allocator in a pass of its own. It includes the gradients of the inputs, which are printed apart; `extra`
+is without them. Where the eager layer needs more than `--eager-memory` GiB, it runs with fewer key/value heads and the
+query heads that share them, and its time and memory are multiplied. Such lines are marked. On CUDA the time of the term
+is also compared with the least time of its matrix products. The last line is `ratio attention_term VALUE`: time of the
 term over that of the eager layer, the largest over the shapes.
 """
 
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from megatron_ral.attention.rows import RowKeys, RowQK, attention_distribution, head_mean_attention, row_divergence
+from megatron_ral.attention.distribution import attention_distribution
+from megatron_ral.attention.rows import head_mean_attention, row_divergence
+from megatron_ral.attention.types import RowKeys, RowQK
 
 HEADS, KEY_HEADS, WIDTH = 28, 4, 128
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MAPS = 5
-"""Maps of heads x S x S in float32 that the eager layer holds at its peak, about."""
+"""Approximate number of maps of heads x S x S in float32 that the eager layer holds at its peak."""
 
 
 class Layer(NamedTuple):
-    """Inputs of one layer: q [1, n, S, D], k and v [1, k, S, D], cotangent of the output, rows, keys and target."""
+    """Inputs of one layer."""
 
     query: Tensor
+    """Queries [1, n, S, D]."""
     key: Tensor
+    """Keys [1, k, S, D]."""
     value: Tensor
+    """Values [1, k, S, D]."""
     cotangent: Tensor
+    """Cotangent of the output [1, n, S, D]."""
     R: int
+    """Response tokens."""
     keys: RowKeys
+    """Keys of the rows' distributions."""
     target: Tensor
+    """Target distributions of the rows."""
 
     def rows(self) -> RowQK:
-        """What the engine records: queries of the response, keys of prompt and response; leaves of their own."""
+        """Return the record of an engine, as new leaves: queries of the response, keys of prompt and response."""
         P = self.key.shape[2] - self.R
         query, prompt, own = (
             tensor.detach().transpose(1, 2).clone().requires_grad_()
@@ -68,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def make_layer(S: int, R: int, key_heads: int, device: str) -> Layer:
-    """Random inputs; the target is the policy of other queries."""
+    """Return random inputs. The target is the attention distribution of other queries."""
     generator = torch.Generator().manual_seed(0)
     dtype, heads = torch.float32 if device == "cpu" else torch.bfloat16, HEADS // KEY_HEADS * key_heads
 
@@ -84,17 +89,17 @@ def make_layer(S: int, R: int, key_heads: int, device: str) -> Layer:
 
 
 def eager_jsd(rows: Tensor, layer: Layer) -> Tensor:
-    """Mean JSD as one writes it, of head-averaged rows [R, S]."""
+    """Return the mean JSD of head-averaged rows [R, S] in its plain form."""
     chosen = torch.arange(rows.shape[1], device=rows.device) != layer.keys.own_BR[0, :, None]
-    policy, target = rows * chosen, layer.target[0, 0]
-    policy = policy / policy.sum(dim=-1, keepdim=True)
-    mean = (policy + target) / 2
-    terms = (row * (row.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log()) for row in (policy, target))
+    distribution, target = rows * chosen, layer.target[0, 0]
+    distribution = distribution / distribution.sum(dim=-1, keepdim=True)
+    mean = (distribution + target) / 2
+    terms = (row * (row.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log()) for row in (distribution, target))
     return 0.5 * sum(term.sum(dim=-1) for term in terms).mean()
 
 
 def eager_weights(layer: Layer, first_row: int) -> Tensor:
-    """Softmax attention [n, S - first_row, S] of the rows from `first_row`."""
+    """Return the softmax attention [n, S - first_row, S] of the rows from `first_row`."""
     query, S = layer.query[0, :, first_row:], layer.key.shape[2]
     key = layer.key[0].repeat_interleave(len(query) // layer.key.shape[1], dim=0)
     later = torch.arange(S, device=key.device) > torch.arange(first_row, S, device=key.device)[:, None]
@@ -103,7 +108,7 @@ def eager_weights(layer: Layer, first_row: int) -> Tensor:
 
 
 def eager_layer(layer: Layer) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     weights = eager_weights(layer, 0)
     value = layer.value[0].repeat_interleave(len(weights) // layer.value.shape[1], dim=0)
     output = weights.to(value.dtype) @ value
@@ -113,25 +118,25 @@ def eager_layer(layer: Layer) -> tuple[Tensor, ...]:
 
 
 def eager_rows(layer: Layer) -> tuple[Tensor, ...]:
-    """Gradients of q and k from the loss alone."""
+    """Return the gradients of q and k from the loss alone."""
     first = layer.query.shape[2] - layer.R
     return torch.autograd.grad(eager_jsd(eager_weights(layer, first).mean(dim=0), layer), layer[:2])
 
 
 def sdpa(layer: Layer) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v from the output alone."""
+    """Return the gradients of q, k and v from the output alone."""
     output = scaled_dot_product_attention(*layer[:3], is_causal=True, enable_gqa=True)
     return torch.autograd.grad((output * layer.cotangent).sum(), layer[:3])
 
 
 def term(qk: RowQK, layer: Layer) -> tuple[Tensor, ...]:
-    """Gradients of recorded queries and keys from our loss."""
+    """Return the gradients of recorded queries and keys from our loss."""
     value = row_divergence(qk, head_mean_attention(qk), layer.target, layer.keys)
     return torch.autograd.grad(value.mean(), qk[:3])
 
 
 def our_layer(layer: Layer) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     P = layer.key.shape[2] - layer.R
     output = scaled_dot_product_attention(*layer[:3], is_causal=True, enable_gqa=True)
     query, key = layer.query.transpose(1, 2), layer.key.transpose(1, 2)
@@ -149,7 +154,7 @@ def our_layer(layer: Layer) -> tuple[Tensor, ...]:
 
 
 def seconds(function: Callable, device: str, clock: Callable[[], float]) -> float:
-    """Of one call."""
+    """Return the seconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = clock()
@@ -160,7 +165,7 @@ def seconds(function: Callable, device: str, clock: Callable[[], float]) -> floa
 
 
 def peak_bytes(function: Callable, device: str) -> int:
-    """Most bytes allocated at once during one call, above those before it."""
+    """Return the largest number of bytes allocated during one call, above those before it."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -181,7 +186,7 @@ def peak_bytes(function: Callable, device: str) -> int:
 
 
 def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
-    """Print one shape; the ratio of times."""
+    """Measure and print one shape; returns the time of the term over that of the eager layer."""
     device = arguments.device
     fitting = [k for k in (4, 2, 1) if HEADS // KEY_HEADS * k * S * S * 4 * MAPS <= arguments.eager_memory * 2**30]
     part = fitting[0] if fitting else 0
@@ -225,7 +230,7 @@ def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
     share = least["term"] / least["SDPA"]
     print(f"term / eager rows {least['term'] / least['eager rows']:.3f}; term / SDPA {share:.3f}")
     if device == "cuda":
-        # the kernels form scores five times (normaliser, map, statistics, dq, dk) and take two more products
+        # The kernels compute scores five times (normaliser, map, statistics, dq, dk) and take two more products.
         floor = 7 * 2 * HEADS * WIDTH * R * (S - R / 2) / (arguments.peak_tflops * 1e12)
         print(
             f"term {least['term'] * 1e3:.3f} ms, floor of its matrix products {floor * 1e3:.3f} ms: "
@@ -243,14 +248,16 @@ def measure(S: int, R: int, arguments: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure all shapes and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", nargs="+", help="S x R, such as 4096x512")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of the measurement")
+    parser.add_argument("--shapes", nargs="+", help="shapes as S x R, such as 4096x512")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions; the least time counts")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="clock of the seconds")
     parser.add_argument("--eager-memory", type=float, default=10.0, help="GiB that the eager layer may take")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of dense bfloat16 products, for the floor")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="TFLOP/s of dense bfloat16 products, for their least time"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and arguments.clock != "wall":
         parser.error("--clock cpu: kernels on a GPU take no processor time; use --clock wall")

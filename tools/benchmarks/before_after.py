@@ -1,12 +1,13 @@
-"""A training step of this tree against one of an earlier revision, in turns on one machine.
+"""Training step of this tree against one of an earlier revision, on one machine.
 
     bash launch_scripts/ral_tiny.sh
-    python tools/benchmarks/before_after.py REVISION [--run outputs/ral_tiny] [--rounds 6] [--steps 10] [dotted.key=value ...]
+    python -m tools.benchmarks.before_after REVISION [--run outputs/ral_tiny] [--rounds 6] [--steps 10] [SETTING ...]
 
-The RL steps of a finished tiny run from its weights after SFT, one thread each; REVISION is checked out to a temporary folder
-and must have `tools/benchmarks/profile_step.py`. In each round both trees run at once, each on a processor of its own, which
-they change from round to round, so that what else the machine does meets both. Seconds are medians over rounds. Other data:
-`data.train="[{shards: DIR/*.tar}]"`. The last line is `ratio before_after VALUE`: seconds of a step now over those before.
+The RL steps of a finished tiny run start from its weights after SFT, with one thread per tree. REVISION is checked out
+to a temporary folder and must have `tools/benchmarks/profile_step.py`. In each round both trees run at once, each on a
+processor of its own. They swap processors every round, so that other work on the machine affects both alike. Seconds
+are medians over rounds. Other data: `data.train="[{shards: DIR/*.tar}]"`. The last line is `ratio before_after VALUE`:
+seconds of a step now over those before.
 """
 
 import argparse
@@ -22,11 +23,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 TURN = """
 import json, os, sys, tempfile
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tools/benchmarks"]
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 import torch
 torch.set_num_threads(1)
-import megatron_ral, profile_step
+import megatron_ral
+from tools.benchmarks import profile_step
 assert Path(megatron_ral.__file__).is_relative_to(sys.argv[1])
 count = int(sys.argv[3])
 with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +39,7 @@ print(json.dumps(phases))
 
 
 def together(trees: list[Path], processors: list[int], arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Wall seconds by phase of one step in each tree."""
+    """Return the wall seconds by phase of one step in each tree."""
     started = [
         subprocess.Popen(
             [
@@ -54,7 +55,7 @@ def together(trees: list[Path], processors: list[int], arguments: argparse.Names
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)},
             preexec_fn=lambda processor=processor: os.sched_setaffinity(0, {processor}),
         )
         for tree, processor in zip(trees, processors)
@@ -67,23 +68,23 @@ def together(trees: list[Path], processors: list[int], arguments: argparse.Names
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("revision", help="of this repository")
+    parser.add_argument("revision", help="revision of this repository")
     parser.add_argument(
         "--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run"
     )
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--rounds", type=int, default=6, help="measurements; the median counts")
+    parser.add_argument("--steps", type=int, default=10, help="steps of one measurement")
+    parser.add_argument("settings", nargs="*", metavar="dotted.key=value", help="settings that replace the run's")
     arguments = parser.parse_intermixed_args()
     processors = sorted(os.sched_getaffinity(0))[:2]
     if len(processors) < 2:
-        raise SystemExit("error: two processors are needed")
+        parser.error("two processors are needed")
     git = ["git", "-C", str(PROJECT)]
     subject = subprocess.run([*git, "log", "-1", "--format=%h %s", arguments.revision], capture_output=True, text=True)
     if subject.returncode:
-        raise SystemExit(f"error: '{arguments.revision}' is no revision of {PROJECT}")
+        parser.error(f"REVISION = '{arguments.revision}' is no revision of {PROJECT}")
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder).resolve() / "before"
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(before), arguments.revision], check=True)
@@ -97,7 +98,8 @@ def main() -> None:
     names = list(turns[0][0])
     old, new = ({name: median(pair[side].get(name, 0.0) for pair in turns) for name in names} for side in (0, 1))
     print(
-        f"before: {subject.stdout.strip()}\nmedians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
+        f"before: {subject.stdout.strip()}\n"
+        f"medians of {arguments.rounds} rounds of {arguments.steps} steps, seconds of a step\n"
         f"{'phase':12}{'before':>9}{'now':>9}{'ratio':>8}"
     )
     for name in [*names, "step"]:

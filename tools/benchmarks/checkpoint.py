@@ -1,11 +1,12 @@
-"""What a checkpoint costs a training run: written at once, and in a thread while training goes on.
+"""Cost of a checkpoint for a training run, written at once or in a thread during training.
 
-    python tools/benchmarks/checkpoint.py [--hidden-size 512] [--num-layers 6] [--steps 3] [--saves 5] [--folder DIR]
+    python -m tools.benchmarks.checkpoint [--hidden-size 512] [--num-layers 6] [--steps 3] [--saves 5] [--folder DIR]
 
-One process, supervised steps of a model of the given size. A period is --steps steps and one save; the periods of the
-three modes take turns, and the cost of a mode is its shortest period less the shortest without a save (other work on the
-machine only adds). Printed are the bytes of a checkpoint, what one step takes, what a save takes in each mode and of that
-the time inside `save`; `ratio checkpoint_at_once` and `ratio checkpoint_in_thread` are the cost of a save over one step.
+One process runs supervised steps of a model of the given size. A period is --steps steps and one save. The three modes
+(no save, at once, in a thread) take turns. The cost of a mode is its shortest period minus the shortest period without
+a save, because other work on the machine only adds time. Printed are the bytes of a checkpoint, the seconds of one
+step, and for each mode the seconds of a save and the part of it inside `save`. `ratio checkpoint_at_once` and
+`ratio checkpoint_in_thread` are the cost of a save over one step.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
 
 CONFIG = """
 model: {dtype: float32}
@@ -30,6 +30,7 @@ logging: {tensorboard: false}
 
 
 def make_inputs(root: Path, arguments: argparse.Namespace) -> None:
+    """Make the model, the data and the configuration."""
     model = [
         "make_tiny_model.py",
         "--output",
@@ -56,13 +57,16 @@ def make_inputs(root: Path, arguments: argparse.Namespace) -> None:
     ]
     for tool, *rest in (model, data):
         subprocess.run(
-            [sys.executable, str(PROJECT / "tools" / tool), *map(str, rest)], check=True, capture_output=True
+            [sys.executable, str(PROJECT / "tools" / tool), *map(str, rest)],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
     (root / "run.yaml").write_text(CONFIG)
 
 
 def measure(root: Path, arguments: argparse.Namespace) -> None:
-    """Train and print."""
+    """Train and print the costs."""
     from megatron_ral.commands.common import quiet_third_parties
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
@@ -87,10 +91,12 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     writer = trainer.checkpoints
 
     def step() -> None:
-        sft_step(trainer.policy, trainer.loader.take(trainer.prompts_per_step), trainer.processor, config)
+        sft_step(
+            trainer.policy, trainer.loader.take(trainer.prompts_per_step), trainer.processor, trainer.step_settings
+        )
 
     def period(mode: str, number: int) -> tuple[float, float]:
-        """Seconds of a save and the steps after it, and of these inside the save."""
+        """Return the seconds of a save with the steps after it, and the seconds inside the save."""
         started = time.perf_counter()
         if mode != "none":
             writer.save(number, wait=mode == "at once")
@@ -99,7 +105,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
             step()
             writer.poll()
         whole = time.perf_counter() - started
-        writer.finish()  # what was not written by then is not counted as a cost, but said
+        writer.finish()  # writing that is left over is printed, but not counted as a cost
         late = time.perf_counter() - started - whole
         if late > 0.05:
             print(f"  save {number}: {late:.2f} s of writing were left after {arguments.steps} steps")
@@ -124,12 +130,13 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Make the inputs, measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--hidden-size", type=int, default=512, help="width of the language model")
+    parser.add_argument("--num-layers", type=int, default=6, help="layers of the language model")
     parser.add_argument("--steps", type=int, default=3, help="steps after each save")
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+    parser.add_argument("--saves", type=int, default=5, help="saves of each mode")
+    parser.add_argument("--folder", help="folder to work in (default: a temporary one)")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:

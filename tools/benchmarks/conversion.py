@@ -1,11 +1,11 @@
-"""Conversion at the 72B key set: peak memory against the largest tensors, seconds against `cp` of the same bytes.
+"""Conversion of a checkpoint with all tensors of a 72B: peak memory against the largest tensors, seconds against `cp`.
 
-    python tools/benchmarks/conversion.py [--scale 16] [--folder DIR]
+    python -m tools.benchmarks.conversion [--scale 16] [--folder DIR]
 
-Writes a random checkpoint with every key of Qwen2.5-VL-72B (80 layers, 64 / 8 heads) and widths divided by --scale,
-then runs `to-megatron` (TP=8, PP=4) and `to-hf` in processes of their own. The memory of a process before it opens the
-checkpoint is taken off its peak (Linux). The last lines are `ratio conversion_memory` (peak over the two largest tensors) and
-`ratio conversion_seconds` (to-megatron over cp).
+A random checkpoint with every tensor of Qwen2.5-VL-72B (80 layers, 64 / 8 heads), whose widths are divided by --scale,
+is converted by `to-megatron` (TP=8, PP=4) and `to-hf` in processes of their own. The memory of a process before it
+opens the checkpoint is subtracted from its peak (Linux). The last lines are `ratio conversion_memory` (peak over the
+two largest tensors) and `ratio conversion_seconds` (to-megatron over cp of the same bytes).
 """
 
 import argparse
@@ -19,16 +19,15 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
 
 
 def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
-    """Random bfloat16 weights; returns all bytes and the bytes of each tensor, largest first."""
+    """Write random bfloat16 weights; returns all bytes and the bytes of each tensor, largest first."""
     import torch
 
-    from megatron_ral.weights.folders import SafetensorsWriter
-    from megatron_ral.weights.conversion import expected_shapes
     from megatron_ral.models.shape import read_shape
+    from megatron_ral.weights.conversion import expected_shapes
+    from megatron_ral.weights.folders import SafetensorsWriter
 
     config = json.loads((PROJECT / "pretrained_configs/models/qwen2.5-vl-72b/config.json").read_text())
     text = config["text_config"]
@@ -52,10 +51,11 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
 
 def child(command: str, source: str, output: str) -> None:
     """Convert in this process and print seconds, bytes and the growth of its peak memory."""
-    from megatron_ral.models import conversion
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.weights import conversion
 
-    conversion.visual_shapes(conversion.read_shape(str(source)))  # import and build once before memory is noted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (ru_maxrss would keep the parent's)
+    conversion.visual_shapes(read_shape(str(source)))  # imported and built before memory is noted
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (ru_maxrss would include the parent's)
     before = memory("VmRSS")
     if command == "to-megatron":
         done = conversion.to_megatron(source, output, 8, 4)
@@ -65,7 +65,7 @@ def child(command: str, source: str, output: str) -> None:
 
 
 def memory(field: str) -> int:
-    """Bytes of one line of /proc/self/status."""
+    """Return the bytes of one line of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -73,7 +73,8 @@ def memory(field: str) -> int:
 
 
 def run_child(*arguments: object) -> dict:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    """Convert in a process of its own, and return its seconds, bytes and peak memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(PROJECT)}
     output = subprocess.run(
         [sys.executable, __file__, "--child", *map(str, arguments)],
         check=True,
@@ -86,9 +87,10 @@ def run_child(*arguments: object) -> dict:
 
 
 def main() -> None:
+    """Write the checkpoint, convert it and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=int, default=4, help="what widths are divided by (1: the real 72B)")
-    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+    parser.add_argument("--scale", type=int, default=4, help="divisor of the widths (1: the real 72B)")
+    parser.add_argument("--folder", help="folder to work in (default: a temporary one)")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,28 +1,28 @@
-"""Tokens per second of generating G responses to each image prompt, against `transformers.generate` on the same weights
-and cores, at one and two pipeline stages; and what a token costs when half of the responses end early.
+"""Tokens per second of generating G responses to each image prompt, against `transformers.generate`.
 
-    python tools/benchmarks/generation.py [--prompts 8] [--group-size 8] [--length 64] [--cores 1 --clock cpu]
+    python -m tools.benchmarks.generation [--prompts 8] [--group-size 8] [--length 64] [--cores 1 --clock cpu]
 
-Makes a random Qwen2.5-VL in Hugging Face format, wide enough for its matrices to take the time, and lets three sides
-answer in turn, each in processes of its own that stay open:
+A random Qwen2.5-VL in Hugging Face format is made, wide enough for its matrices to take the time. Three sides with the
+same weights answer by turns, each in processes of its own that stay open:
 
     transformers   one process with --cores threads; the prompts in one batch, num_return_sequences = G
     one stage      one process with --cores threads
     two stages     two processes with half of the threads each over gloo, two batches of half of the prompts in flight;
                    left out with --cores 1
 
-All sample at temperature 1 from the whole vocabulary, in float32, and go on to the last step: no token ends a response.
-Seconds are those of a whole call, vision tower included; those of decoding are what a call for one token leaves. In the
-second measurement every second response is made to end after a quarter of the steps; beside it stands a batch of half
-the group size in which none ends, as matrices of fewer rows are less efficient whatever came before them. All sides
-compute greedy tokens first; the share of ours that equals those of transformers is printed. On a machine that does
-other work too, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier measure.
+All sides sample at temperature 1 from the whole vocabulary, in float32, up to the last step: no token ends a response.
+Seconds are those of a whole call, vision tower included. Seconds of decoding are those of a whole call minus those of a
+call for one token. A second measurement ends every second response after a quarter of the steps. It is compared with a
+batch of half the group size in which no response ends, because matrices of fewer rows are less efficient in any case.
+All sides compute greedy tokens first, and the share of ours that equals those of transformers is printed. On a machine
+with other work, --cores 1 --clock cpu (processor seconds of all threads, waiting ones included) is the steadier
+measure.
 
 The last lines are ratios of tokens per second:
     generation_ended         one stage: cost of a token (decoding seconds over tokens of responses) where half of the
-                             responses end early, over that in a batch of the other half alone
+                             responses end early, over the cost in a batch of the other half alone
     generation_two_stages    two stages over one
-    generation_decoding      one stage over transformers, without what the first token takes
+    generation_decoding      one stage over transformers, without the seconds of the first token
     generation               one stage over transformers, whole calls
 """
 
@@ -39,13 +39,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
 END = 1
+"""Token id that ends a response."""
 
 
 def sides_of(cores: int) -> dict[str, tuple[int, int]]:
-    """Name -> (processes, threads of each)."""
+    """Return (processes, threads of each) of every side by name."""
     sides = {"transformers": (1, cores), "one stage": (1, cores)}
     return sides if cores == 1 else {**sides, "two stages": (2, cores // 2)}
 
@@ -54,7 +53,7 @@ def sides_of(cores: int) -> dict[str, tuple[int, int]]:
 
 
 def read_prompts(args: argparse.Namespace) -> tuple:
-    """Prompts of equal length about pictures of noise, and the processor that made them."""
+    """Return prompts of equal length about pictures of noise, and the processor that made them."""
     import numpy as np
     from PIL import Image
 
@@ -75,7 +74,7 @@ def read_prompts(args: argparse.Namespace) -> tuple:
 
 
 def open_transformers(args: argparse.Namespace):
-    """Returns answer(length, greedy, ended, group size) -> [B G, length] token ids."""
+    """Return the function answer(length, greedy, ended, group size) -> [B G, length] token ids of transformers."""
     import torch
     from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
@@ -109,17 +108,21 @@ def open_transformers(args: argparse.Namespace):
 
 
 def open_stages(args: argparse.Namespace):
-    """As `open_transformers`."""
+    """Return the function answer(length, greedy, ended, group size) -> [B G, length] token ids of this project."""
     from megatron_ral.parallel.process_groups import start_groups
 
     process_groups = start_groups(tensor_size=1, pipeline_size=int(os.environ["WORLD_SIZE"]), seed=0)
+    from megatron_ral.engine.decoding_batch import DecodingBatch
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
-    from megatron_ral.engine.decoding_batch import DecodingBatch
+    from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.models.shape import read_shape
 
     prompts, _ = read_prompts(args)
-    engine, draw = FrozenEngine(read_shape(args.model), process_groups, "float32", args.model), DecodingBatch.draw
+    engine, draw = (
+        FrozenEngine(read_shape(args.model), process_groups, EngineSettings(args.model, "float32")),
+        DecodingBatch.draw,
+    )
 
     def draw_ends(batch, logits, process_groups):
         token = draw(batch, logits, process_groups)
@@ -145,7 +148,7 @@ def open_stages(args: argparse.Namespace):
 
 
 def child(side: str, args: argparse.Namespace) -> None:
-    """Answer the orders on standard input, one JSON line each."""
+    """Answer the requests on standard input, one JSON line each."""
     import torch
 
     torch.set_num_threads(sides_of(args.cores)[side][1])
@@ -159,11 +162,11 @@ def child(side: str, args: argparse.Namespace) -> None:
         print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
 
 
-# --- in the process that asks -----------------------------------------------------------------------------------------
+# --- in the process that requests -------------------------------------------------------------------------------------
 
 
 class Side:
-    """The processes of one side."""
+    """Processes of one side."""
 
     def __init__(self, name: str, processes: int, threads: int, arguments: list[str]):
         with socket.socket() as server:
@@ -173,6 +176,7 @@ class Side:
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "TRANSFORMERS_VERBOSITY": "error",
+            "PYTHONPATH": str(PROJECT),
             "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -190,7 +194,7 @@ class Side:
         ]
 
     def read(self) -> list:
-        """What each of the processes says next."""
+        """Return the next JSON line of each of the processes."""
         found = []
         for process in self.processes:
             while True:  # libraries print too
@@ -205,7 +209,7 @@ class Side:
         return found
 
     def seconds(self, length: int, ended: bool, group_size: int, clock: str) -> float:
-        """Of one call: until the last process is done, or of all processors."""
+        """Return the seconds of one call: wall seconds until the last process is done, or processor seconds of all."""
         for process in self.processes:
             process.stdin.write(json.dumps([length, ended, group_size]) + "\n")
             process.stdin.flush()
@@ -213,6 +217,7 @@ class Side:
         return max(wall) if clock == "wall" else sum(cpu)
 
     def close(self) -> None:
+        """End the processes."""
         for process in self.processes:
             process.stdin.close()
         for process in self.processes:
@@ -221,18 +226,21 @@ class Side:
 
 
 def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
-    """Per side the median seconds of a call for one token, for all, with half ended, and with half of the group size
-    for one and for all; and the greedy tokens."""
+    """Return the median seconds of the calls of each side, and its greedy tokens, by side.
+
+    Calls are for one token, for all tokens, for all with half of the responses ended, and with half of the group size
+    for one token and for all.
+    """
     sides, rounds, greedy = {}, {name: [] for name in sides_of(args.cores)}, {}
     try:
         for name, size in sides_of(args.cores).items():
             sides[name] = Side(name, *size, arguments)
             greedy[name] = sides[name].read()[0]["greedy"]
         G, R = args.group_size, args.length
-        orders = [(1, False, G), (R, False, G), (R, True, G), (1, False, G // 2), (R, False, G // 2)]
-        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
+        requests = [(1, False, G), (R, False, G), (R, True, G), (1, False, G // 2), (R, False, G // 2)]
+        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise affects all
             for name, side in sides.items():
-                row = [side.seconds(*order, args.clock) for order in orders]
+                row = [side.seconds(*request, args.clock) for request in requests]
                 if number:
                     rounds[name].append(row)
     finally:
@@ -243,11 +251,13 @@ def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]
 
 
 def agreement(ours: list, theirs: list) -> float:
+    """Return the share of equal tokens."""
     pairs = [(a, b) for mine, other in zip(ours, theirs) for a, b in zip(mine, other)]
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
+    """Print the table and the ratios."""
     rows = args.prompts * args.group_size
     tokens, half = rows * args.length, rows // 2 * (args.length + args.length // 4)
     print(
@@ -281,10 +291,11 @@ def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
 
 
 def main() -> None:
+    """Make the model, measure all sides and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=8, help="prompts with one picture each")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts, with one picture each")
     parser.add_argument("--group-size", type=int, default=8, help="responses to each")
     parser.add_argument("--length", type=int, default=64, help="tokens of a response; a multiple of 4")
     parser.add_argument("--cells", type=int, default=12, help="visual tokens along each side of a picture")
@@ -293,7 +304,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the word embeddings")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
     parser.add_argument("--cores", type=int, default=2, help="threads of every side: 1, or an even number")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="whose seconds are counted")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the seconds")
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -333,6 +344,7 @@ def main() -> None:
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
         size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
         print(

@@ -1,22 +1,24 @@
-"""The group layout [prompt | response 1 | ... | response G] against G separate sequences: the same code, weights,
-responses and loss, one after the other in one process.
+"""Group layout [prompt | response 1 | ... | response G] against G separate sequences, in one process.
 
-    python tools/benchmarks/group_layout.py [--scale 4] [--layers 2] [--rounds 3] [--threads 1]
+Code, weights, responses and loss are the same on both sides.
 
-Separate sequences are the same engine's groups of one response: G prompts (the same one G times) of one response
-each, in one micro-batch. Timed for one group, in turns: the gradients of one update, and the pass without gradient
-that makes the old (or the reference's) log-probabilities. Both read visual embeddings that are there already, so that
-no vision tower runs, and the objective is GRPO with nothing recorded (the attention term is over response rows, as
-many on both sides). AdamW, the same on both sides and once per 16 groups in the published runs, is left out.
+    python -m tools.benchmarks.group_layout [--scale 4] [--layers 2] [--rounds 3] [--threads 1]
 
-The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py); the vocabulary is cut to --layers /
-28 of its share too, because the LM head reads the response rows alone and gains nothing from the layout: with the
-whole vocabulary beside a few layers it would hide what the layers gain. A layer's linear parts read P + G R tokens in
-place of G (P + R); attention over the prompt falls to 1 / G, that of the responses stays.
+Separate sequences are groups of one response for the same engine: one micro-batch of G prompts, the same prompt G
+times, with one response each. The sides take turns. For one group, two things are timed: the gradients of one update,
+and the pass without gradient that computes the old (or the reference's) log-probabilities. Both read visual embeddings
+that exist already, so that no vision tower runs. The objective is GRPO without recorded attention, because the
+attention term is over the same number of response rows on both sides. AdamW is left out: it is the same on both sides,
+and runs once per 16 groups in the published runs.
 
-Both sides must give the same gradient (the difference is printed). The vision tower is counted where it is called,
-over the rollout of --prompts prompts, the old pass and the update on it. Seconds that count are processor seconds of
-all threads, medians of --rounds; wall seconds stand beside them. The last lines:
+The widths are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The vocabulary is reduced further to
+--layers / 28, because the LM head reads response rows only and gains nothing from the layout. With the whole vocabulary
+beside a few layers, it would hide the gain of the layers. The linear parts of a layer read P + G R tokens instead of
+G (P + R). Attention over the prompt falls to 1 / G, attention over the responses stays.
+
+Both sides must give the same gradient; the difference is printed. Calls of the vision tower are counted over the
+rollout of --prompts prompts, the old pass and the update. Ratios use processor seconds of all threads, medians of
+--rounds; wall seconds are printed beside them. The last lines:
     ratio group_layout_tower    pictures that the tower encodes in all of that, per prompt
     ratio group_layout_old      speed-up of the old pass over the token ratio G (P + R) / (P + G R)
     ratio group_layout          speed-up of the update over the token ratio
@@ -24,17 +26,13 @@ all threads, medians of --rounds; wall seconds stand beside them. The last lines
 
 import argparse
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from tools.benchmarks.step_material import (  # noqa: E402
+from tools.benchmarks.step_material import (
     REAL,
     REAL_LAYERS,
     SCALES,
@@ -51,7 +49,7 @@ from tools.benchmarks.step_material import (  # noqa: E402
 
 @contextmanager
 def counted(tower) -> Iterator[list[int]]:
-    """[calls, pictures] of the vision tower inside."""
+    """Count [calls, pictures] of the vision tower in the code inside."""
     counts, forward = [0, 0], tower.forward
 
     def count(pixels, grid_thw):
@@ -67,7 +65,7 @@ def counted(tower) -> Iterator[list[int]]:
 
 
 def separate(scored, pad_token_id: int):
-    """The G responses of one group as G groups of one response."""
+    """Return the G responses of one group as G groups of one response."""
     from megatron_ral.types import GroupBatch, pad_prompts
 
     groups = scored.groups
@@ -82,14 +80,13 @@ def separate(scored, pad_token_id: int):
 
 
 class Bench:
-    """The engine and what both sides do with it."""
+    """Engine with the steps of both sides."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, groups, clock: Clock):
-        from megatron_ral.engine.policy import PolicyEngine
+    def __init__(self, args: argparse.Namespace, folder: Path, process_groups, clock: Clock):
         from megatron_ral.models.shape import read_shape
-        from megatron_ral.training.build import build_objective
+        from megatron_ral.training.build import build_objective, build_policy
 
-        self.process_groups, self.clock = groups, clock
+        self.process_groups, self.clock = process_groups, clock
         model = make_model(folder, args.scale, args.layers, args.vocab_size)
         self.config = settings_of(
             "grpo_7b",
@@ -103,14 +100,14 @@ class Bench:
         )
         self.processor, shape = open_processor(model), read_shape(model)
         self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
-        self.policy = PolicyEngine(shape, groups, self.config)
-        self.objective = build_objective(self.config, shape, groups, None).only("tokens")
+        self.policy = build_policy(self.config, shape, process_groups)
+        self.objective = build_objective(self.config, shape, process_groups).without("attention")
 
     def step(self, name: str, rollout: list) -> None:
-        """Old pass and gradients of these micro-batches."""
+        """Run the old pass and the gradients of these micro-batches."""
         from megatron_ral.rollout.assemble import global_totals
-        from megatron_ral.training.step import accumulate_gradients
-        from megatron_ral.types import TrainBatch
+        from megatron_ral.training.gradients import accumulate_gradients
+        from megatron_ral.types import RlBatch
 
         batches = [scored.groups for scored in rollout]
         with self.clock.measure(f"{name} old"):
@@ -119,14 +116,25 @@ class Bench:
             [batch.response_lengths for batch in batches], self.config.rollout.max_response_length, self.process_groups
         )
         minibatch = [
-            TrainBatch(scored.groups, totals, scored.advantages, output.tokens.logprobs)
+            RlBatch(
+                groups=scored.groups,
+                totals=totals,
+                group_mask=torch.ones(len(scored.groups), dtype=torch.bool),
+                advantages=scored.advantages,
+                attention_advantages=scored.advantages,
+                rollout_logprobs=scored.rollout_logprobs,
+                from_teacher=scored.from_teacher,
+                is_on_policy=False,
+                compares_sampler=False,
+                old_logprobs=output.tokens.logprobs,
+            )
             for scored, output in zip(rollout, old)
         ]
         with self.clock.measure(f"{name} update"), self.policy.ready():
-            accumulate_gradients(self.policy, minibatch, self.objective, self.config, False)
+            accumulate_gradients(self.policy, minibatch, self.objective, self.config.num_optimizer_steps, False)
 
     def difference(self, sides: dict[str, list]) -> float:
-        """|gradient of one side - that of the other| / |gradient|."""
+        """Return |gradient of one side - gradient of the other| / |gradient|."""
         found = []
         for name, rollout in sides.items():
             self.step(name, rollout)
@@ -135,7 +143,7 @@ class Bench:
         return norm([one - other for one, other in zip(*found)]) / norm(found[1])
 
     def rollout(self) -> tuple[list, list[int]]:
-        """A rollout with a whole step on it: its micro-batches, and [calls, pictures] of the vision tower."""
+        """Run a rollout and a step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
         from megatron_ral.rollout.collect import collect_rollout
 
         with counted(self.policy.stage.visual) as counts:
@@ -145,10 +153,11 @@ class Bench:
 
 
 def main() -> None:
+    """Measure all sides and print the table and the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
+    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="divisor of the 7B's widths")
     parser.add_argument("--layers", type=int, default=2, help="layers of the language model")
     parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale * layers / 28")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of the rollout; the first one's group is timed")
@@ -163,9 +172,9 @@ def main() -> None:
     args.vocab_size = args.vocab_size or max(REAL["vocab_size"] // args.scale * args.layers // REAL_LAYERS, 512)
     P, G, R = args.prompt_length, args.group_size, args.length
     tokens = P + G * R, G * (P + R)
-    groups, clock = start(args.threads), Clock()
+    process_groups, clock = start(args.threads), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, Path(folder) / "model", groups, clock)
+        bench = Bench(args, Path(folder) / "model", process_groups, clock)
         print(
             f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, {args.layers} layers, "
             f"vocabulary {args.vocab_size}, float32; P = {P}, G = {G}, R = {R}"
@@ -179,7 +188,7 @@ def main() -> None:
         sides = {"group": found[:1], "separate": [separate(found[0], bench.processor.pad_token_id)]}
         difference = bench.difference(sides)  # the first time, which is not measured
         clock.clear()
-        for number in range(args.rounds):  # sides take turns, so that noise meets both
+        for number in range(args.rounds):  # sides take turns, so that noise affects both
             for name, rollout in sides.items():
                 bench.step(name, rollout)
         print(f"{'':10}{'tokens':>8}{'old pass, s':>13}{'update, s':>11}{'wall: old pass, s':>20}{'update, s':>11}")

@@ -1,19 +1,21 @@
-"""The loader against bare PIL on the same pictures and as many threads, and the memory it holds over many epochs.
+"""Rate of the loader against bare PIL on the same pictures and threads, and its memory over many epochs.
 
-    python tools/benchmarks/loader.py [--num-samples 128] [--size 448x336] [--threads 2] [--epochs 20] [--folder DIR]
+    python -m tools.benchmarks.loader [--num-samples 128] [--size 448x336] [--threads 2] [--epochs 20] [--folder DIR]
 
-Makes JPEG shards, their index and a tiny checkpoint, then measures in one process:
+JPEG shards, their index and a tiny checkpoint are made first. Three rates are measured in one process:
 
     bare PIL     encoded bytes in memory -> RGB pixels, in a pool of --threads threads
     processor    encoded bytes in memory -> prompt (decode, resize, patches, tokens), one after the other
     loader       shards on disk -> batches of prompts in shuffled order, decoding in --threads threads
 
-The work of a prompt beside decoding is in the loader's rate; `loader / processor` says what the loader itself adds or
-saves. RSS is printed after every epoch. The last line is `ratio loader VALUE`, the loader's rate over bare PIL's.
+The loader's rate includes the work on a prompt besides decoding. `loader / processor` is the time that the loader
+itself adds or saves. Resident memory (RSS) is printed after every epoch. The last line is `ratio loader VALUE`, the
+loader's rate over bare PIL's.
 """
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -23,11 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tools")]
 
 
 def make_data(folder: Path, num_samples: int, width: int, height: int, num_shards: int = 4) -> None:
-    """JPEG pictures of a smooth ground with grain, about as compressible as photographs."""
+    """Write JPEG pictures of a smooth background with grain, about as compressible as photographs."""
     import json
 
     import numpy as np
@@ -53,6 +54,7 @@ def make_data(folder: Path, num_samples: int, width: int, height: int, num_shard
 
 
 def seconds_of(work) -> float:
+    """Return the wall seconds of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -62,13 +64,13 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
     """Print rates and memory; returns the loader's rate over bare PIL's."""
     import psutil
     import torch
-    from index_shards import main as index_shards
     from PIL import Image
 
     from megatron_ral.config.sections import DataConfig
     from megatron_ral.data.loader import PromptLoader, open_sources
     from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.data.shards import parse_sample, shard_entries
+    from tools.index_shards import main as index_shards
 
     torch.set_num_threads(1)
     index_shards([f"{folder}/*.tar", "--model", str(folder / "model")])
@@ -91,7 +93,7 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
             assert len(loader.take(batch)) == batch
 
     prompt = processor(samples[0])
-    bare(), epoch()  # once unmeasured
+    bare(), epoch()  # once without measuring
     rounds = [
         (
             seconds_of(bare) / len(samples),
@@ -100,17 +102,20 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
         )
         for _ in range(args.rounds)
     ]
-    pil, alone, whole = (sorted(values)[len(values) // 2] for values in zip(*rounds))  # interleaved, so noise meets all
+    pil, alone, whole = (
+        sorted(values)[len(values) // 2] for values in zip(*rounds)
+    )  # interleaved, so that noise affects all
     held = []
     for _ in range(args.epochs):
         epoch()
         held.append(psutil.Process().memory_info().rss / 2**20)
     print(
-        f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, batches of {batch}, "
-        f"{args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round"
+        f"{len(samples)} samples of {args.size} pixels, {int(prompt.visual_mask.sum())} visual tokens, "
+        f"batches of {batch}, {args.threads} threads, {batches * batch / len(samples):.0%} of an epoch per round"
     )
     print(
-        f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\nloader     {1 / whole:8.1f} samples/s"
+        f"bare PIL   {1 / pil:8.1f} samples/s\nprocessor  {1 / alone:8.1f} samples/s\n"
+        f"loader     {1 / whole:8.1f} samples/s"
     )
     print("RSS in MiB after each epoch: " + " ".join(f"{value:.0f}" for value in held))
     print(f"RSS of the last epoch minus that of the fifth: {held[-1] - held[min(4, len(held) - 1)]:+.1f} MiB")
@@ -119,16 +124,17 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
 
 
 def main() -> None:
+    """Make the inputs, measure and print the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--num-samples", type=int, default=128, help="pictures")
     parser.add_argument("--size", default="448x336", help="width x height in pixels")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts taken at a time")
-    parser.add_argument("--threads", type=int, default=2, help="of bare PIL and of the loader")
+    parser.add_argument("--threads", type=int, default=2, help="threads of bare PIL and of the loader")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
-    parser.add_argument("--epochs", type=int, default=20, help="over which memory is watched")
-    parser.add_argument("--folder", type=Path, help="where to put the shards (default: a temporary folder)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs over which memory is printed")
+    parser.add_argument("--folder", type=Path, help="folder of the shards (default: a temporary one)")
     args = parser.parse_args()
     width, height = map(int, args.size.split("x"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -138,6 +144,7 @@ def main() -> None:
             [sys.executable, str(PROJECT / "tools/make_tiny_model.py"), "--output", str(folder / "model")],
             check=True,
             stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
         )
         make_data(folder, args.num_samples, width, height)
         ratio = measure(folder, args)

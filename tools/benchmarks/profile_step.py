@@ -1,27 +1,29 @@
-"""Where the time of a training step goes: phases, operators of torch, Python functions. One process.
+"""Profile of a training step in one process: phases, operators of torch, Python functions.
 
     bash launch_scripts/ral_tiny.sh
-    python tools/benchmarks/profile_step.py [--run outputs/ral_tiny] [--steps 4] [dotted.key=value ...]
+    python -m tools.benchmarks.profile_step [--run outputs/ral_tiny] [--steps 4] [dotted.key=value ...]
 
-The RL steps of a finished tiny run from its weights after SFT, four times over: once to warm up, once plainly (seconds by
-phase of processor time; these are what to compare before and after a change), once under torch's profiler (own time of
-operators, with what the backward pass does), once under cProfile (own time of Python functions, which it makes several
-times slower: shares, not seconds). The last line is `ratio profile VALUE`: processor seconds per step over those of its
-matrix products alone.
+The RL steps of a finished tiny run start from its weights after SFT and run four times:
+
+    1. to warm up
+    2. without a profiler, for the seconds of each phase. Compare these before and after a change
+    3. under torch's profiler, for the own time of operators, the backward pass included
+    4. under cProfile, for the own time of Python functions. It makes them several times slower: read shares, not
+       seconds
+
+The last line is `ratio profile VALUE`: processor seconds per step over those of its matrix products alone.
 """
 
 import argparse
 import cProfile
 import os
 import pstats
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
 MATRICES = (
     "aten::mm",
     "aten::bmm",
@@ -33,18 +35,23 @@ MATRICES = (
 
 
 def make_trainer(run: Path, folder: str, settings: list[str]):
-    """The RL run's trainer in this process alone, without what is written on the way."""
+    """Return the trainer of the RL run in this process alone, without the files it writes during training.
+
+    Raises:
+        CheckpointError: `run` holds no checkpoint of the RL run.
+    """
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
     from megatron_ral.config import load_config
+    from megatron_ral.errors import CheckpointError
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups
     from megatron_ral.training.trainer import Inputs, Trainer
 
     resolved = next(iter(sorted((run / "rl" / "checkpoints").glob("step_*/config.yaml"))), None)
     if resolved is None:
-        raise SystemExit(f"error: --run {run} holds no rl/checkpoints; make it with `bash launch_scripts/ral_tiny.sh`")
+        raise CheckpointError("--run", run, "holds no rl/checkpoints; make it with `bash launch_scripts/ral_tiny.sh`")
     config = load_config(
         resolved,
         [
@@ -60,7 +67,7 @@ def make_trainer(run: Path, folder: str, settings: list[str]):
 
 
 def steps(trainer, first: int, count: int) -> tuple[dict[str, float], float]:
-    """(wall seconds by phase, processor seconds) per step."""
+    """Run steps, and return (wall seconds by phase, processor seconds) per step."""
     phases, started = defaultdict(float), time.process_time()
     for step in range(first, first + count):
         for name, seconds in trainer._one_step(step).seconds.items():
@@ -69,24 +76,29 @@ def steps(trainer, first: int, count: int) -> tuple[dict[str, float], float]:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Profile the steps and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--run", type=Path, default=PROJECT / "outputs" / "ral_tiny", help="folder of a finished tiny run"
     )
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=14, help="of each table")
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each of the runs but the first")
+    parser.add_argument("--rows", type=int, default=14, help="rows of each table")
+    parser.add_argument("settings", nargs="*", metavar="dotted.key=value", help="settings that replace the run's")
     arguments = parser.parse_args()
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = "0"
     os.environ.update(WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29611"))
     import torch
 
+    from megatron_ral.errors import UserError
+
     torch.set_num_threads(1)
     count = arguments.steps
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(arguments.run, folder, arguments.settings)
+        try:
+            trainer = make_trainer(arguments.run, folder, arguments.settings)
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
         steps(trainer, 0, 1)
         phases, processor = steps(trainer, 1, count)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

@@ -1,34 +1,34 @@
-"""A RAL step over a GRPO step: the same code, weights and rollouts, one after the other in one process.
+"""Time of a RAL step over that of a GRPO step, with the same code, weights and rollouts, in one process.
 
-    python tools/benchmarks/ral_over_grpo.py [--scale 4] [--layers 1 2] [--rounds 3] [--threads 1] [--rollouts 2]
+    python -m tools.benchmarks.ral_over_grpo [--scale 4] [--layers 1 2] [--rounds 3] [--threads 1] [--rollouts 2]
 
-A step is the pass for the old log-probabilities and the gradients of one update; the sides take turns:
+A step is the pass for the old log-probabilities and the gradients of one update. The sides take turns:
 
-    grpo            grpo_7b.yaml: coefficient 0, the term of the last layer is still formed, to be logged
-    bare grpo       the same with nothing recorded, which no setting gives: only to see what logging costs
+    grpo            grpo_7b.yaml: coefficient 0; the term of the last layer is still computed for the log
+    bare grpo       the same without recorded attention, which no setting gives: it shows the cost of logging
     ral             ral_7b.yaml: one recorded layer
     ral all layers  ral_7b.yaml with every layer recorded
 
-Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py), so that the term, which
-falls with the heads, weighs --scale times more against the layers than in the 7B. Not part of a step here: the
-reference pass and AdamW (the same on both sides, they would lower the ratio; AdamW, printed, is there once per 16
-groups in the published runs) and recomputed activations (recorded layers are left out of them, which would favour
-RAL). Responses are all of the full length.
+Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The term falls with the
+number of heads and therefore weighs --scale times more against the layers than in the 7B. Three things are not part of
+a step here. The reference pass and AdamW are the same on both sides and would lower the ratio (AdamW is printed; it
+runs once per 16 groups in the published runs). Recomputed activations would favour RAL, because recorded layers are not
+recomputed. All responses have the full length.
 
 A machine without an accelerator holds a few layers, beside which one recorded layer weighs far more than beside 28.
-So each side is timed at two depths, and
+Each side is therefore timed at two depths, and the formula
 
     step(L, recorded) = fixed + L * layer + recorded * term
 
-is solved: `layer` and `fixed` from bare GRPO at both depths, `term` (recording in the old pass, rows of both passes,
-divergence, metrics, backward pass) from what a side takes more per recorded layer, mean of both depths; `measured` is
-the term of GRPO, which forms no gradient. `fixed` is the LM head above all, whose share is that beside 28 layers.
-Printed are the ratios at the depths that were timed and, by this formula, at 28 layers. The second figure counts the
-rollout (generation, rewards; the same on both sides) too; its vision tower is that of a toy, so that the rollout is
-too cheap.
+is solved. `layer` and `fixed` come from bare GRPO at both depths. `term` (recording in the old pass, rows of both
+passes, divergence, metrics, backward pass) is the additional time of a side per recorded layer, mean of both depths.
+`measured` is the term of GRPO, which computes no gradient. `fixed` is mostly the LM head, whose share is that beside 28
+layers. Printed are the ratios at the timed depths and, by this formula, at 28 layers. The ratio with the rollout
+includes generation and rewards, which are the same on both sides. Its vision tower is tiny, so that the rollout is too
+cheap.
 
-Seconds that count are processor seconds of all threads (the machine may do other work), medians of --rounds; wall
-seconds stand beside them. The last lines, of 28 layers:
+Ratios use processor seconds of all threads, because the machine may do other work; they are medians of --rounds. Wall
+seconds are printed beside them. The last lines, for 28 layers:
     ratio ral_over_grpo_bare               ral over bare grpo
     ratio ral_over_grpo_with_rollout       ral over grpo, rollout included
     ratio ral_over_grpo_all_layers_bare    ral all layers over bare grpo
@@ -42,10 +42,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from tools.benchmarks.step_material import (  # noqa: E402
+from tools.benchmarks.step_material import (
     REAL,
     REAL_LAYERS,
     SCALES,
@@ -63,15 +60,14 @@ SIDES = ("grpo", "bare grpo", "ral", "ral all layers")
 
 
 class Depth:
-    """An engine of so many layers, a rollout of its own and the four steps on it."""
+    """Engine of a number of layers, its rollout and the four steps on it."""
 
-    def __init__(self, num_layers: int, args: argparse.Namespace, folder: Path, groups, clock: Clock):
-        from megatron_ral.engine.policy import PolicyEngine
+    def __init__(self, num_layers: int, args: argparse.Namespace, folder: Path, process_groups, clock: Clock):
         from megatron_ral.models.shape import read_shape
-        from megatron_ral.training.build import build_objective
+        from megatron_ral.training.build import build_objective, build_policy
 
-        self.num_layers, self.process_groups, self.clock = num_layers, groups, clock
-        self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # all of one layer is one layer
+        self.num_layers, self.process_groups, self.clock = num_layers, process_groups, clock
+        self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # with one layer, all layers are one layer
         model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
         lengths = [
             f"rollout.num_prompts={args.prompts}",
@@ -88,38 +84,53 @@ class Depth:
         }
         self.configs["bare grpo"] = self.configs["grpo"]
         shape = read_shape(model)
-        self.policy = PolicyEngine(shape, groups, self.configs["grpo"])
-        self.objectives = {name: build_objective(config, shape, groups, None) for name, config in self.configs.items()}
-        self.objectives["bare grpo"] = self.objectives["grpo"].only("tokens")
+        self.policy = build_policy(self.configs["grpo"], shape, process_groups)
+        self.objectives = {
+            name: build_objective(config, shape, process_groups, None) for name, config in self.configs.items()
+        }
+        self.objectives["bare grpo"] = self.objectives["grpo"].without("attention")
         self.num_parameters = sum(parameter.ds_numel for parameter in self.policy.stage.parameters())
         self.rollout, self.old = None, {}
 
     def sample(self) -> None:
-        """A rollout; all steps of all sides take the first one."""
-        from megatron_ral.rollout.collect import collect_rollout
+        """Sample a rollout. All steps of all sides use the first one."""
+        from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.native_sampler import NativeSampler
 
         with self.clock.measure(f"{self.num_layers} rollout"):
-            rollout = collect_rollout(self.policy, self.prompts, self.processor, self.configs["grpo"], 0, 1)
+            settings = RolloutSettings.from_config(self.configs["grpo"])
+            sampler = NativeSampler(self.policy)
+            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
         self.rollout = self.rollout or with_advantages(rollout)
 
     def step(self, side: str) -> None:
-        """What `rl_step` does after the rollout for a minibatch that is not its first (which needs no old pass)."""
+        """Run the part of `rl_step` after the rollout, for a later minibatch, because the first needs no old pass."""
         from megatron_ral.rollout.assemble import assemble_minibatches
-        from megatron_ral.training.step import accumulate_gradients
+        from megatron_ral.training.gradients import accumulate_gradients
 
         config, objective, policy = self.configs[side], self.objectives[side], self.policy
+        term = objective.term("attention") or self.objectives["grpo"].term("attention")
         batches = [scored.groups for scored in self.rollout]
         with self.clock.measure(f"{self.num_layers} {side}"):
             with self.clock.measure(f"{self.num_layers} {side} old"):
-                old = policy.forward(batches, sorted(objective.recorded_layers), keep=objective.term.keep)
-            before = self.old.get(side, old)  # off policy but in the first round: AdamW stands between
-            [minibatch] = assemble_minibatches(self.rollout, before, None, before, config, self.process_groups)
+                old = policy.forward(batches, sorted(objective.recorded_layers), store=term.store)
+            before = self.old.get(side, old)  # off policy except in the first round, because AdamW ran in between
+            [minibatch] = assemble_minibatches(
+                self.rollout,
+                before,
+                None,
+                before,
+                term,
+                num_minibatches=config.rollout.num_minibatches,
+                max_response_length=config.rollout.max_response_length,
+                process_groups=self.process_groups,
+            )
             self.old[side] = old
             with self.clock.measure(f"{self.num_layers} {side} gradients"), policy.ready():
-                accumulate_gradients(policy, minibatch, objective, config, False)
+                accumulate_gradients(policy, minibatch, objective, config.num_optimizer_steps, False)
 
     def move(self) -> None:
-        """AdamW with the gradient that is there."""
+        """Run AdamW with the present gradient."""
         with self.clock.measure(f"{self.num_layers} adamw"):
             result = self.policy.step()
         if not result.applied:
@@ -127,7 +138,7 @@ class Depth:
 
 
 def report(depths: list[Depth], clock: Clock) -> None:
-    """Tables, the parts of the formula, and the ratios."""
+    """Print the tables, the parts of the formula, and the ratios."""
     print(
         f"{'':16}{'layers':>8}{'old pass, s':>13}{'gradients, s':>14}{'step, s':>10}{'over grpo':>11}"
         f"{'step on the wall, s':>21}"
@@ -149,13 +160,13 @@ def report(depths: list[Depth], clock: Clock) -> None:
     few, many = (depth.num_layers for depth in depths)
 
     def line(name: str) -> tuple[float, float]:
-        """(at no layer, per layer)"""
+        """Return (seconds without layers, seconds per layer)."""
         low, high = (clock.median(f"{L} {name}", "cpu") for L in (few, many))
         slope = (high - low) / (many - few)
         return low - few * slope, slope
 
     def more(side: str, recorded) -> float:
-        """Seconds per recorded layer above bare GRPO, mean of both depths."""
+        """Return the seconds per recorded layer above bare GRPO, mean of both depths."""
         sides = {depth.num_layers: side if side in depth.sides else "ral" for depth in depths}
         return (
             sum(
@@ -192,11 +203,12 @@ def report(depths: list[Depth], clock: Clock) -> None:
 
 
 def main() -> None:
+    """Measure all sides and print the table and the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="widths of the 7B are divided by it")
-    parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="the two depths that are timed")
+    parser.add_argument("--scale", type=int, choices=SCALES, default=4, help="divisor of the 7B's widths")
+    parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="two depths to time")
     parser.add_argument("--vocab-size", type=int, default=0, help="0: the 7B's / scale")
     parser.add_argument("--prompts", type=int, default=1, help="prompt groups of a step, one per micro-batch")
     parser.add_argument("--prompt-length", type=int, default=1024, help="tokens of a prompt, nearly all of them visual")
@@ -212,9 +224,9 @@ def main() -> None:
     if args.rounds < 1 or args.rollouts < 1 or args.prompts < 1 or args.group_size < 2:
         parser.error("--rounds, --rollouts and --prompts must be at least 1, --group-size at least 2")
     args.vocab_size = args.vocab_size or REAL["vocab_size"] // args.scale
-    groups, clock = start(args.threads), Clock()
+    process_groups, clock = start(args.threads), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        depths = [Depth(L, args, Path(folder), groups, clock) for L in args.layers]
+        depths = [Depth(L, args, Path(folder), process_groups, clock) for L in args.layers]
         sizes = [f"{depth.num_layers} layers with {depth.num_parameters / 1e6:.1f} M parameters" for depth in depths]
         print(
             f"Qwen2.5-VL-7B / {args.scale}: hidden {REAL['hidden_size'] // args.scale}, vocabulary "
@@ -226,7 +238,7 @@ def main() -> None:
             f"of {args.rounds}",
             flush=True,
         )
-        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise meets all
+        for number in range(args.rounds + 1):  # the first is not measured; sides take turns, so that noise affects all
             if number == 1:
                 clock.clear()
             for depth in depths:

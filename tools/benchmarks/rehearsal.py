@@ -1,61 +1,40 @@
-"""Rehearsed against measured memory and counted bytes of one optimizer step, in 4 processes on a tiny model.
+"""Rehearsed memory and traffic of one optimizer step against real ones, in 4 processes on a tiny model.
 
-    python tools/benchmarks/rehearsal.py
+    python -m tools.benchmarks.rehearsal
 
-Measured are live bytes of all tensors that each process makes while it runs the step (not resident memory of the process,
-which a CPU allocator blurs), rehearsed the same by `planning/`. Printed per layout and pipeline stage.
+Measured are the live bytes of all tensors that each process makes during the step, not the resident memory of the
+process, because an allocator on CPUs blurs it. `planning/` rehearses the same bytes. The table has one row per layout
+and pipeline stage.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
+from tools.benchmarks.tiny_material import make_tiny_material
 
 
 def main() -> None:
-    """Print the table."""
-    from tests.conftest import perturbed_copy, run_tool
+    """Run and rehearse the steps, and print the table."""
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     from tests.distributed.runner import run_ranks
-    from tests.distributed.test_rehearsal import CASES, played_step, real_step
+    from tests.distributed.test_rehearsal import CASES, real_step, rehearsed_step
 
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        run_tool("make_tiny_model.py", "--output", root / "made")
-        run_tool(
-            "make_digit_search.py",
-            "--output",
-            root / "data",
-            "--num-single",
-            64,
-            "--num-search",
-            128,
-            "--num-biased",
-            32,
-            "--num-rl",
-            128,
-            "--num-heldout",
-            64,
-            "--shard-size",
-            16,
-        )
-        policy, other = (
-            str(perturbed_copy(root / "made", root / name, seed=seed)) for name, seed in (("a", 1), ("b", 2))
-        )
+        policy, other, data = make_tiny_material(Path(folder))
         print(
-            "| tensor x pipeline x data | settings | stage | bytes alive, measured | rehearsed | difference | bytes sent, "
-            "counted | rehearsed | difference |\n|---|---|---|---|---|---|---|---|---|"
+            "| tensor x pipeline x data | settings | stage | bytes alive, measured | rehearsed | difference | "
+            "bytes sent, counted | rehearsed | difference |\n|---|---|---|---|---|---|---|---|---|"
         )
         for tensor, pipeline, settings in CASES:
-            real = run_ranks(4, real_step, policy, other, str(root / "data"), tensor, pipeline, settings, timeout=600)
-            [played] = run_ranks(
-                1, played_step, policy, tensor, pipeline, real[0]["P"], real[0]["visual"], settings, timeout=600
+            real = run_ranks(4, real_step, policy, other, data, tensor, pipeline, settings, timeout=600)
+            [rehearsed] = run_ranks(
+                1, rehearsed_step, policy, tensor, pipeline, real[0]["P"], real[0]["visual"], settings, timeout=600
             )
             chosen = ", ".join(
                 f"{key}={str(value).lower()}" for key, value in settings.get("parallel", settings).items()
             )
-            for stage, mine in sorted(played.items()):
+            for stage, mine in sorted(rehearsed.items()):
                 ranks = [rank for rank in real if rank["stage"] == stage]
                 measured = max(rank["peak"] for rank in ranks)
                 sent, counted = sum(mine["sent"].values()), sum(ranks[0]["sent"].values())

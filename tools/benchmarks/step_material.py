@@ -1,9 +1,11 @@
-"""What the benchmarks of a training step share: models with the proportions of Qwen2.5-VL-7B, prompts of an exact
-length about pictures of noise, the settings of the published runs, and a clock.
+"""Material of the benchmarks of a training step.
 
-Every width of the 7B is divided by one number (`scale`), heads keep their width. So is its vocabulary, whose LM head
-then costs as much beside 28 layers as in the 7B: a linear layer's work falls by the square of `scale` there as in the
-layers. What falls by `scale` alone (attention, and all that is element by element) weighs `scale` times more than in
+It holds models with the proportions of Qwen2.5-VL-7B, prompts of an exact length about pictures of noise, the settings
+of the published runs, and a clock.
+
+Every width of the 7B and its vocabulary are divided by one number (`scale`); the width of a head stays. The work of a
+linear layer falls by the square of `scale`, in the layers as in the LM head, so that the head costs as much beside 28
+layers as in the 7B. Attention and elementwise work fall by `scale` alone and therefore weigh `scale` times more than in
 the 7B.
 """
 
@@ -28,7 +30,7 @@ SCALES = (1, 2, 4)
 
 
 def make_model(folder: Path, scale: int, num_layers: int, vocab_size: int, seed: int = 0) -> str:
-    """Random Qwen2.5-VL of so many layers of the 7B's shape / scale, in Hugging Face format."""
+    """Make a random Qwen2.5-VL with the 7B's widths / scale in Hugging Face format; returns its folder."""
     sizes = {
         "hidden-size": "hidden_size",
         "intermediate-size": "intermediate_size",
@@ -55,10 +57,15 @@ def make_model(folder: Path, scale: int, num_layers: int, vocab_size: int, seed:
 
 
 def make_prompts(processor, count: int, length: int) -> list:
-    """Prompts of exactly `length` tokens about one picture of noise each; the text is as short as it can be."""
+    """Return prompts of exactly `length` tokens about one picture of noise each, with as little text as possible.
+
+    Raises:
+        ConfigError: so few tokens have no room for a picture.
+    """
     import numpy as np
     from PIL import Image
 
+    from megatron_ral.errors import ConfigError
     from megatron_ral.types import Sample
 
     rng = np.random.default_rng(0)
@@ -81,7 +88,7 @@ def make_prompts(processor, count: int, length: int) -> list:
 
     room = length - (len(prompt(0, 1, 1, 0).input_ids) - 1)  # a digit is one token
     if room < 1:
-        raise SystemExit(f"a prompt of {length} tokens has no room for a picture; take at least {length + 1 - room}")
+        raise ConfigError("--prompt-length", length, f"has no room for a picture; take at least {length + 1 - room}")
     columns = math.isqrt(room)
     rows = room // columns
     prompts = [prompt(number, columns, rows, room - columns * rows) for number in range(count)]
@@ -90,8 +97,11 @@ def make_prompts(processor, count: int, length: int) -> list:
 
 
 def settings_of(run: str, model: str, overrides: Sequence[str]):
-    """Configuration of a published run on this model in float32 in one process, without what is the same for all sides
-    or needs more ranks: the reference model, recomputed activations, tensor parallelism."""
+    """Return the configuration of a published run on this model, in float32 and one process.
+
+    The reference model, recomputed activations and tensor parallelism are off, because they are the same for all sides
+    or need more ranks.
+    """
     from megatron_ral.config import load_config
 
     return load_config(
@@ -112,7 +122,7 @@ def settings_of(run: str, model: str, overrides: Sequence[str]):
 
 
 def open_processor(model: str):
-    """A processor whose responses never end: all have the length of the limit."""
+    """Return a processor without an end token, so that all responses have the length of the limit."""
     from megatron_ral.data.processor import PromptProcessor
 
     processor = PromptProcessor(model, 1 << 14)
@@ -121,7 +131,7 @@ def open_processor(model: str):
 
 
 def with_advantages(rollout: Sequence) -> list:
-    """The rollout with advantages from -1 to 1 in each group: a random model's rewards are equal and its losses 0."""
+    """Return the rollout with advantages from -1 to 1 in each group, because a random model's rewards are all equal."""
     import torch
 
     result = []
@@ -132,15 +142,16 @@ def with_advantages(rollout: Sequence) -> list:
 
 
 STEADY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
-"""Environment in which glibc keeps what is freed: otherwise a tenth to a third of the seconds are page faults, more or
-fewer by chance."""
+"""Environment in which glibc does not return freed memory to the system. Otherwise a tenth to a third of the seconds
+are page faults, and their number varies by chance."""
 
 
 def start(threads: int):
-    """Process groups of one process with so many threads; the process begins anew with `STEADY` memory."""
+    """Start the process groups of one process with so many threads. The process is restarted with `STEADY` memory."""
     steady = {**STEADY, "OMP_NUM_THREADS": str(threads)}
     if any(os.environ.get(name) != value for name, value in steady.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **steady})
+        environment = {**os.environ, **steady, "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     import torch
 
     from megatron_ral.commands.common import quiet_third_parties
@@ -155,29 +166,31 @@ def start(threads: int):
 
 
 def versions() -> str:
-    """Of what the time is spent in."""
+    """Return the versions of the packages in which the time is spent."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
 
 
 @dataclass
 class Clock:
-    """Seconds by name: one value for every time a name was measured."""
+    """Stopwatch with one value for every measurement of a name."""
 
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {"cpu": {}, "wall": {}})
+    """Seconds by clock (cpu, wall) and name."""
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Processor seconds of all threads of this process, and seconds on the wall."""
+        """Measure the code inside: processor seconds of all threads of this process, and wall seconds."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.seconds["cpu"].setdefault(name, []).append(time.process_time() - cpu)
         self.seconds["wall"].setdefault(name, []).append(time.perf_counter() - wall)
 
     def clear(self) -> None:
-        """Forget what was measured: the first time of everything, when memory is taken and code is loaded."""
+        """Drop all measurements, because the first ones include taking memory and loading code."""
         self.seconds = {"cpu": {}, "wall": {}}
 
     def median(self, name: str, clock: str) -> float:
+        """Return the median seconds of a name by a clock (cpu or wall)."""
         values = sorted(self.seconds[clock][name])
         middle = len(values) // 2
         return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -1,54 +1,35 @@
-"""Bytes that a step sends over the ZeRO-3 group, counted for 1, 4 and 16 micro-batches, in 4 processes.
+"""Bytes that one optimizer step sends over data-parallel ranks, for 1, 4 and 16 micro-batches, in 4 processes.
 
-    python tools/benchmarks/traffic.py [--micro-batches 1 4 16]
+    python -m tools.benchmarks.traffic [--micro-batches 1 4 16]
 
-Two stages x two data-parallel ranks of a tiny model on the fixed rollouts of the tests; every collective is counted where
-torch dispatches it. Printed for both values of `parallel.gather`, of the last stage's first rank, with the calls, and bytes
-as a multiple of the stage's parameters (all-gather) and trained parameters (reduce-scatter, float32). The last line is
-`ratio traffic VALUE`: bytes sent with the most micro-batches over those with the fewest, `gather=stage`.
+Two stages x two data-parallel ranks of a tiny model run on the fixed rollouts of the tests. Every collective is counted
+where torch dispatches it. The table shows the first rank of the last stage for both values of `parallel.gather`: calls,
+and bytes as a multiple of the stage's parameters (all-gather) or of its trained parameters (reduce-scatter, float32).
+The last line is `ratio traffic VALUE`: bytes with the most micro-batches over bytes with the fewest, for
+`gather=stage`.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
+from tools.benchmarks.tiny_material import make_tiny_material
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16], help="divisors of 16")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[1, 4, 16], help="numbers of micro-batches, divisors of 16"
+    )
     counts = sorted(parser.parse_args().micro_batches)
-    from tests.conftest import perturbed_copy, run_tool
     from tests.distributed.runner import run_ranks
     from tests.distributed.test_traffic import counted
 
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        run_tool("make_tiny_model.py", "--output", root / "made")
-        run_tool(
-            "make_digit_search.py",
-            "--output",
-            root / "data",
-            "--num-single",
-            64,
-            "--num-search",
-            128,
-            "--num-biased",
-            32,
-            "--num-rl",
-            128,
-            "--num-heldout",
-            64,
-            "--shard-size",
-            16,
-        )
-        policy, other = (perturbed_copy(root / "made", root / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+        policy, other, data = make_tiny_material(Path(folder))
         results = {
-            gather: run_ranks(4, counted, str(policy), str(other), str(root / "data"), counts, gather, timeout=600)[2]
+            gather: run_ranks(4, counted, policy, other, data, counts, gather, timeout=600)[2]
             for gather in ("stage", "layer")
         }
     print("PP=2 x DP=2, last stage; calls, and bytes relative to its parameters")

@@ -1,26 +1,28 @@
-"""A whole step (rollout, old log-probabilities, update) against TRL's GRPOTrainer: same weights, pictures, cores.
+"""Whole step (rollout, old log-probabilities, update) against TRL's GRPOTrainer: same weights, pictures and cores.
 
-    python tools/benchmarks/whole_step_trl.py [--venv DIR] [--length 32] [--rounds 2] [--steps 1] [--clock cpu]
+    python -m tools.benchmarks.whole_step_trl [--venv DIR] [--length 32] [--rounds 2] [--steps 1] [--clock cpu]
 
-Not run by the tests: TRL is installed, with the torch and transformers of this environment, into an environment of
-its own that is made once under --venv (about a minute, 1 GB; needs pip's index).
+No test runs it, because TRL is installed, with the torch and transformers of this environment, into an environment of
+its own. It is made once under --venv (about a minute, 1 GB; needs a package index).
 
-Makes a random Qwen2.5-VL in Hugging Face format and pictures of noise. Both sides load the same folder in float32 and
-do --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), as many updates per
-rollout as there are prompts, AdamW, no reference model, no recomputed activations (but with --recompute), frozen
-vision tower, the same rewards (of the text's length, so that advantages are not 0):
+A random Qwen2.5-VL in Hugging Face format and pictures of noise are made. Both sides load the same folder in float32.
+They run --steps rollouts of --prompts prompts with G responses of R tokens (no token ends a response), and as many
+updates per rollout as there are prompts, with AdamW, without reference model, with a frozen vision tower, and with
+recomputed activations only under --recompute. Rewards are the same and follow the text's length, so that advantages are
+not 0:
 
     ours  `Trainer.run` with ZeRO-3 in one process, pictures read from shards by the loader, the attention term of the
-          paper on the last layer (coefficient 1); its own phases, with the clock of --clock
-    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass,
-          generation by transformers (no vLLM without an accelerator), attention as --attention says, pictures read
-          by the same class of transformers. rollout: `_generate_and_score_completions` less the pass for the old
-          log-probabilities in it, which is timed apart; update: the rest of a step
+          paper on the last layer (coefficient 1). Phases are its own, with the clock of --clock
+    trl   GRPOTrainer without the attention term: G responses (or --trl-batch) per forward and backward pass, generation
+          by transformers (vLLM needs an accelerator), attention by --attention, pictures read by the same class of
+          transformers. rollout: `_generate_and_score_completions` without its pass for the old log-probabilities, which
+          is timed apart; update: the rest of a step
 
-Sides run one after the other, never at once, each round in fresh processes, whose allocator keeps what is freed (page
-faults are a tenth of the seconds otherwise, on both sides); the first rollout of each process is not counted. Shapes
-follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a share of the work,
-a vision tower narrower and shallower by as much. Memory is the peak of resident memory of the process.
+The sides run one after the other, never at once, and each round in fresh processes. Their allocator does not return
+freed memory, because page faults would be a tenth of the seconds on both sides. The first rollout of each process is
+not counted. Shapes follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times the width, a vocabulary of as large a
+share of the work, a vision tower narrower and shallower in proportion. Memory is the peak of resident memory of the
+process.
 
 The last lines:
     ratio whole_step_trl_memory    peak memory of TRL over ours
@@ -31,7 +33,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
@@ -41,26 +42,19 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+from tools.benchmarks.step_material import STEADY, versions
+from tools.benchmarks.trl_side import QUESTION, run_trl, say
+
 PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT))
-
-from tools.benchmarks.step_material import STEADY, versions  # noqa: E402
-
 TRL = "1.16.0"
-QUESTION = "Which digit is red?"
 PHASES = ("data", "rollout", "old", "update")
 
 
-def length_reward(completion: str, solution: str = "", problem_type: str = "") -> float:
-    """A reward that differs between random responses."""
-    return len(completion) % 17 / 17
-
-
-# --- what both sides read ---------------------------------------------------------------------------------------------
+# --- inputs of both sides ---------------------------------------------------------------------------------------------
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """model/, pictures/*.png and the same pictures as the shard data.tar."""
+    """Make model/, pictures/*.png and the same pictures as the shard data.tar."""
     import numpy as np
     from PIL import Image
 
@@ -89,6 +83,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
     rng, text = np.random.default_rng(0), {"problem": QUESTION, "solution": "<answer>7</answer>", "data_type": "image"}
     (folder / "pictures").mkdir()
@@ -107,14 +102,8 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
 # --- in the processes that measure ------------------------------------------------------------------------------------
 
 
-def say(phases: list[dict[str, float]], **more) -> None:
-    """One JSON line: seconds of every step's phases but the first's, and the peak of resident memory in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"phases": phases[1:], "peak": peak, **more}), flush=True)
-
-
 def run_ours(args: argparse.Namespace) -> None:
-    """`Trainer.run` on the folder."""
+    """Train with `Trainer.run` on the folder."""
     import torch
 
     from megatron_ral.commands.common import quiet_third_parties
@@ -139,7 +128,7 @@ def run_ours(args: argparse.Namespace) -> None:
 
     folder = Path(args.folder)
     (folder / "run.yaml").write_text("model: {dtype: float32}\n")
-    module = "tools.benchmarks.whole_step_trl"
+    module = "tools.benchmarks.trl_side"
     config = load_config(
         folder / "run.yaml",
         [
@@ -182,128 +171,11 @@ def run_ours(args: argparse.Namespace) -> None:
     stop_groups()
 
 
-def run_trl(args: argparse.Namespace) -> None:
-    """GRPOTrainer on the folder; runs under the other environment's python."""
-    import torch
-    from datasets import Dataset
-    from PIL import Image
-    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, TrainerCallback
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    from trl import GRPOConfig, GRPOTrainer
-
-    torch.set_num_threads(args.threads)
-    now = time.perf_counter if args.clock == "wall" else time.process_time
-    folder, spent, phases, seen = Path(args.folder), {"rollout": 0.0, "old": 0.0}, [], {}
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-
-    class Processor(Qwen2_5_VLProcessor):
-        """Without videos, whose processor needs torchvision."""
-
-        def check_argument_for_proper_class(self, name, argument):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
-
-    processor = Processor(
-        Qwen2VLImageProcessorPil.from_pretrained(folder / "model"),
-        tokenizer,
-        None,
-        chat_template=tokenizer.chat_template,
-    )
-
-    class Timed(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            started, before = now(), spent["old"]
-            result = super()._generate_and_score_completions(inputs)
-            spent["rollout"] += now() - started - (spent["old"] - before)
-            return result
-
-        def _get_per_token_logps_and_entropies(self, *positional, **named):
-            if torch.is_grad_enabled():
-                return super()._get_per_token_logps_and_entropies(*positional, **named)
-            started = now()
-            result = super()._get_per_token_logps_and_entropies(*positional, **named)
-            spent["old"] += now() - started
-            return result
-
-        def _compute_loss(self, model, inputs):
-            seen.update(
-                prompt=inputs["prompt_ids"].shape[1],
-                response=int(inputs["completion_mask"].sum(1).min()),
-                visual=int(inputs["image_grid_thw"][0].prod()) // 4,
-                rows=len(inputs["prompt_ids"]),
-                old=inputs["old_per_token_logps"] is not None,
-            )
-            return super()._compute_loss(model, inputs)
-
-    class Steps(TrainerCallback):
-        """A step of ours is a rollout and its updates: args.prompts optimizer steps of TRL."""
-
-        def on_train_begin(self, settings, state, control, **unused):
-            self.started = now()
-
-        def on_step_end(self, settings, state, control, **unused):
-            if state.global_step % args.prompts == 0:
-                whole, self.started = now() - self.started, now()
-                phases.append({**spent, "update": whole - sum(spent.values())})
-                spent.update(rollout=0.0, old=0.0)
-
-    pictures = [Image.open(path).convert("RGB") for path in sorted((folder / "pictures").glob("*.png"))]
-    question = [{"role": "user", "content": QUESTION}]
-    data = Dataset.from_list([{"prompt": question, "image": picture} for picture in pictures])
-    rows = args.trl_batch or args.group_size
-    stops = sorted({*tokenizer.all_special_ids, tokenizer.eos_token_id})
-    settings = GRPOConfig(
-        output_dir=str(folder / f"trl-{os.getpid()}"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=args.recompute,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=args.group_size // rows,
-        steps_per_generation=args.prompts * args.group_size // rows,
-        num_generations=args.group_size,
-        max_completion_length=args.length,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops},
-        shuffle_dataset=False,
-        beta=0.0,
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        adam_beta2=0.95,
-        report_to=[],
-        seed=0,
-        max_steps=args.prompts * (args.steps + 1),
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-
-    def reward(completions, **unused):
-        return [length_reward(completion[0]["content"]) for completion in completions]
-
-    trainer = Timed(
-        model=str(folder / "model"),
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=data,
-        processing_class=processor,
-        callbacks=[Steps()],
-    )
-    for name, parameter in trainer.model.named_parameters():
-        if "visual" in name:
-            parameter.requires_grad_(False)
-    trainer.train()
-    assert seen["response"] == args.length and seen["rows"] == rows and seen["old"], seen
-    say(phases, **seen)
-
-
-# --- in the process that asks -----------------------------------------------------------------------------------------
+# --- in the process that compares -------------------------------------------------------------------------------------
 
 
 def other_python(folder: Path) -> str:
-    """Python of an environment with TRL, made where it is missing."""
+    """Return the Python of an environment with TRL, which is made where it is missing."""
     python = folder / "bin/python"
     if not (folder / "complete").exists():
         print(f"making an environment for TRL {TRL} in {folder}", flush=True)
@@ -316,7 +188,7 @@ def other_python(folder: Path) -> str:
 
 
 def child(python: str, side: str, args: argparse.Namespace) -> dict:
-    """What one process of a side reports."""
+    """Run one process of a side, and return its report."""
     options = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(args).items()
@@ -348,7 +220,7 @@ def child(python: str, side: str, args: argparse.Namespace) -> dict:
 
 
 def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
-    """A table of both sides and the ratios."""
+    """Print the table of both sides and the ratios."""
     samples = args.prompts * args.group_size
     print(
         f"{'':6}{'data, s':>9}{'rollout, s':>12}{'old, s':>9}{'update, s':>11}{'step, s':>9}{'samples/s':>11}"
@@ -369,11 +241,14 @@ def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
+    """Make the inputs, run both sides by turns and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    parser.add_argument("--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="environment of TRL")
+    parser.add_argument(
+        "--venv", type=Path, default=cache / "megatron_ral" / f"trl-{TRL}", help="folder of the environment of TRL"
+    )
     parser.add_argument("--hidden-size", type=int, default=384, help="width of the language model, a multiple of 384")
     parser.add_argument("--num-layers", type=int, default=6, help="layers of language model and vision tower each")
     parser.add_argument("--vocab-size", type=int, default=3584, help="rows of the word embeddings")
@@ -389,11 +264,11 @@ def main() -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="cpu",
-        help="whose seconds count; cpu: of all threads of the process",
+        help="clock of the seconds; cpu: processor seconds of all threads of the process",
     )
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of TRL")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="attention of TRL")
     parser.add_argument("--trl-batch", type=int, default=0, help="responses per pass of TRL; 0: a whole group")
-    parser.add_argument("--recompute", action="store_true", help="both sides compute activations again")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations on both sides")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -424,7 +299,7 @@ def main() -> None:
         print(
             f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
             f"threads, {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median step of {args.rounds} x "
-            f"{args.steps}" + ", activations computed again" * args.recompute
+            f"{args.steps}" + ", activations recomputed" * args.recompute
         )
         report(args, found)
 
