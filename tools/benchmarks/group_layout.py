@@ -107,6 +107,8 @@ class Bench:
         """Run the old pass and the gradients of these micro-batches."""
         from megatron_ral.rollout.assemble import global_totals
         from megatron_ral.training.gradients import accumulate_gradients
+        import torch
+
         from megatron_ral.types import RlBatch
 
         batches = [scored.groups for scored in rollout]
