@@ -138,7 +138,7 @@ def _check(
                 if unwritable
                 else [LaunchIssue.of(error) for error in problems if isinstance(error, OSError)]
             )
-            report.settings = {**flat_settings(config), **{key: str(value) for key, value in options.items()}}
+            report.settings = {key: str(value) for key, value in {**flat_settings(config), **options}.items()}
             try:
                 report.facts = _facts(config)
                 if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -30,7 +30,7 @@ from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_c
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.logging.tensorboard import RunLog
 from megatron_ral.runtime.random_state import seed_random_state
-from megatron_ral.config.silent_settings import silent_setting_warnings
+from megatron_ral.config.rules import setting_warnings
 from megatron_ral.training.step import Engines, StepReport, ral_step, sft_step
 from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.logging.throughput import Throughput
@@ -158,7 +158,7 @@ class Trainer:
                 first = restore_checkpoint(checkpoint, self.engines, self.loader)
             self._say(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
-        for warning in silent_setting_warnings(config):
+        for warning in setting_warnings(config):
             if self.is_main:
                 logger.warning(warning)
         log = RunLog(config, self.is_main, first)

@@ -17,7 +17,7 @@ from megatron_ral.planning.memory import GIB, frozen_bytes, policy_bytes
 from megatron_ral.planning.parameters import stage_parameters
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.objectives.distillation import shuffled_visual_columns
-from megatron_ral.config.silent_settings import silent_setting_warnings
+from megatron_ral.config.rules import setting_warnings
 
 MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -63,7 +63,7 @@ def test_shuffled_rows_keep_the_mass_on_the_picture_and_lose_the_place():
 
 def warnings(*, path="teacher", loss=LossConfig(attention_coef=0.0, policy_coef=0.0), **settings) -> str:
     return "\n".join(
-        silent_setting_warnings(
+        setting_warnings(
             RunConfig(
                 model=ModelConfig(path="m"),
                 teacher=TeacherConfig(path=path),
@@ -87,7 +87,7 @@ def test_settings_without_effect_are_named():
     assert "rewards" not in warnings(path="", loss=LossConfig(policy_coef=0.0))
     assert "loss.clip_low has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
     sft = RunConfig(train=TrainConfig(algorithm="sft"), teacher=TeacherConfig(path="t"))
-    assert silent_setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
+    assert setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
 
 
 def test_memory_of_a_teacher_at_real_size():

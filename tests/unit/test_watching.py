@@ -20,7 +20,7 @@ from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.watching import LoggingConfig
 from megatron_ral.models.flops import group_flops, tower_flops_per_patch
 from megatron_ral.models.shape import read_shape
-from megatron_ral.training.logging.dashboard import flat_settings, method
+from megatron_ral.training.logging.dashboard import hyperparameters, method
 from megatron_ral.training.logging.throughput import known_peak_tflops
 from tests.distributed.cases import make_config
 
@@ -79,14 +79,14 @@ def test_peaks():
 
 def test_settings_are_flat_and_runs_have_a_method():
     config = make_config("m")
-    flat = flat_settings(config)
+    flat = hyperparameters(config)
     assert (
         flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
     )
     assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
     assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
     grpo = replace(config, loss=LossConfig(attention_coef=0.0))
-    assert method(grpo) == "grpo" and flat_settings(grpo).keys() == flat.keys()
+    assert method(grpo) == "grpo" and hyperparameters(grpo).keys() == flat.keys()
     assert method(replace(config, loss=LossConfig(attention_coef=0.0, policy_loss="gspo"))) == "gspo"
     assert method(replace(config, train=TrainConfig(algorithm="sft"))) == "sft"
     assert method(replace(grpo, teacher=TeacherConfig(path="t"))) == "distill"
