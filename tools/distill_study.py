@@ -14,9 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from runs import call, curve, draw_curves, mean_and_error, side_by_side, train_once  # noqa: E402
+from megatron_ral.demo.runs import call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 TEACHER = ("--hidden-size", 192, "--intermediate-size", 576, "--num-layers", 6, "--num-heads", 6)
 TEACHER_SAMPLES = {"single": 4800, "search": 19200}

@@ -25,20 +25,18 @@ import argparse
 import io
 import math
 import sys
-from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from search_task import (  # noqa: E402
+from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
     add_split_sizes,
     answer,
     ask,
     check_arguments,
+    colour_question,
     curriculum,
     draw_puzzles,
     make_dataset,
@@ -46,11 +44,6 @@ from search_task import (  # noqa: E402
     paint,
     think,
 )
-
-
-def colour_question(cell: int) -> str:
-    """Question for the colour of one cell, counted row by row from 1."""
-    return f"Which colour is cell {cell}?"
 
 
 def paint_grid(masks: np.ndarray, colours: list[str], grid: int) -> np.ndarray:

@@ -18,11 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_digit_search import colour_question  # noqa: E402
-from make_video_search import scene_question  # noqa: E402
-from search_task import PALETTE, answer, digit_question, think  # noqa: E402
+from megatron_ral.demo.search_task import PALETTE, answer, colour_question, digit_question, scene_question, think
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"

@@ -23,14 +23,11 @@ the clip and boxes in pixels of a frame. No scan is in both train and held-out. 
 import argparse
 import io
 import sys
-from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from search_task import (  # noqa: E402
+from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
     add_split_sizes,
@@ -42,15 +39,11 @@ from search_task import (  # noqa: E402
     make_dataset,
     make_parser,
     paint,
+    scene_question,
     think,
 )
 
 QUALITY = {"preset": "veryfast", "crf": "18"}  # strokes and hues survive; see test_video_search.py
-
-
-def scene_question(scene: int) -> str:
-    """Question for the colour of one scene, counted from 1."""
-    return f"Which colour is scene {scene}?"
 
 
 def encode_mp4(frames: Sequence[np.ndarray], fps: int) -> bytes:

@@ -15,9 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once  # noqa: E402
+from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 RATIO = (
     0.1  # |gradient of the attention term| / |gradient of the token terms|, where an arm does not give a coefficient

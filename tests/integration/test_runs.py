@@ -20,7 +20,7 @@ from megatron_ral.training.checkpoint.files import newest_checkpoint
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, run_training, write_config
-from tools.convert_checkpoint import main as convert_checkpoint
+from megatron_ral.commands.convert import main as convert_checkpoint
 
 
 def exported(folder) -> dict[str, torch.Tensor]:

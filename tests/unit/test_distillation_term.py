@@ -1,7 +1,6 @@
 """What surrounds the divergences of distillation: layers matched by depth, the shuffled control, settings without effect,
 memory of a teacher, and the study's arithmetic."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,9 @@ from megatron_ral.planning.parameters import stage_parameters
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.objectives.distillation import shuffled_visual_columns
 from megatron_ral.config.rules import setting_warnings
+from tools.distill_study import steps_to
 
 MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from distill_study import steps_to  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,12 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
-import sys
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import distill_study  # noqa: E402
-import runs  # noqa: E402
-import study  # noqa: E402
+from megatron_ral.demo import runs
+from tools import distill_study, study
 
 
 def finished(run: Path, **curves) -> None:
