@@ -143,7 +143,7 @@ def _list(prefix: str, settings: list[Setting]) -> list[str]:
     lines = []
     for setting in settings:
         default = "must be given" if setting.default is None else f"default {shown_default(setting.default)}"
-        lines.append(f"- **`{prefix}{setting.name}`**: {kind(setting.annotation)}; {default}")
+        lines.append(f"- **`{prefix}{setting.name}`**: {kind(setting.annotation)}; {default}.")
         lines += _paragraph(setting.meaning, "  ")
     return [*lines, ""]
 

@@ -49,7 +49,7 @@ def main(argv: Arguments = None) -> int:
     asked = name in ("-h", "--help")
     print(__doc__, file=sys.stdout if asked else sys.stderr)
     if not asked:
-        print(f"error: '{name}' is neither make nor index", file=sys.stderr)
+        print(f"error: '{name}' is neither make nor index" if name else "error: give make or index", file=sys.stderr)
     return 0 if asked else 2
 
 

@@ -15,7 +15,7 @@ from tests.integration.cases import RL, write_config
 from tests.integration.test_video_search import evaluate
 from tests.unit.shard_faults import picture
 from tests.unit.test_video import clip
-from megatron_ral.commands import shards
+from megatron_ral.commands.shards import make as make_shards
 
 STAR = [
     {
@@ -79,7 +79,7 @@ def shards(material, tmp_path_factory):
         else:
             source.write_text("".join(json.dumps(record) + "\n" for record in records))
         assert (
-            shards.make(
+            make_shards(
                 [
                     "--input",
                     str(source),

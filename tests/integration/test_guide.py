@@ -79,11 +79,7 @@ def test_settings_document_is_up_to_date():
         "run python tools/make_settings_doc.py"
     )
     documented = set(re.findall(r"^- \*\*`([\w.]+)`\*\*: ", settings.render(), re.MULTILINE))
-    leaves = {
-        key
-        for key in known_keys()
-        if not any(other.startswith(f"{key}.") for other in known_keys())
-    }
+    leaves = {key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())}
     assert leaves <= documented and {"data.train.N.shards", "reward.functions.NAME.weight"} <= documented
 
 

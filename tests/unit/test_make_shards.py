@@ -363,9 +363,7 @@ def test_a_killed_run_goes_on_to_the_same_result(made, media, material, tmp_path
     assert shards.make(arguments(made / "train.jsonl", media, output, material)) == 0
     assert content(output) == content(made / "out")
     assert index_path(output / "shard-000000.tar").stat().st_mtime_ns == kept, "a finished shard is not made again"
-    assert shards.make(arguments(made / "train.jsonl", media, output, material)) == 0, (
-        "a finished set is left alone"
-    )
+    assert shards.make(arguments(made / "train.jsonl", media, output, material)) == 0, "a finished set is left alone"
     assert shards.make(arguments(made / "train.jsonl", media, output, material, "--keys", "number")) == 2
     assert content(output) == content(made / "out")
 

@@ -11,7 +11,6 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.data.video import decode_video
 from megatron_ral.demo.search_task import PALETTE, load_scans
-from tests.conftest import PROJECT
 from tools import make_video_search
 
 TRAIN, HELDOUT = load_scans(28, heldout=False), load_scans(28, heldout=True)
