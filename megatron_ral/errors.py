@@ -1,8 +1,8 @@
 """Errors that a user can act on. Each names the setting or file at fault, the value found there, and the way out.
 
 Code raises them with these three parts. A command catches `UserError` in one place, prints it as one sentence and ends
-with exit status 2. The parts stay apart until then, because the preflight prints a table of them and no code may parse a
-sentence.
+with exit status 2. The parts stay apart until then, because the preflight prints a table of them and no code may parse
+a sentence.
 """
 
 import os

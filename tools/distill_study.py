@@ -1,11 +1,12 @@
-"""Compare ways to learn from a larger tiny teacher on digit search, over seeds, with reinforcement learning and without.
+"""Compare ways to learn from a larger tiny teacher on digit search, over seeds, with reinforcement learning and
+without.
 
     python tools/distill_study.py --output-dir DIR [--seeds 0 1 2 3 4] [--arms tokens tokens_all ...] [--jobs 2]
 
-One teacher is trained to search the grid; each seed's student can read single cells and cannot search. Every arm of a seed
-starts from the same student, sees the same prompts in the same order and draws from the same random streams. Runs that are
-done are not run again, so that the study can be stopped and gone on with. Leaves DIR/distill.md (tables), DIR/distill.json
-and DIR/distill_*.png.
+One teacher is trained to search the grid; each seed's student can read single cells and cannot search. Every arm of a
+seed starts from the same student, sees the same prompts in the same order and draws from the same random streams. Runs
+that are done are not run again, so that the study can be stopped and gone on with. Leaves DIR/distill.md (tables),
+DIR/distill.json and DIR/distill_*.png.
 """
 
 import argparse
@@ -177,7 +178,8 @@ def run_all(study: Study, seeds: list[int], arms: list[str], jobs: int) -> None:
 
 
 def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
-    """Rollouts until the curve first reaches `goal`, between measurements in a straight line; infinite if it never does."""
+    """Rollouts until the curve first reaches `goal`, between measurements in a straight line; infinite if it never
+    does."""
     for (before, low), (after, high) in zip(points, points[1:]):
         if low >= goal:
             return before
@@ -236,8 +238,8 @@ def write_table(found: dict, path: Path) -> None:
         return f"{mean:{sign}.1f} +- {error:.1f}"
 
     lines = [
-        f"Teacher: {100 * found['teacher']:.1f} % of the held-out prompts. {len(found['seeds'])} seeds; mean +- standard "
-        "error over seeds.",
+        f"Teacher: {100 * found['teacher']:.1f} % of the held-out prompts. {len(found['seeds'])} seeds; mean +- "
+        "standard error over seeds.",
         "",
     ]
     for with_rl, title in ((False, "Without RL"), (True, "With RL")):

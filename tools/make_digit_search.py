@@ -2,11 +2,11 @@
 
 An image is a grid of handwritten digits (scikit-learn's bundled 8x8 scans), each cell in a colour of its own on black.
 A digit question names a colour ("Which digit is red?"), so it can only be answered by looking at the right cell. A
-colour question names a cell ("Which colour is cell 2?", counted row by row from 1) and teaches the words of the colours.
-The thought before an answer says what the cell looked at holds, colour and digit ("<think>red7</think>"): the token that
-names the colour is the one that has to find the cell. A small model learns to search from that in a few hundred steps,
-and does not from answers alone. Five splits are written, each as a family of shards `SPLIT-%06d.tar` of `{key}.png` and
-`{key}.json`:
+colour question names a cell ("Which colour is cell 2?", counted row by row from 1) and teaches the words of the
+colours. The thought before an answer says what the cell looked at holds, colour and digit ("<think>red7</think>"): the
+token that names the colour is the one that has to find the cell. A small model learns to search from that in a few
+hundred steps, and does not from answers alone. Five splits are written, each as a family of shards `SPLIT-%06d.tar` of
+`{key}.png` and `{key}.json`:
 
     single    one cell, digit and colour questions half and half     train scans   (learn to read)
     search    n x n, digit and colour questions half and half        train scans   (learn to search)

@@ -1,13 +1,13 @@
 """Write a randomly initialised, tiny Qwen2.5-VL or Qwen3-VL as a complete Hugging Face folder, for tests and
 demonstrations.
 
-The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with its
-chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B model.
-It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a byte-level BPE
-trained on the text of a task (tools/make_digit_search.py, or with --task video-search also tools/make_video_search.py),
-where a word keeps the space AFTER it instead of before. So a colour is one and the same token in a question and in an
-answer, which is what lets the model tie a colour seen to a colour named. The tags of the answer format and every digit
-are one token each.
+The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with
+its chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B
+model. It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a
+byte-level BPE trained on the text of a task (tools/make_digit_search.py, or with --task video-search also
+tools/make_video_search.py), where a word keeps the space AFTER it instead of before. So a colour is one and the same
+token in a question and in an answer, which is what lets the model tie a colour seen to a colour named. The tags of the
+answer format and every digit are one token each.
 
     python tools/make_tiny_model.py --output tiny_model
 """
@@ -72,7 +72,8 @@ def task_text(task: str) -> list[str]:
 
 
 def build_tokenizer(task: str):
-    """Byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat template."""
+    """Byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat
+    template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,11 +1,11 @@
 """Write the video-search task as WebDataset shards: look for the asked colour in a clip, read the digit there.
 
-The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows one handwritten digit, in
-a colour of its own, in a random cell of an otherwise black grid. A digit question names a colour ("Which digit is
+The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows one handwritten digit,
+in a colour of its own, in a random cell of an otherwise black grid. A digit question names a colour ("Which digit is
 red?"), which appears in one scene only; a colour question names a scene ("Which colour is scene 2?", counted from 1).
-The thought before the answer is that of digit search. Clips are real mp4 files (H.264, 4:2:0) written through PyAV; with
-the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per second. Five splits are written,
-each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
+The thought before the answer is that of digit search. Clips are real mp4 files (H.264, 4:2:0) written through PyAV;
+with the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per second. Five splits are
+written, each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
 
     single    one scene, digit and colour questions half and half     train scans   (learn to read)
     search    n scenes, digit and colour questions half and half      train scans   (learn to search)

@@ -2,10 +2,10 @@
 
     python tools/study.py --output-dir DIR [--seeds 0 1 2] [--grids 2 3] [--arms grpo old_1 ...] [--jobs 2]
 
-Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own), sees
-the same prompts in the same order and draws from the same random streams. Runs that are done are not run again, so that
-the study can be stopped and gone on with. Leaves DIR/study.md (table: mean, standard error over seeds, paired difference from GRPO), DIR/study.json and PNG plots of
-accuracy and target mass over rollouts.
+Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own),
+sees the same prompts in the same order and draws from the same random streams. Runs that are done are not run again, so
+that the study can be stopped and gone on with. Leaves DIR/study.md (table: mean, standard error over seeds, paired
+difference from GRPO), DIR/study.json and PNG plots of accuracy and target mass over rollouts.
 """
 
 import argparse

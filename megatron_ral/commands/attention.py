@@ -4,11 +4,11 @@
         [--config FILE] [dotted.key=value ...]
 
 CHECKPOINT is a model folder, exported by a run or to start one from. The project's own engine answers the first samples
-of the shards greedily in one process. The page shows the picture of each sample, or frames of its video, with the target
-framed, and the question, the reference answer and the response with its reward. Pointing at a token shows its attention
-in the chosen layer: own token excluded, mean over heads, as in the paper. Response length, precision, reward and prompt
-suffix come from --config, the file of a run, or from settings (rollout.max_response_length=64). Also
-`python tools/attention_report.py`.
+of the shards greedily in one process. The page shows the picture of each sample, or frames of its video, with the
+target framed, and the question, the reference answer and the response with its reward. Pointing at a token shows its
+attention in the chosen layer: own token excluded, mean over heads, as in the paper. Response length, precision, reward
+and prompt suffix come from --config, the file of a run, or from settings (rollout.max_response_length=64). Also `python
+tools/attention_report.py`.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
 
 
 def read_settings(arguments: argparse.Namespace):
-    """Return the configuration for one process: that of --config, or the defaults, in float32 without an accelerator."""
+    """Return the configuration for one process: that of --config, or the defaults, in float32 without an
+    accelerator."""
     import torch
 
     from megatron_ral.config import apply_overrides, load_config
@@ -83,10 +84,10 @@ def main(argv: Arguments = None) -> int:
             samples,
             f"Attention of {arguments.checkpoint}",
             [
-                f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token to "
-                "see its attention, click to fix it. Colours run from black to white at the brightest cell of the token. "
-                "Tokens are tinted by their attention mass on the target. Both frames of a temporal patch show the mass of "
-                "that patch."
+                f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token "
+                "to see its attention, click to fix it. Colours run from black to white at the brightest cell of the "
+                "token. Tokens are tinted by their attention mass on the target. Both frames of a temporal patch show "
+                "the mass of that patch."
             ],
         ),
         encoding="utf-8",

@@ -10,7 +10,8 @@
 `python tools/convert_checkpoint.py`.
 
 Tensors are read from safetensors one parameter at a time, so that memory stays near the size of the largest few. The
-output appears under its name only when it is complete. Exit status: 0 done; 1 `verify` found a difference; 2 wrong input.
+output appears under its name only when it is complete. Exit status: 0 done; 1 `verify` found a difference; 2 wrong
+input.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Answer held-out prompts with a model and print a table of accuracies.
 
-    torchrun ... -m megatron_ral.evaluate --config FILE --model DIR --output FILE.json [--samples N] [dotted.key=value ...]
+    torchrun ... -m megatron_ral.evaluate --config FILE --model DIR --output FILE.json [--samples N]
+        [dotted.key=value ...]
 
 Each prompt gets one greedy response and, with --samples N, N sampled ones. Used of the configuration: data.eval_shards,
 logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and generation_batch_size), reward.* and

@@ -2,9 +2,9 @@
 
     megatron-ral inspect DIR [--output sheet.png] [--num-samples 12] [--seed 0]
 
-Lengths come from the indexes beside the shards (`megatron-ral shards index` writes them). The contact sheet shows images
-with their target boxes in red, or four frames of a video, at least one of them annotated where there is one, and below
-them question and answer. Also `python tools/inspect_shards.py`.
+Lengths come from the indexes beside the shards (`megatron-ral shards index` writes them). The contact sheet shows
+images with their target boxes in red, or four frames of a video, at least one of them annotated where there is one, and
+below them question and answer. Also `python tools/inspect_shards.py`.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def count(indexes: list[ShardIndex]) -> list[str]:
     total = sum(map(len, indexes))
     sizes = [len(index) for index in indexes]
     lines = [
-        f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), {boxes} with target boxes or frames"
+        f"{total} samples in {len(indexes)} shards ({min(sizes)} to {max(sizes)} each), "
+        f"{boxes} with target boxes or frames"
     ]
     for name in ("prompt_lengths", "visual_tokens"):
         parts = [getattr(index, name) for index in indexes if getattr(index, name) is not None]
@@ -102,7 +103,8 @@ def draw_sample(sample: Sample) -> Image.Image:
 
 
 def _picture(sample: Sample) -> Image.Image:
-    """Draw up to four images, the first with its boxes, or four frames of the first video, an annotated one among them."""
+    """Draw up to four images, the first with its boxes, or four frames of the first video, an annotated one among
+    them."""
     if sample.images:
         from megatron_ral.data.pictures import open_image
 

@@ -2,10 +2,10 @@
 
     megatron-ral rehearse --config FILE --world-size N [dotted.key=value ...] [--search]
 
-The real code builds the stages of every distinct rank and runs one RL step through them, on tensors that have sizes and no
-contents. ZeRO-3 is arithmetic on the sizes of their parameters. Prompts and responses are as long as the configuration
-allows. Bytes are counted; seconds are estimates from the speeds given as options below. --search tries layouts of the same
-number of ranks and prints the five most promising ones. Also `python tools/rehearse.py`.
+The real code builds the stages of every distinct rank and runs one RL step through them, on tensors that have sizes and
+no contents. ZeRO-3 is arithmetic on the sizes of their parameters. Prompts and responses are as long as the
+configuration allows. Bytes are counted; seconds are estimates from the speeds given as options below. --search tries
+layouts of the same number of ranks and prints the five most promising ones. Also `python tools/rehearse.py`.
 
 Exit status: 0 it fits; 1 it does not fit; 2 wrong input.
 """
@@ -39,7 +39,7 @@ def main(argv: Arguments = None) -> int:
         "--visual-tokens",
         type=int,
         default=-1,
-        help="visual tokens of each prompt (default: as many as data.max_visual_tokens and data.max_prompt_length allow)",
+        help="visual tokens of each prompt (default: as many as data.max_visual_tokens and max_prompt_length allow)",
     )
     parser.add_argument("--search", action="store_true", help="try layouts and print the best five that fit")
     parser.add_argument("--row", action="store_true", help="print one row of docs/hardware.md")

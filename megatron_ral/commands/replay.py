@@ -2,8 +2,8 @@
 
     torchrun ... -m megatron_ral.replay FOLDER
 
-FOLDER is one of <output_dir>/replay of a run, whose log holds the whole command. Start as many processes as the run had.
-Exit status: 0 not finite again; 1 finite this time (another machine or version); 2 it cannot be repeated.
+FOLDER is one of <output_dir>/replay of a run, whose log holds the whole command. Start as many processes as the run
+had. Exit status: 0 not finite again; 1 finite this time (another machine or version); 2 it cannot be repeated.
 """
 
 import argparse

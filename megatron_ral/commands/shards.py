@@ -5,8 +5,8 @@
 
 An index holds the place of each sample in its shard and the length of its prompt, for the tokenizer and processor of
 --model and the data.prompt_suffix of --config. With it a run can filter by length, and batch samples of similar length,
-without decoding them. `shards make` writes shards with their indexes; `shards index` writes those that are missing, stale
-or made for another model. Also `python tools/make_shards.py` and `python tools/index_shards.py`.
+without decoding them. `shards make` writes shards with their indexes; `shards index` writes those that are missing,
+stale or made for another model. Also `python tools/make_shards.py` and `python tools/index_shards.py`.
 """
 
 import argparse
@@ -28,10 +28,10 @@ MAKE = """Make WebDataset shards and their indexes from a JSON, JSONL or parquet
 
 The layout of records is recognised by their fields: Video-R1, chat `messages`, or V*-style questions with boxes
 (megatron_ral/data/layouts.py). Every sample is decoded once and made into a prompt by the real processor of --model.
-Samples that cannot be used are listed in `rejects.jsonl` with their key and the reason. Shard k holds the usable samples
-of records k * --shard-size onwards, so that workers share nothing. A run that was killed continues when it is started
-again with the same arguments: finished shards are reused, and the result equals that of one run. Media paths must stay
-inside --media; URLs are refused."""
+Samples that cannot be used are listed in `rejects.jsonl` with their key and the reason. Shard k holds the usable
+samples of records k * --shard-size onwards, so that workers share nothing. A run that was killed continues when it is
+started again with the same arguments: finished shards are reused, and the result equals that of one run. Media paths
+must stay inside --media; URLs are refused."""
 INDEX = """Write the index beside each shard that has none, a stale one, or one made for another model.
 
     megatron-ral shards index 'DIR/*.tar' --model HF_DIR [--config RUN.yaml] [--force]

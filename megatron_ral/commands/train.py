@@ -2,9 +2,9 @@
 
     torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume] [--dry-run | --preflight]
 
-Checks everything that needs no memory first, and on several ranks compares all of them, before anything is built. Leaves
-checkpoints, TensorBoard files, summary.json and the exported model in train.output_dir. Exit status: 0 done, stopped or
-out of time, with a checkpoint; 2 wrong input; anything else: a rank failed.
+Checks everything that needs no memory first, and on several ranks compares all of them, before anything is built.
+Leaves checkpoints, TensorBoard files, summary.json and the exported model in train.output_dir. Exit status: 0 done,
+stopped or out of time, with a checkpoint; 2 wrong input; anything else: a rank failed.
 """
 
 import os
@@ -60,7 +60,7 @@ def _check_models(config: RunConfig):
         raise ConfigError(
             "distill.top_tokens",
             config.distill.top_tokens,
-            f"is more than the {min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them",
+            f"is more than the {min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all",
         )
     return shape, teacher
 

@@ -13,8 +13,8 @@ class TeacherConfig:
     """A frozen model of the same family to learn from. It runs on the policy's ranks in a layout of its own."""
 
     path: str = ""
-    """Folder of the teacher (Hugging Face or Megatron); empty for no teacher. Its tokenizer and its picture patches must
-    be those of `model.path`."""
+    """Folder of the teacher (Hugging Face or Megatron); empty for no teacher. Its tokenizer and its picture patches
+    must be those of `model.path`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the teacher's parameters and activations."""
     tensor_model_parallel_size: NonNegativeInt = 0
@@ -44,15 +44,15 @@ class DistillConfig:
     temperature: PositiveFloat = 1.0
     """Temperature of both token distributions, softmax(logits / temperature), independent of rollout.temperature."""
     top_tokens: NonNegativeInt = 0
-    """Number of the teacher's most likely tokens that are compared one by one, with all other tokens as one class; 0 for
-    the whole vocabulary."""
+    """Number of the teacher's most likely tokens that are compared one by one, with all other tokens as one class; 0
+    for the whole vocabulary."""
     attention_coef: NonNegativeFloat = 1.0
-    """Weight of the attention divergence (gamma_attn in the paper: 0.05, 0.5 or 1). 0 logs it without training on it, in
-    the last layer alone where attention_layers is empty."""
+    """Weight of the attention divergence (gamma_attn in the paper: 0.05, 0.5 or 1). 0 logs it without training on it,
+    in the last layer alone where attention_layers is empty."""
     attention_layers: tuple[int, ...] = ()
-    """Student layers whose attention is compared, 0-based, negative from the last; empty for all. Each is paired with the
-    teacher's layer at the same relative depth, and the term is their mean. The paper: [-1]. The teacher's rows of one
-    optimizer step take 4 bytes x layers x response tokens x keys of host memory."""
+    """Student layers whose attention is compared, 0-based, negative from the last; empty for all. Each is paired with
+    the teacher's layer at the same relative depth, and the term is their mean. The paper: [-1]. The teacher's rows of
+    one optimizer step take 4 bytes x layers x response tokens x keys of host memory."""
     attention_row: Literal["token", "predictor"] = "token"
     """Compared query positions, as `loss.attention_row`."""
     attention_exclude_self: bool = True
@@ -66,8 +66,8 @@ class DistillConfig:
     attention_row_cap: NonNegativeFloat = 0.0
     """Divergence of a row above which it gives no gradient, as `loss.attention_row_cap`; 0 for none."""
     attention_rows: Literal["teacher", "shuffled"] = "teacher"
-    """Attention rows to learn from. shuffled: a control in which the teacher's mass on the visual tokens of each picture
-    is permuted at random."""
+    """Attention rows to learn from. shuffled: a control in which the teacher's mass on the visual tokens of each
+    picture is permuted at random."""
     teacher_rollouts: Fraction = 0.0
-    """Share of prompts that the teacher answers instead of the student. 0: on-policy. 1: off-policy. Between: the mixture
-    of GKD (arXiv 2306.13649, where it is 1 - lambda). Possible only with loss.policy_coef = 0."""
+    """Share of prompts that the teacher answers instead of the student. 0: on-policy. 1: off-policy. Between: the
+    mixture of GKD (arXiv 2306.13649, where it is 1 - lambda). Possible only with loss.policy_coef = 0."""

@@ -148,8 +148,8 @@ def _located(error: ConfigError, source: str) -> ConfigError:
 def flat_settings(config: RunConfig) -> dict[str, Any]:
     """Return every setting by dotted key, in the order of the sections.
 
-    Values are plain: true or false, numbers, text, lists, and an empty mapping where nothing is named in it. A list is one
-    value, also a list of sections, which then are mappings.
+    Values are plain: true or false, numbers, text, lists, and an empty mapping where nothing is named in it. A list is
+    one value, also a list of sections, which then are mappings.
     """
 
     def walk(tree: Any, key: str) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class LossConfig:
     """Weight of the policy loss. 0 logs rewards without training on them (distillation alone)."""
     policy_loss: Literal["grpo", "gspo", "cispo"] = "grpo"
     """Surrogate of the policy gradient. grpo: clipped ratio of each token. gspo: clipped ratio of the whole response.
-    cispo: clipped ratio of each token as a constant weight of its log-likelihood, so that no token loses its gradient."""
+    cispo: clipped ratio of each token as a constant weight of its log-likelihood, so that no token loses its
+    gradient."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_norm"] = "token_mean"
     """Weights of tokens within the optimizer step. token_mean: every token alike (DAPO). sequence_mean: every response
     alike (GRPO as published). sequence_sum_norm: sum over tokens / rollout.max_response_length, mean over responses
@@ -37,16 +38,17 @@ class LossConfig:
     advantage_scale: Literal["std", "none"] = "std"
     """Divisor of the advantages: the standard deviation of rewards in the group, or none (Dr. GRPO)."""
     clip_low: PositiveFloat = 0.2
-    """Distance of the lower clipping bound from 1: ratios are clipped below 1 - clip_low. 1 or more never clips (cispo in
-    its paper)."""
+    """Distance of the lower clipping bound from 1: ratios are clipped below 1 - clip_low. 1 or more never clips (cispo
+    in its paper)."""
     clip_high: PositiveFloat = 0.2
     """Distance of the upper clipping bound from 1: ratios are clipped above 1 + clip_high. TRL's cispo gives the bound
     itself, so that 5 there is 4 here."""
     dual_clip: NonNegativeFloat = 0.0
-    """Upper bound of the ratio where the advantage is negative, above 1 (verl: 3); 0 for none. Not possible with cispo."""
+    """Upper bound of the ratio where the advantage is negative, above 1 (verl: 3); 0 for none. Not possible with
+    cispo."""
     kl_coef: NonNegativeFloat = 0.04
-    """Weight of the KL divergence from the frozen reference model. With 0 no reference is held, unless target `reference`
-    needs it."""
+    """Weight of the KL divergence from the frozen reference model. With 0 no reference is held, unless target
+    `reference` needs it."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """Estimator of the KL divergence from sampled tokens. k3: never negative, unbiased in value. k2: unbiased in
     gradient."""
@@ -55,9 +57,9 @@ class LossConfig:
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy of the token distributions, as a bonus."""
     filter_equal_rewards: bool = False
-    """Exclusion of groups with equal rewards from every term and denominator (the condition of DAPO's dynamic sampling).
-    Such groups are dropped and *not* refilled, so that an optimizer step has fewer groups, and no gradient when none is
-    left. With false they have zero advantage but count in the means, the KL divergence and the entropy."""
+    """Exclusion of groups with equal rewards from every term and denominator (the condition of DAPO's dynamic
+    sampling). Such groups are dropped and *not* refilled, so that an optimizer step has fewer groups, and no gradient
+    when none is left. With false they have zero advantage but count in the means, the KL divergence and the entropy."""
     attention_coef: NonNegativeFloat = 1.0
     """Weight of the attention term (lambda_attn in the paper: 0.5, 1 or 5). 0 is GRPO, with the term only logged."""
     attention_coef_warmup_steps: NonNegativeInt = 0
@@ -74,7 +76,8 @@ class LossConfig:
     """Layers whose attention is recorded, 0-based, negative from the last, on any pipeline stage. The term is the mean
     over them."""
     attention_row: Literal["token", "predictor"] = "token"
-    """Query position of a response token: the token itself (the paper), or the position before it, which predicts it."""
+    """Query position of a response token: the token itself (the paper), or the position before it, which predicts
+    it."""
     attention_exclude_self: bool = True
     """Exclusion of the query's own token from its attention distribution (the paper: keys before the token)."""
     attention_keys: Literal["all", "visual", "prompt"] = "all"

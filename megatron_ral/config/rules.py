@@ -1,8 +1,8 @@
 """Table of the rules about combinations of settings: which are impossible, and which leave a setting without effect.
 
-A rule is a row: its severity, the setting at fault, a condition, and the remedy. An error stops a run before it starts; a
-warning is logged, because the run works but a setting in it does nothing, or not what its user may expect. Bounds of a
-single setting belong to its type in `sections.py`. The rules of an attention target come from its row in
+A rule is a row: its severity, the setting at fault, a condition, and the remedy. An error stops a run before it starts;
+a warning is logged, because the run works but a setting in it does nothing, or not what its user may expect. Bounds of
+a single setting belong to its type in `sections.py`. The rules of an attention target come from its row in
 `attention/targets/registry.py`.
 """
 
@@ -301,8 +301,9 @@ RULES: tuple[Rule, ...] = (
         "loss.attention_target",
         lambda c: _is_rl(c) and c.attention_acts and _target(c).is_zero_on_policy and c.updates_per_rollout == 1,
         lambda c: (
-            "with one optimizer step per rollout: the divergence and its gradient are exactly zero and this run is GRPO "
-            "for any attention_coef; raise rollout.num_minibatches or rollout.num_epochs, or set loss.attention_target = "
+            "with one optimizer step per rollout: the divergence and its gradient are exactly zero and this run is "
+            "GRPO for any attention_coef; raise rollout.num_minibatches or rollout.num_epochs, or set "
+            "loss.attention_target = "
             + next(name for name, rules in TARGETS.items() if rules.needs is TargetPass.REFERENCE)
         ),
     ),
@@ -332,8 +333,8 @@ RULES: tuple[Rule, ...] = (
             and c.loss.policy_coef > 0
             and (c.loss.clip_high > 0.01 or c.loss.aggregation != "sequence_mean")
         ),
-        "with {loss.clip_high} and {loss.aggregation}: ratios of whole responses move little, and its paper has clip_low "
-        "= 3.0e-4, clip_high = 4.0e-4 and aggregation = sequence_mean",
+        "with {loss.clip_high} and {loss.aggregation}: ratios of whole responses move little, and its paper has "
+        "clip_low = 3.0e-4, clip_high = 4.0e-4 and aggregation = sequence_mean",
     ),
 )
 """Rules over a configuration."""
@@ -344,8 +345,8 @@ LAUNCH_RULES: tuple[Rule, ...] = (
         "parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size",
         lambda a: a.world_size % a.model_ranks > 0,
         lambda a: (
-            f"({a.config.parallel.tensor_model_parallel_size} * {a.config.parallel.pipeline_model_parallel_size}) does not "
-            f"divide the world size {a.world_size}; start a multiple of {a.model_ranks} processes"
+            f"({a.config.parallel.tensor_model_parallel_size} * {a.config.parallel.pipeline_model_parallel_size}) does "
+            f"not divide the world size {a.world_size}; start a multiple of {a.model_ranks} processes"
         ),
         lambda a: a.model_ranks,
     ),

@@ -2,8 +2,8 @@
 teacher in `distill.py`, of the log and the watchdog in `watching.py`.
 
 Each section is a frozen dataclass that checks the types and bounds of its own fields, strictly: no string becomes a
-number. Combinations of settings are checked in `rules.py`. Nothing here imports torch, so that a configuration is checked
-in milliseconds on a login node.
+number. Combinations of settings are checked in `rules.py`. Nothing here imports torch, so that a configuration is
+checked in milliseconds on a login node.
 """
 
 from dataclasses import field
@@ -24,8 +24,8 @@ class ModelConfig:
     """Weights of the policy and of the reference, and their precision."""
 
     path: str = ""
-    """Folder that the run starts from: a Hugging Face folder (config.json, safetensors, tokenizer, image processor), or a
-    Megatron folder of any layout (tools/convert_checkpoint.py)."""
+    """Folder that the run starts from: a Hugging Face folder (config.json, safetensors, tokenizer, image processor), or
+    a Megatron folder of any layout (tools/convert_checkpoint.py)."""
     reference_path: str = ""
     """Folder of the frozen reference model, of either kind; empty for `path`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -43,20 +43,20 @@ class ParallelConfig:
     pipeline_model_parallel_size: PositiveInt = 1
     """Stages into which the layers are split. They need not divide evenly."""
     sequence_parallel: bool = False
-    """Split of the sequence over tensor-parallel ranks outside attention. Activations of norms and residuals shrink by the
-    number of tensor-parallel ranks for the same traffic. Not used in generation, and without effect on one rank."""
+    """Split of the sequence over tensor-parallel ranks outside attention. Activations of norms and residuals shrink by
+    the number of tensor-parallel ranks for the same traffic. Not used in generation, and without effect on one rank."""
     recompute_activations: bool = False
-    """Activation checkpointing: only the inputs of each layer are stored, and the backward pass computes the rest again.
-    Less memory for about a third more compute. Layers whose attention is recorded are never recomputed, because they
-    would record no gradient."""
+    """Activation checkpointing: only the inputs of each layer are stored, and the backward pass computes the rest
+    again. Less memory for about a third more compute. Layers whose attention is recorded are never recomputed, because
+    they would record no gradient."""
     gather: Literal["stage", "layer"] = "stage"
-    """Unit of parameters that a training pass gathers from the data-parallel ranks. stage: the whole pipeline stage, once
-    per optimizer step. layer: one layer after the other in every pass of every micro-batch; this holds only a few layers
-    in memory and sends each layer 2 * micro-batches times instead of once (3 times the bytes of a step at 4
+    """Unit of parameters that a training pass gathers from the data-parallel ranks. stage: the whole pipeline stage,
+    once per optimizer step. layer: one layer after the other in every pass of every micro-batch; this holds only a few
+    layers in memory and sends each layer 2 * micro-batches times instead of once (3 times the bytes of a step at 4
     micro-batches, docs/hardware.md). Generation always gathers the stage, once per rollout."""
     overlap_communication: bool = True
-    """Overlap of communication with computation: layers are gathered ahead of the pass that needs them, and gradients are
-    reduced during the last backward pass. Same bytes and same numbers as without."""
+    """Overlap of communication with computation: layers are gathered ahead of the pass that needs them, and gradients
+    are reduced during the last backward pass. Same bytes and same numbers as without."""
     offload_optimizer: bool = False
     """Storage of the policy's float32 weights, gradients and moments in host memory, where they are updated."""
     offload_parameters: bool = False
@@ -72,8 +72,8 @@ class SourceConfig:
     shards: str
     """Glob of local shards (tar files), e.g. `data/search-*.tar`."""
     num_samples: NonNegativeInt = 0
-    """Number of samples to take from this source over the run, in as many epochs as needed; 0 for endless, which only the
-    last source can be."""
+    """Number of samples to take from this source over the run, in as many epochs as needed; 0 for endless, which only
+    the last source can be."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -91,8 +91,8 @@ class DataConfig:
     prompt_suffix: str = ""
     """Text appended to every question. It says how to answer, for a checkpoint that was not trained for the format."""
     max_prompt_length: PositiveInt = 4096
-    """Maximum length of a prompt in tokens, visual tokens included. A longer prompt is dropped and never truncated: it is
-    skipped by the index of its shard, or quarantined under its key when it is decoded."""
+    """Maximum length of a prompt in tokens, visual tokens included. A longer prompt is dropped and never truncated: it
+    is skipped by the index of its shard, or quarantined under its key when it is decoded."""
     max_visual_tokens: NonNegativeInt = 0
     """Maximum number of visual tokens of a prompt, with the same effect; 0 for no limit beside max_prompt_length."""
     group_by_length: bool = False
@@ -115,13 +115,13 @@ class RolloutConfig:
     group_size: Annotated[int, Ge(2)] = 8
     """Number of responses per prompt (G)."""
     num_minibatches: PositiveInt = 4
-    """Number of optimizer updates per pass over a rollout. With one update per rollout, RAL with target `old` is exactly
-    GRPO."""
+    """Number of optimizer updates per pass over a rollout. With one update per rollout, RAL with target `old` is
+    exactly GRPO."""
     num_epochs: PositiveInt = 1
     """Number of passes over one rollout."""
     generation_batch_size: PositiveInt = 32
-    """Number of prompts that are decoded in one batch. It bounds the KV cache and never changes the result. With S pipeline
-    stages S batches are in flight, and each stage holds the cache of its own layers."""
+    """Number of prompts that are decoded in one batch. It bounds the KV cache and never changes the result. With S
+    pipeline stages S batches are in flight, and each stage holds the cache of its own layers."""
     max_response_length: PositiveInt = 512
     """Maximum length of a response in tokens, with or without `</answer>`."""
     temperature: PositiveFloat = 1.0
@@ -135,8 +135,8 @@ class RewardFunctionConfig:
     """A reward function of the user: f(completion, solution, problem_type) -> float."""
 
     path: str
-    """Import path `package.module:function`, with its folder on PYTHONPATH. Where the function raises or returns no finite
-    number, its part of the reward is 0 and the response counts in `rewards/error/mean`."""
+    """Import path `package.module:function`, with its folder on PYTHONPATH. Where the function raises or returns no
+    finite number, its part of the reward is 0 and the response counts in `rewards/error/mean`."""
     weight: float
     """Weight in the reward. It may be negative (a penalty) or 0 (only logged)."""
 
@@ -146,8 +146,8 @@ class RewardConfig:
     """Parts of the reward and their weights (the paper: 0.9 and 0.1)."""
 
     accuracy: Literal["exact", "by_type"] = "exact"
-    """Rule that compares answer and solution. exact: equal texts (the paper, for every problem type). by_type: the rule of
-    the sample's problem_type (`rewards/rules.py`), and exact where it has none."""
+    """Rule that compares answer and solution. exact: equal texts (the paper, for every problem type). by_type: the rule
+    of the sample's problem_type (`rewards/rules.py`), and exact where it has none."""
     accuracy_weight: NonNegativeFloat = 0.9
     """Weight of the accuracy, which lies in [0, 1]."""
     format_weight: NonNegativeFloat = 0.1
@@ -169,7 +169,8 @@ class TrainConfig:
     batch_size: PositiveInt = 32
     """Number of samples per optimizer step over all data-parallel ranks (sft)."""
     micro_batch_size: PositiveInt = 4
-    """Number of prompt groups per forward pass on one rank. It changes memory and speed, and the result only by rounding."""
+    """Number of prompt groups per forward pass on one rank. It changes memory and speed, and the result only by
+    rounding."""
     output_dir: str = "outputs/run"
     """Folder of checkpoints, TensorBoard files, the summary and the exported model, on a disk that all nodes share."""
     checkpoint_interval: NonNegativeInt = 0
@@ -187,9 +188,9 @@ class TrainConfig:
     """Step after which the run writes a checkpoint and stops before num_steps, over which schedules still extend; 0 for
     none."""
     time_limit_minutes: NonNegativeFloat = 0.0
-    """Minutes since the start of the process after which the run writes a checkpoint at the next step boundary and ends,
-    to continue with --resume; 0 for no limit. SIGTERM and SIGUSR1 have the same effect. A scheduler's limit must leave
-    time for one more step and a checkpoint."""
+    """Minutes since the start of the process after which the run writes a checkpoint at the next step boundary and
+    ends, to continue with --resume; 0 for no limit. SIGTERM and SIGUSR1 have the same effect. A scheduler's limit must
+    leave time for one more step and a checkpoint."""
     keep_replays: NonNegativeInt = 2
     """Maximum number of batches with a non-finite loss or gradient that are saved, with the weights of that step, in
     <output_dir>/replay: the first ones of the run. 0 for none."""

@@ -27,8 +27,8 @@ class LoggingConfig:
     num_probes: PositiveInt = 4
     """Number of these fixed prompts, from the first of data.eval_shards."""
     peak_tflops: NonNegativeFloat = 0.0
-    """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`. 0 uses the device's known peak (bfloat16 on
-    A100, H100 and H200); on other devices no utilisation is logged then."""
+    """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`. 0 uses the device's known peak (bfloat16
+    on A100, H100 and H200); on other devices no utilisation is logged then."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,5 +40,5 @@ class WatchdogConfig:
     micro-batch, token, sample or phase); 0 for no watchdog. One call of a reward function must take less. With an
     accelerator a stall counts only from the moment at which no rank makes progress."""
     long_timeout_seconds: PositiveInt = 1800
-    """The same limit for phases that may be silent for long: start-up, loading, checkpoints, export, and the first phase
-    of each kind, in which kernels are compiled. A death is still noticed at once on the same machine."""
+    """The same limit for phases that may be silent for long: start-up, loading, checkpoints, export, and the first
+    phase of each kind, in which kernels are compiled. A death is still noticed at once on the same machine."""

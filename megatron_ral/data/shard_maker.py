@@ -1,8 +1,8 @@
 """Make WebDataset shards and their indexes from a file of records and a folder of media: `megatron-ral shards make`.
 
-Every sample is decoded once and made into a prompt by the real processor, so that the shards hold only samples that a run
-can use. The others are listed in `rejects.jsonl` with key and reason. A shard with an index is finished, and a folder that
-was left unfinished is continued to the same result.
+Every sample is decoded once and made into a prompt by the real processor, so that the shards hold only samples that a
+run can use. The others are listed in `rejects.jsonl` with key and reason. A shard with an index is finished, and a
+folder that was left unfinished is continued to the same result.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Scans, colours, questions, splits and shards of the search tasks (tools/make_digit_search.py, make_video_search.py).
 
-In both tasks digits of scikit-learn's bundled 8x8 scans are painted in colours on black and a question names a colour. The
-scans are split once and for all, whatever the seed: no scan is in both train and held-out. Equal arguments write equal
-bytes.
+In both tasks digits of scikit-learn's bundled 8x8 scans are painted in colours on black and a question names a colour.
+The scans are split once and for all, whatever the seed: no scan is in both train and held-out. Equal arguments write
+equal bytes.
 """
 
 import argparse
@@ -132,7 +132,8 @@ def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarr
 def draw_puzzles(
     rng: np.random.Generator, split: Split, num_scans: int, colour_names: list[str], neighbour: Callable[[int], int]
 ) -> Iterator[Puzzle]:
-    """Yield the questions of one split; `neighbour` gives the place that a biased gaze reads instead of the asked one."""
+    """Yield the questions of one split; `neighbour` gives the place that a biased gaze reads instead of the asked
+    one."""
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
     looks_aside[~asks_colour] = marked_share(rng, int((~asks_colour).sum()), split.bias)
@@ -144,7 +145,8 @@ def draw_puzzles(
 
 
 def shard_sizes(num_samples: int, shard_size: int) -> list[int]:
-    """Return the number of samples of each shard: nearly equal, none above `shard_size`, in a multiple of four shards."""
+    """Return the number of samples of each shard: nearly equal, none above `shard_size`, in a multiple of four
+    shards."""
     num_shards = -(-num_samples // shard_size)
     num_shards = -(-num_shards // SHARD_MULTIPLE) * SHARD_MULTIPLE
     small, larger_shards = divmod(num_samples, num_shards)

@@ -1,8 +1,8 @@
 """HTML page of `megatron-ral attention`: one file that loads nothing from elsewhere.
 
 Attention masses are stored as 16-bit numbers: for each response token and layer a row over visual tokens, scaled by its
-maximum. A few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over the
-picture.
+maximum. A few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over
+the picture.
 """
 
 import base64
@@ -115,8 +115,8 @@ def _section(number: int, sample: PageSample) -> str:
         ""
         if len(sample.panels) == sample.num_panels
         else (
-            f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
-            "</p>"
+            f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those with most "
+            "attention.</p>"
         )
     )
     return f"""<section class="sample" id="sample-{number}">
@@ -177,7 +177,8 @@ def _table(sample: PageSample) -> str:
 
 
 def _data(sample: PageSample) -> str:
-    """Return masses by layer as JSON: `peaks` [tokens] and `rows`, base64 of little-endian uint16 [tokens, visual tokens].
+    """Return masses by layer as JSON: `peaks` [tokens] and `rows`, base64 of little-endian uint16 [tokens, visual
+    tokens].
 
     mass = rows * peak / 65535.
     """

@@ -32,7 +32,8 @@ def test_every_command_is_a_file_and_every_file_a_command():
 def test_list_of_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["megatron-ral"])
     assert console.main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("train", "shards"))
+    text = capsys.readouterr().out
+    assert all(name in text for name in console.COMMANDS)
     assert console.main(["trian"]) == 2 and "COMMAND = 'trian'" in capsys.readouterr().err
     assert console.main([]) == 2 and "give a COMMAND" in capsys.readouterr().err
     assert shards.main(["remake"]) == 2 and "neither make nor index" in capsys.readouterr().err
