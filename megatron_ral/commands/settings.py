@@ -115,8 +115,8 @@ def render() -> str:
     lines = [
         "# Settings",
         "",
-        "Generated from `megatron_ral/config/` by `megatron-ral settings`; edit the descriptions there. Write a setting",
-        "in a file as `section: {key: value}`, on a command line as `section.key=value`.",
+        "Generated from `megatron_ral/config/` by `megatron-ral settings`; edit the descriptions there. Write a",
+        "setting in a file as `section: {key: value}`, on a command line as `section.key=value`.",
         "",
     ]
     top = sections["RunConfig"][1]
