@@ -34,7 +34,7 @@ class Arm:
 
     @property
     def baseline(self) -> str:
-        """Name of the arm that differences are taken to."""
+        """Name of the arm to which differences are taken."""
         return "tokens_rl" if self.rl else "tokens"
 
     def with_rl(self) -> "Arm":
@@ -79,7 +79,7 @@ ARMS = _arms()
 
 @dataclass(frozen=True)
 class Study:
-    """Where everything of one study is."""
+    """Folder of one study, and the paths in it."""
 
     root: Path
     num_rollouts: int
@@ -111,7 +111,7 @@ class Study:
             )
 
     def cold_start(self, model: Path, target: Path, seed: int, samples: dict[str, int], *sizes: object) -> None:
-        """Supervised training of a new model."""
+        """Make a new model and train it under supervision."""
         if not (model / "config.json").is_file():
             call(
                 model.with_name(model.name + ".log"),
@@ -178,8 +178,7 @@ def run_all(study: Study, seeds: list[int], arms: list[str], jobs: int) -> None:
 
 
 def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
-    """Rollouts until the curve first reaches `goal`, between measurements in a straight line; infinite if it never
-    does."""
+    """Return the rollouts until the curve first reaches `goal`, interpolated linearly; infinite if it never does."""
     for (before, low), (after, high) in zip(points, points[1:]):
         if low >= goal:
             return before
@@ -189,7 +188,7 @@ def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
 
 
 def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
-    """Curves of all runs and the table's numbers."""
+    """Return the curves of all runs and the numbers of the tables."""
     curves = {
         name: {
             tag: [curve(study.run(seed, name), f"eval/{tag}") for seed in seeds]
@@ -226,7 +225,7 @@ def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
 
 
 def write_table(found: dict, path: Path) -> None:
-    """Markdown: held-out accuracy in percent over rollouts, paired differences, target mass, steps to the goal."""
+    """Write Markdown: held-out accuracy in percent over rollouts, paired differences, target mass, steps to the goal."""
     rows = found["rows"]
     steps = next(iter(rows.values()))["steps"]
     shown = [
@@ -281,7 +280,7 @@ def write_table(found: dict, path: Path) -> None:
 
 
 def plot(found: dict, folder: Path) -> None:
-    """Accuracy and target mass over rollouts, mean over seeds with its standard error; the control dotted."""
+    """Draw accuracy and target mass over rollouts, mean over seeds with its standard error; the control dotted."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -47,14 +47,14 @@ from megatron_ral.demo.search_task import (
 
 
 def paint_grid(masks: np.ndarray, colours: list[str], grid: int) -> np.ndarray:
-    """Paint one mask per cell in its colour; returns a uint8 image [grid * cell, grid * cell, 3]."""
+    """Paint one mask per cell in its colour; return a uint8 image [grid * cell, grid * cell, 3]."""
     cell = masks.shape[-1]
     rows = paint(masks, colours).reshape(grid, grid, cell, cell, 3).transpose(0, 2, 1, 3, 4)
     return rows.reshape(grid * cell, grid * cell, 3).round().astype(np.uint8)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of a uint8 RGB image."""
+    """Return a uint8 RGB image as PNG bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -63,7 +63,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def neighbour_of(cell: int, grid: int) -> int:
-    """Index of the cell to the right in the same row; the last column's neighbour is the first."""
+    """Return the index of the cell to the right in the same row; the last column's neighbour is the first."""
     row, column = divmod(cell, grid)
     return row * grid + (column + 1) % grid
 
@@ -102,7 +102,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; every error names the option and its value."""
+    """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
     add_split_sizes(parser, single=4096, search=8192, biased=4096, rl=2048, heldout=512)
     args = parser.parse_args(argv)

@@ -47,7 +47,7 @@ QUALITY = {"preset": "veryfast", "crf": "18"}  # strokes and hues survive; see t
 
 
 def encode_mp4(frames: Sequence[np.ndarray], fps: int) -> bytes:
-    """H.264 mp4 of uint8 RGB frames [H, W, 3] of one even size, `fps` of them per second."""
+    """Return an H.264 mp4 of uint8 RGB frames [H, W, 3] of one even size, `fps` of them per second."""
     import av
 
     file = io.BytesIO()
@@ -63,7 +63,7 @@ def encode_mp4(frames: Sequence[np.ndarray], fps: int) -> bytes:
 
 
 def paint_scenes(masks: np.ndarray, colours: list[str], cells: Sequence[int], grid: int) -> np.ndarray:
-    """One frame per scene, black but for its digit; uint8 [scenes, grid * cell, grid * cell, 3]."""
+    """Paint one frame per scene, black but for its digit: uint8 [scenes, grid * cell, grid * cell, 3]."""
     side = masks.shape[-1]
     frames = np.zeros((len(masks), grid * side, grid * side, 3), dtype=np.uint8)
     for frame, digit, cell in zip(frames, paint(masks, colours).round(), cells):
@@ -73,7 +73,7 @@ def paint_scenes(masks: np.ndarray, colours: list[str], cells: Sequence[int], gr
 
 
 def cell_box(cell: int, grid: int, side: int) -> list[int]:
-    """[x0, y0, x1, y1] of a cell, counted row by row from 0."""
+    """Return [x0, y0, x1, y1] of a cell, counted row by row from 0."""
     row, column = divmod(int(cell), grid)
     return [column * side, row * side, (column + 1) * side, (row + 1) * side]
 
@@ -118,7 +118,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; every error names the option and its value."""
+    """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
     parser.add_argument("--scenes", type=int, default=4, help="scenes of a clip")
     parser.add_argument("--scene-seconds", type=int, default=2, help="length of a scene")

@@ -26,7 +26,7 @@ FLOOR = {
 MAY_IMPORT = {
     "torch.distributed": {"parallel", "compat"},
     "deepspeed": {"engine", "compat"},
-    "webdataset": {"data/shards.py"},
+    "webdataset": {"data/shards.py", "data/shard_maker.py", "demo"},
     "tensorboard": {"training/logging/tensorboard.py"},
     "triton": {"attention/triton_backend.py"},
     "torch.utils.tensorboard": {"training/logging/tensorboard.py"},
