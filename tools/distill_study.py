@@ -225,7 +225,7 @@ def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
 
 
 def write_table(found: dict, path: Path) -> None:
-    """Write Markdown: held-out accuracy in percent over rollouts, paired differences, target mass, steps to the goal."""
+    """Write Markdown: held-out accuracy over rollouts in percent, paired differences, target mass, steps to goal."""
     rows = found["rows"]
     steps = next(iter(rows.values()))["steps"]
     shown = [

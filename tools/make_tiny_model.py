@@ -183,7 +183,7 @@ def build_model(args: argparse.Namespace, tokenizer):
 
 
 def build_image_processor(family: str):
-    """Return the family's image processor, with a lower bound of one visual token, so that small images stay unscaled."""
+    """Return the family's image processor, with a lower bound of one visual token, to leave small images unscaled."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     cell = (2 * PATCH_SIZE[family]) ** 2
