@@ -80,7 +80,7 @@ def _train(argv: Arguments) -> None:
     try:
         config = read_config(arguments)
         shape, teacher = _check_models(config)
-    except ConfigError as error:
+    except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or arguments.dry_run:
             fail(error)
         problems.append(error)  # this rank may be the only one; the first one will say so
@@ -100,15 +100,17 @@ def _train(argv: Arguments) -> None:
     from megatron_ral.runtime.watchdog import Watchdog
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
-    if not problems:  # everything on disk is read, and all ranks are compared, before any memory is taken
-        for check in (
-            lambda: teacher is None or check_fits(config, shape, teacher),
-            lambda: Inputs.open(config, arguments.resume),
-        ):
-            try:
-                inputs = check()
-            except (UserError, OSError) as error:
-                problems.append(error)
+    inputs = None
+    if config is not None and shape is not None:  # everything on disk is read before any memory is taken
+        try:
+            if teacher is not None:
+                check_fits(config, shape, teacher)
+        except (UserError, OSError) as error:
+            problems.append(error)
+        try:
+            inputs = Inputs.open(config, arguments.resume)
+        except (UserError, OSError) as error:
+            problems.append(error)
     try:
         line = check_launch(config, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
     except PreflightError:
@@ -117,6 +119,7 @@ def _train(argv: Arguments) -> None:
         print(line, flush=True)
     if arguments.preflight:
         return
+    assert config is not None and shape is not None and inputs is not None, "the preflight ends a launch with problems"
     process_groups = start_groups(
         tensor_size=config.parallel.tensor_model_parallel_size,
         pipeline_size=config.parallel.pipeline_model_parallel_size,

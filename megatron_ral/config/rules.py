@@ -6,102 +6,12 @@ a single setting belong to its type in `sections.py`. The rules of an attention 
 `attention/targets/registry.py`.
 """
 
-import re
-from dataclasses import dataclass, fields
-from enum import Enum
-from functools import reduce
-from typing import Any, Callable, Iterator, Optional, Union
+from dataclasses import fields
+from typing import Iterator, Optional
 
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
+from megatron_ral.config.rule import Launch, Rule, Severity, Subject, setting, without_effect
 from megatron_ral.config.sections import RunConfig
-from megatron_ral.errors import ConfigError, show_value
-
-
-class Severity(Enum):
-    """Consequence of a rule that fires."""
-
-    ERROR = "error"
-    WARNING = "warning"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A configuration and the number of processes that are to run it."""
-
-    config: RunConfig
-    world_size: int
-    training: bool = True
-    """False where nothing is trained, so that batch sizes do not matter."""
-
-    @property
-    def model_ranks(self) -> int:
-        """Number of ranks of one copy of the policy."""
-        parallel = self.config.parallel
-        return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-
-    @property
-    def teacher_ranks(self) -> int:
-        """Number of ranks of one copy of the teacher."""
-        return self.config.teacher_layout[0] * self.config.teacher_layout[1]
-
-    @property
-    def data_ranks(self) -> int:
-        """Data-parallel size of the policy."""
-        return self.world_size // self.model_ranks
-
-    @property
-    def updates(self) -> int:
-        """Number of parts into which each rank's prompts are divided, one per optimizer step."""
-        return 1 if self.config.train.algorithm == "sft" else self.config.rollout.num_minibatches
-
-    @property
-    def batch_key(self) -> str:
-        """Setting that holds the number of prompts."""
-        return "train.batch_size" if self.config.train.algorithm == "sft" else "rollout.num_prompts"
-
-    @property
-    def groups_per_rank(self) -> int:
-        """Prompt groups that one rank handles per optimizer step."""
-        return setting(self.config, self.batch_key) // (self.data_ranks * self.updates)
-
-
-Subject = Union[RunConfig, Launch]
-Text = Union[str, Callable[[Any], str]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One combination of settings and what to say of it."""
-
-    severity: Severity
-    key: Text
-    """Setting at fault, by dotted key, or a function that finds it."""
-    applies: Callable[[Any], bool]
-    """Condition over the configuration, or over a `Launch`."""
-    remedy: Text
-    """Rest of the sentence `key = value remedy`. `{dotted.key}` stands for another setting and its value."""
-    value: Optional[Callable[[Any], object]] = None
-    """Value at fault; None for the one at `key`."""
-
-    def error(self, subject: Subject) -> ConfigError:
-        """Return the sentence that this rule says of a configuration to which it applies."""
-        config = subject.config if isinstance(subject, Launch) else subject
-        key = self.key if isinstance(self.key, str) else self.key(subject)
-        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(subject)
-        value = self.value(subject) if self.value else setting(config, key)
-        named = re.sub(r"\{([\w.]+)\}", lambda match: f"{match[1]} = {show_value(setting(config, match[1]))}", remedy)
-        return ConfigError(key, value, named)
-
-
-def setting(config: RunConfig, key: str) -> Any:
-    """Return the value at a dotted key; a number in it is the index of a list item."""
-    return reduce(lambda node, name: node[int(name)] if name.isdigit() else getattr(node, name), key.split("."), config)
-
-
-def changed(config: RunConfig, key: str) -> bool:
-    """Return True if the setting at `section.name` differs from its default."""
-    section, _, name = key.partition(".")
-    return setting(config, key) != getattr(type(getattr(config, section))(), name)
 
 
 def _target(config: RunConfig) -> TargetRules:
@@ -129,26 +39,11 @@ def _allowed_keys(config: RunConfig) -> str:
     )
 
 
-def _without_effect(keys: str, applies: Callable[[RunConfig], bool], reason: Text) -> Iterator[Rule]:
-    """Return a warning for each of `keys`, a section and names, that is changed from its default where `applies`."""
-    section, *names = keys.split()
-    for name in names:
-        key = f"{section}.{name}"
-
-        def fires(config: RunConfig, key: str = key) -> bool:
-            return changed(config, key) and applies(config)
-
-        def remedy(config: RunConfig) -> str:
-            return f"has no effect {reason if isinstance(reason, str) else reason(config)}"
-
-        yield Rule(Severity.WARNING, key, fires, remedy)
-
-
 def _target_warnings() -> Iterator[Rule]:
     """Return a warning for each setting that some target does not use."""
     for key in sorted({f"loss.{name}" for rules in TARGETS.values() for name in rules.unused_settings}):
         name = key.removeprefix("loss.")
-        yield from _without_effect(
+        yield from without_effect(
             f"loss {name}",
             lambda c, name=name: _is_rl(c) and name in _target(c).unused_settings,
             lambda c, name=name: f"with {{loss.attention_target}}, because {_target(c).unused_settings[name]}",
@@ -244,22 +139,22 @@ RULES: tuple[Rule, ...] = (
         "{distill.teacher_rollouts}",
     ),
     # Settings without effect, and combinations that do something else than they seem to.
-    *_without_effect(
+    *without_effect(
         "parallel sequence_parallel",
         lambda c: c.parallel.tensor_model_parallel_size == 1,
         "with {parallel.tensor_model_parallel_size}",
     ),
-    *_without_effect(_DISTILL_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
-    *_without_effect(_TEACHER_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
-    *_without_effect(_DISTILL_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
-    *_without_effect(_TEACHER_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
+    *without_effect(_DISTILL_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
+    *without_effect(_TEACHER_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
+    *without_effect(_DISTILL_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
+    *without_effect(_TEACHER_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
     Rule(
         WARNING,
         "loss.policy_coef",
         lambda c: _is_rl(c) and not c.distills and c.loss.policy_coef == 0 and not c.attention_acts,
         "without teacher.path: rewards give no gradient; set it to 1, or name a teacher",
     ),
-    *_without_effect(
+    *without_effect(
         "teacher sequence_parallel",
         lambda c: c.distills and c.teacher_layout[0] == 1,
         "with one tensor-parallel rank of the teacher",
@@ -270,22 +165,22 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.distills and c.distill.token_coef == 0 and c.distill.attention_coef == 0,
         "with {distill.attention_coef}: divergences from the teacher are only logged",
     ),
-    *_without_effect(
+    *without_effect(
         "distill beta",
         lambda c: c.distills and c.distill.token_divergence != "jsd",
         "with {distill.token_divergence}",
     ),
-    *_without_effect(
+    *without_effect(
         "distill temperature top_tokens",
         lambda c: c.distills and c.distill.token_divergence == "cross_entropy",
         "with {distill.token_divergence}",
     ),
-    *_without_effect(
+    *without_effect(
         "distill attention_exclude_self",
         lambda c: c.distills and c.distill.attention_keys == "visual",
         "with {distill.attention_keys}, because no query's own token is a visual one",
     ),
-    *_without_effect(
+    *without_effect(
         "loss policy_loss clip_low clip_high dual_clip",
         lambda c: c.distills and c.loss.policy_coef == 0,
         "with {loss.policy_coef}",
@@ -307,19 +202,19 @@ RULES: tuple[Rule, ...] = (
             + next(name for name, rules in TARGETS.items() if rules.needs is TargetPass.REFERENCE)
         ),
     ),
-    *_without_effect(
+    *without_effect(
         "loss attention_coef attention_coef_warmup_steps attention_coef_decay",
         lambda c: _is_rl(c) and c.loss.attention_grad_ratio > 0,
         "with {loss.attention_grad_ratio}, which chooses the coefficient itself",
     ),
     *_target_warnings(),
-    *_without_effect(
+    *without_effect(
         "loss attention_exclude_self",
         lambda c: _is_rl(c) and c.loss.attention_keys == "visual",
         "with {loss.attention_keys}, because no query's own token is a visual one",
     ),
-    *_without_effect("loss kl_estimator kl_clamp", lambda c: _is_rl(c) and c.loss.kl_coef == 0, "with {loss.kl_coef}"),
-    *_without_effect(
+    *without_effect("loss kl_estimator kl_clamp", lambda c: _is_rl(c) and c.loss.kl_coef == 0, "with {loss.kl_coef}"),
+    *without_effect(
         "model reference_path",
         lambda c: _is_rl(c) and not c.needs_reference,
         "with {loss.kl_coef} and {loss.attention_target}: no reference is held",
