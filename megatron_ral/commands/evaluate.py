@@ -30,7 +30,7 @@ def _options(parser) -> None:
 def main(argv: Arguments = None) -> int:
     """Evaluate; wrong input ends the process with exit status 2."""
     quiet_third_parties()
-    arguments = parse_arguments(__doc__, _options, argv)
+    arguments = parse_arguments(__doc__ or "", _options, argv)
     with one_sentence():
         if arguments.model:  # last, so that it counts
             arguments.overrides.append(f"model.path={json.dumps(arguments.model)}")

@@ -74,7 +74,7 @@ def main(argv: Arguments = None) -> NoReturn:
 def _train(argv: Arguments) -> None:
     started = time.monotonic()
     quiet_third_parties()
-    arguments = parse_arguments(__doc__, _options, argv)
+    arguments = parse_arguments(__doc__ or "", _options, argv)
     config = shape = teacher = None
     problems: list[Exception] = []
     try:
