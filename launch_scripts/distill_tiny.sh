@@ -4,10 +4,10 @@
 #
 #   bash launch_scripts/distill_tiny.sh [--seeds 0 1 2 3 4] [--arms ARM ...] [--num-rollouts N]
 #
-# Stop it at will: runs that are done are not run again. One arm and one seed: --seeds 0 --arms tokens_all
+# It can be stopped at any time: finished runs are not repeated. One arm and one seed: --seeds 0 --arms tokens_all
 set -euo pipefail
 
-# ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
+# ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/distill_tiny in the project
 JOBS="${JOBS:-2}"                    # runs at the same time, one core each
 # ---------------------------------------------------------------------------------------------------------------------

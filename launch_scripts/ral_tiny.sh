@@ -5,11 +5,11 @@
 #   TASK=video-search bash launch_scripts/ral_tiny.sh      # the same on clips (mp4) instead of images
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
-# A phase whose result is in OUTPUT_DIR already is not run again; a training run that was cut off is resumed. Other
-# settings need another OUTPUT_DIR.
+# A phase whose result is already in OUTPUT_DIR is skipped, and an interrupted training run is resumed. Other settings
+# need another OUTPUT_DIR.
 set -euo pipefail
 
-# ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
+# ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 TASK="${TASK:-digit-search}"         # or video-search
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task and set of overrides
 DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search or data/video_search in the project
@@ -86,7 +86,7 @@ fi
 mv "$OUTPUT_DIR/arguments.new.$NODE_RANK" "$OUTPUT_DIR/arguments"
 echo "$setup_seconds" > "$OUTPUT_DIR/seconds/setup"
 
-run_phase() { # run_phase NAME COMMAND...: run it and keep the wall seconds
+run_phase() { # run_phase NAME COMMAND...: run it and write its wall seconds to a file
     local name="$1" start
     shift
     start=$(date +%s)

@@ -3,10 +3,10 @@
 #
 #   bash launch_scripts/study_tiny.sh [--seeds 0 1 2] [--grids 2 3] [--arms ARM ...] [--num-rollouts N]
 #
-# More than an hour on two cores for the default 96 runs. Stop it at will: runs that are done are not run again.
+# More than an hour on two cores for the default 96 runs. It can be stopped: finished runs are not repeated.
 set -euo pipefail
 
-# ---- yours to set (relative paths: to where you stand) --------------------------------------------------------------
+# ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/study_tiny in the project
 JOBS="${JOBS:-2}"                    # runs at the same time, one core each
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""Errors that a user can act on. Each names what is at fault, what was found there, and the way out.
+"""Errors that a user can act on. Each names the setting or file at fault, the value found there, and the way out.
 
-A command catches `UserError` in one place, prints it as one sentence and ends with exit status 2. Its parts stay apart
-until then, so that the preflight can print a table of them and no code reads a sentence back.
+Code raises them with these three parts. A command catches `UserError` in one place, prints it as one sentence and ends
+with exit status 2. The parts stay apart until then, because the preflight prints a table of them and no code may parse
+a sentence.
 """
 
+import os
 import re
 from typing import Optional
 
@@ -11,11 +13,12 @@ _WORD = re.compile(r"[\w.+-]+")
 
 
 class UserError(ValueError):
-    """Something the user gave that cannot be used: a setting, an option, a file, a checkpoint, data.
+    """Input of the user that cannot be used: a setting, an option, a file, a checkpoint or data.
 
     Args:
-        key: Setting, option or file at fault, e.g. `parallel.tensor_model_parallel_size`, `--output` or a quoted path.
-        value: What was found there; None where the key says it all.
+        key: Setting, option or file at fault, for example `parallel.tensor_model_parallel_size`, `--output` or a quoted
+            path.
+        value: Value found there; None if the key is enough.
         remedy: Rest of the sentence that begins with `key = value`: what is wrong, and the way out. It may begin with
             `:`, `,` or `;`.
     """
@@ -28,7 +31,7 @@ class UserError(ValueError):
 
     @property
     def shown_value(self) -> str:
-        """Value as it stands in the sentence: words and numbers as they are, other text in quotes."""
+        """Value as the sentence shows it; see `show_value`."""
         return show_value(self.value)
 
     def __str__(self) -> str:
@@ -39,30 +42,30 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting or option that cannot be used, alone or beside others."""
+    """A setting or option that cannot be used, alone or in combination with others."""
 
 
 class CheckpointError(UserError):
-    """A model folder or checkpoint that does not hold what is needed."""
+    """A model folder or checkpoint that lacks what is needed."""
 
 
 class DataError(UserError):
-    """Shards or records that cannot be used at all. One bad sample is a `data.issues.SampleError` instead."""
+    """Shards or records that cannot be used at all. A single bad sample raises `data.issues.SampleError` instead."""
 
 
 class AgreedError(UserError):
-    """An error that some rank found, raised on every rank alike."""
+    """An error found by some rank and raised on every rank alike."""
 
 
 def show_value(value: object) -> str:
-    """Return a value as it stands in a sentence: true, 0.5, exact, 'a/path', [1, 2]."""
+    """Return a value as sentences show it: booleans in lower case, words and numbers bare, other text in quotes.
+
+    Examples: true, 0.5, exact, 'a/path', [1, 2].
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return str(list(value))
     text = str(value)
-    return (
-        text
-        if _WORD.fullmatch(text) or not isinstance(value, str) and not hasattr(value, "__fspath__")
-        else f"'{text}'"
-    )
+    is_text = isinstance(value, (str, os.PathLike))
+    return f"'{text}'" if is_text and not _WORD.fullmatch(text) else text

@@ -20,6 +20,7 @@ def run_tool(name: str, *arguments: object) -> None:
         check=True,
         capture_output=True,
         cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
 
 

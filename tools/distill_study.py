@@ -1,11 +1,12 @@
-"""Compare ways to learn from a larger tiny teacher on digit search, over seeds, with reinforcement learning and without.
+"""Compare ways to learn from a larger tiny teacher on digit search, over seeds, with reinforcement learning and
+without.
 
     python tools/distill_study.py --output-dir DIR [--seeds 0 1 2 3 4] [--arms tokens tokens_all ...] [--jobs 2]
 
-One teacher is trained to search the grid; each seed's student can read single cells and cannot search. Every arm of a seed
-starts from the same student, sees the same prompts in the same order and draws from the same random streams. Runs that are
-done are not run again, so that the study can be stopped and gone on with. Leaves DIR/distill.md (tables), DIR/distill.json
-and DIR/distill_*.png.
+One teacher is trained to search the grid; each seed's student can read single cells and cannot search. Every arm of a
+seed starts from the same student, sees the same prompts in the same order and draws from the same random streams. Runs
+that are done are not run again, so that the study can be stopped and gone on with. Leaves DIR/distill.md (tables),
+DIR/distill.json and DIR/distill_*.png.
 """
 
 import argparse
@@ -14,9 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from runs import call, curve, draw_curves, mean_and_error, side_by_side, train_once  # noqa: E402
+from megatron_ral.demo.runs import call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 TEACHER = ("--hidden-size", 192, "--intermediate-size", 576, "--num-layers", 6, "--num-heads", 6)
 TEACHER_SAMPLES = {"single": 4800, "search": 19200}
@@ -35,7 +34,7 @@ class Arm:
 
     @property
     def baseline(self) -> str:
-        """Name of the arm that differences are taken to."""
+        """Name of the arm to which differences are taken."""
         return "tokens_rl" if self.rl else "tokens"
 
     def with_rl(self) -> "Arm":
@@ -80,7 +79,7 @@ ARMS = _arms()
 
 @dataclass(frozen=True)
 class Study:
-    """Where everything of one study is."""
+    """Folder of one study, and the paths in it."""
 
     root: Path
     num_rollouts: int
@@ -112,7 +111,7 @@ class Study:
             )
 
     def cold_start(self, model: Path, target: Path, seed: int, samples: dict[str, int], *sizes: object) -> None:
-        """Supervised training of a new model."""
+        """Make a new model and train it under supervision."""
         if not (model / "config.json").is_file():
             call(
                 model.with_name(model.name + ".log"),
@@ -179,7 +178,7 @@ def run_all(study: Study, seeds: list[int], arms: list[str], jobs: int) -> None:
 
 
 def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
-    """Rollouts until the curve first reaches `goal`, between measurements in a straight line; infinite if it never does."""
+    """Return the rollouts until the curve first reaches `goal`, interpolated linearly; infinite if it never does."""
     for (before, low), (after, high) in zip(points, points[1:]):
         if low >= goal:
             return before
@@ -189,7 +188,7 @@ def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
 
 
 def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
-    """Curves of all runs and the table's numbers."""
+    """Return the curves of all runs and the numbers of the tables."""
     curves = {
         name: {
             tag: [curve(study.run(seed, name), f"eval/{tag}") for seed in seeds]
@@ -226,7 +225,7 @@ def results(study: Study, seeds: list[int], arms: list[str]) -> dict:
 
 
 def write_table(found: dict, path: Path) -> None:
-    """Markdown: held-out accuracy in percent over rollouts, paired differences, target mass, steps to the goal."""
+    """Write Markdown: held-out accuracy over rollouts in percent, paired differences, target mass, steps to goal."""
     rows = found["rows"]
     steps = next(iter(rows.values()))["steps"]
     shown = [
@@ -238,8 +237,8 @@ def write_table(found: dict, path: Path) -> None:
         return f"{mean:{sign}.1f} +- {error:.1f}"
 
     lines = [
-        f"Teacher: {100 * found['teacher']:.1f} % of the held-out prompts. {len(found['seeds'])} seeds; mean +- standard "
-        "error over seeds.",
+        f"Teacher: {100 * found['teacher']:.1f} % of the held-out prompts. {len(found['seeds'])} seeds; mean +- "
+        "standard error over seeds.",
         "",
     ]
     for with_rl, title in ((False, "Without RL"), (True, "With RL")):
@@ -281,7 +280,7 @@ def write_table(found: dict, path: Path) -> None:
 
 
 def plot(found: dict, folder: Path) -> None:
-    """Accuracy and target mass over rollouts, mean over seeds with its standard error; the control dotted."""
+    """Draw accuracy and target mass over rollouts, mean over seeds with its standard error; the control dotted."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,11 +2,11 @@
 
 An image is a grid of handwritten digits (scikit-learn's bundled 8x8 scans), each cell in a colour of its own on black.
 A digit question names a colour ("Which digit is red?"), so it can only be answered by looking at the right cell. A
-colour question names a cell ("Which colour is cell 2?", counted row by row from 1) and teaches the words of the colours.
-The thought before an answer says what the cell looked at holds, colour and digit ("<think>red7</think>"): the token that
-names the colour is the one that has to find the cell. A small model learns to search from that in a few hundred steps,
-and does not from answers alone. Five splits are written, each as a family of shards `SPLIT-%06d.tar` of `{key}.png` and
-`{key}.json`:
+colour question names a cell ("Which colour is cell 2?", counted row by row from 1) and teaches the words of the
+colours. The thought before an answer says what the cell looked at holds, colour and digit ("<think>red7</think>"): the
+token that names the colour is the one that has to find the cell. A small model learns to search from that in a few
+hundred steps, and does not from answers alone. Five splits are written, each as a family of shards `SPLIT-%06d.tar` of
+`{key}.png` and `{key}.json`:
 
     single    one cell, digit and colour questions half and half     train scans   (learn to read)
     search    n x n, digit and colour questions half and half        train scans   (learn to search)
@@ -25,20 +25,18 @@ import argparse
 import io
 import math
 import sys
-from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from search_task import (  # noqa: E402
+from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
     add_split_sizes,
     answer,
     ask,
     check_arguments,
+    colour_question,
     curriculum,
     draw_puzzles,
     make_dataset,
@@ -48,20 +46,15 @@ from search_task import (  # noqa: E402
 )
 
 
-def colour_question(cell: int) -> str:
-    """Question for the colour of one cell, counted row by row from 1."""
-    return f"Which colour is cell {cell}?"
-
-
 def paint_grid(masks: np.ndarray, colours: list[str], grid: int) -> np.ndarray:
-    """Paint one mask per cell in its colour; returns a uint8 image [grid * cell, grid * cell, 3]."""
+    """Paint one mask per cell in its colour; return a uint8 image [grid * cell, grid * cell, 3]."""
     cell = masks.shape[-1]
     rows = paint(masks, colours).reshape(grid, grid, cell, cell, 3).transpose(0, 2, 1, 3, 4)
     return rows.reshape(grid * cell, grid * cell, 3).round().astype(np.uint8)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of a uint8 RGB image."""
+    """Return a uint8 RGB image as PNG bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -70,7 +63,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def neighbour_of(cell: int, grid: int) -> int:
-    """Index of the cell to the right in the same row; the last column's neighbour is the first."""
+    """Return the index of the cell to the right in the same row; the last column's neighbour is the first."""
     row, column = divmod(cell, grid)
     return row * grid + (column + 1) % grid
 
@@ -109,7 +102,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; every error names the option and its value."""
+    """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
     add_split_sizes(parser, single=4096, search=8192, biased=4096, rl=2048, heldout=512)
     args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
 """Write a randomly initialised, tiny Qwen2.5-VL or Qwen3-VL as a complete Hugging Face folder, for tests and
 demonstrations.
 
-The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with its
-chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B model.
-It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a byte-level BPE
-trained on the text of a task (tools/make_digit_search.py, or with --task video-search also tools/make_video_search.py),
-where a word keeps the space AFTER it instead of before. So a colour is one and the same token in a question and in an
-answer, which is what lets the model tie a colour seen to a colour named. The tags of the answer format and every digit
-are one token each.
+The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with
+its chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B
+model. It departs from the real Qwen2.5-VL in size (about 1.3 M parameters by default) and in the tokenizer: a
+byte-level BPE trained on the text of a task (tools/make_digit_search.py, or with --task video-search also
+tools/make_video_search.py), where a word keeps the space AFTER it instead of before. So a colour is one and the same
+token in a question and in an answer, which is what lets the model tie a colour seen to a colour named. The tags of the
+answer format and every digit are one token each.
 
     python tools/make_tiny_model.py --output tiny_model
 """
@@ -18,11 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_digit_search import colour_question  # noqa: E402
-from make_video_search import scene_question  # noqa: E402
-from search_task import PALETTE, answer, digit_question, think  # noqa: E402
+from megatron_ral.demo.search_task import PALETTE, answer, colour_question, digit_question, scene_question, think
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -67,7 +63,7 @@ CHAT_TEMPLATE = """\
 
 
 def task_text(task: str) -> list[str]:
-    """Every word that a task can use, for training the tokenizer; video search has the words of digit search too."""
+    """Return every word that a task can use, to train the tokenizer. Video search has the words of digit search too."""
     lines = ["system\n", "user\n", "assistant\n"]
     for colour in PALETTE:
         lines += [digit_question(colour), think(colour, 0), answer(colour)]
@@ -76,7 +72,8 @@ def task_text(task: str) -> list[str]:
 
 
 def build_tokenizer(task: str):
-    """Byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat template."""
+    """Return a byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat
+    template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +108,7 @@ def build_tokenizer(task: str):
 
 
 def build_model(args: argparse.Namespace, tokenizer):
-    """Randomly initialised model whose token ids match the tokenizer."""
+    """Return a randomly initialised model whose token ids match the tokenizer."""
     import torch
     from transformers import (
         GenerationConfig,
@@ -186,7 +183,7 @@ def build_model(args: argparse.Namespace, tokenizer):
 
 
 def build_image_processor(family: str):
-    """The family's image processor, allowed to keep an image of one visual token as it is."""
+    """Return the family's image processor, with a lower bound of one visual token, to leave small images unscaled."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     cell = (2 * PATCH_SIZE[family]) ** 2
@@ -194,18 +191,20 @@ def build_image_processor(family: str):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; every error names the option and its value."""
+    """Parse and check the command line. Every error names the option and its value."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--force", action="store_true", help="replace a model that is already in --output")
     parser.add_argument("--family", choices=sorted(PATCH_SIZE), default="qwen2_5_vl", help="model family")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="whose words the tokenizer has")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="task whose words the tokenizer has")
     parser.add_argument("--untied", action="store_true", help="give the LM head weights of its own")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--hidden-size", type=int, default=128, help="width of the language model")
-    parser.add_argument("--intermediate-size", type=int, default=384, help="width of its feed-forward layers")
+    parser.add_argument(
+        "--intermediate-size", type=int, default=384, help="width of the language model's feed-forward layers"
+    )
     parser.add_argument("--num-layers", type=int, default=4, help="layers of the language model")
     parser.add_argument("--num-heads", type=int, default=4, help="query heads")
     parser.add_argument("--num-kv-heads", type=int, default=2, help="key and value heads")

@@ -1,11 +1,11 @@
 """Write the video-search task as WebDataset shards: look for the asked colour in a clip, read the digit there.
 
-The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows one handwritten digit, in
-a colour of its own, in a random cell of an otherwise black grid. A digit question names a colour ("Which digit is
+The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows one handwritten digit,
+in a colour of its own, in a random cell of an otherwise black grid. A digit question names a colour ("Which digit is
 red?"), which appears in one scene only; a colour question names a scene ("Which colour is scene 2?", counted from 1).
-The thought before the answer is that of digit search. Clips are real mp4 files (H.264, 4:2:0) written through PyAV; with
-the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per second. Five splits are written,
-each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
+The thought before the answer is that of digit search. Clips are real mp4 files (H.264, 4:2:0) written through PyAV;
+with the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per second. Five splits are
+written, each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
 
     single    one scene, digit and colour questions half and half     train scans   (learn to read)
     search    n scenes, digit and colour questions half and half      train scans   (learn to search)
@@ -23,14 +23,11 @@ the clip and boxes in pixels of a frame. No scan is in both train and held-out. 
 import argparse
 import io
 import sys
-from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from search_task import (  # noqa: E402
+from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
     add_split_sizes,
@@ -42,19 +39,15 @@ from search_task import (  # noqa: E402
     make_dataset,
     make_parser,
     paint,
+    scene_question,
     think,
 )
 
 QUALITY = {"preset": "veryfast", "crf": "18"}  # strokes and hues survive; see test_video_search.py
 
 
-def scene_question(scene: int) -> str:
-    """Question for the colour of one scene, counted from 1."""
-    return f"Which colour is scene {scene}?"
-
-
 def encode_mp4(frames: Sequence[np.ndarray], fps: int) -> bytes:
-    """H.264 mp4 of uint8 RGB frames [H, W, 3] of one even size, `fps` of them per second."""
+    """Return an H.264 mp4 of uint8 RGB frames [H, W, 3] of one even size, `fps` of them per second."""
     import av
 
     file = io.BytesIO()
@@ -70,7 +63,7 @@ def encode_mp4(frames: Sequence[np.ndarray], fps: int) -> bytes:
 
 
 def paint_scenes(masks: np.ndarray, colours: list[str], cells: Sequence[int], grid: int) -> np.ndarray:
-    """One frame per scene, black but for its digit; uint8 [scenes, grid * cell, grid * cell, 3]."""
+    """Paint one frame per scene, black but for its digit: uint8 [scenes, grid * cell, grid * cell, 3]."""
     side = masks.shape[-1]
     frames = np.zeros((len(masks), grid * side, grid * side, 3), dtype=np.uint8)
     for frame, digit, cell in zip(frames, paint(masks, colours).round(), cells):
@@ -80,7 +73,7 @@ def paint_scenes(masks: np.ndarray, colours: list[str], cells: Sequence[int], gr
 
 
 def cell_box(cell: int, grid: int, side: int) -> list[int]:
-    """[x0, y0, x1, y1] of a cell, counted row by row from 0."""
+    """Return [x0, y0, x1, y1] of a cell, counted row by row from 0."""
     row, column = divmod(int(cell), grid)
     return [column * side, row * side, (column + 1) * side, (row + 1) * side]
 
@@ -125,7 +118,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; every error names the option and its value."""
+    """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
     parser.add_argument("--scenes", type=int, default=4, help="scenes of a clip")
     parser.add_argument("--scene-seconds", type=int, default=2, help="length of a scene")

@@ -2,10 +2,10 @@
 
     python tools/study.py --output-dir DIR [--seeds 0 1 2] [--grids 2 3] [--arms grpo old_1 ...] [--jobs 2]
 
-Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own), sees
-the same prompts in the same order and draws from the same random streams. Runs that are done are not run again, so that
-the study can be stopped and gone on with. Leaves DIR/study.md (table: mean, standard error over seeds, paired difference from GRPO), DIR/study.json and PNG plots of
-accuracy and target mass over rollouts.
+Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own),
+sees the same prompts in the same order and draws from the same random streams. Finished runs are not repeated, so that
+the study can be stopped and continued. Writes DIR/study.md (table: mean, standard error over seeds, paired
+difference from GRPO), DIR/study.json and PNG plots of accuracy and target mass over rollouts.
 """
 
 import argparse
@@ -15,9 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once  # noqa: E402
+from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 RATIO = (
     0.1  # |gradient of the attention term| / |gradient of the token terms|, where an arm does not give a coefficient
@@ -80,7 +78,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Study:
-    """Where everything of one study is."""
+    """Folder of one study, and the paths in it."""
 
     root: Path
     num_rollouts: int
@@ -111,7 +109,7 @@ class Study:
             call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--seed", seed)
 
     def cold_start(self, grid: int, seed: int, zero: bool) -> None:
-        """SFT of this seed's model."""
+        """Train this seed's model under supervision."""
         model, target = self.run(grid, seed, "model"), self.run(grid, seed, "sft_zero" if zero else "sft")
         single, search, biased = GRIDS[grid]["sft_zero" if zero else "sft"]
         data = ", ".join(
@@ -164,7 +162,7 @@ def run_all(study: Study, grids: list[int], seeds: list[int], arms: list[str], j
 
 
 def results(study: Study, grids: list[int], seeds: list[int], arms: list[str]) -> dict:
-    """Curves of all runs and the table's numbers."""
+    """Return the curves of all runs and the numbers of the table."""
     table, curves = {}, {}
     for grid in grids:
         curves[grid] = {
@@ -199,7 +197,7 @@ def results(study: Study, grids: list[int], seeds: list[int], arms: list[str]) -
 
 
 def write_table(found: dict, path: Path) -> None:
-    """The Markdown table, points of accuracy on held-out prompts."""
+    """Write the Markdown table, in points of accuracy on held-out prompts."""
 
     def points(values: list[float]) -> str:
         return "{:+.1f} +- {:.1f}".format(*(100 * value for value in mean_and_error(values))) if values else ""
@@ -229,7 +227,7 @@ def write_table(found: dict, path: Path) -> None:
 
 
 def plot(found: dict, folder: Path) -> None:
-    """Accuracy and target mass over rollouts, mean over seeds with its standard error; controls dotted."""
+    """Draw accuracy and target mass over rollouts, mean over seeds with its standard error; controls dotted."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,37 +1,46 @@
-"""What the entry points share: arguments -> checked configuration, errors as one sentence, quiet third parties."""
+"""Code that the commands share: arguments -> checked configuration, errors as one sentence, quiet third parties."""
 
 import argparse
+import contextlib
+import functools
 import logging
 import os
 import sys
 import warnings
-from typing import Callable, NoReturn
+from typing import Callable, Iterator, NoReturn, Optional, Sequence
 
 from megatron_ral.config import RunConfig, check_layout, dump_config, load_config
-from megatron_ral.errors import ConfigError
+from megatron_ral.errors import UserError
 from megatron_ral.rewards.score import reward_parts
 
+Arguments = Optional[Sequence[str]]
+"""Command-line arguments; None for those of the process."""
 
-def parse_arguments(description: str, extra: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
-    """`--config FILE [dotted.key=value ...]` and what `extra` adds."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="YAML file")
-    extra(parser)
+
+def parse_arguments(
+    description: str, add_options: Callable[[argparse.ArgumentParser], None], argv: Arguments
+) -> argparse.Namespace:
+    """Parse `--config FILE [dotted.key=value ...]` and the options of one command."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings that replace the file's")
-    return parser.parse_intermixed_args()  # settings may stand before and behind a flag
+    return parser.parse_intermixed_args(argv)  # settings may stand before and behind a flag
 
 
 def add_prompt_suffix(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE` and `--prompt-suffix TEXT` for tools that measure prompts as a run will; see `prompt_suffix`."""
+    """Add `--config FILE` and `--prompt-suffix TEXT`, for commands that measure prompts; see `prompt_suffix`."""
     suffix = parser.add_mutually_exclusive_group()
     suffix.add_argument("--config", help="YAML file of the run that will read the shards, for its data.prompt_suffix")
     suffix.add_argument(
-        "--prompt-suffix", default="", help="data.prompt_suffix itself; a run with another one does not use the indexes"
+        "--prompt-suffix",
+        default="",
+        help="data.prompt_suffix itself; a run with another one does not use the indexes",
     )
 
 
 def prompt_suffix(arguments: argparse.Namespace) -> str:
-    """What `add_prompt_suffix` asked for.
+    """Return the prompt suffix that the options of `add_prompt_suffix` give.
 
     Raises:
         ConfigError: --config cannot be read.
@@ -42,18 +51,41 @@ def prompt_suffix(arguments: argparse.Namespace) -> str:
 
 
 def quiet_third_parties() -> None:
-    """Keep the log readable: ours speaks, libraries warn only where something is wrong."""
+    """Silence notes of libraries, so that the log holds ours and their real warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|transformers\..*|torch\..*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
 
 
+def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:
+    """Make the `main` of a command in one process: a `UserError` becomes one sentence and exit status 2."""
+
+    @functools.wraps(body)
+    def main(argv: Arguments = None) -> int:
+        try:
+            return body(argv) or 0
+        except UserError as error:
+            say_error(str(error))
+            return 2
+
+    return main
+
+
+@contextlib.contextmanager
+def one_sentence(everywhere: bool = True) -> Iterator[None]:
+    """End a process of several ranks with one sentence and exit status 2 at a `UserError`; see `fail`."""
+    try:
+        yield
+    except UserError as error:
+        fail(error, everywhere)
+
+
 def fail(error: Exception, everywhere: bool = True) -> NoReturn:
-    """One sentence, exit status 2.
+    """Print one sentence and end with exit status 2.
 
     Args:
-        everywhere: every rank found the same, so rank 0 alone speaks; False: this rank found it.
+        everywhere: every rank has found the same error, so that rank 0 alone prints it. False: only this rank has.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or not everywhere:
@@ -62,11 +94,12 @@ def fail(error: Exception, everywhere: bool = True) -> NoReturn:
 
 
 def say_error(text: str) -> None:
+    """Print a sentence to stderr in the form of all errors."""
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def leave(status: int) -> NoReturn:
-    """End at once, whatever threads are alive."""
+    """End the process at once, without waiting for its threads."""
     # os._exit: with several ranks the launcher must see every one of them end, whatever threads are alive
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,20 +107,27 @@ def leave(status: int) -> NoReturn:
 
 
 def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConfig:
-    """Configuration checked as far as it goes without torch; `training`: batch sizes against the ranks too. Imports the
-    reward functions of the user's own."""
+    """Read the configuration and check it as far as that goes without torch. Imports the user's reward functions.
+
+    Args:
+        training: check batch sizes against the number of ranks as well.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     config = load_config(arguments.config, arguments.overrides)
-    try:
-        reward_parts(config.reward)
-    except ConfigError as error:
-        raise ConfigError(str(error)) from None
+    reward_parts(config.reward)
     check_layout(config, int(os.environ.get("WORLD_SIZE", 1)), training)
     return config
 
 
 def dry_run(config: RunConfig, shape, teacher=None) -> str:
-    """Resolved configuration, layout of all ranks, and the parameters each holds, of the policy and of a teacher, as
-    text."""
+    """Return the resolved configuration, the layout of all ranks, and the parameters that each holds, as text.
+
+    Args:
+        shape: `ModelShape` of the policy.
+        teacher: that of the teacher; None for no teacher.
+    """
     from megatron_ral.parallel.rank_layout import RankLayout
     from megatron_ral.planning.parameters import describe_parameters
 
@@ -100,17 +140,3 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
         layout = RankLayout(0, world_size, *config.teacher_layout)
         text += f"\n\nteacher, on the same ranks:\n{layout.describe()}\n\n{describe_parameters(teacher, layout)}"
     return text
-
-
-__all__ = [
-    "ConfigError",
-    "add_prompt_suffix",
-    "dry_run",
-    "fail",
-    "leave",
-    "parse_arguments",
-    "prompt_suffix",
-    "quiet_third_parties",
-    "read_config",
-    "say_error",
-]

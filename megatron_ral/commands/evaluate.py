@@ -1,11 +1,13 @@
-"""Evaluate a Hugging Face folder on held-out shards: greedy responses and, with --samples N, N sampled ones each.
+"""Answer held-out prompts with a model and print a table of accuracies.
 
-`torchrun ... -m megatron_ral.evaluate --config FILE --model HF_DIR --output FILE.json [--samples N] [dotted.key=value ...]`
+    torchrun ... -m megatron_ral.evaluate --config FILE --model DIR --output FILE.json [--samples N]
+        [dotted.key=value ...]
 
-Uses data.eval_shards, logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and
-generation_batch_size), reward.* and parallel.* of the configuration; the model comes from --model, or else from
-model.path, in any layout. Prints a table by category with standard errors and what was left out, writes it to --output,
-and every response with the parts of its reward to a file of JSON lines beside it.
+Each prompt gets one greedy response and, with --samples N, N sampled ones. Used of the configuration: data.eval_shards,
+logging.num_eval_prompts, rollout.max_response_length (and temperature, top_p and generation_batch_size), reward.* and
+parallel.*. The model is --model, or else model.path, in any layout. The table has one row per category, with standard
+errors and the number of samples that could not be used. It is written to --output, and every response with the parts of
+its reward to a file of JSON lines beside it.
 """
 
 import dataclasses
@@ -14,30 +16,31 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ral.commands.common import fail, parse_arguments, quiet_third_parties, read_config
+from megatron_ral.commands.common import Arguments, one_sentence, parse_arguments, quiet_third_parties, read_config
 from megatron_ral.errors import ConfigError
 
 
-def _extra(parser) -> None:
-    parser.add_argument("--model", help="Hugging Face folder (default: model.path of the configuration)")
+def _options(parser) -> None:
+    parser.add_argument("--model", help="model folder (default: model.path of the configuration)")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--samples", type=int, default=0, help="sampled responses per prompt, beside the greedy one")
     parser.add_argument("--completions", help="file of JSON lines to write (default: --output, ending in .jsonl)")
 
 
-def main() -> None:
+def main(argv: Arguments = None) -> int:
+    """Evaluate; wrong input ends the process with exit status 2."""
     quiet_third_parties()
-    arguments = parse_arguments(__doc__, _extra)
-    try:
+    arguments = parse_arguments(__doc__ or "", _options, argv)
+    with one_sentence():
         if arguments.model:  # last, so that it counts
             arguments.overrides.append(f"model.path={json.dumps(arguments.model)}")
         config = read_config(arguments, training=False)
         if arguments.samples < 0:
-            raise ConfigError(f"--samples must not be negative, got {arguments.samples}; 0 leaves sampling out")
+            raise ConfigError("--samples", arguments.samples, "must not be negative; 0 leaves sampling out")
         output = Path(arguments.output)
         completions = Path(arguments.completions) if arguments.completions else output.with_suffix(".jsonl")
         if completions == output:
-            raise ConfigError(f"--output and --completions are one file, '{output}'; give two")
+            raise ConfigError("--completions", completions, "is the same file as --output; give two files")
         from megatron_ral.models.folder import config_folder
         from megatron_ral.models.shape import read_shape
 
@@ -46,34 +49,28 @@ def main() -> None:
         shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
         layer = max(shape.layer_indices(config.loss.attention_layers))
         if not config.data.eval_shards:
-            raise ConfigError("data.eval_shards is empty; give held-out shards to evaluate on")
-    except ConfigError as error:
-        fail(error)
+            raise ConfigError("data.eval_shards", None, "is empty; give held-out shards to evaluate on")
 
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.loader import open_sources
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.errors import AgreedError, DataError
 
-    try:
+    # the first process of each node speaks: a disk may be missing on one of them
+    with one_sentence(os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"):
         source = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0]
         processor = PromptProcessor(
             str(config_folder(path)), config.data.max_prompt_length, prompt_suffix=config.data.prompt_suffix
         )
-    except (ConfigError, DataError) as error:
-        # the first process of each node speaks: a disk may be missing on one of them
-        fail(error, everywhere=os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0")
 
     from tqdm import tqdm
 
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.settings import EngineSettings
-    from megatron_ral.errors import DataError
-    from megatron_ral.parallel.process_groups import start_groups, stop_groups
-    from megatron_ral.evaluation.tables import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
     from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, left_out_by_reason, say_what_is_scored
+    from megatron_ral.evaluation.tables import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
 
     started = time.perf_counter()
     process_groups = start_groups(
@@ -93,10 +90,8 @@ def main() -> None:
         dp_size=layout.data_size,
         num_readers=layout.world_size,
     )
-    try:
+    with one_sentence():  # an AgreedError
         engine = FrozenEngine(shape, process_groups, EngineSettings(path, config.model.dtype))
-    except AgreedError as error:
-        fail(error)
     kept, share = ResultKeeper(), prompts.size(source)
     with tqdm(total=share, desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
         result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update, kept.greedy)
@@ -136,3 +131,4 @@ def main() -> None:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             print(f"left out: {sum(left_out.values())} samples that could not be used ({reasons})", flush=True)
     stop_groups()
+    return 0

@@ -1,7 +1,9 @@
-"""Run a skipped optimizer step again and say what is not finite: `torchrun ... -m megatron_ral.replay FOLDER`.
+"""Repeat an optimizer step whose loss or gradient was not finite, and report which values are not.
 
-FOLDER is one of <output_dir>/replay of a run; the run's log has the whole command. Needs as many processes as the run had.
-Exit status 0: not finite again; 1: finite this time (another machine, another version); 2: it cannot be run.
+    torchrun ... -m megatron_ral.replay FOLDER
+
+FOLDER is one of <output_dir>/replay of a run, whose log holds the whole command. Start as many processes as the run
+had. Exit status: 0 not finite again; 1 finite this time (another machine or version); 2 it cannot be repeated.
 """
 
 import argparse
@@ -10,42 +12,42 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ral.commands.common import fail, quiet_third_parties
+from megatron_ral.commands.common import Arguments, one_sentence, quiet_third_parties
 from megatron_ral.config import load_config
 from megatron_ral.errors import ConfigError
 
 
-def main() -> None:
+def main(argv: Arguments = None) -> int:
+    """Repeat the step; wrong input ends the process with exit status 2."""
     quiet_third_parties()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder of <output_dir>/replay")
-    folder, world_size = parser.parse_args().folder, int(os.environ.get("WORLD_SIZE", 1))
+    folder, world_size = parser.parse_args(argv).folder, int(os.environ.get("WORLD_SIZE", 1))
 
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.errors import CheckpointError
     from megatron_ral.models.folder import config_folder, read_json
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.parallel.process_groups import start_groups, stop_groups
-    from megatron_ral.training.replay_files import MANIFEST, load_replay
-    from megatron_ral.training.build import build_objective, build_policy, build_teacher
     from megatron_ral.objectives.supervised import supervised_objective
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.training.build import build_objective, build_policy, build_teacher
     from megatron_ral.training.replay import run_again
+    from megatron_ral.training.replay_files import MANIFEST, load_replay
 
-    try:
+    with one_sentence():
         manifest = read_json(folder / MANIFEST, "step", "update", "world_size", "metrics")
         if manifest["world_size"] != world_size:
             raise ConfigError(
-                f"'{folder}' is of a run with {manifest['world_size']} processes, not {world_size}; start as many"
+                f"'{folder}'",
+                None,
+                f"is of a run with {manifest['world_size']} processes, not {world_size}; start as many",
             )
         config = load_config(folder / "config.yaml", [f"model.path='{folder / 'hf'}'"])
         batches, _, tensors = load_replay(folder, int(os.environ.get("RANK", 0)))
         shape = read_shape(config.model.path)
         teacher_shape = read_shape(config.teacher.path, "teacher.path") if config.distills else None
-    except (CheckpointError, ConfigError) as error:
-        fail(error)
     process_groups = start_groups(
         tensor_size=config.parallel.tensor_model_parallel_size,
         pipeline_size=config.parallel.pipeline_model_parallel_size,
@@ -83,5 +85,4 @@ def main() -> None:
             flush=True,
         )
     stop_groups()
-    if not again:
-        raise SystemExit(1)
+    return 0 if again else 1

@@ -1,14 +1,19 @@
-"""Train: `torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume]
-[--dry-run | --preflight]`.
+"""Train a model as a configuration says: supervised, with RL (GRPO, RAL), or from a teacher.
 
-Arguments -> configuration -> checks that need no memory -> build -> run.
+    torchrun ... -m megatron_ral.train --config FILE [dotted.key=value ...] [--resume] [--dry-run | --preflight]
+
+Checks everything that needs no memory first, and on several ranks compares all of them, before anything is built.
+Leaves checkpoints, TensorBoard files, summary.json and the exported model in train.output_dir. Exit status: 0 done,
+stopped or out of time, with a checkpoint; 2 wrong input; anything else: a rank failed.
 """
 
 import os
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_ral.commands.common import (
+    Arguments,
     dry_run,
     fail,
     leave,
@@ -18,18 +23,23 @@ from megatron_ral.commands.common import (
     say_error,
 )
 from megatron_ral.config import RunConfig
-from megatron_ral.errors import ConfigError
+from megatron_ral.errors import AgreedError, ConfigError, UserError
 
 
-def _extra(parser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in train.output_dir")
+def _options(parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in train.output_dir")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and layout, and exit")
-    parser.add_argument("--preflight", action="store_true", help="compare all ranks and what they see, and exit")
+    parser.add_argument(
+        "--preflight", action="store_true", help="compare versions, settings and files of all ranks, and exit"
+    )
 
 
 def _check_models(config: RunConfig):
-    """Shapes of the model and of the teacher (or None), after everything that their folders and the reference's can
-    contradict."""
+    """Return the shapes of the policy and of the teacher (None without one).
+
+    Raises:
+        ConfigError: a model folder contradicts the settings, or another model folder.
+    """
     from megatron_ral.models.shape import read_shape
 
     shape = read_shape(config.model.path)
@@ -47,22 +57,29 @@ def _check_models(config: RunConfig):
     shape.check_teacher(teacher)
     if config.distill.top_tokens > min(shape.vocab_size, teacher.vocab_size):
         raise ConfigError(
-            f"distill.top_tokens = {config.distill.top_tokens} is more than the "
-            f"{min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all of them"
+            "distill.top_tokens",
+            config.distill.top_tokens,
+            f"is more than the {min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all",
         )
     return shape, teacher
 
 
-def main() -> None:
+def main(argv: Arguments = None) -> NoReturn:
+    """Train, and end the process."""
+    _train(argv)
+    leave(0)  # without waiting for threads that decode samples of a step that will not come
+
+
+def _train(argv: Arguments) -> None:
     started = time.monotonic()
     quiet_third_parties()
-    arguments = parse_arguments(__doc__, _extra)
+    arguments = parse_arguments(__doc__ or "", _options, argv)
     config = shape = teacher = None
     problems: list[Exception] = []
     try:
         config = read_config(arguments)
         shape, teacher = _check_models(config)
-    except ConfigError as error:
+    except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or arguments.dry_run:
             fail(error)
         problems.append(error)  # this rank may be the only one; the first one will say so
@@ -74,7 +91,6 @@ def main() -> None:
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
-    from megatron_ral.errors import AgreedError, CheckpointError, DataError
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.planning.launch_facts import LaunchSettings
     from megatron_ral.planning.launch_plan import LaunchPlan
@@ -82,22 +98,21 @@ def main() -> None:
     from megatron_ral.planning.preflight import check_launch
     from megatron_ral.runtime.progress import progress
     from megatron_ral.runtime.rendezvous import RendezvousError
-    from megatron_ral.runtime.watchdog import Watchdog
     from megatron_ral.runtime.stopping import StopRequests
+    from megatron_ral.runtime.watchdog import Watchdog
     from megatron_ral.training.trainer import Inputs, TooManySkippedSteps, Trainer
 
-    if not problems:  # everything on disk is looked at, and all ranks are compared, before any memory is taken
-        for look in (
-            lambda: (
-                teacher is None
-                or check_fits(LaunchPlan.from_config(config, int(os.environ.get("WORLD_SIZE", 1))), shape, teacher)
-            ),
-            lambda: Inputs.open(config, arguments.resume),
-        ):
-            try:
-                inputs = look()
-            except (CheckpointError, ConfigError, DataError, OSError) as error:
-                problems.append(error)
+    inputs = None
+    if config is not None and shape is not None:  # everything on disk is read before any memory is taken
+        try:
+            if teacher is not None:
+                check_fits(LaunchPlan.from_config(config, int(os.environ.get("WORLD_SIZE", 1))), shape, teacher)
+        except (UserError, OSError) as error:
+            problems.append(error)
+        try:
+            inputs = Inputs.open(config, arguments.resume)
+        except (UserError, OSError) as error:
+            problems.append(error)
     try:
         settings = LaunchSettings.from_config(config) if config is not None else None
         line = check_launch(settings, shape, teacher, problems, {"--resume": arguments.resume}, say=say_error)
@@ -107,6 +122,7 @@ def main() -> None:
         print(line, flush=True)
     if arguments.preflight:
         return
+    assert config is not None and shape is not None and inputs is not None, "the preflight ends a launch with problems"
     process_groups = start_groups(
         tensor_size=config.parallel.tensor_model_parallel_size,
         pipeline_size=config.parallel.pipeline_model_parallel_size,
@@ -128,7 +144,7 @@ def main() -> None:
     except (AgreedError, TooManySkippedSteps) as error:
         watchdog.leave()
         fail(error)
-    except (CheckpointError, ConfigError, DataError) as error:
+    except UserError as error:
         watchdog.announce(f"ended with an error: {error}")
         fail(error, everywhere=False)
     except BaseException as error:

@@ -1,70 +1,73 @@
-"""The sections of a configuration that concern a teacher."""
+"""Sections of a run that learns from a teacher."""
 
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Lt
 from pydantic.dataclasses import dataclass
 
-from megatron_ral.config.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, STRICT
+from megatron_ral.config.fields import STRICT, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
-    """A frozen model of the same family to learn from, on the same ranks as the policy, in a layout of its own."""
+    """A frozen model of the same family to learn from. It runs on the policy's ranks in a layout of its own."""
 
     path: str = ""
-    """Hugging Face folder; empty: no teacher. Its tokenizer and its patches of a picture must be those of model.path."""
+    """Folder of the teacher (Hugging Face or Megatron); empty for no teacher. Its tokenizer and its picture patches
+    must be those of `model.path`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of its parameters and activations."""
+    """Precision of the teacher's parameters and activations."""
     tensor_model_parallel_size: NonNegativeInt = 0
-    """0: as section `parallel`."""
+    """Tensor-parallel ranks of the teacher; 0 for as many as the policy has."""
     pipeline_model_parallel_size: NonNegativeInt = 0
-    """0: as section `parallel`."""
+    """Pipeline stages of the teacher; 0 for as many as the policy has."""
     sequence_parallel: bool = False
-    """As parallel.sequence_parallel."""
+    """Sequence parallelism of the teacher, as `parallel.sequence_parallel`."""
     cpu_offload: bool = False
-    """Keep its shards in the host's memory between uses (without an accelerator they always are)."""
+    """Storage of the teacher's shards in host memory between uses. Without an accelerator they always are there."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class DistillConfig:
-    """Distillation from section `teacher`: token_coef * divergence of tokens + attention_coef * divergence of attention,
-    on the student's own rollouts (RAL paper, eq. 5 and 6)."""
+    """Distillation from section `teacher` on the student's own rollouts (RAL paper, equations 5 and 6): token_coef *
+    divergence of token distributions + attention_coef * divergence of attention distributions."""
 
     token_coef: NonNegativeFloat = 1.0
-    """mu of the paper, which gives no value. 0: only measured."""
+    """Weight of the token divergence (mu in the paper, which reports no value). 0 logs it without training on it."""
     token_divergence: Literal["reverse_kl", "forward_kl", "jsd", "cross_entropy"] = "reverse_kl"
-    """reverse_kl: KL(student || teacher), the paper. forward_kl: KL(teacher || student). jsd: the generalised one, with
-    `beta`. cross_entropy: -log-likelihood of the response; with teacher_rollouts = 1 supervised training on the teacher's
-    outputs."""
+    """Divergence of token distributions. reverse_kl: KL(student || teacher), as in the paper. forward_kl:
+    KL(teacher || student). jsd: the generalised Jensen-Shannon divergence with `beta`. cross_entropy: negative
+    log-likelihood of the response; with teacher_rollouts = 1 this is supervised training on the teacher's outputs."""
     beta: Annotated[float, Gt(0), Lt(1)] = 0.5
-    """jsd: weight of the teacher in the mixture; near 0 like forward_kl times beta, near 1 like reverse_kl times
-    1 - beta."""
+    """Weight of the teacher in the mixture of jsd. Near 0 the divergence approaches forward_kl times beta, near 1
+    reverse_kl times 1 - beta."""
     temperature: PositiveFloat = 1.0
-    """Both distributions are softmax(logits / temperature), whatever rollout.temperature is."""
+    """Temperature of both token distributions, softmax(logits / temperature), independent of rollout.temperature."""
     top_tokens: NonNegativeInt = 0
-    """Compare the teacher's so many most likely tokens, all others as one; 0: the whole vocabulary."""
+    """Number of the teacher's most likely tokens that are compared one by one, with all other tokens as one class; 0
+    for the whole vocabulary."""
     attention_coef: NonNegativeFloat = 1.0
-    """gamma_attn of the paper (0.05, 0.5 or 1 there). 0: only measured, and where attention_layers is empty in the last
-    layer alone."""
+    """Weight of the attention divergence (gamma_attn in the paper: 0.05, 0.5 or 1). 0 logs it without training on it,
+    in the last layer alone where attention_layers is empty."""
     attention_layers: tuple[int, ...] = ()
-    """Layers of the student, 0-based, negative ones from the last; each is compared with the teacher's at the same
-    relative depth, and the term is their mean. Empty: all. The paper: [-1]. The teacher's rows of one optimizer step wait
-    in the host's memory: 4 bytes x layers x response tokens x keys."""
+    """Student layers whose attention is compared, 0-based, negative from the last; empty for all. Each is paired with
+    the teacher's layer at the same relative depth, and the term is their mean. The paper: [-1]. The teacher's rows of
+    one optimizer step take 4 bytes x layers x response tokens x keys of host memory."""
     attention_row: Literal["token", "predictor"] = "token"
-    """As loss.attention_row."""
+    """Compared query positions, as `loss.attention_row`."""
     attention_exclude_self: bool = True
-    """As loss.attention_exclude_self."""
+    """Exclusion of the query's own token, as `loss.attention_exclude_self`."""
     attention_keys: Literal["all", "visual", "prompt"] = "all"
-    """As loss.attention_keys."""
+    """Keys of the attention distribution, as `loss.attention_keys`."""
     attention_divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
-    """As loss.attention_divergence, the teacher in place of the target."""
+    """Divergence of attention distributions, as `loss.attention_divergence` with the teacher as the target."""
     attention_normalizer: Literal["token_mean", "sequence_sum"] = "token_mean"
-    """As loss.attention_normalizer."""
+    """Denominator of the sum over rows, as `loss.attention_normalizer`."""
     attention_row_cap: NonNegativeFloat = 0.0
-    """As loss.attention_row_cap."""
+    """Divergence of a row above which it gives no gradient, as `loss.attention_row_cap`; 0 for none."""
     attention_rows: Literal["teacher", "shuffled"] = "teacher"
-    """shuffled: a control, in which the teacher's mass on each picture's visual tokens is put in a random order."""
+    """Attention rows to learn from. shuffled: a control in which the teacher's mass on the visual tokens of each
+    picture is permuted at random."""
     teacher_rollouts: Fraction = 0.0
-    """Share of prompts that the teacher answers in place of the student. 0: on-policy; 1: off-policy; between: the
-    mixture of GKD (arXiv 2306.13649, 1 - lambda there). Only with loss.policy_coef = 0."""
+    """Share of prompts that the teacher answers instead of the student. 0: on-policy. 1: off-policy. Between: the
+    mixture of GKD (arXiv 2306.13649, where it is 1 - lambda). Possible only with loss.policy_coef = 0."""

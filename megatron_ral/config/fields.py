@@ -12,3 +12,6 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+
+TargetName = str
+"""Name of an attention target. `rules.py` compares it with the registry in `attention/targets/registry.py`."""

@@ -1,200 +1,207 @@
-"""The sections of a run's configuration; every default of the project lives here (those of the
-objective in `loss.py`, of a teacher in `distill.py`, of the log and the watchdog in `watching.py`).
+"""Sections of a run's configuration, with every default of the project. Those of the objective are in `loss.py`, of a
+teacher in `distill.py`, of the log and the watchdog in `watching.py`.
 
-Each section is a frozen dataclass that checks its own types (strictly: no string becomes a number) and its own
-impossible values. What concerns two sections at once is checked in `RunConfig`. Nothing here imports torch, so
-that a configuration is checked in milliseconds on a login node.
+Each section is a frozen dataclass that checks the types and bounds of its own fields, strictly: no string becomes a
+number. Combinations of settings are checked in `rules.py`. Nothing here imports torch, so that a configuration is
+checked in milliseconds on a login node.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
+from megatron_ral.attention.targets.registry import TARGETS, TargetPass
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.fields import STRICT, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_ral.config.loss import LossConfig, OptimizerConfig
 from megatron_ral.config.watching import LoggingConfig, WatchdogConfig
-from megatron_ral.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, STRICT
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Which weights, in which precision."""
+    """Weights of the policy and of the reference, and their precision."""
 
     path: str = ""
-    """Hugging Face folder (config.json, safetensors, tokenizer, image processor) or Megatron folder
-    (tools/convert_checkpoint.py) of any layout that the run starts from."""
+    """Folder that the run starts from: a Hugging Face folder (config.json, safetensors, tokenizer, image processor), or
+    a Megatron folder of any layout (tools/convert_checkpoint.py)."""
     reference_path: str = ""
-    """Such a folder of the frozen reference; empty: the same as `path`."""
+    """Folder of the frozen reference model, of either kind; empty for `path`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of parameters and activations. Optimizer state and reductions are float32 in both."""
+    """Precision of parameters and activations. Optimizer state and reductions are always float32."""
     train_vision: bool = False
-    """Train the vision tower and its projector (the paper freezes them in RL)."""
+    """Training of the vision tower and its projector. Possible in SFT only, because the paper freezes them in RL."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
-    """How one model is cut over ranks. Data-parallel size is what remains: world / (tensor * pipeline)."""
+    """Partition of one model over ranks. The data-parallel size is the rest: world size / (tensor * pipeline)."""
 
     tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that each matrix is cut over; best those of one node, next to each other."""
+    """Ranks over which each matrix is split, best those of one node."""
     pipeline_model_parallel_size: PositiveInt = 1
-    """Stages that the layers are cut into; they need not divide evenly."""
+    """Stages into which the layers are split. They need not divide evenly."""
     sequence_parallel: bool = False
-    """Cut the sequence over tensor ranks outside attention too: activations of norms and residuals shrink by the number
-    of tensor ranks for the same traffic. No effect with one tensor rank; generation goes without."""
+    """Split of the sequence over tensor-parallel ranks outside attention. Activations of norms and residuals shrink by
+    the number of tensor-parallel ranks for the same traffic. Not used in generation, and without effect on one rank."""
     recompute_activations: bool = False
-    """Keep only the inputs of each layer for the backward pass and compute the rest again in it: less memory for about
-    a third more compute. Layers whose attention is recorded are never recomputed (they would record no gradient)."""
+    """Activation checkpointing: only the inputs of each layer are stored, and the backward pass computes the rest
+    again. Less memory for about a third more compute. Layers whose attention is recorded are never recomputed, because
+    they would record no gradient."""
     gather: Literal["stage", "layer"] = "stage"
-    """What is gathered from the data-parallel ranks at a time in a training pass. stage: the whole stage, once per
-    optimizer step. layer: one layer after the other, in every pass of every micro-batch, which takes the memory of a few
-    layers and sends a layer 2 * micro-batches times in place of once (in all 3 times the bytes of a step at 4
+    """Unit of parameters that a training pass gathers from the data-parallel ranks. stage: the whole pipeline stage,
+    once per optimizer step. layer: one layer after the other in every pass of every micro-batch; this holds only a few
+    layers in memory and sends each layer 2 * micro-batches times instead of once (3 times the bytes of a step at 4
     micro-batches, docs/hardware.md). Generation always gathers the stage, once per rollout."""
     overlap_communication: bool = True
-    """Gather layers ahead of the pass that is on its way to them, and reduce their gradients while the last backward pass
-    goes on, in place of before and after it. The same bytes and numbers."""
+    """Overlap of communication with computation: layers are gathered ahead of the pass that needs them, and gradients
+    are reduced during the last backward pass. Same bytes and same numbers as without."""
     offload_optimizer: bool = False
-    """Keep the policy's float32 weights, gradients and moments in the host's memory and update them there."""
+    """Storage of the policy's float32 weights, gradients and moments in host memory, where they are updated."""
     offload_parameters: bool = False
-    """Keep the shards of the policy's and the reference's parameters in the host's memory between uses."""
+    """Storage of the parameter shards of policy and reference in host memory between uses."""
     timeout_minutes: PositiveInt = 30
-    """A collective that waits longer than this ends the job."""
+    """Minutes after which a waiting collective operation ends the job."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SourceConfig:
-    """One source of training samples; sources are read one after the other (a curriculum)."""
+    """One source of training samples. Sources are read one after the other, as a curriculum."""
 
     shards: str
-    """Glob of local tar files, e.g. `data/search-*.tar`."""
+    """Glob of local shards (tar files), e.g. `data/search-*.tar`."""
     num_samples: NonNegativeInt = 0
-    """Samples taken from this source over the run, epochs repeated as needed; 0 (last source only): endless."""
+    """Number of samples to take from this source over the run, in as many epochs as needed; 0 for endless, which only
+    the last source can be."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Where samples come from and how long they may be."""
+    """Sources of samples and limits on their length."""
 
     train: tuple[SourceConfig, ...] = ()
-    """The training data; give at least one source."""
+    """Sources of training samples, at least one."""
     eval_shards: str = ""
-    """Glob of held-out shards; empty: no evaluation."""
+    """Glob of held-out shards; empty for no evaluation."""
     shuffle: bool = True
-    """Permute the shards, and the samples inside windows of shuffle_buffer samples, anew in each epoch."""
+    """Random order in each epoch: of shards, and of samples within windows of `shuffle_buffer`."""
     shuffle_buffer: PositiveInt = 1000
-    """Samples in one window of `shuffle`."""
+    """Number of samples in one window of `shuffle`."""
     prompt_suffix: str = ""
-    """Text after every question: how to answer, which a checkpoint that was not trained for the format must be told."""
+    """Text appended to every question. It says how to answer, for a checkpoint that was not trained for the format."""
     max_prompt_length: PositiveInt = 4096
-    """Tokens, visual tokens included. A longer prompt is left out: by the index of its shard without being read, or
-    quarantined under its key when it is decoded; it is never cut."""
+    """Maximum length of a prompt in tokens, visual tokens included. A longer prompt is dropped and never truncated: it
+    is skipped by the index of its shard, or quarantined under its key when it is decoded."""
     max_visual_tokens: NonNegativeInt = 0
-    """Visual tokens of a prompt, likewise; 0: as many as max_prompt_length allows."""
+    """Maximum number of visual tokens of a prompt, with the same effect; 0 for no limit beside max_prompt_length."""
     group_by_length: bool = False
-    """Batches of prompts of similar length, in random order (the same for any number of ranks): less padding. Needs the
-    index of every shard."""
+    """Batches of prompts of similar length, in a random order that is the same for any number of ranks. Less padding.
+    Requires an index of every shard."""
     decode_workers: NonNegativeInt = 2
-    """Threads of each rank that decode pictures and videos; 0: decoded when they are needed."""
+    """Threads per rank that decode pictures and videos in advance; 0 to decode them on demand."""
     decode_ahead: NonNegativeInt = 8
-    """Prompts of the next batch that each rank decodes ahead at most; bounds the memory."""
+    """Maximum number of prompts of the next batch that each rank decodes in advance. It bounds host memory."""
     include_process: bool = True
-    """Supervised training on the reasoning before the answer; false: on the answer alone (RAL-zero)."""
+    """Supervised training on the reasoning before the answer as well; false for the answer alone (RAL-zero)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
-    """What is sampled before each round of updates."""
+    """Sampling of responses before each round of updates."""
 
     num_prompts: PositiveInt = 32
-    """Prompts per rollout over all data-parallel ranks."""
+    """Number of prompts per rollout over all data-parallel ranks."""
     group_size: Annotated[int, Ge(2)] = 8
-    """G: responses per prompt."""
+    """Number of responses per prompt (G)."""
     num_minibatches: PositiveInt = 4
-    """Optimizer updates per pass over a rollout. With 1 update in all, RAL with target `old` is exactly GRPO."""
+    """Number of optimizer updates per pass over a rollout. With one update per rollout, RAL with target `old` is
+    exactly GRPO."""
     num_epochs: PositiveInt = 1
-    """Passes over one rollout."""
+    """Number of passes over one rollout."""
     generation_batch_size: PositiveInt = 32
-    """Prompts generated together in one batch; bounds the KV cache, never changes the result. With S pipeline stages S
-    batches are in flight, each stage holding the cache of its own layers."""
+    """Number of prompts that are decoded in one batch. It bounds the KV cache and never changes the result. With S
+    pipeline stages S batches are in flight, and each stage holds the cache of its own layers."""
     max_response_length: PositiveInt = 512
-    """Tokens after which a response is cut off, `</answer>` or not."""
+    """Maximum length of a response in tokens, with or without `</answer>`."""
     temperature: PositiveFloat = 1.0
-    """Of sampling; log-probabilities in the losses are those of the same temperature."""
+    """Temperature of sampling. Log-probabilities in the losses use it as well."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Sample from the most likely tokens that together have this probability; 1: from all."""
+    """Probability mass of the most likely tokens to sample from; 1 for all tokens."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RewardFunctionConfig:
-    """A reward function of one's own: f(completion, solution, problem_type) -> float."""
+    """A reward function of the user: f(completion, solution, problem_type) -> float."""
 
     path: str
-    """`package.module:function`, its folder on PYTHONPATH. Where it raises or returns no finite number, its part of the
-    reward is 0 and the response is counted in `rewards/error/mean`."""
+    """Import path `package.module:function`, with its folder on PYTHONPATH. Where the function raises or returns no
+    finite number, its part of the reward is 0 and the response counts in `rewards/error/mean`."""
     weight: float
-    """May be negative (a penalty) or 0 (only logged)."""
+    """Weight in the reward. It may be negative (a penalty) or 0 (only logged)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RewardConfig:
-    """Weights of the reward's parts (the paper: 0.9 and 0.1)."""
+    """Parts of the reward and their weights (the paper: 0.9 and 0.1)."""
 
     accuracy: Literal["exact", "by_type"] = "exact"
-    """exact: the answer is the same text as the solution's (the paper, for every problem type). by_type: the rule of
-    the sample's problem_type (`rewards/rules.py`), exact where it has none."""
+    """Rule that compares answer and solution. exact: equal texts (the paper, for every problem type). by_type: the rule
+    of the sample's problem_type (`rewards/rules.py`), and exact where it has none."""
     accuracy_weight: NonNegativeFloat = 0.9
-    """Of the accuracy, in [0, 1]."""
+    """Weight of the accuracy, which lies in [0, 1]."""
     format_weight: NonNegativeFloat = 0.1
-    """Of the format, 0 or 1."""
+    """Weight of the format, which is 0 or 1."""
     require_think: bool = True
-    """Format needs `<think>..</think>` before the answer (false: RAL-zero)."""
+    """Requirement of `<think>..</think>` before the answer for the format reward; false for RAL-zero."""
     functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
-    """Further parts of the reward by name; the name, an identifier, is logged as `rewards/<name>/mean`."""
+    """Further parts of the reward by name, an identifier. They are logged as `rewards/<name>/mean`."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """What is run, for how long, and what is kept."""
+    """Algorithm, length of the run, and the files that it leaves."""
 
     algorithm: Literal["sft", "ral"] = "ral"
-    """`ral` covers GRPO too: loss.attention_coef=0."""
+    """Supervised fine-tuning (`sft`) or reinforcement learning (`ral`). GRPO is `ral` with loss.attention_coef = 0."""
     num_steps: PositiveInt = 100
-    """sft: optimizer steps. ral: rollouts, each with num_epochs * num_minibatches optimizer steps."""
+    """Number of optimizer steps (sft), or of rollouts with num_epochs * num_minibatches optimizer steps each (ral)."""
     batch_size: PositiveInt = 32
-    """sft: samples per optimizer step over all data-parallel ranks."""
+    """Number of samples per optimizer step over all data-parallel ranks (sft)."""
     micro_batch_size: PositiveInt = 4
-    """Prompt groups per forward pass on one rank; changes memory and speed, the result by rounding alone."""
+    """Number of prompt groups per forward pass on one rank. It changes memory and speed, and the result only by
+    rounding."""
     output_dir: str = "outputs/run"
-    """Checkpoints, TensorBoard files, the summary and the exported model; on a disk that all nodes share."""
+    """Folder of checkpoints, TensorBoard files, the summary and the exported model, on a disk that all nodes share."""
     checkpoint_interval: NonNegativeInt = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0 for one at the end only."""
     keep_checkpoints: PositiveInt = 2
-    """The newest so many stay."""
+    """Number of most recent checkpoints to keep."""
     async_checkpoint: bool = True
-    """Write in a thread while training goes on; holds a copy of the state in the host's memory. See README.md."""
+    """Writing of checkpoints in a thread while training continues. It holds a copy of the state in host memory."""
     export: bool = True
-    """Write the final weights as a Hugging Face folder to <output_dir>/hf."""
+    """Export of the final weights as a Hugging Face folder, <output_dir>/hf."""
     max_skipped_steps: PositiveInt = 5
-    """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped with a warning)."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops. Each is skipped with a
+    warning."""
     stop_after_step: NonNegativeInt = 0
-    """Checkpoint and stop after this step although num_steps is larger (schedules keep num_steps); 0: off."""
+    """Step after which the run writes a checkpoint and stops before num_steps, over which schedules still extend; 0 for
+    none."""
     time_limit_minutes: NonNegativeFloat = 0.0
-    """Checkpoint and end, to go on with --resume, at the first step boundary after so many minutes (from the start of the
-    process); 0: none. SIGTERM and SIGUSR1 do the same. Leave time for one step and a checkpoint before a scheduler's
-    limit."""
+    """Minutes since the start of the process after which the run writes a checkpoint at the next step boundary and
+    ends, to continue with --resume; 0 for no limit. SIGTERM and SIGUSR1 have the same effect. A scheduler's limit must
+    leave time for one more step and a checkpoint."""
     keep_replays: NonNegativeInt = 2
-    """Batches whose loss or gradient was not finite that are kept, with the weights they met, in <output_dir>/replay (the
-    first ones of the run; 0: none)."""
+    """Maximum number of batches with a non-finite loss or gradient that are saved, with the weights of that step, in
+    <output_dir>/replay: the first ones of the run. 0 for none."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """One run. Saved, resolved, with every checkpoint."""
+    """Configuration of one run. It is saved, with all defaults, in every checkpoint."""
 
     seed: NonNegativeInt = 0
-    """Of the order of samples, of sampling and of the shuffled controls; no weight is drawn at random."""
+    """Seed of the order of samples, of sampling and of the shuffled controls. No weight is drawn at random."""
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
@@ -210,28 +217,29 @@ class RunConfig:
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps made on one rollout."""
+        """Number of optimizer steps on one rollout."""
         return self.rollout.num_minibatches * self.rollout.num_epochs
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run (what learning-rate schedules are stretched over)."""
+        """Number of optimizer steps of the whole run, over which learning-rate schedules extend."""
         return self.train.num_steps * (self.updates_per_rollout if self.train.algorithm == "ral" else 1)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a frozen reference model has to be held."""
+        """True if the run holds a frozen reference model."""
         # The divergence is logged at attention_coef = 0 too, so its target decides, not the coefficient.
-        return self.train.algorithm == "ral" and (self.loss.kl_coef > 0 or self.loss.attention_target == "reference")
+        target = TARGETS[self.loss.attention_target]
+        return self.train.algorithm == "ral" and (self.loss.kl_coef > 0 or target.needs is TargetPass.REFERENCE)
 
     @property
     def distills(self) -> bool:
-        """Whether a teacher has to be held."""
+        """True if the run holds a teacher."""
         return self.train.algorithm == "ral" and bool(self.teacher.path)
 
     @property
     def teacher_layout(self) -> tuple[int, int]:
-        """Tensor and pipeline ranks of the teacher."""
+        """Tensor-parallel ranks and pipeline stages of the teacher."""
         return (
             self.teacher.tensor_model_parallel_size or self.parallel.tensor_model_parallel_size,
             self.teacher.pipeline_model_parallel_size or self.parallel.pipeline_model_parallel_size,
@@ -239,116 +247,5 @@ class RunConfig:
 
     @property
     def attention_acts(self) -> bool:
-        """Whether the attention term has a gradient, rather than being only measured."""
+        """True if the attention term has a gradient, rather than being only logged."""
         return self.loss.attention_coef > 0 or self.loss.attention_grad_ratio > 0
-
-    def problem(self) -> Optional[tuple[str, str]]:
-        """First contradiction between sections as (key, sentence), or None."""
-        sources = self.data.train
-        if not self.model.path:
-            return "model.path", "is empty; give a Hugging Face folder"
-        if not sources:
-            return "data.train", "is empty; give at least one source of shards"
-        for index, source in enumerate(sources[:-1]):
-            if source.num_samples == 0:
-                return (
-                    f"data.train.{index}.num_samples",
-                    "= 0 (endless) is only possible for the last source; give a number of samples",
-                )
-        if self.train.algorithm == "ral" and self.rollout.num_prompts % self.rollout.num_minibatches:
-            return (
-                "rollout.num_prompts",
-                f"= {self.rollout.num_prompts} is not divisible by "
-                f"rollout.num_minibatches = {self.rollout.num_minibatches}",
-            )
-        if len(set(self.loss.attention_layers)) != len(self.loss.attention_layers) or not self.loss.attention_layers:
-            return "loss.attention_layers", f"= {list(self.loss.attention_layers)} must name each layer once"
-        if self.train.algorithm == "ral" and self.model.train_vision:
-            return (
-                "model.train_vision",
-                "= true has no effect with train.algorithm = ral, whose visual features are made "
-                "once per rollout; set it to false",
-            )
-        target, keys = self.loss.attention_target, self.loss.attention_keys
-        if target in ("group", "hindsight") and keys == "all":
-            return (
-                "loss.attention_keys",
-                f"= all is not possible with loss.attention_target = {target}, which compares "
-                "different responses over the keys they share; set prompt or visual",
-            )
-        if target == "oracle" and keys != "visual":
-            return (
-                "loss.attention_keys",
-                f"= {keys} is not possible with loss.attention_target = oracle, whose target is "
-                "the annotated box; set visual",
-            )
-        if self.loss.attention_store == "qk" and target not in ("old", "reference", "ema"):
-            return (
-                "loss.attention_store",
-                f"= qk has no meaning with loss.attention_target = {target}, which keeps no rows; set rows",
-            )
-        distill_layers = self.distill.attention_layers
-        if len(set(distill_layers)) != len(distill_layers):
-            return "distill.attention_layers", f"= {list(distill_layers)} must name each layer once"
-        if self.distill.teacher_rollouts and self.distills and (self.loss.policy_coef or self.attention_acts):
-            return (
-                "distill.teacher_rollouts",
-                f"= {self.distill.teacher_rollouts} is not possible with loss.policy_coef = "
-                f"{self.loss.policy_coef} and loss.attention_coef = {self.loss.attention_coef}: responses of the teacher "
-                "are not samples of the policy and have no advantages; set these to 0, or distill.teacher_rollouts",
-            )
-        if self.distills and self.loss.filter_equal_rewards:
-            return (
-                "loss.filter_equal_rewards",
-                "= true is not possible with a teacher: it would leave the groups that all "
-                "failed, which have most to learn from one, out of distillation too",
-            )
-        if self.distills and self.distill.token_divergence == "cross_entropy" and self.distill.teacher_rollouts < 1:
-            return (
-                "distill.token_divergence",
-                "= cross_entropy is likelihood of the teacher's responses and needs "
-                f"distill.teacher_rollouts = 1, not {self.distill.teacher_rollouts}",
-            )
-        dual_clip = self.loss.dual_clip
-        if 0 < dual_clip <= 1:
-            return "loss.dual_clip", f"= {dual_clip} must be 0 (off) or more than 1"
-        if dual_clip and self.loss.policy_loss == "cispo":
-            return "loss.dual_clip", f"= {dual_clip} does not act with loss.policy_loss = cispo; set it to 0"
-        return None
-
-    def layout_problem(self, world_size: int, training: bool = True) -> Optional[tuple[str, str]]:
-        """First contradiction with a number of processes as (key, sentence), or None; `training`: batches too."""
-        tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        if world_size % (tensor * pipeline):
-            return (
-                "parallel",
-                f"tensor_model_parallel_size * pipeline_model_parallel_size = {tensor} * {pipeline} "
-                f"does not divide the world size {world_size}; start a multiple of {tensor * pipeline} processes",
-            )
-        teacher_tensor, teacher_pipeline = self.teacher_layout
-        if self.distills and world_size % (teacher_tensor * teacher_pipeline):
-            return (
-                "teacher",
-                f"tensor_model_parallel_size * pipeline_model_parallel_size = {teacher_tensor} * "
-                f"{teacher_pipeline} does not divide the world size {world_size}; it runs on the ranks of the policy",
-            )
-        if not training:
-            return None
-        data = world_size // (tensor * pipeline)
-        if self.train.algorithm == "sft":
-            key, groups = "train.batch_size", self.train.batch_size
-            unit, what = data, f"the {data} data-parallel ranks"
-        else:
-            key, groups = "rollout.num_prompts", self.rollout.num_prompts
-            unit = data * self.rollout.num_minibatches
-            what = f"{data} data-parallel ranks * rollout.num_minibatches = {self.rollout.num_minibatches}"
-        if groups % unit:
-            return key, f"= {groups} is not divisible by {what}"
-        per_rank = groups // unit
-        if per_rank % min(self.train.micro_batch_size, per_rank):
-            return (
-                "train.micro_batch_size",
-                f"= {self.train.micro_batch_size} does not divide the {per_rank} "
-                f"prompt groups that one rank handles per optimizer step",
-            )
-        return None

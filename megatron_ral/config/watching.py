@@ -1,43 +1,44 @@
-"""Sections of what watches a run: the log, and the watchdog over its ranks."""
+"""Sections about observing a run: the log, and the watchdog over its ranks."""
 
 from pydantic.dataclasses import dataclass
 
-from megatron_ral.config.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, STRICT
+from megatron_ral.config.fields import STRICT, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
-    """What TensorBoard gets, and how often."""
+    """Content of the log, and how often it is written."""
 
     tensorboard: bool = True
-    """Write <output_dir>/tensorboard (rank 0)."""
+    """TensorBoard event files in <output_dir>/tensorboard, written by rank 0."""
     gradient_ratio_interval: NonNegativeInt = 1
-    """Steps between measurements of |grad attention| / |grad tokens|; each costs one more forward
-    and backward pass over the samples of one optimizer step (with a teacher too: two). 0: off."""
+    """Steps between measurements of |gradient of the attention term| / |gradient of the token terms|; 0 for none. Each
+    measurement costs one more forward and backward pass over the samples of one optimizer step, two with a teacher."""
     completions_interval: NonNegativeInt = 5
-    """Steps between texts of sampled responses with their rewards; 0: off."""
+    """Steps between logged texts of sampled responses and their rewards; 0 for none."""
     num_completions: PositiveInt = 4
-    """Responses shown each time."""
+    """Number of responses in each such log entry."""
     eval_interval: NonNegativeInt = 0
-    """Steps between evaluations on data.eval_shards; 0: never during training."""
+    """Steps between evaluations on data.eval_shards; 0 for none during training."""
     num_eval_prompts: PositiveInt = 400
-    """Prompts of data.eval_shards that an evaluation takes at most, the first ones."""
+    """Maximum number of prompts per evaluation, from the first of data.eval_shards."""
     probe_interval: NonNegativeInt = 5
-    """Steps between attention pictures of the fixed probe prompts (the first of data.eval_shards); 0: off."""
+    """Steps between attention pictures of a few fixed prompts; 0 for none."""
     num_probes: PositiveInt = 4
-    """Probe prompts."""
+    """Number of these fixed prompts, from the first of data.eval_shards."""
     peak_tflops: NonNegativeFloat = 0.0
-    """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`; 0: of the device where it is known (bfloat16 on
-    A100, H100, H200), else no utilisation is logged."""
+    """Peak of one accelerator in TFLOP/s at model.dtype, for `throughput/mfu`. 0 uses the device's known peak (bfloat16
+    on A100, H100 and H200); on other devices no utilisation is logged then."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class WatchdogConfig:
-    """When a rank that died or stalled ends the whole job."""
+    """Conditions under which a dead or stalled rank ends the whole job."""
 
     timeout_seconds: NonNegativeInt = 60
-    """A rank that died, was stopped, or whose main thread has done nothing (no micro-batch, no token, no sample, no phase)
-    has ended the job after so long; 0: off. One call of a reward function must take less. With an accelerator a stall counts from when no rank gets on."""
+    """Seconds after which a rank ends the job when it died, was stopped, or its main thread made no progress (no
+    micro-batch, token, sample or phase); 0 for no watchdog. One call of a reward function must take less. With an
+    accelerator a stall counts only from the moment at which no rank makes progress."""
     long_timeout_seconds: PositiveInt = 1800
-    """The same in phases that may be long without a sign of life: start-up, loading, checkpoints, export, and the first
-    phase of each kind (kernels are compiled). A death is still seen at once on the same machine."""
+    """The same limit for phases that may be silent for long: start-up, loading, checkpoints, export, and the first
+    phase of each kind, in which kernels are compiled. A death is still noticed at once on the same machine."""

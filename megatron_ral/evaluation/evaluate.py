@@ -9,24 +9,24 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.mass import row_mass
 from megatron_ral.config import RunConfig
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import Source
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
-from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
-from megatron_ral.attention.mass import row_mass
 from megatron_ral.parallel.collectives import broadcast_from_stage_, gather_objects, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rewards.score import ERROR, UNPARSED
 from megatron_ral.rollout.scoring import (
     ScoringIssueLog,
     decode_responses,
-    scoring_issues,
     score_responses,
+    scoring_issues,
     unused_rules,
 )
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score

@@ -9,8 +9,8 @@ of the group layout sees, and the LM head over the rows that predict a response 
 import math
 from typing import Sequence
 
-from megatron_ral.weights.conversion import visual_shapes
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.weights.conversion import visual_shapes
 
 
 def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequence[int]) -> float:

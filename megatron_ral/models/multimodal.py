@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_ral.functional.positions import rotary_angles
-from megatron_ral.models.families import build_tower
 from megatron_ral.models.attention_pass import AttentionPass, VisualFeatures
+from megatron_ral.models.families import build_tower
 from megatron_ral.models.language import build_language_stage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout

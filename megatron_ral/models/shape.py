@@ -7,8 +7,8 @@ from typing import Sequence
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.folder import config_folder
 from megatron_ral.models.families import FAMILIES, Family
+from megatron_ral.models.folder import config_folder
 from megatron_ral.parallel.rank_layout import stage_sizes
 
 

@@ -49,7 +49,7 @@ class LaunchSettings:
         }
         shards = {f"data.train.{number}.shards": source.shards for number, source in enumerate(config.data.train)}
         return cls(
-            flat_settings(config),
+            {key: str(value) for key, value in flat_settings(config).items()},
             {**shards, "data.eval_shards": config.data.eval_shards},
             {key: path for key, path in models.items() if path},
             DiskPlan.from_config(config),

@@ -11,7 +11,7 @@ from typing import Optional, Sequence
 from tqdm import tqdm
 
 from megatron_ral.config import RunConfig
-from megatron_ral.config.silent_settings import silent_setting_warnings
+from megatron_ral.config.rules import setting_warnings
 from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
@@ -152,7 +152,7 @@ class Trainer:
                 first = restore_checkpoint(checkpoint, self.engines, self.loader)
             self._print(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
-        for warning in silent_setting_warnings(config):
+        for warning in setting_warnings(config):
             if self.is_main:
                 logger.warning(warning)
         log = RunLog(config, self.is_main, first)

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.families import build_tower
+from megatron_ral.models.folder import MANIFEST, read_json
+from megatron_ral.models.shape import ModelShape, read_shape
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.weights.folders import (
     INDEX,
     HuggingFaceWeights,
@@ -25,11 +29,7 @@ from megatron_ral.weights.folders import (
     Weights,
     copy_config,
 )
-from megatron_ral.models.folder import MANIFEST, read_json
-from megatron_ral.models.families import build_tower
-from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.weights.tensor_table import StageTensor, stage_tensors
-from megatron_ral.parallel.rank_layout import RankLayout
 
 Progress = Callable[[int], None]
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError
-from megatron_ral.weights.conversion import expected_shapes, stage_tables
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.tensor_table import StageTensor
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.runtime.progress import tick
+from megatron_ral.weights.conversion import expected_shapes, stage_tables
+from megatron_ral.weights.tensor_table import StageTensor
 
 MAX_OPEN_FILES = 64
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_ral.weights.folders import INDEX, copy_config
-from megatron_ral.weights.conversion import check_weights, open_weights
 from megatron_ral.models.multimodal import MultimodalStage
-from megatron_ral.weights.tensor_table import StageTensor, stage_tensors
 from megatron_ral.parallel.collectives import barrier, gather_objects, gather_shards
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
+from megatron_ral.weights.conversion import check_weights, open_weights
+from megatron_ral.weights.folders import INDEX, copy_config
+from megatron_ral.weights.tensor_table import StageTensor, stage_tensors
 
 
 def describe_stage(stage: MultimodalStage) -> list[StageTensor]:

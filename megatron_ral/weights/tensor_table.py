@@ -10,8 +10,8 @@ from typing import Callable, Iterable, Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ral.weights.folders import Weights
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.weights.folders import Weights
 
 
 @dataclass(frozen=True)

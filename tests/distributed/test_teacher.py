@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron_ral.objectives.base import finish_metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
@@ -17,6 +16,7 @@ from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.evaluation.evaluate import read_prompts
 from megatron_ral.models.shape import read_shape
+from megatron_ral.objectives.base import finish_metrics
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, TokenDistillationTerm
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import another_layout, start_groups, stop_groups

@@ -48,9 +48,9 @@ def _entry(
     import importlib
 
     sys.argv = [module, *arguments]
-    importlib.import_module(module).main()
+    status = importlib.import_module(module).main()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def run_job(

@@ -12,12 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_ral.commands.shards import make as make_shards
 from tests.conftest import PROJECT
 from tests.integration.cases import RL, write_config
 from tests.integration.test_video_search import evaluate
 from tests.unit.shard_faults import picture
 from tests.unit.test_video import clip
-from tools import make_shards
 
 STAR = [
     {
@@ -81,7 +81,7 @@ def shards(material, tmp_path_factory):
         else:
             source.write_text("".join(json.dumps(record) + "\n" for record in records))
         assert (
-            make_shards.main(
+            make_shards(
                 [
                     "--input",
                     str(source),

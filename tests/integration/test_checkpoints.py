@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ral.config import load_config
-from megatron_ral.weights.conversion import stage_tables
-from megatron_ral.weights.resharding import held_parameters
+from megatron_ral.errors import AgreedError
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import barrier
-from megatron_ral.errors import AgreedError
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
-from megatron_ral.training.checkpoint.files import newest_checkpoint, read_manifest, whole_checkpoints
-from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.runtime.random_state import random_state, seed_random_state
+from megatron_ral.training.checkpoint.files import newest_checkpoint, read_manifest, whole_checkpoints
+from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.trainer import Inputs, Trainer
+from megatron_ral.weights.conversion import stage_tables
+from megatron_ral.weights.resharding import held_parameters
 from tests.conftest import PROJECT
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, write_config

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ral.config import RunConfig
-from megatron_ral.config.load import _known_keys
+from megatron_ral.commands import settings
+from megatron_ral.config import known_keys
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
@@ -68,7 +68,7 @@ def test_commands_of_the_guide_run(ran):
 
 def test_what_the_guide_names_exists():
     """Settings, and files of the project."""
-    known = set(_known_keys(RunConfig))
+    known = set(known_keys())
     sections = {key.split(".")[0] for key in known}
     text = "\n".join(page.read_text(encoding="utf-8") for page in WRITTEN if page.name != "CHANGELOG.md")
     named = {
@@ -125,18 +125,11 @@ def test_pages_have_short_lines_and_the_readme_is_short():
 
 
 def test_settings_document_is_up_to_date():
-    sys.path.insert(0, str(PROJECT / "tools"))
-    import make_settings_doc
-
-    assert (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8") == make_settings_doc.render(), (
+    assert (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8") == settings.render(), (
         "run python tools/make_settings_doc.py"
     )
-    documented = set(re.findall(r"^\| `([\w.]+)` \|", make_settings_doc.render(), re.MULTILINE))
-    leaves = {
-        key
-        for key in _known_keys(RunConfig)
-        if not any(other.startswith(f"{key}.") for other in _known_keys(RunConfig))
-    }
+    documented = set(re.findall(r"^- \*\*`([\w.]+)`\*\*: ", settings.render(), re.MULTILINE))
+    leaves = {key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())}
     assert leaves <= documented and {"data.train.N.shards", "reward.functions.NAME.weight"} <= documented
 
 

@@ -78,6 +78,26 @@ def test_dry_run(name, ranks, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, variables, said",
+    [
+        (["nothing"], {}, ["NAME = 'nothing' is not a run", "ral_7b"]),
+        ([], {}, ["NAME = '' is not a run"]),
+        (["ral_7b"], {}, ["set MODEL_DIR", "TRAIN_SHARDS"]),
+        (["distill_32b_to_7b"], {"MODEL_DIR": "m", "TRAIN_SHARDS": "t"}, ["set TEACHER_DIR"]),
+    ],
+)
+def test_run_says_what_is_missing(arguments, variables, said):
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "run.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(**variables),
+        timeout=120,
+    )
+    assert done.returncode == 2 and all(part in done.stderr for part in ["error: ", *said]), done.stderr
+
+
 def test_grpo_and_zero_differ_from_ral_in_nothing_else():
     from megatron_ral.config import flat_settings, load_config
 

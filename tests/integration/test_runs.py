@@ -15,13 +15,13 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from megatron_ral.attention.distribution import attention_distribution
 from megatron_ral.attention.types import RowKeys
+from megatron_ral.commands.convert import main as convert_checkpoint
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.training.checkpoint.files import newest_checkpoint
 from megatron_ral.weights.conversion import differing_weights
 from tests.distributed.cases import assemble, fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, run_training, write_config
-from tools.convert_checkpoint import main as convert_checkpoint
 
 
 def exported(folder) -> dict[str, torch.Tensor]:

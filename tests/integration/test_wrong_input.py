@@ -65,8 +65,9 @@ def test_train_refuses(good, world, override, named):
 
 
 def test_train_refuses_a_shard_without_a_needed_field(good, tmp_path):
-    from tests.unit.test_data import png, record, write_shard
     import json
+
+    from tests.unit.test_data import png, record, write_shard
 
     broken = record()
     del broken["solution"]

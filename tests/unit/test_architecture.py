@@ -26,6 +26,7 @@ FLOORS = (
     "evaluation",
     "training",
     "planning",
+    "demo",
     "commands",
     "train evaluate replay __main__",
 )
@@ -34,7 +35,7 @@ FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names.spl
 THIRD_PARTIES = {
     "torch.distributed": ("parallel/", "compat/", "runtime/"),
     "deepspeed": ("engine/", "compat/"),
-    "webdataset": ("data/shards.py",),
+    "webdataset": ("data/shards.py", "data/shard_maker.py", "demo/"),
     "tensorboard": ("training/logging/tensorboard.py",),
     "torch.utils.tensorboard": ("training/logging/tensorboard.py",),
     "triton": ("attention/triton_kernels.py", "attention/triton_backend.py"),

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.errors import CheckpointError, ConfigError
-from megatron_ral.weights import conversion
-from megatron_ral.weights.folders import HuggingFaceWeights, SafetensorsFile, SafetensorsWriter
-from megatron_ral.weights.conversion import MegatronWeights, differing_weights, to_hf, to_megatron
 from megatron_ral.models.shape import read_shape
+from megatron_ral.weights import conversion
+from megatron_ral.weights.conversion import MegatronWeights, differing_weights, to_hf, to_megatron
+from megatron_ral.weights.folders import HuggingFaceWeights, SafetensorsFile, SafetensorsWriter
 from megatron_ral.weights.tensor_table import stage_tensors
 
 PROJECT = Path(__file__).parents[2]

@@ -24,7 +24,6 @@ from tests.unit.distillation_references import (
     with_gradient,
 )
 
-
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 

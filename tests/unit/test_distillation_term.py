@@ -3,7 +3,6 @@
 The arithmetic of the study is tested here too.
 """
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,19 +10,17 @@ import pytest
 import torch
 
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.rules import setting_warnings
 from megatron_ral.config.sections import LossConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
+from megatron_ral.objectives.distillation import shuffled_visual_columns
+from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.memory import GIB, frozen_bytes, policy_bytes
 from megatron_ral.planning.parameters import stage_parameters
-from megatron_ral.parallel.rank_layout import RankLayout
-from megatron_ral.objectives.distillation import shuffled_visual_columns
-from megatron_ral.config.silent_settings import silent_setting_warnings
+from tools.distill_study import steps_to
 
 MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from distill_study import steps_to  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ def test_shuffled_rows_keep_the_mass_on_the_picture_and_lose_the_place():
 
 def warnings(*, path="teacher", loss=LossConfig(attention_coef=0.0, policy_coef=0.0), **settings) -> str:
     return "\n".join(
-        silent_setting_warnings(
+        setting_warnings(
             RunConfig(
                 model=ModelConfig(path="m"),
                 teacher=TeacherConfig(path=path),
@@ -88,7 +85,7 @@ def test_settings_without_effect_are_named():
     assert "rewards" not in warnings(path="", loss=LossConfig(policy_coef=0.0))
     assert "loss.clip_low has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
     sft = RunConfig(train=TrainConfig(algorithm="sft"), teacher=TeacherConfig(path="t"))
-    assert silent_setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
+    assert setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
 
 
 def test_memory_of_a_teacher_at_real_size():

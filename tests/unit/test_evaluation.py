@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ral.config.sections import RewardConfig
-from megatron_ral.errors import DataError
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.errors import DataError
 from megatron_ral.evaluation import evaluate as evaluation
 from megatron_ral.evaluation.evaluate import PromptSet, read_prompts, say_what_is_scored
 from megatron_ral.rollout.scoring import unused_rules

@@ -18,7 +18,6 @@ from megatron_ral.functional.logprobs import (
 )
 from megatron_ral.functional.sampling import sample_candidates, sample_tokens, uniform_stream
 
-
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 

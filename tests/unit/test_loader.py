@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_ral.commands.shards import index_shard
 from megatron_ral.config.sections import DataConfig
 from megatron_ral.data import visuals as visuals_module
 from megatron_ral.data.archive import scan_archive
@@ -26,7 +27,6 @@ from megatron_ral.types import FramePictures
 from tests.unit.shard_faults import KINDS, picture, pixel_bomb, text, write_faulty_set, write_members
 from tests.unit.test_data import Ranks, good, loader, write_shard
 from tests.unit.test_video import clip
-from tools.index_shards import index_shard
 
 
 @pytest.fixture(scope="module")
@@ -402,8 +402,8 @@ def test_ranks_that_found_other_indexes_end_together(tmp_path, processor, materi
 
 
 def test_an_index_made_for_a_run_is_believed_by_it(tmp_path, material, caplog):
+    from megatron_ral.commands.shards import index as main
     from megatron_ral.config import load_config
-    from tools.index_shards import main
 
     several_lengths(tmp_path, 6)
     run = "pretrained_configs/runs/ral_7b.yaml"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,15 +11,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_ral.data.issues import SampleError
+from megatron_ral.commands import inspect, shards
 from megatron_ral.data.index import index_path, open_index
+from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts import read_record
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
+from tests.conftest import PROJECT
 from tests.unit.shard_faults import picture, pixel_bomb
 from tests.unit.test_data import loader
 from tests.unit.test_video import clip, overwrite
-from tools import inspect_shards, make_shards
 
 
 def video_r1(number: int, **changes) -> dict:
@@ -137,7 +139,7 @@ def made(records, media, material, tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     lines = [json.dumps(record).encode() for record in records] + [b'{"problem": "\xff"}']
     (root / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    assert make_shards.main(arguments(root / "train.jsonl", media, root / "out", material)) == 0
+    assert shards.make(arguments(root / "train.jsonl", media, root / "out", material)) == 0
     return root
 
 
@@ -337,8 +339,10 @@ def test_good_samples_are_in_the_shards_and_bad_ones_in_the_report(made, records
 def test_a_killed_run_goes_on_to_the_same_result(made, media, material, tmp_path):
     output = tmp_path / "out"
     script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); from tools import make_shards as m\n"
-        "build, done = m.ShardMaker.build, []\n"
+        "import sys\n"
+        "from megatron_ral.commands.shards import make\n"
+        "from megatron_ral.data import shard_maker as m\n"
+        "build = m.ShardMaker.build\n"
         "def stop(self, number, records):\n"
         "    if number == 2:\n"
         "        import os\n"
@@ -346,23 +350,21 @@ def test_a_killed_run_goes_on_to_the_same_result(made, media, material, tmp_path
         "        os._exit(9)\n"
         "    build(self, number, records)\n"
         "m.ShardMaker.build = stop\n"
-        "m.main(sys.argv[1:])\n"
+        "make(sys.argv[1:])\n"
     )
-    project = Path(make_shards.__file__).parents[1]
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(project), *arguments(made / "train.jsonl", media, output, material)],
+        [sys.executable, "-c", script, *arguments(made / "train.jsonl", media, output, material)],
         capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
     assert killed.returncode == 9, killed.stderr.decode()
     assert len(list(output.glob("*.tar"))) == 2 and not (output / "dataset.json").exists()
     kept = index_path(output / "shard-000000.tar").stat().st_mtime_ns
-    assert make_shards.main(arguments(made / "train.jsonl", media, output, material)) == 0
+    assert shards.make(arguments(made / "train.jsonl", media, output, material)) == 0
     assert content(output) == content(made / "out")
     assert index_path(output / "shard-000000.tar").stat().st_mtime_ns == kept, "a finished shard is not made again"
-    assert make_shards.main(arguments(made / "train.jsonl", media, output, material)) == 0, (
-        "a finished set is left alone"
-    )
-    assert make_shards.main(arguments(made / "train.jsonl", media, output, material, "--keys", "number")) == 2
+    assert shards.make(arguments(made / "train.jsonl", media, output, material)) == 0, "a finished set is left alone"
+    assert shards.make(arguments(made / "train.jsonl", media, output, material, "--keys", "number")) == 2
     assert content(output) == content(made / "out")
 
 
@@ -390,7 +392,7 @@ def test_json_and_parquet_give_the_same_shards(records, media, material, tmp_pat
     outputs = []
     for name in ("a.json", "a.parquet", "b.parquet"):
         output = tmp_path / f"out-{name}"
-        assert make_shards.main(arguments(tmp_path / name, media, output, material)) == 0
+        assert shards.make(arguments(tmp_path / name, media, output, material)) == 0
         outputs.append({file: data for file, data in content(output).items() if file != "dataset.json"})
     assert outputs[0] == outputs[1] and len(outputs[0]) == 5
     [one, *_] = shard_entries([str(tmp_path / "out-b.parquet" / "shard-000000.tar")])
@@ -414,7 +416,7 @@ def test_media_that_are_no_plain_paths_are_refused_one_by_one(media, material, t
         video_r1(6, path="/etc/passwd"),
     ]
     (tmp_path / "a.json").write_text(json.dumps([*bad, video_r1(7, path="a.png")]))
-    assert make_shards.main(arguments(tmp_path / "a.json", folder, tmp_path / "out", material)) == 0
+    assert shards.make(arguments(tmp_path / "a.json", folder, tmp_path / "out", material)) == 0
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert {(reject["key"], reject["reason"]) for reject in rejects} == {
         (str(number), "refused_path") for number in range(1, 7)
@@ -428,7 +430,7 @@ def test_frames_are_in_the_order_of_their_numbers(material, tmp_path):
     for number, colour in enumerate(shown):
         (tmp_path / "media" / "clip" / f"f{number}.png").write_bytes(picture(colour=colour))
     (tmp_path / "a.jsonl").write_text(json.dumps({**FRAMES, "fps": 1.0}))
-    assert make_shards.main(arguments(tmp_path / "a.jsonl", tmp_path / "media", tmp_path / "out", material)) == 0
+    assert shards.make(arguments(tmp_path / "a.jsonl", tmp_path / "media", tmp_path / "out", material)) == 0
     [entry] = shard_entries(list(map(str, (tmp_path / "out").glob("*.tar"))))
     frames = parse_sample(entry).videos[0].pictures
     assert [Image.open(io.BytesIO(frame)).getpixel((0, 0)) for frame in frames] == shown
@@ -442,7 +444,7 @@ def test_what_the_command_line_says_of_records_that_do_not(material, media, tmp_
     ]
     (tmp_path / "a.json").write_text(json.dumps(records))
     assert (
-        make_shards.main(
+        shards.make(
             arguments(
                 tmp_path / "a.json",
                 media,
@@ -467,15 +469,15 @@ def test_what_the_command_line_says_of_records_that_do_not(material, media, tmp_
     ]
 
 
-@pytest.mark.parametrize("text, said", [("{", "no JSON in UTF-8"), ('{"a": 1}', "must hold a list")])
+@pytest.mark.parametrize("text, said", [("{", "is not JSON in UTF-8"), ('{"a": 1}', "must hold a list")])
 def test_input_that_is_no_list_of_records(text, said, media, material, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text)
-    assert make_shards.main(arguments(tmp_path / "a.json", media, tmp_path / "out", material)) == 2
+    assert shards.make(arguments(tmp_path / "a.json", media, tmp_path / "out", material)) == 2
     assert said in capsys.readouterr().err
 
 
 def test_inspection_counts_and_draws(made, capsys, tmp_path):
-    assert inspect_shards.main([str(made / "out"), "--output", str(tmp_path / "sheet.png"), "--num-samples", "13"]) == 0
+    assert inspect.main([str(made / "out"), "--output", str(tmp_path / "sheet.png"), "--num-samples", "13"]) == 0
     report = capsys.readouterr().out
     assert "13 samples in 6 shards" in report and "1 with target boxes" in report
     assert "numerical 10" in report and "letter 1" in report and "number 11" in report
@@ -484,7 +486,7 @@ def test_inspection_counts_and_draws(made, capsys, tmp_path):
     [boxed] = [
         entry for entry in shard_entries(sorted(map(str, (made / "out").glob("*.tar")))) if entry["__key__"] == "15"
     ]
-    cell = inspect_shards.draw_sample(parse_sample(boxed))
+    cell = inspect.draw_sample(parse_sample(boxed))
     red = {(x, y) for x in range(280) for y in range(280) if cell.getpixel((x, y)) == (255, 0, 0)}
     # 90 x 40 pixels three times enlarged, in the middle of a cell of 280; the box is [2, 3, 12, 23]
     assert (
@@ -512,7 +514,7 @@ def test_inspection_draws_no_bomb_and_starts_no_foreign_decoder(monkeypatch):
                 "json": json.dumps({"problem": "p", "solution": "7"}).encode(),
             }
         )
-        assert inspect_shards.draw_sample(sample).getpixel((10, 200)) == (211, 211, 211), "a grey cell with the reason"
+        assert inspect.draw_sample(sample).getpixel((10, 200)) == (211, 211, 211), "a grey cell with the reason"
     assert opened == [("PNG", "JPEG", "WEBP")] * 4
 
 
@@ -524,7 +526,7 @@ def test_inspection_frames_the_annotated_part_of_a_video():
         "target_frames": [{"seconds": [5, 6], "boxes": [[8, 8, 40, 40]]}],
     }
     members = {f"frames/{number}.png": picture(64, 64, colour="black") for number in range(12)}
-    cell = inspect_shards.draw_sample(
+    cell = inspect.draw_sample(
         parse_sample({"__key__": "k", "__url__": "s", **members, "json": json.dumps(record).encode()})
     )
     assert (

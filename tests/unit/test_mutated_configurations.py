@@ -49,12 +49,12 @@ def wrong_values(kind):
 def contradictions():
     """(key that is named, value that is named, overrides): each setting possible by itself."""
     yield "rollout.num_prompts", "31", ["rollout.num_prompts=31"]
-    yield "loss.attention_keys", "all", ["loss.attention_target=group", "loss.attention_store=rows"]
+    yield "loss.attention_keys", "all", ["loss.attention_target=hindsight", "loss.attention_store=rows"]
     yield "loss.attention_keys", "prompt", ["loss.attention_target=oracle", "loss.attention_keys=prompt"]
     yield (
         "loss.attention_store",
         "qk",
-        ["loss.attention_target=group", "loss.attention_keys=prompt", "loss.attention_store=qk"],
+        ["loss.attention_target=hindsight", "loss.attention_keys=prompt", "loss.attention_store=qk"],
     )
     yield "loss.attention_layers", "[2, 2]", ["loss.attention_layers=[2, 2]"]
     yield "loss.dual_clip", "3.0", ["loss.dual_clip=3.0", "loss.policy_loss=cispo"]
@@ -93,6 +93,6 @@ def test_mutation_is_one_sentence_that_names_key_and_value(number, case):
         check_layout(load_config(path, ["model.path=somewhere", *overrides]), 8)
     sentence = str(error.value)
     assert "\n" not in sentence and "Traceback" not in sentence
-    said = sentence.removeprefix(f"{path} with overrides: ")
+    said = sentence.removesuffix(f" (in {path} with overrides)")
     assert key in said, (key, value, sentence)
-    assert (value if isinstance(value, str) else repr(value)) in said, (key, value, sentence)
+    assert (value if isinstance(value, str) else json.dumps(value)) in said, (key, value, sentence)

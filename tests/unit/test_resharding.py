@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ral.errors import CheckpointError
-from megatron_ral.weights.conversion import expected_shapes, stage_tables
-from megatron_ral.weights.resharding import OwnShards, ReshardedState, ShardFile
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.weights.conversion import expected_shapes, stage_tables
+from megatron_ral.weights.resharding import OwnShards, ReshardedState, ShardFile
 
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 3, 3), (4, 2, 3))
 """Tensor x pipeline x data."""

@@ -1,16 +1,12 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
-import sys
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import distill_study  # noqa: E402
-import runs  # noqa: E402
-import study  # noqa: E402
+from megatron_ral.demo import runs
+from tools import distill_study, study
 
 
 def finished(run: Path, **curves) -> None:
@@ -104,7 +100,7 @@ def test_a_run_that_fails_names_its_log(tmp_path):
 def test_every_arm_of_the_studies_is_a_configuration():
     """Settings of all arms load on top of the files they change."""
     from megatron_ral.config import load_config
-    from megatron_ral.config.silent_settings import silent_setting_warnings
+    from megatron_ral.config.rules import setting_warnings
 
     folder = Path(__file__).parents[2] / "pretrained_configs" / "runs"
     for name, arm in study.ARMS.items():
@@ -114,4 +110,4 @@ def test_every_arm_of_the_studies_is_a_configuration():
         config = load_config(folder / "distill_tiny.yaml", ["model.path=m", *teacher, *arm.settings])
         assert config.distills == arm.teaches and (config.loss.policy_coef == 1.0) == arm.rl
         if arm.teaches:
-            assert not silent_setting_warnings(config), name
+            assert not setting_warnings(config), name

@@ -1,7 +1,6 @@
 """The video-search task: what the files show after compression is what their annotations say."""
 
 import json
-import sys
 import tarfile
 
 import numpy as np
@@ -11,11 +10,8 @@ import torch
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.data.video import decode_video
-from tests.conftest import PROJECT
-
-sys.path.insert(0, str(PROJECT / "tools"))
-import make_video_search  # noqa: E402
-from search_task import PALETTE, load_scans  # noqa: E402
+from megatron_ral.demo.search_task import PALETTE, load_scans
+from tools import make_video_search
 
 TRAIN, HELDOUT = load_scans(28, heldout=False), load_scans(28, heldout=True)
 

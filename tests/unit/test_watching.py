@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,20 +13,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+from megatron_ral.commands import attention
+from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.sections import TrainConfig
-from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.watching import LoggingConfig
 from megatron_ral.models.flops import group_flops, tower_flops_per_patch
 from megatron_ral.models.shape import read_shape
-from megatron_ral.training.logging.dashboard import flat_settings, method
+from megatron_ral.training.logging.dashboard import hyperparameters, method
 from megatron_ral.training.logging.throughput import known_peak_tflops
 from tests.distributed.cases import make_config
 
 PROJECT = Path(__file__).parents[2]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import attention_report  # noqa: E402
 
 
 @pytest.mark.parametrize("name, parameters", [("qwen2.5-vl-7b", 7.07e9), ("qwen2.5-vl-72b", 71.46e9)])
@@ -79,14 +76,14 @@ def test_peaks():
 
 def test_settings_are_flat_and_runs_have_a_method():
     config = make_config("m")
-    flat = flat_settings(config)
+    flat = hyperparameters(config)
     assert (
         flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
     )
     assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
     assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
     grpo = replace(config, loss=LossConfig(attention_coef=0.0))
-    assert method(grpo) == "grpo" and flat_settings(grpo).keys() == flat.keys()
+    assert method(grpo) == "grpo" and hyperparameters(grpo).keys() == flat.keys()
     assert method(replace(config, loss=LossConfig(attention_coef=0.0, policy_loss="gspo"))) == "gspo"
     assert method(replace(config, train=TrainConfig(algorithm="sft"))) == "sft"
     assert method(replace(grpo, teacher=TeacherConfig(path="t"))) == "distill"
@@ -150,11 +147,11 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
     """Read back as a reader would: a section per sample, a cell per token, masses that sum to the visual mass."""
     shards = f"{material['data'] if kind == 'data' else clips}/heldout-*.tar"
     output, made = tmp_path / "report.html", []
-    make = attention_report.make_samples
-    attention_report.make_samples = lambda arguments: made.append(make(arguments)) or made[0]  # to compare with
+    make = attention.make_samples
+    attention.make_samples = lambda arguments: made.append(make(arguments)) or made[0]  # to compare with
     try:
         assert (
-            attention_report.main(
+            attention.main(
                 [
                     str(material["tiny"]),
                     shards,
@@ -171,7 +168,7 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
             == 0
         )
     finally:
-        attention_report.make_samples = make
+        attention.make_samples = make
     (samples, layers), text = made[0], output.read_text(encoding="utf-8")
     page = _Page()
     page.feed(text)
@@ -203,8 +200,8 @@ def test_page_refuses_what_it_cannot_use(material, tmp_path, capsys):
         ([tiny, f"{tmp_path}/*.tar"], "SHARDS"),
         ([tiny, shards, "--layers", "9"], "--layers names layer 9"),
         ([str(tmp_path), shards], "CHECKPOINT = "),
-        ([tiny, shards, "rollout.nonsense=1"], "unknown key"),
+        ([tiny, shards, "rollout.nonsense=1"], "not a known setting"),
     ):
-        assert attention_report.main([*arguments, "--output", str(tmp_path / "x.html")]) == 2
+        assert attention.main([*arguments, "--output", str(tmp_path / "x.html")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()

@@ -105,10 +105,10 @@ class Bench:
 
     def step(self, name: str, rollout: list) -> None:
         """Run the old pass and the gradients of these micro-batches."""
-        from megatron_ral.rollout.assemble import global_totals
-        from megatron_ral.training.gradients import accumulate_gradients
         import torch
 
+        from megatron_ral.rollout.assemble import global_totals
+        from megatron_ral.training.gradients import accumulate_gradients
         from megatron_ral.types import RlBatch
 
         batches = [scored.groups for scored in rollout]

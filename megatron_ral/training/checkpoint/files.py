@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_ral.errors import CheckpointError
-from megatron_ral.weights.resharding import held_parameters
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.weights.resharding import held_parameters
 
 logger = logging.getLogger(__name__)
 

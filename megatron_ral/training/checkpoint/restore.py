@@ -10,16 +10,14 @@ one every rank reads the parts that are its own now (`weights/resharding.py`). W
 """
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-import yaml
-
-from megatron_ral.config import RunConfig, dump_config, load_config
+from megatron_ral.config import RunConfig, flat_settings, load_config
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import read_json
-from megatron_ral.weights.resharding import OwnShards, ReshardedState
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
+from megatron_ral.runtime.random_state import set_random_state
 from megatron_ral.training.checkpoint.files import (
     CONFIG,
     checkpoint_root,
@@ -29,8 +27,8 @@ from megatron_ral.training.checkpoint.files import (
     state_file,
     whole_checkpoints,
 )
-from megatron_ral.runtime.random_state import set_random_state
 from megatron_ral.training.step import Engines
+from megatron_ral.weights.resharding import OwnShards, ReshardedState
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes the mathematics.
 FREE_SETTINGS = (
@@ -84,19 +82,16 @@ def find_checkpoint(config: RunConfig, resume: bool, warn: bool = False) -> Opti
 
 def _check_settings(config: RunConfig, found: Path) -> None:
     # Through the loader, so that a setting which the checkpoint's version did not have counts with its default.
-    saved, now = (_flat(yaml.safe_load(dump_config(made))) for made in (load_config(found / CONFIG), config))
+    saved, now = (
+        {key: value for key, value in flat_settings(made).items() if value != {}}
+        for made in (load_config(found / CONFIG), config)
+    )
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
             raise CheckpointError(
                 f"{key} = {now.get(key)} but checkpoint '{found}' was made with {saved.get(key)}; "
                 "resume with the same setting, or start in another train.output_dir"
             )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
 
 
 def agree_on_checkpoint(config: RunConfig, found: Optional[Path]) -> Optional[Path]:

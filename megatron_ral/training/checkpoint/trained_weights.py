@@ -7,12 +7,12 @@ from torch import Tensor
 
 from megatron_ral.config import load_config
 from megatron_ral.errors import CheckpointError, ConfigError
-from megatron_ral.weights.folders import Weights
-from megatron_ral.weights.conversion import expected_shapes, open_weights
-from megatron_ral.weights.resharding import ReshardedState, held_parameters
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
+from megatron_ral.weights.conversion import expected_shapes, open_weights
+from megatron_ral.weights.folders import Weights
+from megatron_ral.weights.resharding import ReshardedState, held_parameters
 
 
 class TrainedWeights(Weights):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
-from megatron_ral.weights.folders import SafetensorsWriter
 from megatron_ral.errors import CheckpointError
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
 from megatron_ral.runtime.progress import tick
+from megatron_ral.runtime.random_state import random_state
 from megatron_ral.training.checkpoint.files import (
     CONFIG,
     Manifest,
@@ -37,8 +37,8 @@ from megatron_ral.training.checkpoint.files import (
     state_file,
     write_synced,
 )
-from megatron_ral.runtime.random_state import random_state
 from megatron_ral.training.step import Engines
+from megatron_ral.weights.folders import SafetensorsWriter
 
 
 @dataclass

@@ -1,9 +1,8 @@
 """What TensorBoard shows first, as data: curves that belong on one chart, and what runs are compared by."""
 
-import dataclasses
 from typing import Any
 
-from megatron_ral.config import RunConfig
+from megatron_ral.config import RunConfig, flat_settings
 
 LAYOUT = {
     "reward": {
@@ -69,24 +68,21 @@ def method(config: RunConfig) -> str:
     return "+".join(names) or config.loss.policy_loss
 
 
-def flat_settings(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """Every setting by dotted key, what is no scalar as text, and `_method`, which sorts before them in HPARAMS."""
+def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
+    """Return every setting by dotted key as a scalar, and `_method`, which sorts before them in HPARAMS.
+
+    Items of a list of sections have keys of their own; other lists are one text.
+    """
     flat: dict[str, bool | int | float | str] = {"_method": method(config)}
 
-    def walk(value: Any, key: str) -> None:
-        if dataclasses.is_dataclass(value):
-            for item in dataclasses.fields(value):
-                walk(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
-        elif isinstance(value, (tuple, list)) and value and dataclasses.is_dataclass(value[0]):
-            for index, item in enumerate(value):
-                walk(item, f"{key}.{index}")
-        elif isinstance(value, dict) and value:
-            for name, item in value.items():
-                walk(item, f"{key}.{name}")
-        elif isinstance(value, (tuple, list, dict)):
-            flat[key] = ", ".join(map(str, value))
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, section in enumerate(value):
+                for name, item in section.items():
+                    add(f"{key}.{index}.{name}", item)
         else:
-            flat[key] = "" if value is None else value
+            flat[key] = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else value
 
-    walk(config, "")
+    for key, value in flat_settings(config).items():
+        add(key, value)
     return flat

@@ -9,10 +9,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.video import VideoSettings
-from megatron_ral.rollout.collect import RolloutBatch
-from megatron_ral.evaluation.evaluate import Evaluation, ProbeView
-from megatron_ral.training.logging.dashboard import FINAL, LAYOUT, flat_settings
 from megatron_ral.evaluation.attention_pictures import attention_picture
+from megatron_ral.evaluation.evaluate import Evaluation, ProbeView
+from megatron_ral.rollout.collect import RolloutBatch
+from megatron_ral.training.logging.dashboard import FINAL, LAYOUT, hyperparameters
 
 
 class RunLog:
@@ -31,7 +31,7 @@ class RunLog:
             )
             self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
             self._writer.add_custom_scalars(LAYOUT)
-            *start, self._end = hparams(flat_settings(config), {f"final/{tag}": 0.0 for tag in FINAL})
+            *start, self._end = hparams(hyperparameters(config), {f"final/{tag}": 0.0 for tag in FINAL})
             for summary in start:
                 self._writer.file_writer.add_summary(summary)
 

@@ -1,6 +1,6 @@
 """Many training runs for one question: started side by side, each once, and read back from their event files.
 
-What the studies (`study.py`, `distill_study.py`) share.
+Shared by the studies `tools/study.py` and `tools/distill_study.py`.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Callable, Sequence
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def beside(folder: Path, ending: str) -> Path:
-    """A file beside a run's folder (whose name may hold a point, which `with_suffix` would cut)."""
+    """Return a file beside a run's folder, whose name may hold a dot, so that `with_suffix` would cut it."""
     return folder.with_name(folder.name + ending)
 
 
@@ -39,12 +39,12 @@ def call(log: Path, *arguments: object) -> None:
 
 
 def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str]) -> None:
-    """One run in one process, unless it is done already.
+    """Train in one process, unless that is done already.
 
     Args:
         config: name of a file in pretrained_configs/runs.
-        target: output folder; what a run that was cut off left there is made anew, a finished one that was made with other
-            settings is refused.
+        target: output folder. The rest of an interrupted run is deleted there; a finished run with other settings is
+            refused.
     """
     made_with, file = beside(target, ".settings"), PROJECT / "pretrained_configs" / "runs" / f"{config}.yaml"
     inputs = [f"{config}.yaml {hashlib.sha256(file.read_bytes()).hexdigest()}", str(model), str(seed), *settings]
@@ -77,7 +77,7 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
 
 
 def side_by_side(what: str, work: Callable[..., None], tasks: Sequence[tuple], jobs: int) -> None:
-    """work(*task) for all tasks, `jobs` at a time, with a progress bar; the first failure ends it."""
+    """Call work(*task) for all tasks, `jobs` at a time, with a progress bar. The first failure ends it."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
@@ -91,7 +91,7 @@ def side_by_side(what: str, work: Callable[..., None], tasks: Sequence[tuple], j
 
 
 def curve(run: Path, tag: str) -> list[tuple[int, float]]:
-    """(step, value) of a scalar of one run; empty where it was not logged."""
+    """Return the (step, value) pairs of a scalar of one run; empty where it was not logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
@@ -100,13 +100,13 @@ def curve(run: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """Return the mean and its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
     return statistics.fmean(values), error
 
 
 def draw_curves(axis, curves: Sequence[Sequence[tuple[int, float]]], **style: object) -> None:
-    """Mean over runs of curves with the same steps, and its standard error as a band."""
+    """Draw the mean over runs of curves with the same steps, and its standard error as a band."""
     steps = [step for step, _ in curves[0]]
     means, errors = zip(
         *(mean_and_error(column) for column in zip(*([value for _, value in curve] for curve in curves)))

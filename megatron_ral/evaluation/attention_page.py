@@ -1,7 +1,8 @@
-"""The page that `attention_report.py` writes: one HTML file without anything from elsewhere.
+"""HTML page of `megatron-ral attention`: one file that loads nothing from elsewhere.
 
-Masses travel as 16-bit numbers, a row of visual tokens for each response token and layer, scaled by the row's largest; a
-few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over the picture.
+Attention masses are stored as 16-bit numbers: for each response token and layer a row over visual tokens, scaled by its
+maximum. A few lines of JavaScript draw them as a grid of one pixel per visual token, which the browser stretches over
+the picture.
 """
 
 import base64
@@ -17,12 +18,12 @@ from PIL import Image
 from megatron_ral.evaluation.attention_pictures import Panel
 
 ONE_SIDE, MANY_SIDE = 448, 176
-"""Pixels of the longer side of a lone image, and of each of several."""
+"""Pixels of the longer side of a single image, and of each of several images."""
 
 
 @dataclass(frozen=True)
 class PageSample:
-    """One section of the page."""
+    """Content of one section of the page."""
 
     key: str
     question: str
@@ -32,30 +33,30 @@ class PageSample:
     components: Mapping[str, float]
     tokens: Sequence[str]
     masses: Mapping[int, np.ndarray]
-    """Layer -> [tokens, visual tokens]: share of the row's attention."""
+    """Layer -> share of each token's attention, [tokens, visual tokens]."""
     target: np.ndarray
-    """[visual tokens] bool."""
+    """Visual tokens on the target, [visual tokens] bool."""
     panels: Sequence[Panel]
-    """Those that are shown."""
+    """Images and frames to show."""
     num_panels: int
-    """Images and frames of the sample."""
+    """Number of all images and frames of the sample."""
 
     def target_mass(self, layer: int) -> np.ndarray:
-        """[tokens]"""
+        """Return each token's attention mass on the target, [tokens]."""
         return self.masses[layer][:, self.target].sum(axis=1)
 
     def visual_mass(self, layer: int) -> np.ndarray:
-        """[tokens]"""
+        """Return each token's attention mass on all visual tokens, [tokens]."""
         return self.masses[layer].sum(axis=1)
 
 
 def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str:
-    """The whole file.
+    """Return the whole page as HTML.
 
     Args:
         samples: at least one, all with the same layers.
         title: heading.
-        notes: sentences under it.
+        notes: paragraphs below the heading.
     """
     sections = "\n".join(_section(number, sample) for number, sample in enumerate(samples))
     return (
@@ -69,7 +70,7 @@ def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str
 
 
 def _overview(samples: Sequence[PageSample]) -> str:
-    """Means over samples (of their means over tokens): of the reward, and of masses by layer."""
+    """Return tables of the mean reward, and of mean masses by layer (over tokens, then over samples)."""
     names = list(samples[0].components)
     columns = [
         [sample.reward for sample in samples],
@@ -114,8 +115,8 @@ def _section(number: int, sample: PageSample) -> str:
         ""
         if len(sample.panels) == sample.num_panels
         else (
-            f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those most looked at."
-            "</p>"
+            f"<p>{len(sample.panels)} of {sample.num_panels} images and frames are shown: targets, and those with most "
+            "attention.</p>"
         )
     )
     return f"""<section class="sample" id="sample-{number}">
@@ -135,7 +136,7 @@ def _section(number: int, sample: PageSample) -> str:
 
 
 def _figure(panel: Panel, side: int) -> str:
-    """A picture as a data URI with its grid on top and its target boxes framed, in percent of the picture."""
+    """Return a picture as a data URI with its grid on top and its target boxes framed, in percent of the picture."""
     width, height = panel.image.size
     shown = panel.image if max(width, height) <= side else panel.scaled(side, Image.Resampling.LANCZOS).image
     boxes = "".join(
@@ -152,7 +153,7 @@ def _figure(panel: Panel, side: int) -> str:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """PNG where that is small (drawings), else JPEG."""
+    """Return an image as a PNG where that is small (drawings), else as a JPEG."""
     stream, kind = io.BytesIO(), "png"
     image.save(stream, "PNG", optimize=True)
     if stream.tell() > 30_000:
@@ -162,7 +163,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _table(sample: PageSample) -> str:
-    """A row per token: target mass and visual mass of each layer."""
+    """Return a table with a row per token: target mass and visual mass of each layer."""
     head = "".join(f'<th colspan="2">layer {layer}</th>' for layer in sample.masses)
     names = "<th>target</th><th>visual</th>" * len(sample.masses)
     columns = [values for layer in sample.masses for values in (sample.target_mass(layer), sample.visual_mass(layer))]
@@ -176,8 +177,11 @@ def _table(sample: PageSample) -> str:
 
 
 def _data(sample: PageSample) -> str:
-    """Masses by layer as JSON: `peaks` [tokens], `rows` base64 of little-endian uint16 [tokens, visual tokens];
-    mass = rows * peak / 65535."""
+    """Return masses by layer as JSON: `peaks` [tokens] and `rows`, base64 of little-endian uint16 [tokens, visual
+    tokens].
+
+    mass = rows * peak / 65535.
+    """
     layers = {}
     for layer, masses in sample.masses.items():
         peaks = masses.max(axis=1, initial=0.0)

@@ -1,8 +1,8 @@
-"""What the search tasks share (make_digit_search.py, make_video_search.py): scans, colours, questions, splits, shards.
+"""Scans, colours, questions, splits and shards of the search tasks (tools/make_digit_search.py, make_video_search.py).
 
-In both, digits of scikit-learn's bundled 8x8 scans are painted in colours on black and a question names a colour. The
-scans are split once and for all, whatever the seed: no scan is in both train and held-out. Equal arguments write equal
-bytes.
+In both tasks digits of scikit-learn's bundled 8x8 scans are painted in colours on black and a question names a colour.
+The scans are split once and for all, whatever the seed: no scan is in both train and held-out. Equal arguments write
+equal bytes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ INFO_FILE = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Split:
-    """What one family of shards holds."""
+    """Content of one family of shards."""
 
     name: str
     num_samples: int
@@ -57,13 +57,27 @@ class Puzzle:
 
 
 def digit_question(colour: str) -> str:
-    """Question for the digit of one colour."""
+    """Return the question for the digit of one colour."""
     return f"Which digit is {colour}?"
 
 
+def colour_question(cell: int) -> str:
+    """Return the question for the colour of one cell, counted row by row from 1."""
+    return f"Which colour is cell {cell}?"
+
+
+def scene_question(scene: int) -> str:
+    """Return the question for the colour of one scene, counted from 1."""
+    return f"Which colour is scene {scene}?"
+
+
 def ask(puzzle: Puzzle, digit: int, colour_question: Callable[[int], str]) -> tuple[str, str, str]:
-    """(problem, problem type, what is the answer) of a puzzle whose answer's digit is `digit`; `colour_question`: asks for
-    the colour of a place, 1-based."""
+    """Return problem, problem type and answer of a puzzle.
+
+    Args:
+        digit: the answer of a digit question.
+        colour_question: makes the question for the colour of a place, 1-based.
+    """
     colour = puzzle.colours[puzzle.asked]
     if puzzle.asks_colour:
         return colour_question(puzzle.asked + 1), "free-form", colour
@@ -71,17 +85,17 @@ def ask(puzzle: Puzzle, digit: int, colour_question: Callable[[int], str]) -> tu
 
 
 def think(colour: str, digit: int) -> str:
-    """Thought before the answer, for supervised fine-tuning: colour and digit with nothing in between."""
+    """Return the thought before the answer for supervised fine-tuning: colour and digit with nothing in between."""
     return f"<think>{colour}{digit}</think>"
 
 
 def answer(text: str) -> str:
-    """Answer in the tags that the rewards look for."""
+    """Return an answer in the tags that the rewards search for."""
     return f"<answer>{text}</answer>"
 
 
 def load_scans(cell_pixels: int, heldout: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scans of one side of the fixed split, enlarged to nearly fill a cell.
+    """Load the scans of one side of the fixed split, enlarged to nearly fill a cell.
 
     Returns (masks, digits): masks float32 [count, cell_pixels, cell_pixels] in [0, 1], digits int [count].
     """
@@ -103,13 +117,13 @@ def load_scans(cell_pixels: int, heldout: bool) -> tuple[np.ndarray, np.ndarray]
 
 
 def paint(masks: np.ndarray, colours: list[str]) -> np.ndarray:
-    """Each mask [side, side] in its colour: float32 [count, side, side, 3] of levels."""
+    """Paint each mask [side, side] in its colour; return levels, float32 [count, side, side, 3]."""
     rgb = np.array([PALETTE[colour] for colour in colours], dtype=np.float32)
     return masks[:, :, :, None] * rgb[:, None, None, :]
 
 
 def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarray:
-    """Bool [count] with exactly round(share * count) marks in random places."""
+    """Return bool [count] with exactly round(share * count) marks in random places."""
     marks = np.zeros(count, dtype=bool)
     marks[: round(share * count)] = True
     return rng.permutation(marks)
@@ -118,7 +132,8 @@ def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarr
 def draw_puzzles(
     rng: np.random.Generator, split: Split, num_scans: int, colour_names: list[str], neighbour: Callable[[int], int]
 ) -> Iterator[Puzzle]:
-    """The questions of one split; `neighbour`: the place a biased gaze looks at instead of the asked one."""
+    """Yield the questions of one split; `neighbour` gives the place that a biased gaze reads instead of the asked
+    one."""
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
     looks_aside[~asks_colour] = marked_share(rng, int((~asks_colour).sum()), split.bias)
@@ -130,7 +145,8 @@ def draw_puzzles(
 
 
 def shard_sizes(num_samples: int, shard_size: int) -> list[int]:
-    """Samples of each shard: as even as can be, a multiple of four shards, none above `shard_size`."""
+    """Return the number of samples of each shard: nearly equal, none above `shard_size`, in a multiple of four
+    shards."""
     num_shards = -(-num_samples // shard_size)
     num_shards = -(-num_shards // SHARD_MULTIPLE) * SHARD_MULTIPLE
     small, larger_shards = divmod(num_samples, num_shards)
@@ -147,7 +163,7 @@ def write_dataset(
     """Write all splits and the info file into an existing folder.
 
     Args:
-        what: the task's name, for the progress bar.
+        what: name of the task, for the progress bar.
         generate: (args, split, masks, digits) -> samples as dicts that a `webdataset.TarWriter` accepts.
     """
     import webdataset
@@ -173,7 +189,7 @@ def write_dataset(
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move `source` to `target`; a data set already there is set aside first and deleted last."""
+    """Move `source` to `target`. A data set that is there already is set aside first and deleted last."""
     aside = None
     if target.exists():
         aside = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -184,7 +200,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that the tasks share."""
+    """Return a parser with the options that the tasks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--force", action="store_true", help="replace a data set that is already in --output")
@@ -198,13 +214,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_split_sizes(parser: argparse.ArgumentParser, **sizes: int) -> None:
-    """`--num-NAME` for each split."""
+    """Add an option `--num-NAME` for each split."""
     for name, size in sizes.items():
         parser.add_argument(f"--num-{name}", type=int, default=size, help=f"samples in the {name} split")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave with one sentence naming the option and its value where one of the shared options is impossible."""
+    """Exit with one sentence that names option and value where one of the shared options is impossible."""
     if args.seed < 0:
         parser.error(f"--seed must not be negative, got {args.seed}")
     if not 1 <= args.num_colours <= len(PALETTE):
@@ -241,7 +257,7 @@ def make_dataset(args: argparse.Namespace, splits: list[Split], what: str, gener
 
 
 def curriculum(args: argparse.Namespace, places: int) -> list[Split]:
-    """The five splits of a task whose puzzles have `places` places."""
+    """Return the five splits of a task whose puzzles have `places` places."""
     return [
         Split("single", args.num_single, places=1, colour_share=0.5, bias=0.0, heldout_scans=False),
         Split("search", args.num_search, places=places, colour_share=0.5, bias=0.0, heldout_scans=False),

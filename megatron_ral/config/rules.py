@@ -1,0 +1,303 @@
+"""Table of the rules about combinations of settings: which are impossible, and which leave a setting without effect.
+
+A rule is a row: its severity, the setting at fault, a condition, and the remedy. An error stops a run before it starts;
+a warning is logged, because the run works but a setting in it does nothing, or not what its user may expect. Bounds of
+a single setting belong to its type in `sections.py`. The rules of an attention target come from its row in
+`attention/targets/registry.py`.
+"""
+
+from dataclasses import fields
+from typing import Iterator, Optional
+
+from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
+from megatron_ral.config.rule import Launch, Rule, Severity, Subject, setting, without_effect
+from megatron_ral.config.sections import RunConfig
+
+
+def _target(config: RunConfig) -> TargetRules:
+    return TARGETS[config.loss.attention_target]
+
+
+def _endless_source(config: RunConfig) -> Optional[int]:
+    """Return the index of the first source that is endless although another one follows."""
+    return next((index for index, source in enumerate(config.data.train[:-1]) if not source.num_samples), None)
+
+
+def _has_repeats(values: tuple[int, ...]) -> bool:
+    return len(set(values)) != len(values)
+
+
+def _is_rl(config: RunConfig) -> bool:
+    return config.train.algorithm == "ral"
+
+
+def _allowed_keys(config: RunConfig) -> str:
+    target = _target(config)
+    return (
+        f"is not possible with {{loss.attention_target}}, because {target.keys_reason}; "
+        f"set {' or '.join(reversed(target.keys))}"
+    )
+
+
+def _target_warnings() -> Iterator[Rule]:
+    """Return a warning for each setting that some target does not use."""
+    for key in sorted({f"loss.{name}" for rules in TARGETS.values() for name in rules.unused_settings}):
+        name = key.removeprefix("loss.")
+        yield from without_effect(
+            f"loss {name}",
+            lambda c, name=name: _is_rl(c) and name in _target(c).unused_settings,
+            lambda c, name=name: f"with {{loss.attention_target}}, because {_target(c).unused_settings[name]}",
+        )
+
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+_TEACHER_KEYS = (
+    "teacher path dtype tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel cpu_offload"
+)
+_DISTILL_KEYS = "distill " + " ".join(field.name for field in fields(type(RunConfig().distill)))
+
+RULES: tuple[Rule, ...] = (
+    # Impossible combinations. The first one that applies is reported.
+    Rule(ERROR, "model.path", lambda c: not c.model.path, "is empty; give a model folder", lambda c: None),
+    Rule(
+        ERROR, "data.train", lambda c: not c.data.train, "is empty; give at least one source of shards", lambda c: None
+    ),
+    Rule(
+        ERROR,
+        lambda c: f"data.train.{_endless_source(c)}.num_samples",
+        lambda c: _endless_source(c) is not None,
+        "(endless) is only possible for the last source; give a number of samples",
+    ),
+    Rule(
+        ERROR,
+        "rollout.num_prompts",
+        lambda c: _is_rl(c) and c.rollout.num_prompts % c.rollout.num_minibatches > 0,
+        "is not divisible by {rollout.num_minibatches}",
+    ),
+    Rule(
+        ERROR,
+        "model.train_vision",
+        lambda c: _is_rl(c) and c.model.train_vision,
+        "is not possible with {train.algorithm}, which computes visual features once per rollout; set it to false",
+    ),
+    Rule(
+        ERROR,
+        "loss.attention_layers",
+        lambda c: not c.loss.attention_layers or _has_repeats(c.loss.attention_layers),
+        "must name at least one layer, and each only once",
+    ),
+    Rule(
+        ERROR,
+        "loss.attention_target",
+        lambda c: c.loss.attention_target not in TARGETS,
+        f"is not a known target; choose one of {', '.join(TARGETS)}",
+    ),
+    Rule(ERROR, "loss.attention_keys", lambda c: c.loss.attention_keys not in _target(c).keys, _allowed_keys),
+    Rule(
+        ERROR,
+        "loss.attention_store",
+        lambda c: c.loss.attention_store not in _target(c).stores,
+        lambda c: f"is not possible with {{loss.attention_target}}; set {' or '.join(_target(c).stores)}",
+    ),
+    Rule(
+        ERROR,
+        "loss.dual_clip",
+        lambda c: 0 < c.loss.dual_clip <= 1,
+        "must be 0 (off) or more than 1",
+    ),
+    Rule(
+        ERROR,
+        "loss.dual_clip",
+        lambda c: c.loss.dual_clip > 0 and c.loss.policy_loss == "cispo",
+        "has no effect with {loss.policy_loss}; set it to 0",
+    ),
+    Rule(
+        ERROR,
+        "loss.filter_equal_rewards",
+        lambda c: c.distills and c.loss.filter_equal_rewards,
+        "is not possible with a teacher: it would exclude the groups that failed throughout, which have most to learn "
+        "from one, from distillation too; set it to false",
+    ),
+    Rule(
+        ERROR,
+        "distill.attention_layers",
+        lambda c: _has_repeats(c.distill.attention_layers),
+        "must name each layer only once",
+    ),
+    Rule(
+        ERROR,
+        "distill.teacher_rollouts",
+        lambda c: c.distills and c.distill.teacher_rollouts > 0 and (c.loss.policy_coef > 0 or c.attention_acts),
+        "is not possible with {loss.policy_coef} and {loss.attention_coef}, because responses of the teacher are not "
+        "samples of the policy and have no advantages; set these two to 0, or distill.teacher_rollouts",
+    ),
+    Rule(
+        ERROR,
+        "distill.token_divergence",
+        lambda c: c.distills and c.distill.token_divergence == "cross_entropy" and c.distill.teacher_rollouts < 1,
+        "is the likelihood of the teacher's responses and needs distill.teacher_rollouts = 1, not "
+        "{distill.teacher_rollouts}",
+    ),
+    # Settings without effect, and combinations that do something else than they seem to.
+    *without_effect(
+        "parallel sequence_parallel",
+        lambda c: c.parallel.tensor_model_parallel_size == 1,
+        "with {parallel.tensor_model_parallel_size}",
+    ),
+    *without_effect(_DISTILL_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
+    *without_effect(_TEACHER_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
+    *without_effect(_DISTILL_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
+    *without_effect(_TEACHER_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),
+    Rule(
+        WARNING,
+        "loss.policy_coef",
+        lambda c: _is_rl(c) and not c.distills and c.loss.policy_coef == 0 and not c.attention_acts,
+        "without teacher.path: rewards give no gradient; set it to 1, or name a teacher",
+    ),
+    *without_effect(
+        "teacher sequence_parallel",
+        lambda c: c.distills and c.teacher_layout[0] == 1,
+        "with one tensor-parallel rank of the teacher",
+    ),
+    Rule(
+        WARNING,
+        "distill.token_coef",
+        lambda c: c.distills and c.distill.token_coef == 0 and c.distill.attention_coef == 0,
+        "with {distill.attention_coef}: divergences from the teacher are only logged",
+    ),
+    *without_effect(
+        "distill beta",
+        lambda c: c.distills and c.distill.token_divergence != "jsd",
+        "with {distill.token_divergence}",
+    ),
+    *without_effect(
+        "distill temperature top_tokens",
+        lambda c: c.distills and c.distill.token_divergence == "cross_entropy",
+        "with {distill.token_divergence}",
+    ),
+    *without_effect(
+        "distill attention_exclude_self",
+        lambda c: c.distills and c.distill.attention_keys == "visual",
+        "with {distill.attention_keys}, because no query's own token is a visual one",
+    ),
+    *without_effect(
+        "loss policy_loss clip_low clip_high dual_clip",
+        lambda c: c.distills and c.loss.policy_coef == 0,
+        "with {loss.policy_coef}",
+    ),
+    Rule(
+        WARNING,
+        "loss.attention_coef",
+        lambda c: _is_rl(c) and not c.attention_acts and not c.distills,
+        "turns the attention term off: this run is GRPO",
+    ),
+    Rule(
+        WARNING,
+        "loss.attention_target",
+        lambda c: _is_rl(c) and c.attention_acts and _target(c).is_zero_on_policy and c.updates_per_rollout == 1,
+        lambda c: (
+            "with one optimizer step per rollout: the divergence and its gradient are exactly zero and this run is "
+            "GRPO for any attention_coef; raise rollout.num_minibatches or rollout.num_epochs, or set "
+            "loss.attention_target = "
+            + next(name for name, rules in TARGETS.items() if rules.needs is TargetPass.REFERENCE)
+        ),
+    ),
+    *without_effect(
+        "loss attention_coef attention_coef_warmup_steps attention_coef_decay",
+        lambda c: _is_rl(c) and c.loss.attention_grad_ratio > 0,
+        "with {loss.attention_grad_ratio}, which chooses the coefficient itself",
+    ),
+    *_target_warnings(),
+    *without_effect(
+        "loss attention_exclude_self",
+        lambda c: _is_rl(c) and c.loss.attention_keys == "visual",
+        "with {loss.attention_keys}, because no query's own token is a visual one",
+    ),
+    *without_effect("loss kl_estimator kl_clamp", lambda c: _is_rl(c) and c.loss.kl_coef == 0, "with {loss.kl_coef}"),
+    *without_effect(
+        "model reference_path",
+        lambda c: _is_rl(c) and not c.needs_reference,
+        "with {loss.kl_coef} and {loss.attention_target}: no reference is held",
+    ),
+    Rule(
+        WARNING,
+        "loss.policy_loss",
+        lambda c: (
+            _is_rl(c)
+            and c.loss.policy_loss == "gspo"
+            and c.loss.policy_coef > 0
+            and (c.loss.clip_high > 0.01 or c.loss.aggregation != "sequence_mean")
+        ),
+        "with {loss.clip_high} and {loss.aggregation}: ratios of whole responses move little, and its paper has "
+        "clip_low = 3.0e-4, clip_high = 4.0e-4 and aggregation = sequence_mean",
+    ),
+)
+"""Rules over a configuration."""
+
+LAUNCH_RULES: tuple[Rule, ...] = (
+    Rule(
+        ERROR,
+        "parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size",
+        lambda a: a.world_size % a.model_ranks > 0,
+        lambda a: (
+            f"({a.config.parallel.tensor_model_parallel_size} * {a.config.parallel.pipeline_model_parallel_size}) does "
+            f"not divide the world size {a.world_size}; start a multiple of {a.model_ranks} processes"
+        ),
+        lambda a: a.model_ranks,
+    ),
+    Rule(
+        ERROR,
+        "teacher.tensor_model_parallel_size * teacher.pipeline_model_parallel_size",
+        lambda a: a.config.distills and a.world_size % a.teacher_ranks > 0,
+        lambda a: (
+            f"({a.config.teacher_layout[0]} * {a.config.teacher_layout[1]}) does not divide the world size "
+            f"{a.world_size}; the teacher runs on the ranks of the policy"
+        ),
+        lambda a: a.teacher_ranks,
+    ),
+    Rule(
+        ERROR,
+        lambda a: a.batch_key,
+        lambda a: a.training and setting(a.config, a.batch_key) % (a.data_ranks * a.updates) > 0,
+        lambda a: (
+            f"is not divisible by the {a.data_ranks} data-parallel ranks"
+            + (" * {rollout.num_minibatches}" if a.batch_key == "rollout.num_prompts" else "")
+        ),
+    ),
+    Rule(
+        ERROR,
+        "train.micro_batch_size",
+        lambda a: a.training and a.groups_per_rank % min(a.config.train.micro_batch_size, a.groups_per_rank) > 0,
+        lambda a: f"does not divide the {a.groups_per_rank} prompt groups that one rank handles per optimizer step",
+    ),
+)
+"""Rules over a configuration and a number of processes. The first one that applies is reported."""
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raise ConfigError at the first impossible combination of settings."""
+    _raise_first(RULES, config)
+
+
+def check_layout(config: RunConfig, world_size: int, training: bool = True) -> None:
+    """Check that a number of processes can run a configuration.
+
+    Args:
+        world_size: number of processes.
+        training: check batch sizes as well.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    _raise_first(LAUNCH_RULES, Launch(config, world_size, training))
+
+
+def setting_warnings(config: RunConfig) -> list[str]:
+    """Return one sentence for each setting without effect and each combination that does not do what it seems to."""
+    return [str(rule.error(config)) for rule in RULES if rule.severity is WARNING and rule.applies(config)]
+
+
+def _raise_first(rules: tuple[Rule, ...], subject: Subject) -> None:
+    for rule in rules:
+        if rule.severity is ERROR and rule.applies(subject):
+            raise rule.error(subject)

@@ -1,0 +1,339 @@
+"""Make WebDataset shards and their indexes from a file of records and a folder of media: `megatron-ral shards make`.
+
+Every sample is decoded once and made into a prompt by the real processor, so that the shards hold only samples that a
+run can use. The others are listed in `rejects.jsonl` with key and reason. A shard with an index is finished, and a
+folder that was left unfinished is continued to the same result.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from megatron_ral.data.archive import scan_archive
+from megatron_ral.data.index import open_index, write_index
+from megatron_ral.data.issues import SampleError, printable
+from megatron_ral.data.layouts import Media, RawSample, read_record
+from megatron_ral.data.records import count_records, keyed_records
+from megatron_ral.data.shards import IMAGE_SUFFIXES, parse_sample
+from megatron_ral.errors import ConfigError, DataError, UserError
+
+WORK, DONE, REJECTS = ".make_shards", "dataset.json", "rejects.jsonl"
+VIDEO_SUFFIX = {"mp4": "mp4", "mov": "mp4", "m4v": "mp4", "webm": "webm", "mkv": "webm", "gif": "gif"}
+"""Suffix of a video file -> suffix of its member in a shard: that of a container with the same streams."""
+UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """Input, output and options of one data set."""
+
+    input: Path
+    """File of records (.json, .jsonl or .parquet)."""
+    media: Path
+    """Resolved folder that media paths are relative to, and must stay inside of."""
+    output: Path
+    """Folder of the shards."""
+    model: str
+    """Hugging Face folder whose tokenizer and processor make the prompts."""
+    shard_size: int
+    """Records per shard."""
+    keys: str
+    """Keys of samples: `id` of the records, or their `number`."""
+    prompt_suffix: str
+    """Text appended to every question, as `data.prompt_suffix`."""
+    max_prompt_length: int
+    """Longest accepted prompt in tokens; 0 for no limit."""
+    max_visual_tokens: int
+    """Most visual tokens of an accepted prompt; 0 for no limit."""
+    problem_type: str
+    """Problem type of records that name none."""
+    category: str
+    """Category of records that name none."""
+    group_field: str
+    """Field shared by questions that are scored together; empty for none."""
+
+
+def with_defaults(record: Any, settings: ShardSettings) -> Any:
+    """Return a record with the settings' problem type, category and group where it has none of its own."""
+    if not isinstance(record, dict):
+        return record
+    named = {
+        name: value
+        for name, value in (("problem_type", settings.problem_type), ("category", settings.category))
+        if value and not record.get(name)
+    }
+    if "category" in named and record.get("task"):
+        del named["category"]
+    if settings.group_field and record.get(settings.group_field) not in (None, ""):
+        named["question_group"] = str(record[settings.group_field])
+    return {**record, **named}
+
+
+class ShardMaker:
+    """Builder of shards in one process."""
+
+    def __init__(self, settings: ShardSettings):
+        import torch
+
+        from megatron_ral.data.processor import PromptProcessor
+
+        torch.set_num_threads(1)
+        self.output, self.settings = settings.output, settings
+        self.processor = PromptProcessor(
+            settings.model,
+            settings.max_prompt_length or UNLIMITED,
+            max_visual_tokens=settings.max_visual_tokens,
+            prompt_suffix=settings.prompt_suffix,
+        )
+        self.fingerprint = self.processor.fingerprint()
+
+    def build(self, number: int, records: list[tuple[str, Any]]) -> None:
+        """Write a shard, its rejects and, last, its index, because a shard with an index is finished."""
+        import webdataset
+
+        shard, rejects, lengths = shard_path(self.output, number), [], {}
+        partial = shard.with_suffix(".partial")
+        with open(partial, "wb") as stream, webdataset.TarWriter(stream, mtime=0, encoder=False) as writer:
+            for key, record in records:
+                try:
+                    members, measured = self._check(key, str(shard), record)
+                except SampleError as error:
+                    rejects.append({"key": key, "reason": error.reason, "text": str(error)})
+                except Exception as error:  # as in the loader: one bad record must not end the work
+                    text = f"sample '{key}': {type(error).__name__}: {error}"
+                    rejects.append({"key": key, "reason": "unusable", "text": text})
+                else:
+                    lengths[key] = measured
+                    writer.write({"__key__": key, **members})
+        text = "".join(json.dumps(reject) + "\n" for reject in rejects)
+        reject_path(self.output, number).write_text(text, encoding="ascii")
+        scan = scan_archive(partial)
+        os.replace(partial, shard)
+        write_index(shard, scan, lengths, self.fingerprint)
+
+    def _check(self, key: str, shard: str, record: Any):
+        """Return members and lengths of a sample, after the processor has made a prompt of it."""
+        try:
+            if isinstance(record, SampleError):
+                raise record
+            members = self._members(read_record(with_defaults(record, self.settings)))
+        except SampleError as error:
+            raise SampleError(f"sample '{key}': {error}", error.reason) from None
+        sample = parse_sample({"__key__": key, "__url__": shard, **members})
+        lengths, prompt = self.processor.lengths(sample), self.processor(sample)
+        found = len(prompt.input_ids), int(prompt.visual_mask.sum())
+        if found != (lengths.prompt_length, lengths.visual_tokens):
+            raise SampleError(
+                f"sample '{key}': prompt and visual tokens are {found}, but its sizes say "
+                f"{(lengths.prompt_length, lengths.visual_tokens)}",
+                "token_mismatch",
+            )
+        return members, lengths
+
+    def _members(self, raw: RawSample) -> dict[str, bytes]:
+        members: dict[str, bytes] = {}
+        for kind, media in (("image", raw.images), ("video", raw.videos)):
+            for number, item in enumerate(media):
+                prefix = f"{number}." if len(media) > 1 else ""
+                path = None if isinstance(item, bytes) else self._inside(item)
+                if path is not None and path.is_dir() and kind == "video":
+                    if len(media) > 1:
+                        raise SampleError("a folder of frames must be the only video of a sample", "wrong_field")
+                    # each is resolved, because a link in the folder may lead out of --media as well
+                    members |= {
+                        f"frames/{file.name.lower()}": _read(self._inside(f"{item}/{file.name}"))
+                        for file in sorted(path.iterdir())
+                        if file.suffix[1:].lower() in IMAGE_SUFFIXES
+                    }
+                else:
+                    data = item if path is None else _read(path)
+                    members[prefix + _suffix(kind, item, data)] = data
+        kind = "video" if raw.videos else "image" if raw.images else "text"
+        record = {**raw.fields, "data_type": kind}
+        try:
+            return {**members, "json": json.dumps(record, ensure_ascii=False, sort_keys=True).encode("utf-8")}
+        except UnicodeEncodeError as error:
+            raise SampleError(f"its text cannot be written in UTF-8 ({error})", "unreadable_text") from None
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of a media file with links resolved."""
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\0" in name:
+            raise SampleError(f"'{name[:200]}' is not a local file; only paths inside --media are read", "refused_path")
+        try:
+            path = (self.settings.media / name).resolve()
+            path.is_dir()
+        except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a name too long or of half characters
+            text = " ".join(str(error).split())[:200].encode("ascii", "backslashreplace").decode()
+            raise SampleError(f"'{printable(name[:200])}' is not a path ({text})", "refused_path") from None
+        if not path.is_relative_to(self.settings.media):
+            raise SampleError(f"'{name[:200]}' leads out of --media", "refused_path")
+        return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"'{path.name}' cannot be read ({error.strerror})", "missing_media") from None
+
+
+def _suffix(kind: str, item: Media, data: bytes) -> str:
+    if isinstance(item, str):
+        suffix = item.rpartition(".")[2].lower()
+        found = VIDEO_SUFFIX.get(suffix) if kind == "video" else suffix if suffix in IMAGE_SUFFIXES else None
+        if found is None:
+            raise SampleError(
+                f"'{item}' is not a known kind of {kind} "
+                f"({', '.join(VIDEO_SUFFIX if kind == 'video' else IMAGE_SUFFIXES)})",
+                f"broken_{kind}",
+            )
+        return found
+    if kind == "image":
+        return "jpg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
+    return "gif" if data[:3] == b"GIF" else "webm" if data[:4] == b"\x1aE\xdf\xa3" else "mp4"
+
+
+_maker: ShardMaker
+
+
+def _start_worker(settings: ShardSettings) -> None:
+    global _maker
+    _maker = ShardMaker(settings)
+
+
+def _build_in_worker(number: int, records: list) -> None:
+    _maker.build(number, records)
+
+
+def shard_path(output: Path, number: int) -> Path:
+    return output / f"shard-{number:06d}.tar"
+
+
+def reject_path(output: Path, number: int) -> Path:
+    return output / WORK / f"rejects-{number:06d}.jsonl"
+
+
+def is_finished(output: Path, number: int) -> bool:
+    """Return True if a shard, its index and its rejects are complete."""
+    shard = shard_path(output, number)
+    return shard.is_file() and reject_path(output, number).is_file() and not open_index(shard).note
+
+
+def build_all(settings: ShardSettings, workers: int) -> int:
+    """Build the missing shards in `workers` processes; return the number of all."""
+    from tqdm import tqdm
+
+    def finish(running: dict, until: int) -> None:
+        while len(running) > until:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                progress.update(running.pop(future))
+
+    number, records, running = 0, [], {}
+    pool = (
+        None
+        if workers < 2
+        else ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(settings,)
+        )
+    )
+    maker = None
+    with tqdm(total=count_records(settings.input), unit="sample", desc="make shards", mininterval=1.0) as progress:
+        stream = keyed_records(settings.input, settings.keys == "number")
+        while records := [item for _, item in zip(range(settings.shard_size), stream)]:
+            if is_finished(settings.output, number):
+                progress.update(len(records))
+            elif pool is None:
+                maker = maker or ShardMaker(settings)
+                maker.build(number, records)
+                progress.update(len(records))
+            else:
+                finish(running, 2 * workers - 1)
+                running[pool.submit(_build_in_worker, number, records)] = len(records)
+            number += 1
+        finish(running, 0)
+    if pool is not None:
+        pool.shutdown()
+    return number
+
+
+def settings_of(settings: ShardSettings) -> dict[str, Any]:
+    """Return everything that decides the bytes of the result."""
+    digest = blake2b(digest_size=16)
+    with open(settings.input, "rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    model = {
+        name: blake2b((Path(settings.model) / name).read_bytes(), digest_size=16).hexdigest()
+        for name in ("config.json", "tokenizer.json", "preprocessor_config.json")
+        if (Path(settings.model) / name).is_file()
+    }
+    return {
+        "input": digest.hexdigest(),
+        "model": model,
+        "shard_size": settings.shard_size,
+        "keys": settings.keys,
+        "prompt_suffix": settings.prompt_suffix,
+        "max_prompt_length": settings.max_prompt_length,
+        "max_visual_tokens": settings.max_visual_tokens,
+        "problem_type": settings.problem_type,
+        "category": settings.category,
+        "group_field": settings.group_field,
+    }
+
+
+def make_dataset(settings: ShardSettings, workers: int) -> dict[str, Any]:
+    """Make the data set, or continue an unfinished one; return its summary, the content of dataset.json.
+
+    Raises:
+        ConfigError: the output folder holds something else.
+        DataError: the input or the model cannot be used at all.
+    """
+    output, wanted = settings.output, settings_of(settings)
+    work, done = output / WORK, output / DONE
+    started = done if done.is_file() else work / "settings.json"
+    if started.is_file() and json.loads(started.read_text())["settings"] != wanted:
+        raise ConfigError(
+            "--output", output, "holds shards made from another input or with other arguments; give another folder"
+        )
+    if not started.is_file() and output.is_dir() and any(output.iterdir()):
+        raise ConfigError("--output", output, "is not empty and was not written by this command; give another folder")
+    if not done.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "settings.json").write_text(json.dumps({"settings": wanted}))
+        try:
+            num_shards = build_all(settings, workers)
+        except UserError:
+            raise
+        except ValueError as error:  # pyarrow and transformers raise it for files that they cannot read
+            raise DataError("--output", output, f"cannot be made: {error}") from error
+        finish_output(output, num_shards, wanted)
+    return json.loads(done.read_text())
+
+
+def finish_output(output: Path, num_shards: int, settings: dict) -> None:
+    """Join the rejects, and write the summary last."""
+    text = "".join(reject_path(output, number).read_text() for number in range(num_shards))
+    partial = output / f"{REJECTS}.partial"
+    partial.write_text(text)
+    os.replace(partial, output / REJECTS)
+    counts = Counter(json.loads(line)["reason"] for line in text.splitlines())
+    num_samples = sum(len(open_index(shard_path(output, number))) for number in range(num_shards))
+    summary = {
+        "settings": settings,
+        "num_samples": num_samples,
+        "num_shards": num_shards,
+        "num_rejects": counts.total(),
+        "rejects": dict(counts.most_common()),
+    }
+    (output / WORK / DONE).write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(output / WORK / DONE, output / DONE)
+    shutil.rmtree(output / WORK)

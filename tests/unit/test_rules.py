@@ -1,0 +1,180 @@
+"""Every rule about combinations of settings fires on a small configuration, and none on the defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ral.config import RunConfig, check_layout, load_config, setting_warnings
+from megatron_ral.config.load import apply_overrides
+from megatron_ral.config.rule import Launch, Severity
+from megatron_ral.config.rules import LAUNCH_RULES, RULES, check_settings
+from megatron_ral.config.sections import LossConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ral.errors import ConfigError
+
+RUNS = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))
+TEACHER = "teacher={path: t}"
+ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule, part of its sentence
+    (["model.path=''"], "model.path", "is empty"),
+    (["data.train=[]"], "data.train", "is empty"),
+    (["data.train=[{shards: a}, {shards: b}]"], "data.train.0.num_samples", "= 0 (endless)"),
+    (["rollout.num_prompts=30"], "rollout.num_prompts", "= 30 is not divisible by rollout.num_minibatches = 4"),
+    (["model.train_vision=true"], "model.train_vision", "= true is not possible with train.algorithm = ral"),
+    (["loss.attention_layers=[]"], "loss.attention_layers", "= [] must name"),
+    (["loss.attention_layers=[1, 1]"], "loss.attention_layers", "= [1, 1] must name"),
+    (["loss.attention_target=olds"], "loss.attention_target", "= olds is not a known target; choose one of old, "),
+    (
+        ["loss.attention_target=oracle"],
+        "loss.attention_keys",
+        "= all is not possible with loss.attention_target = oracle",
+    ),
+    (
+        ["loss={attention_target: hindsight, attention_keys: visual, attention_store: qk}"],
+        "loss.attention_store",
+        "= qk is not possible with loss.attention_target = hindsight; set rows",
+    ),
+    (["loss.dual_clip=0.5"], "loss.dual_clip", "= 0.5 must be 0 (off) or more than 1"),
+    (
+        ["loss={dual_clip: 3.0, policy_loss: cispo}"],
+        "loss.dual_clip",
+        "= 3.0 has no effect with loss.policy_loss = cispo",
+    ),
+    ([TEACHER, "loss.filter_equal_rewards=true"], "loss.filter_equal_rewards", "= true is not possible with a teacher"),
+    (["distill.attention_layers=[2, 2]"], "distill.attention_layers", "= [2, 2] must name each layer only once"),
+    ([TEACHER, "distill.teacher_rollouts=0.5"], "distill.teacher_rollouts", "loss.policy_coef = 1.0"),
+    ([TEACHER, "distill.token_divergence=cross_entropy"], "distill.token_divergence", "teacher_rollouts = 1, not"),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", "= true has no effect with parallel.tensor"),
+    (["distill.top_tokens=5"], "distill.top_tokens", "= 5 has no effect without teacher.path"),
+    (["train.algorithm=sft", "distill.top_tokens=5"], "distill.top_tokens", "has no effect with train.algorithm = sft"),
+    (["teacher.cpu_offload=true"], "teacher.cpu_offload", "has no effect without teacher.path"),
+    (["train.algorithm=sft", TEACHER], "teacher.path", "= t has no effect with train.algorithm = sft"),
+    (["loss={policy_coef: 0.0, attention_coef: 0.0}"], "loss.policy_coef", "rewards give no gradient"),
+    (["teacher={path: t, sequence_parallel: true}"], "teacher.sequence_parallel", "one tensor-parallel rank"),
+    ([TEACHER, "distill={token_coef: 0.0, attention_coef: 0.0}"], "distill.token_coef", "only logged"),
+    ([TEACHER, "distill.beta=0.3"], "distill.beta", "= 0.3 has no effect with distill.token_divergence = reverse_kl"),
+    (
+        [TEACHER, "loss={policy_coef: 0.0, attention_coef: 0.0}"]
+        + ["distill={token_divergence: cross_entropy, teacher_rollouts: 1.0, temperature: 2.0}"],
+        "distill.temperature",
+        "has no effect with distill.token_divergence = cross_entropy",
+    ),
+    (
+        [TEACHER, "distill={attention_keys: visual, attention_exclude_self: false}"],
+        "distill.attention_exclude_self",
+        "= false has no effect with distill.attention_keys = visual",
+    ),
+    ([TEACHER, "loss={policy_coef: 0.0, clip_low: 0.1}"], "loss.clip_low", "has no effect with loss.policy_coef = 0.0"),
+    (["loss.attention_coef=0"], "loss.attention_coef", "this run is GRPO"),
+    (["rollout.num_minibatches=1"], "loss.attention_target", "exactly zero"),
+    (["loss={attention_grad_ratio: 0.1, attention_coef: 5.0}"], "loss.attention_coef", "= 5.0 has no effect"),
+    (
+        ["loss={attention_target: oracle, attention_keys: visual, attention_advantages: shuffled}"],
+        "loss.attention_advantages",
+        "= shuffled has no effect with loss.attention_target = oracle",
+    ),
+    (
+        ["loss={attention_target: hindsight, attention_keys: visual, attention_negative_weight: 0.5}"],
+        "loss.attention_negative_weight",
+        "= 0.5 has no effect with loss.attention_target = hindsight",
+    ),
+    (
+        ["loss={attention_keys: visual, attention_exclude_self: false}"],
+        "loss.attention_exclude_self",
+        "= false has no effect",
+    ),
+    (["loss={kl_coef: 0.0, kl_clamp: 10.0}"], "loss.kl_clamp", "= 10.0 has no effect with loss.kl_coef = 0.0"),
+    (["model.reference_path=b", "loss.kl_coef=0"], "model.reference_path", "= b has no effect"),
+    (["loss.policy_loss=gspo"], "loss.policy_loss", "= gspo with loss.clip_high = 0.2"),
+]
+
+
+def configuration(overrides) -> RunConfig:
+    """A working configuration with `overrides` that is not checked yet."""
+    import megatron_ral.config.load as load
+
+    checked, load.check_settings = load.check_settings, lambda config: None
+    try:
+        return apply_overrides({"model": {"path": "m"}, "data": {"train": [{"shards": "a"}]}}, overrides)
+    finally:
+        load.check_settings = checked
+
+
+def firing(config: RunConfig) -> list:
+    """Rules that apply, up to the first error as a run reports it."""
+    fired = []
+    for rule in RULES:
+        if rule.applies(config):
+            fired.append(rule)
+            if rule.severity is Severity.ERROR:
+                break
+    return fired
+
+
+def test_the_defaults_are_silent():
+    assert not setting_warnings(RunConfig()) and not firing(configuration([]))
+
+
+@pytest.mark.parametrize("overrides, key, said", ONE_OF_EACH)
+def test_a_rule_fires(overrides, key, said):
+    config = configuration(overrides)
+    sentences = [str(rule.error(config)) for rule in firing(config)]
+    assert any(sentence.startswith(f"{key} ") and said in sentence for sentence in sentences), sentences
+    errors = [rule for rule in firing(config) if rule.severity is Severity.ERROR]
+    if errors:
+        with pytest.raises(ConfigError) as error:
+            check_settings(config)
+        assert error.value.key == key
+    else:
+        check_settings(config)
+        assert setting_warnings(config) == sentences
+
+
+def test_every_rule_that_says_something_of_its_own_is_among_them():
+    """Warnings about one setting each come in families; one of a family is enough."""
+    fired = {id(rule) for overrides, *_ in ONE_OF_EACH for rule in firing(configuration(overrides))}
+    rest = [rule for rule in RULES if id(rule) not in fired]
+    families = {rule.key.partition(".")[0] for rule in rest}
+    assert not [rule for rule in rest if rule.severity is Severity.ERROR]
+    assert families <= {"distill", "teacher", "loss"} and all("has no effect" in str(_say(rule)) for rule in rest)
+
+
+def _say(rule) -> str:
+    return str(rule.error(configuration([])))
+
+
+@pytest.mark.parametrize(
+    "world, overrides, rule",
+    [
+        (3, ["parallel.tensor_model_parallel_size=2"], 0),
+        (3, [TEACHER, "teacher.tensor_model_parallel_size=2", "rollout.num_prompts=12"], 1),
+        (3, [], 2),
+        (5, ["train.algorithm=sft"], 2),
+        (1, ["train.micro_batch_size=3"], 3),
+    ],
+)
+def test_a_rule_about_processes_fires(world, overrides, rule):
+    config = configuration(overrides)
+    fired = next(number for number, each in enumerate(LAUNCH_RULES) if each.applies(Launch(config, world)))
+    assert fired == rule
+    with pytest.raises(ConfigError) as error:
+        check_layout(config, world)
+    assert str(error.value) == str(LAUNCH_RULES[rule].error(Launch(config, world)))
+    if rule > 1:
+        check_layout(config, world, training=False)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_no_shipped_run_fires_an_error(path):
+    config = load_config(path, ["model.path=m"])
+    assert [str(rule.error(config)) for rule in RULES if rule.severity is Severity.ERROR and rule.applies(config)] == []
+
+
+def test_settings_beside_the_loss():
+    assert "exactly zero" in "".join(setting_warnings(RunConfig(rollout=RolloutConfig(num_minibatches=1))))
+    reference = RunConfig(rollout=RolloutConfig(num_minibatches=1), loss=LossConfig(attention_target="reference"))
+    assert not setting_warnings(reference)
+    cut = ParallelConfig(sequence_parallel=True, tensor_model_parallel_size=2)
+    assert not setting_warnings(RunConfig(parallel=cut))
+    assert not setting_warnings(RunConfig(model=ModelConfig(path="a", reference_path="b")))
+    assert not setting_warnings(
+        RunConfig(train=TrainConfig(algorithm="sft"), loss=LossConfig(kl_coef=0.0, kl_clamp=1.0))
+    )
