@@ -36,7 +36,7 @@ THIRD_PARTIES = {
     "torch.distributed": ("parallel/", "compat/", "runtime/"),
     "deepspeed": ("engine/", "compat/"),
     "webdataset": ("data/shards.py", "data/shard_maker.py", "demo/"),
-    "tensorboard": ("training/logging/tensorboard.py",),
+    "tensorboard": ("training/logging/tensorboard.py", "demo/"),
     "torch.utils.tensorboard": ("training/logging/tensorboard.py",),
     "triton": ("attention/triton_kernels.py", "attention/triton_backend.py"),
 }
