@@ -108,8 +108,10 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     from megatron_ral.models.folder import config_folder
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
-    from megatron_ral.evaluation.evaluate import read_prompts, view_tokens
-    from megatron_ral.evaluation.attention_pictures import most_looked_at, sample_panels
+    from megatron_ral.evaluation.attention_pictures import most_attended, sample_panels
+    from megatron_ral.evaluation.generation import EvaluationSettings
+    from megatron_ral.evaluation.probes import view_tokens
+    from megatron_ral.evaluation.prompt_set import read_prompts
 
     config, shape = read_settings(arguments), read_shape(arguments.checkpoint, "CHECKPOINT")
     layers = shape.layer_indices(arguments.layers, "--layers")
@@ -124,10 +126,10 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
         )
     process_groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
     engine = FrozenEngine(shape, process_groups, config.model.dtype, arguments.checkpoint)
-    for view in view_tokens(engine, prompts, processor, config, layers):
+    for view in view_tokens(engine, prompts, processor, EvaluationSettings.from_config(config), layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))
-        shown = most_looked_at(panels, sum(rows.mean(axis=0) for rows in masses.values()))
+        shown = most_attended(panels, sum(rows.mean(axis=0) for rows in masses.values()))
         samples.append(
             PageSample(
                 sample.key,

@@ -69,7 +69,7 @@ def collect_rollout(
     prompts, rows, embeds, asked = ([values[index] for index in order] for values in (prompts, rows, embeds, asked))
     pad_token_id = processor.pad_token_id
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), rows, pad_token_id)
-    score = score_responses(everything, processor, config, engine)
+    score = score_responses(everything, processor, config.reward, engine)
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)

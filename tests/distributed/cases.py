@@ -26,7 +26,7 @@ from megatron_ral.parallel.collectives import gather_shards
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import assemble_minibatches
 from megatron_ral.rollout.collect import RolloutBatch
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.objectives.objective import RalObjective, finish_metrics
 from megatron_ral.types import GroupBatch, Score, TrainBatch, pad_prompts
 

@@ -16,7 +16,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import another_layout, start_groups, stop_groups
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.objectives.distillation import DistillTerm
 from megatron_ral.objectives.objective import finish_metrics
 from megatron_ral.training.step import add_teacher_outputs

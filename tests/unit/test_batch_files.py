@@ -10,7 +10,7 @@ from megatron_ral.training.replay_files import pack, unpack
 from megatron_ral.types import GroupBatch, StepTotals, TrainBatch, pad_prompts, to_device
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 
 
 def same(one, other) -> bool:
