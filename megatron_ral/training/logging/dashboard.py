@@ -1,9 +1,6 @@
-"""What TensorBoard shows first, as data: curves that belong on one chart, and what runs are compared by."""
+"""Charts of a run, and the settings and figures by which runs are compared."""
 
-import dataclasses
-from typing import Any
-
-from megatron_ral.config import RunConfig
+from typing import Any, Mapping
 
 LAYOUT = {
     "reward": {
@@ -58,35 +55,44 @@ FINAL = {
     "completions/mean_length": 10,
     "throughput/samples_per_second": 10,
 }
-"""Tag -> of how many of its last values the mean is what a run is compared by, as `final/<tag>`."""
+"""Tag -> number of its last values whose mean is logged as `final/<tag>`, by which runs are compared."""
 
 
-def method(config: RunConfig) -> str:
-    """One word for what a run is: sft, distill, ral, ral+distill, or its policy loss (grpo, gspo, cispo)."""
-    if config.train.algorithm == "sft":
+def method_name(algorithm: str, policy_loss: str, *, trains_attention: bool, distills: bool) -> str:
+    """Return one word for the method of a run: sft, distill, ral, ral+distill, or its policy loss (grpo, gspo, cispo).
+
+    Args:
+        algorithm: train.algorithm.
+        policy_loss: loss.policy_loss.
+        trains_attention: Whether the attention term has a gradient.
+        distills: Whether the run has a teacher.
+    """
+    if algorithm == "sft":
         return "sft"
-    names = [name for name, acts in (("ral", config.attention_acts), ("distill", config.distills)) if acts]
-    return "+".join(names) or config.loss.policy_loss
+    names = [name for name, acts in (("ral", trains_attention), ("distill", distills)) if acts]
+    return "+".join(names) or policy_loss
 
 
-def flat_settings(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """Every setting by dotted key, what is no scalar as text, and `_method`, which sorts before them in HPARAMS."""
-    flat: dict[str, bool | int | float | str] = {"_method": method(config)}
+def hyperparameters(settings: Mapping[str, Any], method: str) -> dict[str, bool | int | float | str]:
+    """Return every setting as a scalar or text, after `_method`, which thus is the first column of HPARAMS.
 
-    def walk(value: Any, key: str) -> None:
-        if dataclasses.is_dataclass(value):
-            for item in dataclasses.fields(value):
-                walk(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
-        elif isinstance(value, (tuple, list)) and value and dataclasses.is_dataclass(value[0]):
-            for index, item in enumerate(value):
-                walk(item, f"{key}.{index}")
-        elif isinstance(value, dict) and value:
-            for name, item in value.items():
-                walk(item, f"{key}.{name}")
-        elif isinstance(value, (tuple, list, dict)):
-            flat[key] = ", ".join(map(str, value))
+    Items of a list of sections get keys of their own (`data.train.0.shards`).
+
+    Args:
+        settings: Settings of a run with plain values by dotted key.
+        method: Method of the run.
+    """
+    flat: dict[str, bool | int | float | str] = {"_method": method}
+    for key, value in settings.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, section in enumerate(value):
+                flat |= {f"{key}.{index}.{name}": _scalar(item) for name, item in section.items()}
         else:
-            flat[key] = "" if value is None else value
-
-    walk(config, "")
+            flat[key] = _scalar(value)
     return flat
+
+
+def _scalar(value: Any) -> bool | int | float | str:
+    if isinstance(value, (tuple, list, dict)):
+        return ", ".join(map(str, value))
+    return "" if value is None else value
