@@ -65,8 +65,8 @@ def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
     A lone image stands on the left, with the heat map over it on the right, and the teacher's heat map after that.
     Several images, or a video, make a contact sheet: the heat map stands under each image or sampled frame, in shares
     of all visual tokens, with the teacher's heat map under it. Both frames of a temporal patch show the heat of that
-    patch. A sheet shows at most 16 frames: the targets first, then the frames with the most attention. A white outline marks
-    each target box, a white label each frame that has one.
+    patch. A sheet shows at most 16 frames: the targets first, then the frames with the most attention. A white outline
+    marks each target box, a white label each frame that has one.
 
     Args:
         view: Probe with at least one image or video.

@@ -3,7 +3,7 @@
 The category of a sample is its field `category` (a task of MuirBench or MVBench, a question kind of V*, the human and
 augmented halves of ChartQA), else its `problem_type`. Some samples name a `question_group` (MME asks two questions
 about a picture). For them the table also has the share of question groups in which every question is answered
-correctly. This share is MME's accuracy+, and the MME score of a category is 100 times the sum of accuracy and accuracy+.
+correctly. This share is MME's accuracy+; the MME score of a category is 100 times the sum of accuracy and accuracy+.
 """
 
 import json
