@@ -193,7 +193,11 @@ def test_settings_are_saved_and_read_back(tmp_path):
             "data.train",
             "",
         ),
-        (lambda tree: tree["reward"]["functions"].update(f={"path": "a:b", "weight": 1.0}), "reward.functions", ""),
+        (
+            lambda tree: tree["reward"]["functions"].update(f={"path": "a:b", "weight": 1.0}),
+            "reward.functions.f.path",
+            "= nothing but",
+        ),
     ],
 )
 def test_other_settings_are_refused_by_their_key(tmp_path, change, key, said):

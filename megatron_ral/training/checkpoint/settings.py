@@ -94,7 +94,11 @@ def check_settings(settings: CheckpointSettings, checkpoint: Path) -> None:
     Raises:
         CheckpointError: A setting outside `FREE_SETTINGS` differs.
     """
-    now, saved = settings.values, flat_settings(read_saved_config(checkpoint))
+    # An empty mapping is left out, so that an entry of a mapping that only one side has is named by its own key.
+    now, saved = (
+        {key: value for key, value in values.items() if value != {}}
+        for values in (settings.values, flat_settings(read_saved_config(checkpoint)))
+    )
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
             raise CheckpointError(
