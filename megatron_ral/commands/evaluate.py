@@ -68,8 +68,10 @@ def main(argv: Arguments = None) -> int:
 
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.settings import EngineSettings
-    from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, left_out_by_reason, say_what_is_scored
-    from megatron_ral.evaluation.tables import BenchmarkTable, ResultKeeper, sample_prompts, write_completions
+    from megatron_ral.evaluation.evaluate import evaluate_prompts, sample_prompts
+    from megatron_ral.evaluation.generation import EvaluationSettings
+    from megatron_ral.evaluation.prompt_set import PromptSet, left_out_by_reason, warn_about_prompts
+    from megatron_ral.evaluation.tables import BenchmarkTable, ResultCollector, write_completions
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
 
     started = time.perf_counter()
@@ -81,7 +83,7 @@ def main(argv: Arguments = None) -> int:
     )
     is_main, layout = process_groups.layout.rank == 0, process_groups.layout
     if is_main:
-        say_what_is_scored(source, config)
+        warn_about_prompts(source, config.logging.num_eval_prompts, config.reward.accuracy)
     prompts = PromptSet(
         source.shards,
         processor,
@@ -92,13 +94,13 @@ def main(argv: Arguments = None) -> int:
     )
     with one_sentence():  # an AgreedError
         engine = FrozenEngine(shape, process_groups, EngineSettings(path, config.model.dtype))
-    kept, share = ResultKeeper(), prompts.size(source)
+    collector, share, settings = ResultCollector(), prompts.size(source), EvaluationSettings.from_config(config)
     with tqdm(total=share, desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
-        result = evaluate_prompts(engine, prompts, processor, config, layer, bar.update, kept.greedy)
+        result = evaluate_prompts(engine, prompts, processor, settings, layer, bar.update, collector.add_greedy)
     if arguments.samples:
         with tqdm(total=share, desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
-            sample_prompts(engine, prompts, processor, config, arguments.samples, kept.sampled, bar.update)
-    results, left_out = kept.gather(process_groups), left_out_by_reason(source, prompts, process_groups)
+            sample_prompts(engine, prompts, processor, settings, arguments.samples, collector.add_sampled, bar.update)
+    results, left_out = collector.gather(process_groups), left_out_by_reason(source, prompts, process_groups)
     if is_main:
         record = {
             **dataclasses.asdict(result),

@@ -1,1 +1,1 @@
-"""Held-out evaluation: prompts, tables by category, probes and pictures of attention."""
+"""Held-out evaluation: prompts, responses, tables by category, probes and attention pictures."""

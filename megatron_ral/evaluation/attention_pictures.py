@@ -1,5 +1,8 @@
-"""Pictures of attention: an image, and beside it the heat map of the response rows with the asked cell outlined; with a
-teacher, its heat map of the same rows as a third. Several images, or the frames of a video, make a contact sheet."""
+"""Pictures of attention: an image beside the heat map of its response rows, target boxes outlined.
+
+With a teacher, a third picture shows the teacher's heat map of the same rows. Several images, or the frames of a video,
+make a contact sheet.
+"""
 
 import io
 from dataclasses import dataclass, replace
@@ -11,15 +14,19 @@ from torch import Tensor
 
 from megatron_ral.data.targets import in_span
 from megatron_ral.data.video import VideoSettings, read_clip
-from megatron_ral.evaluation.evaluate import ProbeView
+from megatron_ral.evaluation.probes import ProbeView
 from megatron_ral.types import Box, Prompt
 
 _SIDE = 224
+"""Pixels of the longer side of a lone image."""
 _SHEET_SIDE = 112
+"""Pixels of the longer side of an image on a contact sheet."""
 _SHEET_COLUMNS = 8
 _SHEET_PANELS = 16
 _LABEL = 16
+"""Height of a label in pixels."""
 _GAP = 8
+"""Pixels between pictures."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,20 @@ class Panel:
     image: Image.Image
     label: str
     boxes: Sequence[Box]
-    """Target boxes in pixels of the image; none: it is no target."""
+    """Target boxes in pixels of the image; empty where the image is no target."""
     first_token: int
-    """Of its visual tokens, counted over the prompt's."""
+    """Index of its first visual token among the visual tokens of the prompt."""
     rows: int
+    """Rows of its grid of visual tokens."""
     columns: int
+    """Columns of its grid of visual tokens."""
 
     def tokens(self, masses: np.ndarray) -> np.ndarray:
-        """[rows, columns] of a value per visual token of the prompt."""
+        """Return the panel's part, [rows, columns], of one value per visual token of the prompt."""
         return masses[self.first_token : self.first_token + self.rows * self.columns].reshape(self.rows, self.columns)
 
     def scaled(self, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> "Panel":
-        """The same with its longer side of `side` pixels."""
+        """Return the panel resized to `side` pixels on its longer side."""
         scale = side / max(self.image.size)
         size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
         return replace(
@@ -51,17 +60,20 @@ class Panel:
 
 
 def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
-    """Picture of one probe.
+    """Return the picture of one probe.
+
+    A lone image stands on the left, with the heat map over it on the right, and the teacher's heat map after that.
+    Several images, or a video, make a contact sheet: the heat map stands under each image or sampled frame, in shares
+    of all visual tokens, with the teacher's heat map under it. Both frames of a temporal patch show the heat of that
+    patch. A sheet shows at most 16 frames: the targets first, then the frames with the most attention. A white outline
+    marks each target box, a white label each frame that has one.
 
     Args:
-        view: probe with at least one image or video.
-        settings: how the checkpoint reads a video.
+        view: Probe with at least one image or video.
+        settings: Rules by which the checkpoint samples a video.
 
     Returns:
-        [height, width, 3] uint8. One image: image | heat map over it (| the teacher's). Otherwise a contact sheet: under
-        each image or sampled frame its heat map (and the teacher's), in shares of all visual tokens; both frames of a
-        temporal patch show that patch's. Of more than 16 frames the targets and those most looked at are shown. A white
-        frame marks each target box, a white label each frame with one.
+        [height, width, 3] uint8.
     """
     panels = list(sample_panels(view.prompt, settings))
     shares = [
@@ -70,12 +82,21 @@ def attention_picture(view: ProbeView, settings: VideoSettings) -> np.ndarray:
     if len(panels) == 1 and not view.prompt.is_video.any():
         pictures = _pictures(panels[0].scaled(_SIDE), shares)
         return _joined(pictures, len(pictures))
-    columns = [_column(panel.scaled(_SHEET_SIDE), shares) for panel in most_looked_at(panels, shares[0])]
+    columns = [_column(panel.scaled(_SHEET_SIDE), shares) for panel in most_attended(panels, shares[0])]
     return _joined(columns, _SHEET_COLUMNS)
 
 
-def most_looked_at(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHEET_PANELS) -> list[Panel]:
-    """Those with targets, then those with the largest sum of `share` (a value per visual token), in their own order."""
+def most_attended(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHEET_PANELS) -> list[Panel]:
+    """Select at most `limit` panels: those with targets first, then those with the most attention.
+
+    Args:
+        panels: Panels of one prompt.
+        share: [visual tokens], share of the attention on each visual token of the prompt.
+        limit: Largest number of panels.
+
+    Returns:
+        The selected panels in their original order.
+    """
     chosen = sorted(
         range(len(panels)),
         reverse=True,
@@ -85,7 +106,7 @@ def most_looked_at(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHE
 
 
 def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
-    """Images and sampled frames of a prompt in the order of their tokens."""
+    """Yield the images and sampled frames of a prompt in the order of their visual tokens."""
     sample, start = prompt.sample, 0
     for number, (grid, is_video) in enumerate(zip(prompt.grid_thw.tolist(), prompt.is_video.tolist())):
         rows, columns = (value // settings.merge_size for value in grid[1:])
@@ -98,7 +119,7 @@ def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
             shown = [in_span(clip.timestamps, span) for span in spans]
             for index, frame in enumerate(clip.frames):
                 image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-                whole = (0.0, 0.0, *map(float, image.size))
+                whole = (0.0, 0.0, float(image.width), float(image.height))
                 boxes = [box for span, where in zip(spans, shown) if where[index] for box in span.boxes or (whole,)]
                 token = start + index // settings.temporal_patch_size * rows * columns
                 yield Panel(image, f"{clip.timestamps[index]:.1f} s", boxes, token, rows, columns)
@@ -106,12 +127,12 @@ def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
 
 
 def _share(attention: Tensor) -> np.ndarray:
-    """Of the mass on all visual tokens."""
+    """Return the attention on each visual token as a share of the attention on all of them."""
     return attention.numpy() / max(float(attention.sum()), 1e-30)
 
 
 def _pictures(panel: Panel, shares: Sequence[np.ndarray]) -> list[Image.Image]:
-    """The image and its heat maps, target boxes framed."""
+    """Return the image and its heat maps, with the target boxes outlined."""
     pictures = [panel.image] + [_overlay(panel.image, panel.tokens(share), float(share.max())) for share in shares]
     for picture in pictures:
         draw = ImageDraw.Draw(picture)
@@ -121,7 +142,7 @@ def _pictures(panel: Panel, shares: Sequence[np.ndarray]) -> list[Image.Image]:
 
 
 def _column(panel: Panel, shares: Sequence[np.ndarray]) -> Image.Image:
-    """Label, image and heat maps under one another."""
+    """Return a column of a contact sheet: label, image and heat maps."""
     pictures = _pictures(panel, shares)
     column = Image.new("RGB", (_SHEET_SIDE, _LABEL + len(pictures) * (_SHEET_SIDE + 2)), "gray")
     draw = ImageDraw.Draw(column)
@@ -134,7 +155,7 @@ def _column(panel: Panel, shares: Sequence[np.ndarray]) -> Image.Image:
 
 
 def _joined(pictures: Sequence[Image.Image], per_line: int) -> np.ndarray:
-    """Pictures of one size side by side on white, `per_line` of them before the next line begins."""
+    """Return pictures of one size on a white ground, `per_line` of them side by side."""
     width, height = pictures[0].size
     columns, lines = min(per_line, len(pictures)), -(-len(pictures) // per_line)
     joined = Image.new("RGB", (columns * (width + _GAP) - _GAP, lines * (height + _GAP) - _GAP), "white")
@@ -144,13 +165,15 @@ def _joined(pictures: Sequence[Image.Image], per_line: int) -> np.ndarray:
 
 
 def _overlay(plain: Image.Image, share: np.ndarray, peak: float) -> Image.Image:
-    """The image under the heat map of `share` [rows, columns], white at `peak`, with percentages where the cells are
-    large enough."""
+    """Return the image under the heat map of `share` [rows, columns], which is white at `peak`.
+
+    Percentages are written into the cells where these are large enough.
+    """
     rows, columns = share.shape
     heat = Image.fromarray(colour(share / max(peak, 1e-30))).resize(plain.size, Image.Resampling.NEAREST)
     overlay = Image.blend(plain, heat, 0.6)
     draw = ImageDraw.Draw(overlay)
-    if rows * columns <= 64:  # larger grids: the colours alone
+    if rows * columns <= 64:  # the cells of a larger grid have no room for text
         for row in range(rows):
             for column in range(columns):
                 draw.text(
@@ -165,6 +188,6 @@ def _overlay(plain: Image.Image, share: np.ndarray, peak: float) -> Image.Image:
 
 
 def colour(level: np.ndarray) -> np.ndarray:
-    """Black - red - yellow - white for 0..1."""
+    """Map levels in [0, 1] to [..., 3] uint8 colours from black over red and yellow to white."""
     channels = [np.clip(3 * level - offset, 0, 1) for offset in range(3)]
     return (np.stack(channels, axis=-1) * 255).astype(np.uint8)

@@ -1,9 +1,9 @@
-"""An evaluation prompt by prompt: kept, gathered over ranks, tabled by category, written as JSON lines.
+"""Results of an evaluation prompt by prompt: gathered over ranks, tabled by category, written as JSON lines.
 
-A category is a sample's field `category` (a task of MuirBench or MVBench, a question kind of V*, the human and augmented
-halves of ChartQA), else its `problem_type`. Where samples name a `question_group` (MME asks two questions of a picture),
-the share of groups in which every question is right is tabled too (MME: accuracy+; a category's MME score is 100 times
-the sum of both).
+The category of a sample is its field `category` (a task of MuirBench or MVBench, a question kind of V*, the human and
+augmented halves of ChartQA), else its `problem_type`. Some samples name a `question_group` (MME asks two questions
+about a picture). For them the table also has the share of question groups in which every question is answered
+correctly. This share is MME's accuracy+; the MME score of a category is 100 times the sum of accuracy and accuracy+.
 """
 
 import json
@@ -11,30 +11,26 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from megatron_ral.config import RunConfig
-from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
-from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.rollout.scoring import score_responses
 from megatron_ral.types import Prompt, ResponseBatch, Sample, Score
 
 UNCATEGORISED = "(none)"
+"""Category of samples that name neither a category nor a problem type."""
 
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """One response with what the reward made of it."""
+    """One response and its reward."""
 
     text: str
     finished: bool
-    """Ended by itself rather than at the length limit."""
+    """Whether the response ended by itself rather than at the length limit."""
     reward: float
     parts: Mapping[str, float]
-    """Parts of the reward before weighting: accuracy, format, unparsed, ..."""
+    """Parts of the reward by name before weighting: accuracy, format, unparsed, ..."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +38,20 @@ class PromptResult:
     """One prompt with its responses."""
 
     sample: Sample
+    """Sample without its pictures and videos."""
     prompt_tokens: int
+    """Number of prompt tokens, visual tokens included."""
     visual_tokens: int
     greedy: ScoredResponse
     sampled: tuple[ScoredResponse, ...] = ()
 
     @property
     def category(self) -> str:
+        """Row of the table that this prompt counts in."""
         return self.sample.category or self.sample.problem_type or UNCATEGORISED
 
     def record(self) -> dict[str, Any]:
-        """What is written of it as JSON."""
+        """Return the JSON object of this prompt."""
         sample = self.sample
         record = {
             "key": sample.key,
@@ -69,19 +68,63 @@ class PromptResult:
 
 
 class Figure(NamedTuple):
-    """A mean and its standard error (None from a single value)."""
+    """A mean and its standard error (None for a single value)."""
 
     mean: float
     error: Optional[float]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        """s = sqrt(sum (v - mean)^2 / (n - 1)), error = s / sqrt(n)."""
+        """Return the mean of n >= 1 values and its error s / sqrt(n), with s^2 = sum (v - mean)^2 / (n - 1)."""
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(statistics.fmean(values), error)
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.error is None else f" +- {self.error:.3f}")
+
+    def record(self, name: str) -> dict[str, Optional[float]]:
+        """Return the JSON fields of this figure: the mean under `name`, its standard error under `<name>_error`."""
+        return {name: self.mean, f"{name}_error": self.error}
+
+
+@dataclass(frozen=True)
+class SampledFigures:
+    """Figures of sampled responses, over prompts."""
+
+    accuracy: Figure
+    """Mean accuracy of a prompt's sampled responses."""
+    best_of_n: Figure
+    """Best accuracy of a prompt's sampled responses: pass@n where accuracy is 0 or 1."""
+
+    @classmethod
+    def of(cls, results: Sequence[PromptResult]) -> Optional["SampledFigures"]:
+        """Return the figures of the prompts that have sampled responses, None where no prompt has."""
+        accuracies = [[response.parts["accuracy"] for response in result.sampled] for result in results]
+        accuracies = [values for values in accuracies if values]
+        if not accuracies:
+            return None
+        return cls(
+            Figure.of([statistics.fmean(values) for values in accuracies]),
+            Figure.of([max(values) for values in accuracies]),
+        )
+
+
+@dataclass(frozen=True)
+class QuestionGroupFigures:
+    """Figures of question groups: questions that are asked about the same picture."""
+
+    num_groups: int
+    all_right: Figure
+    """Share of question groups in which every question is answered correctly."""
+
+    @classmethod
+    def of(cls, results: Sequence[PromptResult]) -> Optional["QuestionGroupFigures"]:
+        """Return the figures of the question groups among the results, None where there is no question group."""
+        all_right: dict[str, bool] = {}
+        for result in results:
+            if name := result.sample.question_group:
+                all_right[name] = all_right.get(name, True) and result.greedy.parts["accuracy"] >= 1.0
+        return cls(len(all_right), Figure.of([float(right) for right in all_right.values()])) if all_right else None
 
 
 @dataclass(frozen=True)
@@ -90,67 +133,55 @@ class CategoryRow:
 
     num_prompts: int
     accuracy: Figure
-    """Greedy, over prompts."""
+    """Accuracy of the greedy responses, over prompts."""
     format_rate: float
+    """Share of greedy responses in the required format."""
     unparsed_rate: float
-    sampled_accuracy: Optional[Figure] = None
-    """Over prompts, of the mean of a prompt's sampled responses."""
-    best_of_n: Optional[Figure] = None
-    """Over prompts, of the best of a prompt's sampled responses: pass@n where accuracy is 0 or 1."""
-    num_groups: int = 0
-    all_right: Optional[Figure] = None
-    """Over question groups, whether every question of the group is right."""
+    """Share of greedy responses without exactly one answer tag."""
+    sampled: Optional[SampledFigures] = None
+    """Figures of sampled responses, where there are any."""
+    question_groups: Optional[QuestionGroupFigures] = None
+    """Figures of question groups, where there are any."""
 
     @classmethod
     def of(cls, results: Sequence[PromptResult]) -> "CategoryRow":
-        """Figures of at least one result."""
-        sampled = [[response.parts["accuracy"] for response in result.sampled] for result in results if result.sampled]
-        groups: dict[str, bool] = {}
-        for result in results:
-            if name := result.sample.question_group:
-                groups[name] = groups.get(name, True) and result.greedy.parts["accuracy"] >= 1.0
+        """Return the figures of at least one result."""
         return cls(
             num_prompts=len(results),
             accuracy=Figure.of([result.greedy.parts["accuracy"] for result in results]),
             format_rate=statistics.fmean(result.greedy.parts["format"] for result in results),
             unparsed_rate=statistics.fmean(result.greedy.parts["unparsed"] for result in results),
-            sampled_accuracy=Figure.of([statistics.fmean(row) for row in sampled]) if sampled else None,
-            best_of_n=Figure.of([max(row) for row in sampled]) if sampled else None,
-            num_groups=len(groups),
-            all_right=Figure.of([float(right) for right in groups.values()]) if groups else None,
+            sampled=SampledFigures.of(results),
+            question_groups=QuestionGroupFigures.of(results),
         )
 
     def record(self) -> dict[str, Any]:
-        """What is written of it as JSON: each figure under its name and, with _error, its standard error."""
-        record: dict[str, Any] = {}
-        for name in (
-            "num_prompts",
-            "accuracy",
-            "format_rate",
-            "unparsed_rate",
-            "sampled_accuracy",
-            "best_of_n",
-            "num_groups",
-            "all_right",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, Figure):
-                record |= {name: value.mean, f"{name}_error": value.error}
-            elif value is not None and not (name == "num_groups" and not value):
-                record[name] = value
+        """Return the JSON object of this row, without the figures that it does not have."""
+        record = {
+            "num_prompts": self.num_prompts,
+            **self.accuracy.record("accuracy"),
+            "format_rate": self.format_rate,
+            "unparsed_rate": self.unparsed_rate,
+        }
+        if self.sampled is not None:
+            record |= self.sampled.accuracy.record("sampled_accuracy") | self.sampled.best_of_n.record("best_of_n")
+        if self.question_groups is not None:
+            record |= {"num_groups": self.question_groups.num_groups}
+            record |= self.question_groups.all_right.record("all_right")
         return record
 
 
 @dataclass(frozen=True)
 class BenchmarkTable:
-    """All figures of an evaluation."""
+    """Figures of all prompts and of each category."""
 
     overall: CategoryRow
     categories: Mapping[str, CategoryRow] = field(default_factory=dict)
+    """Figures by category, in alphabetical order."""
 
     @classmethod
     def of(cls, results: Sequence[PromptResult]) -> "BenchmarkTable":
-        """Table of at least one result, categories in alphabetical order."""
+        """Return the table of at least one result."""
         names = sorted({result.category for result in results})
         return cls(
             CategoryRow.of(results),
@@ -159,56 +190,56 @@ class BenchmarkTable:
 
     @property
     def mean_of_categories(self) -> Figure:
-        """Greedy accuracy with every category alike: error = sqrt(sum error_c^2) / C."""
-        rows = [row.accuracy for row in self.categories.values()]
-        errors = [row.error for row in rows]
-        error = None if None in errors else math.sqrt(sum(value**2 for value in errors)) / len(rows)
-        return Figure(statistics.fmean(row.mean for row in rows), error)
+        """Mean of the categories' greedy accuracies, each category weighted alike: error = sqrt(sum error_c^2) / C."""
+        figures = [row.accuracy for row in self.categories.values()]
+        errors = [figure.error for figure in figures if figure.error is not None]
+        known = len(errors) == len(figures)
+        error = math.sqrt(sum(value**2 for value in errors)) / len(figures) if known else None
+        return Figure(statistics.fmean(figure.mean for figure in figures), error)
 
     def record(self) -> dict[str, Any]:
-        """Parts of the evaluation's JSON that are by category."""
-        mean = self.mean_of_categories
+        """Return the fields of the evaluation's JSON object that come from this table."""
         return {
             "overall": self.overall.record(),
-            "mean_of_categories": mean.mean,
-            "mean_of_categories_error": mean.error,
+            **self.mean_of_categories.record("mean_of_categories"),
             "categories": {name: row.record() for name, row in self.categories.items()},
         }
 
     def __str__(self) -> str:
-        """One line per category, then all prompts and, with several categories, their mean."""
-        lines, rows = [], {**self.categories, "all prompts": self.overall}
-        sampled, grouped = self.overall.sampled_accuracy is not None, self.overall.all_right is not None
-        heads = (
-            ["n", "accuracy", "format", "unparsed"]
-            + ["sampled", "best of n"] * sampled
-            + ["groups", "all right"] * grouped
-        )
-        for name, row in rows.items():
-            cells = [row.num_prompts, row.accuracy, f"{row.format_rate:.3f}", f"{row.unparsed_rate:.3f}"]
-            cells += [row.sampled_accuracy, row.best_of_n] * sampled
-            cells += [row.num_groups, "-" if row.all_right is None else row.all_right] * grouped
-            lines.append((name, [str(cell) for cell in cells]))
+        """Return one line per category, then all prompts and, with several categories, their mean."""
+        has_samples, has_groups = self.overall.sampled is not None, self.overall.question_groups is not None
+        heads = ["n", "accuracy", "format", "unparsed"]
+        heads += ["sampled", "best of n"] * has_samples + ["groups", "all right"] * has_groups
+        lines = [
+            (name, _cells(row, has_samples, has_groups))
+            for name, row in {**self.categories, "all prompts": self.overall}.items()
+        ]
         if len(self.categories) > 1:
             lines.append(("mean of categories", ["", str(self.mean_of_categories)]))
         first = max(len(name) for name, _ in lines)
         widths = [
-            max(len(row[index]) for row in [heads, *(cells for _, cells in lines)] if index < len(row)) + 2
+            max(len(cells[index]) for cells in [heads, *(cells for _, cells in lines)] if index < len(cells)) + 2
             for index in range(len(heads))
         ]
         return "\n".join(
-            [
-                " " * first + "".join(head.rjust(width) for head, width in zip(heads, widths)),
-                *(
-                    name.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
-                    for name, cells in lines
-                ),
-            ]
+            name.ljust(first) + "".join(cell.rjust(width) for cell, width in zip(cells, widths))
+            for name, cells in [("", heads), *lines]
         )
 
 
-def scored(responses: ResponseBatch, score: Score) -> Iterator[tuple[Prompt, tuple[ScoredResponse, ...]]]:
-    """Each prompt of a batch with its responses."""
+def _cells(row: CategoryRow, has_samples: bool, has_groups: bool) -> list[str]:
+    """Return the cells of a table's line."""
+    cells = [str(row.num_prompts), str(row.accuracy), f"{row.format_rate:.3f}", f"{row.unparsed_rate:.3f}"]
+    if has_samples:
+        cells += [str(row.sampled.accuracy), str(row.sampled.best_of_n)] if row.sampled is not None else ["-"] * 2
+    if has_groups:
+        groups = row.question_groups
+        cells += [str(groups.num_groups), str(groups.all_right)] if groups is not None else ["0", "-"]
+    return cells
+
+
+def scored_responses(responses: ResponseBatch, score: Score) -> Iterator[tuple[Prompt, tuple[ScoredResponse, ...]]]:
+    """Yield each prompt of a batch with its responses."""
     for b, prompt in enumerate(responses.prompts.prompts):
         yield (
             prompt,
@@ -224,17 +255,16 @@ def scored(responses: ResponseBatch, score: Score) -> Iterator[tuple[Prompt, tup
         )
 
 
-class ResultKeeper:
-    """Collects the results of this rank's prompts: the greedy responses to all of them, then the sampled ones in the same
-    order."""
+class ResultCollector:
+    """Results of this rank's prompts: the greedy responses to all of them, then sampled ones in the same order."""
 
     def __init__(self) -> None:
         self._results: list[PromptResult] = []
         self._num_sampled = 0
 
-    def greedy(self, responses: ResponseBatch, score: Score) -> None:
-        """Keep a batch of greedy responses, one per prompt; of a sample not its pictures."""
-        for prompt, [response] in scored(responses, score):
+    def add_greedy(self, responses: ResponseBatch, score: Score) -> None:
+        """Add a batch of greedy responses, one per prompt, without the pictures of their samples."""
+        for prompt, [response] in scored_responses(responses, score):
             self._results.append(
                 PromptResult(
                     replace(prompt.sample, images=(), videos=()),
@@ -244,49 +274,22 @@ class ResultKeeper:
                 )
             )
 
-    def sampled(self, responses: ResponseBatch, score: Score) -> None:
-        """Keep a batch of sampled responses."""
-        for prompt, group in scored(responses, score):
-            kept = self._results[self._num_sampled]
-            assert kept.sample.identity == prompt.sample.identity
-            self._results[self._num_sampled] = replace(kept, sampled=group)
+    def add_sampled(self, responses: ResponseBatch, score: Score) -> None:
+        """Add a batch of sampled responses to the results of the same prompts."""
+        for prompt, sampled in scored_responses(responses, score):
+            result = self._results[self._num_sampled]
+            assert result.sample.identity == prompt.sample.identity
+            self._results[self._num_sampled] = replace(result, sampled=sampled)
             self._num_sampled += 1
 
     def gather(self, process_groups: ProcessGroups) -> list[PromptResult]:
-        """Results of all ranks, on every rank, in the order of shard and key whatever the layout."""
+        """Return the results of all ranks on every rank, sorted by shard and key whatever the layout."""
         everything = [result for rank in gather_objects(self._results, process_groups.data) for result in rank]
         return sorted(everything, key=lambda result: (result.sample.shard, result.sample.key))
 
 
-def sample_prompts(
-    engine: StageEngine,
-    prompts: Iterable[Prompt],
-    processor: PromptProcessor,
-    config: RunConfig,
-    num_samples: int,
-    keep: Callable[[ResponseBatch, Score], None],
-    progress: Callable[[int], None] = lambda count: None,
-) -> None:
-    """`num_samples` responses to each of this rank's prompts at rollout.temperature and top_p, handed to `keep` batch by
-    batch. The draw of a prompt depends on config.seed and its identity alone."""
-    settings = SamplingSettings(
-        num_samples,
-        config.rollout.max_response_length,
-        processor.end_token_id,
-        processor.pad_token_id,
-        config.rollout.temperature,
-        config.rollout.top_p,
-    )
-    with engine.resident():
-        for responses, _ in sample_responses(
-            engine, prompts, settings, config.rollout.generation_batch_size, "evaluation", config.seed
-        ):
-            keep(responses, score_responses(responses, processor, config.reward, engine))
-            progress(len(responses.prompts))
-
-
 def write_completions(path: Path, results: Sequence[PromptResult]) -> None:
-    """One JSON object per line and prompt."""
+    """Write one JSON object per line and prompt; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:
         for result in results:

@@ -1,4 +1,4 @@
-"""Responses -> Score: decode, reward, and which responses could not be scored."""
+"""Scores of responses: decoded texts, rewards, and a log of responses that could not be scored as they should be."""
 
 import logging
 from collections import Counter
@@ -17,11 +17,11 @@ from megatron_ral.types import Prompt, ResponseBatch, Score
 logger = logging.getLogger(__name__)
 
 SHOWN_TEXT = 300
-"""Characters of an offending response in the log, from its end."""
+"""Number of characters of an offending response that the log shows, counted from its end."""
 
 
 def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tuple[tuple[str, ...], ...]:
-    """Texts [B][G]."""
+    """Return the decoded texts, [B][G]."""
     return tuple(
         tuple(processor.decode(ids[:length]) for ids, length in zip(group, lengths))
         for group, lengths in zip(responses.response_ids, responses.response_lengths.tolist())
@@ -31,10 +31,21 @@ def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tu
 def score_responses(
     responses: ResponseBatch, processor: PromptProcessor, reward: RewardConfig, engine: Optional[StageEngine] = None
 ) -> Score:
-    """Decode and score (strings in, floats out; cheap beside a pass of the model).
+    """Decode responses and compute their rewards. Scoring is cheap beside a pass of the model.
 
-    The project's own rules give every rank the same, so each rank calls them. Functions of the user's own need not (a
-    judge over the network, a random choice): with `engine` the first rank of its model copy calls them for all.
+    The project's own reward rules return the same on every rank, so each rank calls them. A user's own function may not
+    (a judge over the network, a random choice). With such functions and an `engine`, the first rank of its model copy
+    computes the scores and sends them to the other ranks.
+
+    Args:
+        responses: Responses of this data-parallel rank, [B, G, R].
+        processor: Tokenizer.
+        reward: Parts of the reward and their weights.
+        engine: Engine whose model copy shares the scores; None computes them on this rank alone.
+
+    Raises:
+        ConfigError: A user's own function cannot be loaded.
+        AgreedError: The first rank of the model copy failed to compute the scores.
     """
     if engine is not None and reward.functions:
         return from_first_rank(lambda: score_responses(responses, processor, reward), engine.process_groups.model)
@@ -44,7 +55,7 @@ def score_responses(
     for sample, group in zip(samples, texts):
         scored.append([])
         for text in group:
-            tick([sample.identity])  # a function of the user's own may take long
+            tick([sample.identity])  # a user's own function may take long
             scored[-1].append(score_response(text, sample.solution, sample.problem_type, parts))
     components = {
         name: torch.tensor([[score.components[name] for score in row] for row in scored])
@@ -55,13 +66,14 @@ def score_responses(
         components,
         texts,
         tuple(
-            tuple(score.problems + _type_problem(sample.problem_type, reward.accuracy) for score in row)
+            tuple(score.problems + _missing_rule(sample.problem_type, reward.accuracy) for score in row)
             for sample, row in zip(samples, scored)
         ),
     )
 
 
-def _type_problem(problem_type: str, accuracy: str) -> tuple[str, ...]:
+def _missing_rule(problem_type: str, accuracy: str) -> tuple[str, ...]:
+    """Return an issue where a problem type should be scored by a rule of its own but has none."""
     if accuracy == "by_type" and problem_type:
         from megatron_ral.rewards.rules import has_rule
 
@@ -71,7 +83,10 @@ def _type_problem(problem_type: str, accuracy: str) -> tuple[str, ...]:
 
 
 def unused_rules(problem_types: Iterable[str], accuracy: str) -> list[str]:
-    """Problem types that have a rule of their own while reward.accuracy = exact matches their answers as text."""
+    """Return the problem types whose rules are not used because `accuracy` (reward.accuracy) is `exact`.
+
+    With `exact`, answers are matched as text although these problem types have scoring rules of their own.
+    """
     if accuracy == "by_type":
         return []
     from megatron_ral.rewards.rules import RULES, exact, has_rule, rule_name
@@ -80,48 +95,52 @@ def unused_rules(problem_types: Iterable[str], accuracy: str) -> list[str]:
 
 
 class ScoringIssue(NamedTuple):
-    """A response that could not be scored as it should be."""
+    """Reason why a response could not be scored as it should be."""
 
     kind: str
-    """`unparsed`, or which reward failed."""
+    """`unparsed`, or the name of the reward or problem type at fault."""
     line: str
+    """Line for the log: sample, reason and end of the response."""
 
 
 def scoring_issues(score: Score, prompts: Sequence[Prompt], unparsed: bool = True) -> Iterator[ScoringIssue]:
-    """The problems of a score with the sample and the end of the text.
+    """Yield the issues of a score.
 
     Args:
-        unparsed: with responses that have no answer.
+        score: Score of a batch.
+        prompts: Prompts of the same batch.
+        unparsed: Whether responses without an answer are reported too.
     """
     for prompt, texts, group in zip(prompts, score.texts, score.problems):
-        for text, problems in zip(texts, group):
-            for problem in problems:
-                kind = problem.partition(":")[0]
+        for text, reasons in zip(texts, group):
+            for reason in reasons:
+                kind = reason.partition(":")[0]
                 if unparsed or kind != UNPARSED:
-                    yield ScoringIssue(kind, f"sample '{prompt.sample.identity}': {problem}: {text[-SHOWN_TEXT:]!r}")
+                    yield ScoringIssue(kind, f"sample '{prompt.sample.identity}': {reason}: {text[-SHOWN_TEXT:]!r}")
 
 
 class ScoringIssueLog:
-    """Writes the first few problems of each kind to the log.
+    """Log of the first few issues of each kind.
 
     Args:
-        limit: of each kind.
-        kinds: that are shown at all; data with a problem type for every sample must not fill the log.
+        limit: Largest number of issues of each kind.
+        max_kinds: Largest number of kinds, so that data with a problem type for every sample cannot fill the log.
     """
 
-    def __init__(self, limit: int = 3, kinds: int = 20):
-        self.limit, self.kinds, self._shown = limit, kinds, Counter()
+    def __init__(self, limit: int = 3, max_kinds: int = 20):
+        self.limit, self.max_kinds, self._num_shown = limit, max_kinds, Counter()
 
-    def select(self, problems: Iterable[ScoringIssue]) -> list[ScoringIssue]:
-        """Those that are still to be shown; they count as shown."""
-        chosen = []
-        for problem in problems:
-            known = problem.kind in self._shown or len(self._shown) < self.kinds
-            if known and self._shown[problem.kind] < self.limit:
-                self._shown[problem.kind] += 1
-                chosen.append(problem)
-        return chosen
+    def select(self, issues: Iterable[ScoringIssue]) -> list[ScoringIssue]:
+        """Return the issues that are still to be shown, and count them as shown."""
+        selected = []
+        for issue in issues:
+            is_known = issue.kind in self._num_shown or len(self._num_shown) < self.max_kinds
+            if is_known and self._num_shown[issue.kind] < self.limit:
+                self._num_shown[issue.kind] += 1
+                selected.append(issue)
+        return selected
 
-    def write(self, problems: Iterable[ScoringIssue], prefix: str = "") -> None:
-        for problem in self.select(problems):
-            logger.warning("%s%s", prefix, problem.line)
+    def write(self, issues: Iterable[ScoringIssue], prefix: str = "") -> None:
+        """Log the issues that are still to be shown as warnings, each after `prefix`."""
+        for issue in self.select(issues):
+            logger.warning("%s%s", prefix, issue.line)

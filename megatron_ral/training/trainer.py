@@ -16,7 +16,10 @@ from megatron_ral.data.loader import PromptLoader, Source, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.settings import EngineSettings
-from megatron_ral.evaluation.evaluate import PromptSet, evaluate_prompts, read_prompts, view_probes
+from megatron_ral.evaluation.evaluate import evaluate_prompts
+from megatron_ral.evaluation.generation import EvaluationSettings
+from megatron_ral.evaluation.probes import view_probes
+from megatron_ral.evaluation.prompt_set import PromptSet, read_prompts
 from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
@@ -29,9 +32,10 @@ from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.build import build_objective, build_policy, build_teacher
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
-from megatron_ral.training.logging.tensorboard import RunLog
-from megatron_ral.training.logging.throughput import Throughput
+from megatron_ral.training.logging.loggers import Loggers
+from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
 from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
 from megatron_ral.weights.stage_weights import export_stage
@@ -79,7 +83,8 @@ class Inputs:
                 "model.path",
                 "teacher.path",
             )
-        checkpoint = find_checkpoint(config, resume, warn=int(os.environ.get("RANK", 0)) == 0)
+        is_main = int(os.environ.get("RANK", 0)) == 0
+        checkpoint = find_checkpoint(CheckpointSettings.from_config(config), resume, warn=is_main)
         return cls(processor, sources, eval_shards, checkpoint)
 
 
@@ -131,8 +136,9 @@ class Trainer:
         self.engines = Engines(self.policy, NativeSampler(self.policy), reference, teacher)
         self.step_settings = StepSettings.from_config(config)
         self.rollout_settings = RolloutSettings.from_config(config)
-        self.checkpoints = CheckpointWriter(config, self.engines, self.loader)
-        self.throughput = Throughput(config, shape, teacher_shape, process_groups)
+        self.checkpoint_settings = CheckpointSettings.from_config(config)
+        self.checkpoints = CheckpointWriter(self.checkpoint_settings, self.policy, self.loader)
+        self.throughput = Throughput(ThroughputSettings.from_config(config), shape, teacher_shape, process_groups)
 
     @property
     def prompts_per_step(self) -> int:
@@ -146,16 +152,16 @@ class Trainer:
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
         first = 0
         seed_random_state(config.seed, self.layout.rank)
-        checkpoint = agree_on_checkpoint(config, self.inputs.checkpoint)
+        checkpoint = agree_on_checkpoint(self.checkpoint_settings, self.inputs.checkpoint)
         if checkpoint is not None:
             with progress.within("restore", is_long=True):
-                first = restore_checkpoint(checkpoint, self.engines, self.loader)
+                first = restore_checkpoint(checkpoint, self.policy, self.loader, config.model.train_vision)
             self._print(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in setting_warnings(config):
             if self.is_main:
                 logger.warning(warning)
-        log = RunLog(config, self.is_main, first)
+        log = Loggers.from_config(config, first) if self.is_main else Loggers()
         probes = self._probe_prompts()
         if first == 0:
             self._evaluate_if_due(log, probes, 0)
@@ -174,7 +180,7 @@ class Trainer:
             bar.close()
             self._finish(log, first, done, stop, started)
 
-    def _finish(self, log: RunLog, first: int, done: int, stop: Optional[str], started: float) -> None:
+    def _finish(self, log: Loggers, first: int, done: int, stop: Optional[str], started: float) -> None:
         """Report how the run ended, export the model, and write the summary."""
         config = self.config
         if stop:
@@ -192,7 +198,7 @@ class Trainer:
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)
 
-    def _steps(self, first: int, end: int, log: RunLog, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
+    def _steps(self, first: int, end: int, log: Loggers, probes: list, bar: tqdm) -> tuple[int, Optional[str]]:
         """Make steps first..end, or fewer where a stop is requested. Return (steps done, reason of an early stop)."""
         done, stop = first, self.stopping.agreed(self.process_groups)
         while done < end and not stop:
@@ -234,7 +240,7 @@ class Trainer:
         )
         return replace(report, seconds={"data": waited, **report.seconds})
 
-    def _log_step(self, log: RunLog, report: StepReport, step: int, bar: tqdm) -> None:
+    def _log_step(self, log: Loggers, report: StepReport, step: int, bar: tqdm) -> None:
         seconds = sum(report.seconds.values())
         log.scalars(report.metrics, step + 1)
         log.scalars({f"timing/{name}": value for name, value in report.seconds.items()}, step + 1)
@@ -307,13 +313,14 @@ class Trainer:
             return []
         return read_prompts(self.eval_shards, self.processor, settings.num_probes, num_readers=self.layout.world_size)
 
-    def _evaluate_if_due(self, log: RunLog, probes: list, step: int) -> None:
+    def _evaluate_if_due(self, log: Loggers, probes: list, step: int) -> None:
         """Evaluate and draw attention pictures where they are due after `step` steps."""
         settings, layer = self.config.logging, max(self.objective.term("attention").layers)
+        evaluation = EvaluationSettings.from_config(self.config)
         last = step == self.config.train.num_steps
         if probes and (step % settings.probe_interval == 0 or last):
             with progress.within("probes"):
-                views = view_probes(self.policy, probes, self.processor, self.config, layer, self.engines.teacher)
+                views = view_probes(self.policy, probes, self.processor, evaluation, layer, self.engines.teacher)
             log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
             prompts = PromptSet(
@@ -325,7 +332,7 @@ class Trainer:
                 num_readers=self.layout.world_size,
             )
             with progress.within("evaluation"):
-                result = evaluate_prompts(self.policy, prompts, self.processor, self.config, layer)
+                result = evaluate_prompts(self.policy, prompts, self.processor, evaluation, layer)
             log.evaluation(result, step)
 
     def _print_shards(self) -> None:

@@ -21,7 +21,7 @@ from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.stage import StageEngine
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.base import Objective, finish_metrics

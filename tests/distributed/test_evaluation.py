@@ -10,7 +10,10 @@ from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.settings import EngineSettings
-from megatron_ral.evaluation.evaluate import evaluate_prompts, read_prompts, view_probes
+from megatron_ral.evaluation.evaluate import evaluate_prompts
+from megatron_ral.evaluation.generation import EvaluationSettings
+from megatron_ral.evaluation.probes import view_probes
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from tests.distributed.cases import make_config
@@ -26,6 +29,7 @@ def fails_on_odd_digits(completion: str, solution: str, problem_type: str) -> fl
 def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21):
     own = {"even": RewardFunctionConfig(f"{__name__}:fails_on_odd_digits", 1.0)}
     config = replace(make_config(path, tensor=tensor, pipeline=pipeline), reward=RewardConfig(functions=own))
+    settings = EvaluationSettings.from_config(config)
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
@@ -33,8 +37,8 @@ def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21
         shards, processor, limit, dp_rank=process_groups.layout.data_rank, dp_size=process_groups.layout.data_size
     )
     engine = FrozenEngine(read_shape(path), process_groups, EngineSettings(path, "float32"))
-    result = evaluate_prompts(engine, prompts, processor, config, 1)
-    views = view_probes(engine, read_prompts(shards, processor, 3), processor, config, 1)
+    result = evaluate_prompts(engine, prompts, processor, settings, 1)
+    views = view_probes(engine, read_prompts(shards, processor, 3), processor, settings, 1)
     odd = sum(int(prompt.sample.solution.removeprefix("<answer>")[0]) % 2 for prompt in prompts)
     stop_groups()
     if process_groups.layout.world_size == 1:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.parallel.collectives import from_first_rank
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
@@ -31,7 +30,7 @@ def score_on_a_rank(tensor: int, pipeline: int):
     processor = SimpleNamespace(decode=lambda ids: str(ids.tolist()))
     own = {"rank": RewardFunctionConfig(f"{__name__}:rank", 1.0)}
     score = score_responses(
-        responses, processor, RunConfig(reward=RewardConfig(functions=own)), SimpleNamespace(groups=process_groups)
+        responses, processor, RewardConfig(functions=own), SimpleNamespace(process_groups=process_groups)
     )
     stop_groups()
     return score.components["rank"], score.rewards, score.texts

@@ -14,7 +14,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.pipelined_decoder import SamplingSettings
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.teacher import TeacherEngine
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.base import finish_metrics
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, TokenDistillationTerm

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from tests.faults.launch import run_job
 from tests.integration.cases import RL, SFT, write_config
 

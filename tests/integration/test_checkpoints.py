@@ -1,4 +1,4 @@
-"""Runs that go on in another layout; saves in a thread, cut off, or failed on one rank."""
+"""Runs that resume in another layout; saves in a thread, saves cut off, saves that fail on one rank."""
 
 import dataclasses
 import os
@@ -23,6 +23,7 @@ from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.runtime.random_state import random_state, seed_random_state
 from megatron_ral.training.checkpoint.files import newest_checkpoint, read_manifest, whole_checkpoints
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.trainer import Inputs, Trainer
 from megatron_ral.weights.conversion import stage_tables
@@ -52,14 +53,22 @@ def open_trainer(path: str, overrides: list[str], resume: bool) -> Trainer:
     return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume))
 
 
+def restore(trainer: Trainer) -> int:
+    """Load the checkpoint that the run is to resume from, and return its number of steps."""
+    train_vision = trainer.config.model.train_vision
+    return restore_checkpoint(trainer.inputs.checkpoint, trainer.policy, trainer.loader, train_vision)
+
+
 def run(path: str, overrides: list[str], again: str = "") -> bool:
-    """A run; with `again` one that resumes, and first saves what it read once more in that folder. Returns whether the
-    global random generators are as they were."""
+    """Make a run; with `again`, resume it and first save the restored state once more in that folder.
+
+    Returns whether the global random generators are as they were.
+    """
     trainer = open_trainer(path, overrides, bool(again))
     if again:
-        step = restore_checkpoint(trainer.inputs.checkpoint, trainer.engines, trainer.loader)
-        config = load_config(path, [*overrides, f"train.output_dir={again}"])
-        CheckpointWriter(config, trainer.engines, trainer.loader).save(step, wait=True)
+        step = restore(trainer)
+        settings = CheckpointSettings.from_config(load_config(path, [*overrides, f"train.output_dir={again}"]))
+        CheckpointWriter(settings, trainer.policy, trainer.loader).save(step, wait=True)
     seed_random_state(trainer.config.seed, trainer.layout.rank)  # as the run does
     before = random_state()
     trainer.run()
@@ -73,8 +82,10 @@ def layout_settings(layout: tuple[int, int, int]) -> list[str]:
 
 
 def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
-    """Every tensor of the state by Hugging Face name, joined from all ranks' files by the table that exports use; copies
-    of a tensor are checked to be equal."""
+    """Return every tensor of the state by Hugging Face name, joined from all ranks' files by the table of exports.
+
+    Copies of a tensor are checked to be equal.
+    """
     manifest, shape, result = read_manifest(folder), read_shape(model), {}
     T, place = manifest.tensor_size, manifest.layout
     tables = dict(stage_tables(shape, T, manifest.pipeline_size))
@@ -87,7 +98,7 @@ def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
         result["adamw_step"] = files[0][0]["adamw_step"]
         for tensor in tables[stage]:
             size = torch.Size(held[tensor.name].shape)
-            for key in ("{}/master", "{}/exp_avg", "{}/exp_avg_sq", "ema/{}"):
+            for key in ("{}/master", "{}/exp_avg", "{}/exp_avg_sq"):
                 name = key.format(tensor.name)
                 if name not in files[0][0]:
                     continue
@@ -111,7 +122,7 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def check_like_straight(straight: Path, resumed: Path) -> None:
-    """The loss curve and all that is logged of steps 3 and 4."""
+    """Compare the loss curve and all scalars of steps 3 and 4."""
     wanted, found = scalars(straight), scalars(resumed)
     losses = [tag for tag, step in found if tag.startswith(("loss", "kl")) and step == 3]
     assert losses and {step for _, step in found} == {3, 4}
@@ -123,17 +134,17 @@ def check_like_straight(straight: Path, resumed: Path) -> None:
 
 
 CASES = {
-    "tied, RL with average": (
+    "tied, RL": (
         RL,
-        "taught",
+        "trained",
         (2, 1, 2),
         (1, 2, 1),
-        ["loss.attention_target=ema"],
+        [],
         ["rollout.generation_batch_size=2", "train.micro_batch_size=1"],
     ),
     "tied, vision trained": (
         SFT,
-        "taught",
+        "trained",
         (1, 2, 1),
         (2, 1, 2),
         [],
@@ -156,9 +167,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_goes_on_in_another_layout_like_the_undisturbed_run(material, add_teacher_outputs, tmp_path, case):
+def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, add_teacher_outputs, tmp_path, case):
     text, kind, old, new, settings, new_settings = CASES[case]
-    model = add_teacher_outputs if kind == "taught" else material[kind]
+    model = add_teacher_outputs if kind == "trained" else material[kind]
     path, overrides = write_config(tmp_path, text, model, material["data"], "rl" if text is RL else "search")
     overrides += [*COMMON, *settings]
     straight, cut, again = (tmp_path / name for name in ("straight", "cut", "again"))
@@ -174,7 +185,7 @@ def test_goes_on_in_another_layout_like_the_undisturbed_run(material, add_teache
     )
     assert all(undisturbed), "training drew from a global random generator"
     saved, mapped = whole_state(straight / checkpoint, str(model)), whole_state(again / checkpoint, str(model))
-    assert set(saved) == set(mapped) and any(name.startswith("ema/") for name in saved) == ("average" in case)
+    assert set(saved) == set(mapped)
     assert any(name.startswith("visual.") for name in saved) == ("vision" in case)
     for name, value in saved.items():
         assert torch.equal(mapped[name], value), name
@@ -184,8 +195,10 @@ def test_goes_on_in_another_layout_like_the_undisturbed_run(material, add_teache
 
 
 def test_entry_point_resumes_in_another_layout(material, add_teacher_outputs, tmp_path):
-    """TP=2 x PP=1 x DP=2 stopped, resumed by the command of a user as TP=1 x PP=2 x DP=1; a newer checkpoint that is cut
-    short is passed over."""
+    """A run of TP=2 x PP=1 x DP=2 is resumed by the user's command as TP=1 x PP=2 x DP=1.
+
+    A newer checkpoint that is cut short is passed over.
+    """
     path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     overrides += [*COMMON, "logging.tensorboard=true"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
@@ -226,7 +239,7 @@ def test_entry_point_resumes_in_another_layout(material, add_teacher_outputs, tm
 
 
 class Disk:
-    """fsync of this process: waits while held, fails when broken."""
+    """A replacement of this process's fsync that waits until released, and fails when broken."""
 
     def __init__(self):
         self.released, self.broken, self._fsync = threading.Event(), False, os.fsync
@@ -241,12 +254,12 @@ class Disk:
 
 
 def saves(path: str, overrides: list[str], output: str) -> dict:
-    """Saves of two ranks whose disks are slow or full in turn."""
+    """Save on two ranks whose disks are slow or full in turn."""
     trainer, disk, seen = open_trainer(path, overrides, False), Disk(), {}
-    engines, rank, checkpoints = trainer.engines, trainer.layout.rank, trainer.checkpoints
+    policy, rank, checkpoints = trainer.policy, trainer.layout.rank, trainer.checkpoints
 
     def state() -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in (*engines.policy.state(), *engines.average.state())}
+        return {name: value.clone() for name, value in policy.state()}
 
     def whole() -> list[str]:
         return together(lambda: [folder.name for folder in whole_checkpoints(output)])
@@ -265,7 +278,7 @@ def saves(path: str, overrides: list[str], output: str) -> dict:
         disk.released.clear()
     before = state()
     checkpoints.save(2)
-    for _, value in engines.policy.state():  # what a step would do, while nothing is written yet
+    for _, value in policy.state():  # a step would change it too, while nothing is written yet
         value.add_(1.0)
     checkpoints.poll()
     seen["while one rank writes"] = whole()
@@ -298,7 +311,7 @@ def saves(path: str, overrides: list[str], output: str) -> dict:
 
 def draws_after_restore(path: str, overrides: list[str]) -> tuple:
     trainer = open_trainer(path, overrides, True)
-    restore_checkpoint(trainer.inputs.checkpoint, trainer.engines, trainer.loader)
+    restore(trainer)
     drawn = random.random(), np.random.rand(), float(torch.rand(()))
     stop_groups()
     return drawn
@@ -307,30 +320,31 @@ def draws_after_restore(path: str, overrides: list[str]) -> tuple:
 def test_saves_in_a_thread(material, add_teacher_outputs, tmp_path):
     path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
     output = tmp_path / "run"
-    overrides += ["loss.attention_target=ema", f"train.output_dir={output}"]
+    overrides += [f"train.output_dir={output}"]
     results = run_ranks(2, saves, path, overrides, str(output))
     for seen in results:
         assert seen["while one rank writes"] == ["step_00000001"]
         assert seen["when all have"] == ["step_00000001", "step_00000002"]
         assert seen["saved is what was"]
-        assert "rank 1: checkpoint" in seen["full disk"] and "step_00000004' could not be written" in seen["full disk"]
+        assert "rank 1: '" in seen["full disk"] and "step_00000004' could not be written" in seen["full disk"]
         assert "No space left on device" in seen["full disk"]
         assert seen["after a failed save"] == (
             ["step_00000002", "step_00000003"],
             ["latest", "step_00000002", "step_00000003", "step_00000004.partial"],
         )
         assert seen["in the end"] == ["latest", "step_00000003", "step_00000005"]
-    # the global random generators, which a reward function of the user's own may draw from
+    # the global random generators, because a user's own reward function may draw from them
     drawn = run_ranks(2, draws_after_restore, path, overrides)
     assert drawn == [seen["draws"] for seen in results] and drawn[0] != drawn[1]
 
 
 def agreed(path: str, overrides: list[str], outputs: list[str]) -> str:
-    """What ranks agree on that see different folders."""
+    """Return the checkpoint, or the error, that ranks agree on which see different folders."""
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     config = load_config(path, [*overrides, f"train.output_dir={outputs[process_groups.layout.rank]}"])
+    settings = CheckpointSettings.from_config(config)
     try:
-        return str(agree_on_checkpoint(config, find_checkpoint(config, True)))
+        return str(agree_on_checkpoint(settings, find_checkpoint(settings, True)))
     except AgreedError as error:
         return str(error)
     finally:

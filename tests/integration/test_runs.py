@@ -105,7 +105,11 @@ def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, a
 def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_outputs, tmp_path):
     from megatron_ral.config import load_config
     from megatron_ral.errors import CheckpointError
-    from megatron_ral.training.checkpoint.restore import find_checkpoint
+    from megatron_ral.training.checkpoint import restore
+    from megatron_ral.training.checkpoint.settings import CheckpointSettings
+
+    def find_checkpoint(config, resume):
+        return restore.find_checkpoint(CheckpointSettings.from_config(config), resume)
 
     path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
     overrides = overrides + [f"train.output_dir={tmp_path}/run", "train.num_steps=1"]

@@ -8,7 +8,7 @@ import torch
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.evaluation.evaluate import read_prompts
+from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.training.replay_files import pack, unpack
 from megatron_ral.types import GroupBatch, StepTotals, pad_prompts, to_device
 from tests.distributed.cases import rl_batch

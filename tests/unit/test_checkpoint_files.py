@@ -1,10 +1,11 @@
-"""Which folders are taken for whole checkpoints, what is said of the others, what goes when a new one comes."""
+"""Folders of checkpoints: which are whole, which are removed; settings that a resumed run may change."""
 
 import dataclasses
 import json
 import logging
 
 import pytest
+import yaml
 
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.shape import read_shape
@@ -20,6 +21,8 @@ from megatron_ral.training.checkpoint.files import (
     whole_checkpoints,
     write_synced,
 )
+from megatron_ral.training.checkpoint.settings import CheckpointSettings, check_settings, read_saved_config
+from tests.distributed.cases import make_config
 
 
 def save(output, step: int, keep: int = 9):
@@ -70,7 +73,7 @@ def unnamed(folder):
 def test_damaged_folders_are_passed_over(tmp_path, caplog, harm, said):
     first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
     assert newest_checkpoint(str(tmp_path), warn=True) == third and not caplog.records
-    cut_short(first)  # older than the one that is taken: nobody's concern
+    cut_short(first)  # older than the one that is resumed from, so no warning
     harm(third)
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(str(tmp_path), warn=True) == second
@@ -161,3 +164,59 @@ def test_manifest_is_checked_against_the_model(material, tmp_path):
         manifest.check_model(tmp_path, dataclasses.replace(shape, ffn_hidden_size=shape.ffn_hidden_size // 2), False)
     with pytest.raises(CheckpointError, match="parameter 'visual.*as None"):
         manifest.check_model(tmp_path, shape, True)
+
+
+def saved_settings(tmp_path, change=None, **sections) -> tuple[CheckpointSettings, object]:
+    """Settings of a run, and a folder with the configuration that they are saved as after `change`."""
+    settings = CheckpointSettings.from_config(dataclasses.replace(make_config("m"), **sections))
+    tree = yaml.safe_load(settings.config_text)
+    if change is not None:
+        change(tree)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return settings, tmp_path
+
+
+def test_settings_are_saved_and_read_back(tmp_path):
+    settings, folder = saved_settings(tmp_path, seed=3)
+    check_settings(settings, folder)
+    assert read_saved_config(folder) == dataclasses.replace(make_config("m"), seed=3)
+    assert settings.values["seed"] == 3 and settings.output_dir == make_config("m").train.output_dir
+
+
+@pytest.mark.parametrize(
+    "change, key, said",
+    [
+        (lambda tree: tree.update(seed=9), "seed", "seed = 3 but checkpoint"),
+        (lambda tree: tree["data"]["train"][0].update(shards="x"), "data.train", "'shards': 'x'"),
+        (
+            lambda tree: tree["data"]["train"].insert(0, {"shards": "x", "num_samples": 1}),
+            "data.train",
+            "",
+        ),
+        (
+            lambda tree: tree["reward"]["functions"].update(f={"path": "a:b", "weight": 1.0}),
+            "reward.functions.f.path",
+            "= nothing but",
+        ),
+    ],
+)
+def test_other_settings_are_refused_by_their_key(tmp_path, change, key, said):
+    settings, folder = saved_settings(tmp_path, change)
+    with pytest.raises(CheckpointError) as caught:
+        check_settings(settings, folder)
+    assert caught.value.key == key and said in str(caught.value)
+
+
+def test_settings_of_an_earlier_version(tmp_path):
+    """A retired setting is dropped, a new one gets its default, an unknown one is refused."""
+    settings, folder = saved_settings(tmp_path, lambda tree: tree["loss"].update(attention_ema_decay=0.99))
+    check_settings(settings, folder)
+    settings, folder = saved_settings(tmp_path, lambda tree: tree["loss"].pop("kl_clamp"))
+    check_settings(settings, folder)
+    for change in (
+        lambda tree: tree["loss"].update(attention_target="average of all"),
+        lambda tree: tree["loss"].update(unheard_of=1),
+    ):
+        settings, folder = saved_settings(tmp_path, change)
+        with pytest.raises(CheckpointError, match="settings that this version cannot use .*that wrote it"):
+            check_settings(settings, folder)

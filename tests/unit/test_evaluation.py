@@ -1,4 +1,4 @@
-"""Held-out prompts: decoded when they are reached, counted where they cannot be used; what is said before an evaluation."""
+"""Held-out prompts: decoded when they are reached, counted where they are unusable; warnings before an evaluation."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +10,9 @@ from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.errors import DataError
-from megatron_ral.evaluation import evaluate as evaluation
-from megatron_ral.evaluation.evaluate import PromptSet, read_prompts, say_what_is_scored
+from megatron_ral.evaluation import prompt_set
+from megatron_ral.evaluation.generation import EvaluationSettings
+from megatron_ral.evaluation.prompt_set import PromptSet, read_prompts, warn_about_prompts
 from megatron_ral.rollout.scoring import unused_rules
 from tests.distributed.cases import make_config
 from tests.unit.shard_faults import picture
@@ -64,9 +65,9 @@ def test_ranks_share_the_set(shards, processor, limit):
 def test_a_picture_is_decoded_when_its_prompt_is_reached(shards, processor, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        evaluation,
+        prompt_set,
         "parse_sample",
-        lambda entry, parse=evaluation.parse_sample: (decoded.append(entry["__key__"]), parse(entry))[1],
+        lambda entry, parse=prompt_set.parse_sample: (decoded.append(entry["__key__"]), parse(entry))[1],
     )
     prompts = iter(PromptSet(shards, processor, 100))
     assert decoded == [] and next(prompts).sample.key == "a0" and decoded == ["a0"]
@@ -108,20 +109,29 @@ def test_what_one_rank_alone_may_meet_is_left_out_by_no_rank_alone(shards, proce
     assert read(1) == (["b1"] if fault is not None else ["b1", "b3"])
 
 
-def test_what_an_evaluation_says_first(shards, material, caplog):
+def test_warnings_before_an_evaluation(shards, caplog):
     """The rule of numbers is not used, and the set is cut."""
-    config = make_config(str(material["tiny"]))
     [source] = open_sources([(shards[0], 0)], "data.eval_shards")
-    say_what_is_scored(source, config)
+    warn_about_prompts(source, 400, "exact")
     assert "reward.accuracy=exact" in caplog.text and "rules of their own (numerical)" in caplog.text
     assert "only the first" not in caplog.text
     caplog.clear()
-    by_type = replace(
-        config, reward=RewardConfig(accuracy="by_type"), logging=replace(config.logging, num_eval_prompts=5)
-    )
-    say_what_is_scored(source, by_type)
+    warn_about_prompts(source, 5, "by_type")
     assert "only the first 5 of 6 samples" in caplog.text and "exact" not in caplog.text
-    assert unused_rules(["", "exact", "no such type", "VizWiz", "multiple-choice"], config) == [
+    assert unused_rules(["", "exact", "no such type", "VizWiz", "multiple-choice"], "exact") == [
         "VizWiz",
         "multiple-choice",
     ]
+
+
+def test_settings_of_an_evaluation_are_those_of_the_rollout_and_the_reward():
+    config = make_config("m")
+    config = replace(
+        config,
+        seed=7,
+        reward=RewardConfig(accuracy="by_type"),
+        rollout=replace(config.rollout, temperature=0.5, top_p=0.9),
+    )
+    assert EvaluationSettings.from_config(config) == EvaluationSettings(
+        config.rollout.max_response_length, config.rollout.generation_batch_size, 0.5, 0.9, 7, config.reward
+    )

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.evaluation.attention_pictures import attention_picture
-from megatron_ral.evaluation.evaluate import ProbeView
+from megatron_ral.evaluation.probes import ProbeView
 from megatron_ral.types import FramePictures, Sample, TargetFrames
 
 

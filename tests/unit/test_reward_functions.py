@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ral.config import RunConfig, dump_config, load_config
+from megatron_ral.config import dump_config, load_config
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.errors import ConfigError, show_value
@@ -288,7 +288,7 @@ def batch(processor, types=("numerical", "multiple choice"), solutions=("<answer
 def test_unparsed_and_errors_are_counted_apart_from_wrong(processor):
     reward = settings(judge=("fails_on_8", 2.0))
     responses = batch(processor)
-    score = score_responses(responses, processor, RunConfig(reward=reward))
+    score = score_responses(responses, processor, reward)
     assert [list(group) for group in score.texts] == TEXTS
     assert score.components["accuracy"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 1]]
     assert score.components["unparsed"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
@@ -296,7 +296,7 @@ def test_unparsed_and_errors_are_counted_apart_from_wrong(processor):
     assert score.components["judge"].tolist() == [[0.5, 0, 0, 0.5], [0.5, 0, 0.5, 0.5]]
     wanted = 0.9 * score.components["accuracy"] + 0.1 * score.components["format"] + 2 * score.components["judge"]
     assert torch.allclose(score.rewards, wanted) and score.rewards.dtype == torch.float32
-    by_type = score_responses(responses, processor, RunConfig(reward=RewardConfig(accuracy="by_type")))
+    by_type = score_responses(responses, processor, RewardConfig(accuracy="by_type"))
     assert by_type.components["accuracy"].tolist() == [[1, 0, 0, 0], [1, 0, 0, 1]]
     assert not by_type.components["error"].any()
 
@@ -304,7 +304,7 @@ def test_unparsed_and_errors_are_counted_apart_from_wrong(processor):
 def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog):
     responses = batch(processor, types=("numerical", "multiple choise"))
     reward = RewardConfig(accuracy="by_type", functions=settings(judge=("fails_on_8", 2.0)).functions)
-    score = score_responses(responses, processor, RunConfig(reward=reward))
+    score = score_responses(responses, processor, reward)
     found = list(scoring_issues(score, responses.prompts.prompts))
     assert Counter(problem.kind for problem in found) == {
         "problem_type 'multiple choise'": 4,
@@ -332,7 +332,7 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
     from megatron_ral.training import trainer
 
     responses = batch(processor)
-    score = score_responses(responses, processor, RunConfig(reward=settings(judge=("fails_on_8", 2.0))))
+    score = score_responses(responses, processor, settings(judge=("fails_on_8", 2.0)))
     scored = SimpleNamespace(score=score, groups=SimpleNamespace(prompts=responses.prompts))
     told = []
     monkeypatch.setattr(trainer, "gather_objects", lambda value, group: told.append(value) or [value, value])
@@ -346,7 +346,7 @@ def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
 
 
 def test_log_shows_no_more_kinds_than_it_should(caplog):
-    log = ScoringIssueLog(limit=1, kinds=3)
+    log = ScoringIssueLog(limit=1, max_kinds=3)
     with caplog.at_level(logging.WARNING):
         log.write(ScoringIssue(f"problem_type '{number % 7}'", str(number)) for number in range(50))
     assert [record.getMessage() for record in caplog.records] == ["0", "1", "2"]
@@ -355,7 +355,7 @@ def test_log_shows_no_more_kinds_than_it_should(caplog):
 def test_ten_answers_are_scored_by_consensus_and_taught_as_one(processor):
     ten = "".join(f"<answer>{answer}</answer>" for answer in ["7"] * 2 + ["8"] * 5 + ["B", "b.", "x"])
     responses = batch(processor, types=("vizwiz", "VizWiz"), solutions=(ten, ten))
-    score = score_responses(responses, processor, RunConfig(reward=RewardConfig(accuracy="by_type")))
+    score = score_responses(responses, processor, RewardConfig(accuracy="by_type"))
     assert score.components["accuracy"].flatten().tolist() == pytest.approx([0.6, 1, 0, 0, 0, 0, 0.6, 0.6])
     for prompt in responses.prompts.prompts:
         assert processor.decode(prompt.response_ids) == "<answer>8</answer>"

@@ -1,1 +1,1 @@
-"""Checkpoints: writing, restoring in any layout, and reading their weights without a run."""
+"""Checkpoints of a run: files, writing in a thread, resuming in any layout, trained weights by Hugging Face name."""

@@ -1,32 +1,33 @@
-"""A checkpoint of a run, seen as Hugging Face's tensors: for a folder of any step, without starting the run."""
+"""Trained weights of a checkpoint by Hugging Face name, so that any step can be exported without starting the run."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_ral.config import load_config
 from megatron_ral.errors import CheckpointError, ConfigError
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
+from megatron_ral.training.checkpoint.settings import read_saved_config
 from megatron_ral.weights.conversion import expected_shapes, open_weights
 from megatron_ral.weights.folders import Weights
 from megatron_ral.weights.resharding import ReshardedState, held_parameters
 
 
 class TrainedWeights(Weights):
-    """Trained tensors from the float32 master weights of a checkpoint of any layout, the frozen ones from where the run
-    started; in the precision of the run (model.dtype), as its own export has them.
+    """Weights of a checkpoint in the precision of the run (model.dtype), equal to the run's own export of that step.
 
-    In memory are at most two parameters at a time.
+    Trained tensors come from the float32 master weights of the checkpoint, in whatever layout it was written. Frozen
+    tensors come from the model that the run started from. At most two parameters are in memory at a time.
 
     Args:
-        checkpoint: `<output_dir>/checkpoints/step_NNNNNNNN`.
-        model: where the run started; empty: model.path of the run.
+        checkpoint: Folder `<output_dir>/checkpoints/step_NNNNNNNN`.
+        model: Model that the run started from; empty: model.path of the run.
 
     Raises:
-        CheckpointError, ConfigError: no whole checkpoint, or one of another model.
+        CheckpointError: The folder is not a whole checkpoint, or is of another model.
+        ConfigError: The model that the run started from cannot be used.
     """
 
     def __init__(self, checkpoint: str | Path, model: str = ""):
@@ -34,16 +35,18 @@ class TrainedWeights(Weights):
         reason = damage(self.path) if self.path.is_dir() else "there is no such folder"
         if reason is not None:
             raise CheckpointError(
-                f"'{checkpoint}' is no whole checkpoint of a run ({reason}); give "
-                "<output_dir>/checkpoints/step_NNNNNNNN"
+                f"'{checkpoint}'",
+                None,
+                f"is no whole checkpoint of a run ({reason}); give <output_dir>/checkpoints/step_NNNNNNNN",
             )
-        config, manifest = load_config(self.path / CONFIG), read_manifest(self.path)
+        config, manifest = read_saved_config(self.path), read_manifest(self.path)
         self.source = model or config.model.path
         key = "--model" if model else f"model.path of '{self.path / CONFIG}'"
         try:
             self.shape = read_shape(self.source, key)
         except ConfigError as error:
-            raise ConfigError(f"{error}; give the folder that the run started from with --model") from None
+            remedy = f"{error.remedy}; give the folder that the run started from with --model"
+            raise ConfigError(error.key, error.value, remedy) from None
         manifest.check_model(self.path, self.shape, config.model.train_vision)
         self._frozen, self._shapes = open_weights(self.source), expected_shapes(self.shape)
         self._dtype = getattr(torch, config.model.dtype)
@@ -56,8 +59,14 @@ class TrainedWeights(Weights):
         self._trains_vision = config.model.train_vision
         self._where = dict.fromkeys(self._shapes)
         self._read: dict[str, Tensor] = {}
+        """The last two parameters that were read."""
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor on the CPU.
+
+        Raises:
+            CheckpointError: The checkpoint has no master weights of the tensor.
+        """
         if name.startswith("visual.") and not self._trains_vision:
             return self._frozen[name].to(self._dtype)
         held = self._held[name]
@@ -65,14 +74,20 @@ class TrainedWeights(Weights):
         if full is None:
             flat = self._state.get(f"{held.tensor.name}/master")
             if flat is None:
-                raise CheckpointError(f"'{self.path}' has no master weights of '{held.tensor.name}'; it is damaged")
+                raise CheckpointError(
+                    f"'{self.path}'",
+                    None,
+                    f"has no master weights of '{held.tensor.name}'; it is damaged, export another checkpoint",
+                )
             full = flat[: held.numel].view(held.shape)
-            # queries, keys and values are one parameter, their biases another
+            # Queries, keys and values are one parameter and their biases another, and readers ask for them in turn.
             self._read = dict([*list(self._read.items())[-1:], (held.tensor.name, full)])
         return held.tensor.split(full)[held.tensor.sources.index(name)].to(self._dtype)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
         return self._shapes[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
+        """Return the type of a tensor without reading it."""
         return self._dtype

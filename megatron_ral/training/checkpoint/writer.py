@@ -1,12 +1,13 @@
 """Writing of checkpoints, in a thread while training goes on, or at once.
 
     save      every rank copies its state to the host's memory; a thread writes it to <step>.partial and syncs the file
-    poll      at later step boundaries the ranks ask each other whether every file is there; when all are, the first rank
-              writes the manifest and renames the folder
+    poll      at later step boundaries the ranks ask each other whether every file is there; when all are, the first
+              rank writes the manifest and renames the folder
 
-At most one save is in flight: the next one, and `finish`, wait for it. A save that waits (`wait=True`, or
-train.async_checkpoint = false) writes tensor by tensor and takes no copy. A rank that is killed leaves a folder without a
-manifest, which is passed over and removed at the next save. Agreement is by collectives in the main thread alone.
+At most one save is in flight, because the next save, and `finish`, wait for it. A save that waits (`wait=True`, or
+train.async_checkpoint = false) writes tensor by tensor and makes no copy. A rank that is killed leaves a folder without
+a manifest. Such a folder is never resumed from, and the next save removes it. Ranks agree by collectives in the main
+thread only.
 """
 
 import json
@@ -19,8 +20,8 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
-from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
+from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.errors import CheckpointError
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
 from megatron_ral.runtime.progress import tick
@@ -37,29 +38,36 @@ from megatron_ral.training.checkpoint.files import (
     state_file,
     write_synced,
 )
-from megatron_ral.training.step import Engines
+from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.weights.folders import SafetensorsWriter
 
 
 @dataclass
-class _Saving:
+class _Save:
     """One save of this rank."""
 
     step: int
     partial: Path
+    """Folder that is written to until every rank is done."""
     texts: dict[str, str]
-    """Small files by name."""
-    files: Optional[dict[str, int]] = None
-    """Bytes of the files that this rank wrote, once they are on disk."""
-    problem: Optional[Exception] = None
+    """Contents of the small files by name."""
+    outcome: dict[str, int] | Exception | None = None
+    """Size in bytes of each file that this rank wrote, or the error; None while the files are being written."""
     thread: Optional[threading.Thread] = field(default=None, repr=False)
+    """Thread that writes; None for a save in the main thread."""
     num_written: int = 0
-    """Tensors so far."""
+    """Number of tensors written so far."""
 
     def write(
         self, state_name: str, state: Iterator[tuple[str, Tensor]], entries: list[tuple[str, torch.dtype, torch.Size]]
     ) -> None:
-        """Write this rank's files; what goes wrong is kept for `CheckpointWriter.poll`."""
+        """Write this rank's files. An error is stored for `CheckpointWriter.poll`, because a thread cannot raise it.
+
+        Args:
+            state_name: Name of the file for the state.
+            state: Tensors of the state by name.
+            entries: Name, type and shape of the same tensors in the same order.
+        """
         try:
             sizes = {name: write_synced(self.partial / name, text) for name, text in self.texts.items()}
             writer = SafetensorsWriter(self.partial / state_name, entries)
@@ -71,35 +79,37 @@ class _Saving:
                         tick()
             finally:
                 writer.close(sync=True)
-            self.files = {**sizes, state_name: (self.partial / state_name).stat().st_size}
-        except Exception as error:  # in a thread there is nobody above to catch it
-            self.problem = error
+            self.outcome = {**sizes, state_name: (self.partial / state_name).stat().st_size}
+        except Exception as error:
+            self.outcome = error
 
 
 class CheckpointWriter:
-    """Saves of one run; every rank makes one and makes the same calls.
+    """Writer of a run's checkpoints. Every rank has one and makes the same calls.
 
     Args:
-        config: saved with every checkpoint; train.output_dir, keep_checkpoints and async_checkpoint say where and how.
-        engines: policy and, for target `ema`, the average.
-        loader: position in the data.
+        settings: Folder, number of checkpoints to keep, and the configuration that is saved with each.
+        policy: Engine whose master weights and moments are saved.
+        loader: Loader whose position in the data is saved.
     """
 
-    def __init__(self, config: RunConfig, engines: Engines, loader: PromptLoader):
-        self.config, self.engines, self.loader = config, engines, loader
-        self.layout, self.root = engines.policy.layout, checkpoint_root(config.train.output_dir)
-        self._saving: Optional[_Saving] = None
+    def __init__(self, settings: CheckpointSettings, policy: PolicyEngine, loader: PromptLoader):
+        self.settings, self.policy, self.loader = settings, policy, loader
+        self.layout, self.root = policy.layout, checkpoint_root(settings.output_dir)
+        self._save: Optional[_Save] = None
         self._last_step: Optional[int] = None
         self._host: dict[str, Tensor] = {}
 
     def save(self, step: int, wait: bool = False) -> None:
-        """Save the state after `step` steps, unless that was the last one saved.
+        """Save the state after `step` steps, unless that was the last step saved.
 
         Args:
-            wait: come back when the checkpoint is whole (the last save of a run, one asked for by a signal).
+            step: Number of steps done.
+            wait: Whether to return only when the checkpoint is whole (the last save of a run, or one that a signal
+                asked for).
 
         Raises:
-            AgreedError: this save, or the one still in flight, could not be written by some rank.
+            AgreedError: Some rank could not write its files of this save, or of the one that was still in flight.
         """
         self.finish()
         if self._last_step == step:
@@ -111,66 +121,67 @@ class CheckpointWriter:
             except OSError as error:
                 problem = _unwritable(self.root / folder_name(step), error)
         raise_together(problem)
-        saving = _Saving(step, self.root / f"{folder_name(step)}.partial", self._texts())
-        in_thread = self.config.train.async_checkpoint and not wait
-        state = self._copied() if in_thread else self._state()
+        save = _Save(step, self.root / f"{folder_name(step)}.partial", self._texts())
+        in_thread = self.settings.in_thread and not wait
+        state = self._copy_state() if in_thread else self.policy.state()
         entries = [
-            (name, value.dtype, value.shape) for name, value in (self._host.items() if in_thread else self._state())
+            (name, value.dtype, value.shape)
+            for name, value in (self._host.items() if in_thread else self.policy.state())
         ]
         arguments = state_file(self.layout.rank), state, entries
-        self._saving = saving
+        self._save = save
         if in_thread:
-            saving.thread = threading.Thread(target=saving.write, args=arguments, daemon=True, name="checkpoint")
-            saving.thread.start()
+            save.thread = threading.Thread(target=save.write, args=arguments, daemon=True, name="checkpoint")
+            save.thread.start()
         else:
-            saving.write(*arguments)
+            save.write(*arguments)
             self.finish()
 
     def poll(self) -> None:
-        """At a step boundary: make the save in flight whole if every rank's files are there.
+        """Finish the save in flight if the files of every rank are there. Every rank calls this at a step boundary.
 
         Raises:
-            AgreedError: some rank could not write its files.
+            AgreedError: Some rank could not write its files.
         """
-        if self._saving is not None:
-            self._settle(self._saving)
+        if self._save is not None:
+            self._settle(self._save)
 
     def finish(self) -> None:
-        """Wait until the save in flight is whole. Raises: as for `poll`."""
-        if self._saving is not None:
-            thread, seen = self._saving.thread, -1
+        """Wait until the save in flight is whole. Every rank calls this.
+
+        Raises:
+            AgreedError: Some rank could not write its files.
+        """
+        if self._save is not None:
+            thread, seen = self._save.thread, -1
             while thread is not None and thread.is_alive():
                 thread.join(1.0)
-                if self._saving.num_written != seen:  # a sign of life as long as it gets on
-                    seen = self._saving.num_written
+                if self._save.num_written != seen:  # progress is reported only as long as the thread makes some
+                    seen = self._save.num_written
                     tick()
-            self._settle(self._saving)
-            assert self._saving is None, "every rank has joined its thread"
+            self._settle(self._save)
+            assert self._save is None, "every rank has joined its thread"
 
-    def _settle(self, saving: _Saving) -> None:
-        final = self.root / folder_name(saving.step)
-        problem, files = saving.problem, saving.files
-        found = gather_from_all((files, None if problem is None else str(_unwritable(final, problem))))
-        failed = [(rank, text) for rank, (_, text) in enumerate(found) if text is not None]
+    def _settle(self, save: _Save) -> None:
+        """Finish a save whose files are all there, or raise on every rank where some rank failed."""
+        final, outcome = self.root / folder_name(save.step), save.outcome
+        found = gather_from_all(_unwritable(final, outcome) if isinstance(outcome, Exception) else outcome)
+        failed = [rank for rank, each in enumerate(found) if isinstance(each, CheckpointError)]
         if failed:
-            self._saving = None
-            rank, text = failed[0]
-            raise_together(CheckpointError(text) if rank == self.layout.rank else None)
-        if any(files is None for files, _ in found):
+            self._save = None
+            raise_together(found[failed[0]] if failed[0] == self.layout.rank else None)
+        if any(files is None for files in found):
             return
         problem = None
         if self.layout.rank == 0:
+            sizes = {name: size for files in found for name, size in files.items()}
             try:
-                finish_folder(
-                    self.root,
-                    self._manifest(saving.step, {name: size for files, _ in found for name, size in files.items()}),
-                    self.config.train.keep_checkpoints,
-                )
+                finish_folder(self.root, self._manifest(save.step, sizes), self.settings.num_to_keep)
             except OSError as error:
                 problem = _unwritable(final, error)
-        self._saving = None
+        self._save = None
         raise_together(problem)
-        self._last_step = saving.step
+        self._last_step = save.step
 
     def _manifest(self, step: int, files: dict[str, int]) -> Manifest:
         layout = self.layout
@@ -186,30 +197,26 @@ class CheckpointWriter:
     @cached_property
     def _parameters(self) -> list[dict[str, Any]]:
         return parameter_tables(
-            self.engines.policy.shape,
-            self.layout.tensor_size,
-            self.layout.pipeline_size,
-            self.config.model.train_vision,
+            self.policy.shape, self.layout.tensor_size, self.layout.pipeline_size, self.settings.train_vision
         )
 
     def _texts(self) -> dict[str, str]:
+        """Return the contents of this rank's small files by name."""
         position = {
             "loader": self.loader.state(),
-            "num_steps_taken": self.engines.policy.num_steps_taken,
+            "num_steps_taken": self.policy.num_steps_taken,
             "random": random_state(),
         }
         texts = {position_file(self.layout.rank): json.dumps(position)}
-        return {**texts, CONFIG: dump_config(self.config)} if self.layout.rank == 0 else texts
+        return {**texts, CONFIG: self.settings.config_text} if self.layout.rank == 0 else texts
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.engines.policy.state()
-        if self.engines.average is not None:
-            yield from self.engines.average.state()
+    def _copy_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Copy the state to the host's memory, page-locked beside a GPU, and return an iterator over the copies.
 
-    def _copied(self) -> Iterator[tuple[str, Tensor]]:
-        """The state in the host's memory, which is kept for the next save (page-locked beside a GPU)."""
-        pinned = self.engines.policy.process_groups.device.type == "cuda"
-        for name, value in self._state():
+        The memory is used again by the next save.
+        """
+        pinned = self.policy.process_groups.device.type == "cuda"
+        for name, value in self.policy.state():
             if name not in self._host:
                 self._host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
             self._host[name].copy_(value.detach(), non_blocking=pinned)
@@ -219,4 +226,6 @@ class CheckpointWriter:
 
 
 def _unwritable(final: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"checkpoint '{final}' could not be written ({error}); the one before it is still whole")
+    return CheckpointError(
+        f"'{final}'", None, f"could not be written ({error}); the checkpoint before it is still whole"
+    )

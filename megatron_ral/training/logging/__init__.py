@@ -1,1 +1,1 @@
-"""What a run shows of itself: scalars, pictures and text, throughput, charts."""
+"""Loggers of a run: scalars, pictures and texts, throughput, and the page of charts."""

@@ -1,8 +1,6 @@
-"""What TensorBoard shows first, as data: curves that belong on one chart, and what runs are compared by."""
+"""Charts of a run, and the settings and figures by which runs are compared."""
 
-from typing import Any
-
-from megatron_ral.config import RunConfig, flat_settings
+from typing import Any, Mapping
 
 LAYOUT = {
     "reward": {
@@ -57,32 +55,44 @@ FINAL = {
     "completions/mean_length": 10,
     "throughput/samples_per_second": 10,
 }
-"""Tag -> of how many of its last values the mean is what a run is compared by, as `final/<tag>`."""
+"""Tag -> number of its last values whose mean is logged as `final/<tag>`, by which runs are compared."""
 
 
-def method(config: RunConfig) -> str:
-    """One word for what a run is: sft, distill, ral, ral+distill, or its policy loss (grpo, gspo, cispo)."""
-    if config.train.algorithm == "sft":
-        return "sft"
-    names = [name for name, acts in (("ral", config.attention_acts), ("distill", config.distills)) if acts]
-    return "+".join(names) or config.loss.policy_loss
+def method_name(algorithm: str, policy_loss: str, *, trains_attention: bool, distills: bool) -> str:
+    """Return one word for the method of a run: sft, distill, ral, ral+distill, or its policy loss (grpo, gspo, cispo).
 
-
-def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """Return every setting by dotted key as a scalar, and `_method`, which sorts before them in HPARAMS.
-
-    Items of a list of sections have keys of their own; other lists are one text.
+    Args:
+        algorithm: train.algorithm.
+        policy_loss: loss.policy_loss.
+        trains_attention: Whether the attention term has a gradient.
+        distills: Whether the run has a teacher.
     """
-    flat: dict[str, bool | int | float | str] = {"_method": method(config)}
+    if algorithm == "sft":
+        return "sft"
+    names = [name for name, acts in (("ral", trains_attention), ("distill", distills)) if acts]
+    return "+".join(names) or policy_loss
 
-    def add(key: str, value: Any) -> None:
+
+def hyperparameters(settings: Mapping[str, Any], method: str) -> dict[str, bool | int | float | str]:
+    """Return every setting as a scalar or text, after `_method`, which thus is the first column of HPARAMS.
+
+    Items of a list of sections get keys of their own (`data.train.0.shards`).
+
+    Args:
+        settings: Settings of a run with plain values by dotted key.
+        method: Method of the run.
+    """
+    flat: dict[str, bool | int | float | str] = {"_method": method}
+    for key, value in settings.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for index, section in enumerate(value):
-                for name, item in section.items():
-                    add(f"{key}.{index}.{name}", item)
+                flat |= {f"{key}.{index}.{name}": _scalar(item) for name, item in section.items()}
         else:
-            flat[key] = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else value
-
-    for key, value in flat_settings(config).items():
-        add(key, value)
+            flat[key] = _scalar(value)
     return flat
+
+
+def _scalar(value: Any) -> bool | int | float | str:
+    if isinstance(value, (tuple, list, dict)):
+        return ", ".join(map(str, value))
+    return "" if value is None else value

@@ -1,59 +1,98 @@
-"""TensorBoard, written by rank 0 alone; the same calls do nothing elsewhere."""
+"""The TensorBoard logger: event files of one run under <output_dir>/tensorboard."""
 
 import html
 from collections import defaultdict, deque
-from typing import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.config import RunConfig, dump_config, flat_settings
 from megatron_ral.data.video import VideoSettings
 from megatron_ral.evaluation.attention_pictures import attention_picture
-from megatron_ral.evaluation.evaluate import Evaluation, ProbeView
+from megatron_ral.evaluation.evaluate import Evaluation
+from megatron_ral.evaluation.probes import ProbeView
 from megatron_ral.rollout.collect import RolloutBatch
-from megatron_ral.training.logging.dashboard import FINAL, LAYOUT, hyperparameters
+from megatron_ral.training.logging.base import evaluation_scalars
+from megatron_ral.training.logging.dashboard import FINAL, LAYOUT, hyperparameters, method_name
 
 
-class RunLog:
-    """Event files of one run under <output_dir>/tensorboard: scalars, pictures and text, a page of charts (CUSTOM
-    SCALARS), and the settings with the run's last figures, by which runs under one --logdir compare (HPARAMS)."""
+@dataclass(frozen=True)
+class TensorBoardSettings:
+    """Settings of the TensorBoard logger."""
 
-    def __init__(self, config: RunConfig, active: bool, first_step: int = 0):
-        self.config = config
-        self._writer = None
+    folder: str
+    """Folder of the event files."""
+    num_completions: int
+    """Number of prompts of a rollout that are shown with their responses."""
+    config_text: str = field(repr=False)
+    """Configuration of the run as YAML."""
+    hyperparameters: Mapping[str, bool | int | float | str] = field(repr=False)
+    """Settings by which runs are compared in HPARAMS."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "TensorBoardSettings":
+        """Return the settings of a run's configuration."""
+        method = method_name(
+            config.train.algorithm,
+            config.loss.policy_loss,
+            trains_attention=config.attention_acts,
+            distills=config.distills,
+        )
+        return cls(
+            folder=f"{config.train.output_dir}/tensorboard",
+            num_completions=config.logging.num_completions,
+            config_text=dump_config(config),
+            hyperparameters=hyperparameters(flat_settings(config), method),
+        )
+
+
+class TensorBoardLogger:
+    """Writer of scalars, pictures and texts, of a page of charts, and of the settings with the run's final figures.
+
+    The charts are TensorBoard's page CUSTOM SCALARS. Settings and final figures are its page HPARAMS, on which the runs
+    under one --logdir are compared.
+
+    Args:
+        settings: Folder, configuration and number of completions.
+        first_step: Number of steps done before this start of the run. Events that an earlier start wrote after it are
+            hidden, because the resumed run writes these steps again.
+    """
+
+    def __init__(self, settings: TensorBoardSettings, first_step: int = 0):
+        self.settings = settings
         self._recent: dict[str, deque[float]] = defaultdict(deque)
-        """Tag -> the last values of what a run is compared by."""
-        if active and config.logging.tensorboard:
-            # purge_step hides what a killed run wrote after the checkpoint it is resumed from
-            self._writer = SummaryWriter(
-                f"{config.train.output_dir}/tensorboard", purge_step=first_step + 1 if first_step else None
-            )
-            self._writer.add_text("config", f"<pre>{html.escape(dump_config(config))}</pre>", first_step)
-            self._writer.add_custom_scalars(LAYOUT)
-            *start, self._end = hparams(hyperparameters(config), {f"final/{tag}": 0.0 for tag in FINAL})
-            for summary in start:
-                self._writer.file_writer.add_summary(summary)
+        """Last values of each tag in FINAL."""
+        self._writer = SummaryWriter(settings.folder, purge_step=first_step + 1 if first_step else None)
+        self._writer.add_text("config", f"<pre>{html.escape(settings.config_text)}</pre>", first_step)
+        self._writer.add_custom_scalars(LAYOUT)
+        *start, self._end = hparams(dict(settings.hyperparameters), {f"final/{tag}": 0.0 for tag in FINAL})
+        for summary in start:
+            self._add_summary(summary)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, first_step: int = 0) -> "TensorBoardLogger":
+        """Open the logger of a run that has done `first_step` steps."""
+        return cls(TensorBoardSettings.from_config(config), first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-                if name in FINAL:
-                    self._recent[name] = deque([*self._recent[name], value], FINAL[name])
+        """Write scalars by tag."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+            if name in FINAL:
+                self._recent[name] = deque([*self._recent[name], value], FINAL[name])
 
     def completions(self, rollout: Sequence[RolloutBatch], step: int) -> None:
-        """Some prompts of a rollout, spread over its micro-batches (which are in order of length), with all their responses
-        and rewards."""
-        if self._writer is None:
-            return
-        everything = [
-            (scored, b, prompt) for scored in rollout for b, prompt in enumerate(scored.groups.prompts.prompts)
-        ]
-        count = min(self.config.logging.num_completions, len(everything))
-        for shown in range(count):
-            scored, b, prompt = everything[shown * len(everything) // count]
-            parts = scored.score.components
+        """Write a table of responses and rewards for each of a few prompts.
+
+        The prompts are spread over the micro-batches of the rollout, because these are ordered by length.
+        """
+        everything = [(batch, b, prompt) for batch in rollout for b, prompt in enumerate(batch.groups.prompts.prompts)]
+        count = min(self.settings.num_completions, len(everything))
+        for index in range(count):
+            batch, b, prompt = everything[index * len(everything) // count]
+            parts = batch.score.components
             rows = [
                 f"**{html.escape(prompt.sample.problem)}** — {html.escape(prompt.sample.solution)} "
                 f"(key {html.escape(prompt.sample.key)})",
@@ -61,33 +100,22 @@ class RunLog:
                 f"| reward | {' | '.join(parts)} | response |",
                 "|---" * (2 + len(parts)) + "|",
             ]
-            for g, (text, reward) in enumerate(zip(scored.score.texts[b], scored.score.rewards[b].tolist())):
+            for g, (text, reward) in enumerate(zip(batch.score.texts[b], batch.score.rewards[b].tolist())):
                 values = " | ".join(f"{values[b, g]:.2f}" for values in parts.values())
-                shown_text = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break ends a row
-                rows.append(f"| {reward:.2f} | {values} | {shown_text} |")
-            self._writer.add_text(f"completions/{shown}", "\n".join(rows), step)
+                one_line = " ".join(html.escape(text).replace("|", "&#124;").split())  # a line break would end the row
+                rows.append(f"| {reward:.2f} | {values} | {one_line} |")
+            self._writer.add_text(f"completions/{index}", "\n".join(rows), step)
 
     def evaluation(self, result: Evaluation, step: int) -> None:
-        self.scalars(
-            {
-                "eval/accuracy": result.accuracy,
-                "eval/format_rate": result.format_rate,
-                "eval/unparsed_rate": result.unparsed_rate,
-                "eval/error_rate": result.error_rate,
-                "eval/target_attention": result.target_attention,
-                "eval/visual_mass": result.visual_mass,
-            },
-            step,
-        )
+        """Write the scalars of a held-out evaluation."""
+        self.scalars(evaluation_scalars(result), step)
 
-    def probes(self, views: Sequence[ProbeView], settings: VideoSettings, step: int) -> None:
-        """Attention over the images or video of each probe, and the responses as text."""
-        if self._writer is None:
-            return
+    def probes(self, views: Sequence[ProbeView], video: VideoSettings, step: int) -> None:
+        """Write the attention over the images or video of each probe as a picture, and its response as text."""
         for index, view in enumerate(views):
             if len(view.prompt.grid_thw):
                 self._writer.add_image(
-                    f"attention/probe_{index}", attention_picture(view, settings), step, dataformats="HWC"
+                    f"attention/probe_{index}", attention_picture(view, video), step, dataformats="HWC"
                 )
             self._writer.add_text(
                 f"probes/{index}",
@@ -97,9 +125,15 @@ class RunLog:
             )
 
     def close(self, step: int) -> None:
-        """What the run is compared by, after its last step (of this start), and the end of the files."""
-        if self._writer is not None:
-            for tag, values in self._recent.items():
-                self._writer.add_scalar(f"final/{tag}", sum(values) / len(values), step)
-            self._writer.file_writer.add_summary(self._end)
-            self._writer.close()
+        """Write the final figures of this start of the run and close the files."""
+        for tag, values in self._recent.items():
+            self._writer.add_scalar(f"final/{tag}", sum(values) / len(values), step)
+        self._add_summary(self._end)
+        self._writer.close()
+
+    def _add_summary(self, summary: Any) -> None:
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(summary)
+
+
+LOGGER = TensorBoardLogger

@@ -1,97 +1,18 @@
-"""What a run is watched by: FLOPs from the shape, flat settings, and the page of attention by token."""
+"""The page of attention by token, as `megatron-ral attention` writes it."""
 
 import base64
 import json
 import math
-from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText
 
 from megatron_ral.commands import attention
-from megatron_ral.config.distill import TeacherConfig
-from megatron_ral.config.loss import LossConfig
-from megatron_ral.config.sections import TrainConfig
-from megatron_ral.config.watching import LoggingConfig
-from megatron_ral.models.flops import group_flops, tower_flops_per_patch
-from megatron_ral.models.shape import read_shape
-from megatron_ral.training.logging.dashboard import hyperparameters, method
-from megatron_ral.training.logging.throughput import known_peak_tflops
-from tests.distributed.cases import make_config
-
-PROJECT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("name, parameters", [("qwen2.5-vl-7b", 7.07e9), ("qwen2.5-vl-72b", 71.46e9)])
-def test_flops_of_published_sizes(name, parameters):
-    """PaLM's 2 N per token with the matrices of all layers and the LM head, plus attention by hand."""
-    shape = read_shape(str(PROJECT / "pretrained_configs" / "models" / name))
-    P, R, G = 2048, 256, 8
-    query = shape.num_attention_heads * shape.kv_channels
-    attention = 4 * query * shape.num_layers * (P * (P + 1) / 2 + G * (R * P + R * (R + 1) / 2))
-    head = 2 * shape.hidden_size * shape.vocab_size
-    linear = group_flops(shape, P, [R] * G) - attention - head * G * R
-    assert linear / (P + G * R) / 2 + head / 2 == pytest.approx(parameters, rel=0.01)
-    # the group layout does the prompt once
-    apart = G * group_flops(shape, P, [R])
-    assert 3 < apart / group_flops(shape, P, [R] * G) < 6
-
-
-def test_flops_against_a_counter(material):
-    """Stock transformers under torch's own counter: all T x T pairs and all rows of the LM head, so those are put right."""
-    shape, T = read_shape(str(material["untied"])), 24
-    model = AutoModelForImageTextToText.from_pretrained(material["untied"], attn_implementation="eager").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.randint(0, 300, (1, T)))
-    query = shape.num_attention_heads * shape.kv_channels
-    seen = group_flops(shape, T, []) + 2 * shape.hidden_size * shape.vocab_size * T
-    whole = seen + 4 * query * shape.num_layers * (T * T - T * (T + 1) / 2)
-    rotary = counter.get_total_flops() - whole  # positions x frequencies as a small product
-    assert 0 <= rotary < 0.002 * whole
-
-
-@pytest.mark.parametrize("kind", ["tiny", "qwen3"])
-def test_flops_of_the_tower_against_a_counter(material, kind):
-    shape = read_shape(str(material[kind]))
-    tower = AutoModelForImageTextToText.from_pretrained(material[kind], attn_implementation="eager").eval().model.visual
-    patches = 16
-    pixels = torch.randn(patches, 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
-    counts = counter.get_flop_counts()["Global"]
-    matrices = sum(count for operation, count in counts.items() if "bmm" not in str(operation))  # bmm: its attention
-    assert tower_flops_per_patch(shape) * patches == pytest.approx(matrices, rel=1e-3)
-
-
-def test_peaks():
-    assert known_peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.0
-    assert known_peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756.0
-    assert known_peak_tflops("NVIDIA A100-SXM4-80GB", "float32") == 0.0 == known_peak_tflops("a card", "bfloat16")
-
-
-def test_settings_are_flat_and_runs_have_a_method():
-    config = make_config("m")
-    flat = hyperparameters(config)
-    assert (
-        flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
-    )
-    assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
-    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
-    grpo = replace(config, loss=LossConfig(attention_coef=0.0))
-    assert method(grpo) == "grpo" and hyperparameters(grpo).keys() == flat.keys()
-    assert method(replace(config, loss=LossConfig(attention_coef=0.0, policy_loss="gspo"))) == "gspo"
-    assert method(replace(config, train=TrainConfig(algorithm="sft"))) == "sft"
-    assert method(replace(grpo, teacher=TeacherConfig(path="t"))) == "distill"
-    assert LoggingConfig().peak_tflops == 0.0
 
 
 class _Page(HTMLParser):
-    """Sections with what is in them."""
+    """Parser of the page: its sections with their contents."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +65,7 @@ class _Page(HTMLParser):
 
 @pytest.mark.parametrize("kind, panels, boxes", [("data", 1, 1), ("clips", 8, 2)])
 def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, panels, boxes):
-    """Read back as a reader would: a section per sample, a cell per token, masses that sum to the visual mass."""
+    """The page has a section per sample and a cell per token, and its masses sum to the visual mass."""
     shards = f"{material['data'] if kind == 'data' else clips}/heldout-*.tar"
     output, made = tmp_path / "report.html", []
     make = attention.make_samples
@@ -200,7 +121,7 @@ def test_page_refuses_what_it_cannot_use(material, tmp_path, capsys):
         ([tiny, f"{tmp_path}/*.tar"], "SHARDS"),
         ([tiny, shards, "--layers", "9"], "--layers names layer 9"),
         ([str(tmp_path), shards], "CHECKPOINT = "),
-        ([tiny, shards, "rollout.nonsense=1"], "not a known setting"),
+        ([tiny, shards, "rollout.nonsense=1"], "unknown key"),
     ):
         assert attention.main([*arguments, "--output", str(tmp_path / "x.html")]) == 2
         assert said in capsys.readouterr().err

@@ -51,16 +51,16 @@ def test_figure_is_the_mean_and_its_standard_error():
 def test_rows_of_a_category():
     row = CategoryRow.of([result("a", 1, (1, 1, 0, 0)), result("b", 0, (0, 0, 0, 1)), result("c", 0, (0, 0, 0, 0))])
     assert row.accuracy == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert row.sampled_accuracy.mean == pytest.approx((0.5 + 0.25 + 0) / 3)
-    assert row.sampled_accuracy.error == pytest.approx(0.25 / math.sqrt(3)), "between prompts, not between samples"
-    assert row.best_of_n.mean == pytest.approx(2 / 3)
-    assert row.all_right is None and row.num_groups == 0
+    assert row.sampled.accuracy.mean == pytest.approx((0.5 + 0.25 + 0) / 3)
+    assert row.sampled.accuracy.error == pytest.approx(0.25 / math.sqrt(3)), "between prompts, not between samples"
+    assert row.sampled.best_of_n.mean == pytest.approx(2 / 3)
+    assert row.question_groups is None
     graded = CategoryRow.of([result("a", 0.4, (0.2, 0.6))])
-    assert graded.best_of_n == (0.6, None) and graded.accuracy == (0.4, None)
-    assert CategoryRow.of([result("a", 1)]).sampled_accuracy is None
+    assert graded.sampled.best_of_n == (0.6, None) and graded.accuracy == (0.4, None)
+    assert CategoryRow.of([result("a", 1)]).sampled is None
 
 
-def test_groups_are_right_where_every_question_is():
+def test_question_groups_are_right_where_every_question_is():
     """MME: two questions of a picture."""
     rows = [
         result("a", 1, group="1"),
@@ -71,9 +71,8 @@ def test_groups_are_right_where_every_question_is():
         result("f", 1, group="3"),
     ]
     row = CategoryRow.of(rows)
-    assert (
-        row.accuracy.mean == pytest.approx(4 / 6) and row.num_groups == 3 and row.all_right.mean == pytest.approx(1 / 3)
-    )
+    assert row.accuracy.mean == pytest.approx(4 / 6)
+    assert row.question_groups.num_groups == 3 and row.question_groups.all_right.mean == pytest.approx(1 / 3)
     assert row.record()["all_right"] == pytest.approx(1 / 3)
     assert "all_right" not in CategoryRow.of([result("a", 1)]).record()
 

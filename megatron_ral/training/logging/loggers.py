@@ -1,0 +1,66 @@
+"""All loggers of a run as one, chosen by settings.
+
+A logger is a module of this folder that is named like its switch, a boolean setting `logging.<name>`. The module sets
+`LOGGER` to a class that has the methods of `RunLogger` and a classmethod `from_config(config, first_step)`. A new
+logger thus takes two files: its module, and its switch in `config/watching.py`.
+"""
+
+import dataclasses
+from importlib import import_module
+from typing import Any, Mapping, Sequence
+
+from megatron_ral.config import RunConfig
+from megatron_ral.config.watching import LoggingConfig
+from megatron_ral.data.video import VideoSettings
+from megatron_ral.evaluation.evaluate import Evaluation
+from megatron_ral.evaluation.probes import ProbeView
+from megatron_ral.rollout.collect import RolloutBatch
+from megatron_ral.training.logging.base import RunLogger
+
+
+def logger_names() -> list[str]:
+    """Return the names of the settings that switch a logger on: the boolean fields of the section `logging`."""
+    return [field.name for field in dataclasses.fields(LoggingConfig) if field.type is bool]
+
+
+def logger_class(name: str) -> Any:
+    """Return the class of the logger that the setting `logging.<name>` switches on."""
+    return import_module(f"{__package__}.{name}").LOGGER
+
+
+class Loggers:
+    """Several loggers that are called as one. Ranks that do not log hold none, so that their calls do nothing."""
+
+    def __init__(self, loggers: Sequence[RunLogger] = ()):
+        self.loggers = tuple(loggers)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, first_step: int = 0) -> "Loggers":
+        """Open every logger that is switched on.
+
+        Args:
+            config: Configuration of the run.
+            first_step: Number of steps done before this start of the run.
+        """
+        names = [name for name in logger_names() if getattr(config.logging, name)]
+        return cls([logger_class(name).from_config(config, first_step) for name in names])
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.scalars(values, step)
+
+    def completions(self, rollout: Sequence[RolloutBatch], step: int) -> None:
+        for logger in self.loggers:
+            logger.completions(rollout, step)
+
+    def evaluation(self, result: Evaluation, step: int) -> None:
+        for logger in self.loggers:
+            logger.evaluation(result, step)
+
+    def probes(self, views: Sequence[ProbeView], video: VideoSettings, step: int) -> None:
+        for logger in self.loggers:
+            logger.probes(views, video, step)
+
+    def close(self, step: int) -> None:
+        for logger in self.loggers:
+            logger.close(step)

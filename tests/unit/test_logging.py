@@ -1,0 +1,149 @@
+"""Loggers of a run: which are opened, what they are given, the settings that runs are compared by; FLOPs of a step."""
+
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ral.config.distill import TeacherConfig
+from megatron_ral.config.loss import LossConfig
+from megatron_ral.config.sections import TrainConfig
+from megatron_ral.config.watching import LoggingConfig
+from megatron_ral.models.flops import group_flops, tower_flops_per_patch
+from megatron_ral.models.shape import read_shape
+from megatron_ral.training.logging.base import RunLogger
+from megatron_ral.training.logging.loggers import Loggers, logger_class, logger_names
+from megatron_ral.training.logging.tensorboard import TensorBoardLogger, TensorBoardSettings
+from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings, known_peak_tflops
+from tests.distributed.cases import make_config
+
+METHODS = ("scalars", "completions", "evaluation", "probes", "close")
+
+
+def test_peaks():
+    assert known_peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.0
+    assert known_peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756.0
+    assert known_peak_tflops("NVIDIA A100-SXM4-80GB", "float32") == 0.0 == known_peak_tflops("a card", "bfloat16")
+
+
+def hyperparameters(config) -> dict:
+    return dict(TensorBoardSettings.from_config(config).hyperparameters)
+
+
+def method(config) -> str:
+    return str(hyperparameters(config)["_method"])
+
+
+def test_settings_are_flat_and_runs_have_a_method():
+    config = make_config("m")
+    flat = hyperparameters(config)
+    assert (
+        flat["_method"] == "ral" and flat["data.train.0.shards"] == "unused" and flat["loss.attention_layers"] == "-1"
+    )
+    assert flat["loss.attention_coef"] == 2.0 and flat["logging.tensorboard"] is True and flat["reward.functions"] == ""
+    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
+    grpo = replace(config, loss=LossConfig(attention_coef=0.0))
+    assert method(grpo) == "grpo" and hyperparameters(grpo).keys() == flat.keys()
+    assert method(replace(config, loss=LossConfig(attention_coef=0.0, policy_loss="gspo"))) == "gspo"
+    assert method(replace(config, train=TrainConfig(algorithm="sft"))) == "sft"
+    assert method(replace(grpo, teacher=TeacherConfig(path="t"))) == "distill"
+    assert LoggingConfig().peak_tflops == 0.0
+
+
+def test_every_switch_among_the_settings_has_a_logger():
+    assert "tensorboard" in logger_names()
+    for name in logger_names():
+        logger = logger_class(name)
+        assert all(callable(getattr(logger, method)) for method in (*METHODS, "from_config")), name
+    assert all(getattr(LoggingConfig(), name) in (True, False) for name in logger_names())
+    assert {field.name for field in fields(LoggingConfig)} > set(logger_names())
+    assert all(hasattr(RunLogger, method) and hasattr(Loggers, method) for method in METHODS)
+
+
+def test_every_logger_gets_every_call_in_order():
+    calls = []
+
+    class Recorder:
+        def __init__(self, name):
+            for method in METHODS:
+                setattr(self, method, lambda *values, method=method: calls.append((name, method, *values)))
+
+    loggers = Loggers([Recorder("a"), Recorder("b")])
+    for each in (loggers, Loggers()):
+        each.scalars({"loss": 1.0}, 1)
+        each.completions(["batch"], 2)
+        each.evaluation("result", 3)
+        each.probes(["view"], "video", 4)
+        each.close(5)
+    expected = [
+        ("scalars", {"loss": 1.0}, 1),
+        ("completions", ["batch"], 2),
+        ("evaluation", "result", 3),
+        ("probes", ["view"], "video", 4),
+        ("close", 5),
+    ]
+    assert calls == [(name, *call) for call in expected for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_loggers_are_opened_by_settings(tmp_path, tensorboard):
+    config = make_config("m")
+    config = replace(
+        config,
+        train=replace(config.train, output_dir=str(tmp_path)),
+        logging=replace(config.logging, tensorboard=tensorboard),
+    )
+    log = Loggers.from_config(config)
+    assert [type(logger) for logger in log.loggers] == [TensorBoardLogger] * tensorboard
+    for step in range(1, 13):
+        log.scalars({"loss": float(step), "lr": 0.5}, step)
+    log.evaluation(SimpleNamespace(**dict.fromkeys(EVALUATION, 0.25)), 12)
+    log.close(12)
+    assert (tmp_path / "tensorboard").exists() == tensorboard
+    if not tensorboard:
+        return
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags == {"loss", "lr", "final/loss", *(f"eval/{name}" for name in EVALUATION)} | {
+        f"final/eval/{name}" for name in ("accuracy", "format_rate", "target_attention")
+    }
+    assert [event.value for event in events.Scalars("final/loss")] == [7.5], "the mean of the last ten"
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, step) for step in range(1, 13)]
+
+
+EVALUATION = ("accuracy", "format_rate", "unparsed_rate", "error_rate", "target_attention", "visual_mass")
+
+
+def flops_of_a_step(material, config, teacher=None) -> float:
+    """FLOPs of a micro-batch of one prompt of 5 tokens with responses of 3 and 2 tokens and an image of 16 patches."""
+    process_groups = SimpleNamespace(device=torch.device("cpu"))
+    meter = Throughput(
+        ThroughputSettings.from_config(config), read_shape(str(material["tiny"])), teacher, process_groups
+    )
+    prompts = SimpleNamespace(
+        prompt_lengths=torch.tensor([5]), prompts=[SimpleNamespace(pixel_values=torch.zeros(16, 2))]
+    )
+    return meter._flops(SimpleNamespace(prompts=prompts, response_lengths=torch.tensor([[3, 2]])))
+
+
+def test_flops_of_a_step_count_its_passes(material):
+    """Supervised: an update of three. RL: generation, passes without gradient, and three for each update."""
+    shape = read_shape(str(material["tiny"]))
+    language, tower = group_flops(shape, 5, [3, 2]), 16 * tower_flops_per_patch(shape)
+    config = make_config("m")
+    rollout = replace(config.rollout, num_minibatches=2, num_epochs=1)
+    config = replace(config, rollout=rollout, loss=LossConfig(kl_coef=0.0))
+    assert flops_of_a_step(material, config) == pytest.approx((1 + 0.5 + 3) * language + tower)
+    with_reference = replace(config, loss=LossConfig(kl_coef=0.1))
+    assert flops_of_a_step(material, with_reference) == pytest.approx((2 + 0.5 + 3) * language + tower)
+    two_epochs = replace(config, rollout=replace(rollout, num_epochs=2))
+    assert flops_of_a_step(material, two_epochs) == pytest.approx((1 + 1 + 6) * language + tower)
+    distilled = flops_of_a_step(material, two_epochs, teacher=shape)
+    assert distilled == pytest.approx((8 + 2) * language + (1 + 2) * tower)
+    supervised = replace(config, train=TrainConfig(algorithm="sft"))
+    assert flops_of_a_step(material, supervised) == pytest.approx(3 * language + tower)
+    whole = replace(supervised, model=replace(config.model, train_vision=True))
+    assert flops_of_a_step(material, whole) == pytest.approx(3 * (language + tower))
