@@ -101,9 +101,12 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.data.shards import find_shards, reference_answer
     from megatron_ral.engine.frozen import FrozenEngine
+    from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.evaluation.attention_page import PageSample
     from megatron_ral.evaluation.attention_pictures import most_looked_at, sample_panels
-    from megatron_ral.evaluation.evaluate import read_prompts, view_tokens
+    from megatron_ral.evaluation.generation import EvaluationSettings
+    from megatron_ral.evaluation.probes import view_tokens
+    from megatron_ral.evaluation.prompt_set import read_prompts
     from megatron_ral.models.folder import config_folder
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
@@ -121,8 +124,8 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
             f": none of the first {arguments.num_samples} samples can be used; the warnings above say why",
         )
     process_groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
-    engine = FrozenEngine(shape, process_groups, config.model.dtype, arguments.checkpoint)
-    for view in view_tokens(engine, prompts, processor, config, layers):
+    engine = FrozenEngine(shape, process_groups, EngineSettings(arguments.checkpoint, config.model.dtype))
+    for view in view_tokens(engine, prompts, processor, EvaluationSettings.from_config(config), layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))
         shown = most_looked_at(panels, sum(rows.mean(axis=0) for rows in masses.values()))
