@@ -13,7 +13,9 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
+from megatron_ral.compat.deepspeed_coalesced_reduction import coalesced_reduction
+from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
+from megatron_ral.compat.deepspeed_gradient_norm import use_gradient_norm
 from megatron_ral.config import RunConfig
 from megatron_ral.objectives.base import Objective
 from megatron_ral.engine.outputs import StepResult

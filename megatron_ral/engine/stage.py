@@ -15,7 +15,8 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, remove_module_hooks
+from megatron_ral.compat.deepspeed_module_hooks import remove_module_hooks
+from megatron_ral.compat.deepspeed_topology import MegatronTopology
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.attention.layer_rows import AttentionRows, Heads
 from megatron_ral.engine.outputs import ForwardOutput

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction
+from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.pipelined_decoder import PipelinedDecoder
 from megatron_ral.engine.decoding_batch import DecodingBatch, SamplingSettings
