@@ -51,7 +51,20 @@ class DataError(UserError):
 
 
 class AgreedError(UserError):
-    """An error that some rank found, raised on every rank alike."""
+    """An error that one rank or several found, raised on every rank.
+
+    Args:
+        key, value, remedy: Parts of the error of the first rank that found one.
+        rank: That rank; None where every rank found the same error.
+    """
+
+    def __init__(self, key: str, value: object = None, remedy: Optional[str] = None, *, rank: Optional[int] = None):
+        super().__init__(key, value, remedy)
+        self.rank = rank
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.rank is None else f"rank {self.rank}: {text}"
 
 
 def show_value(value: object) -> str:

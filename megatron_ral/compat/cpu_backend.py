@@ -15,6 +15,7 @@ Retired by: `test_megatron_schedules_still_name_cuda`, `test_deepspeed_still_com
 import importlib
 import os
 import types
+from typing import Any
 
 import torch
 
@@ -66,4 +67,5 @@ def install() -> None:
 
     choose_deepspeed_accelerator()
     # Imported by name because the attribute `deepspeed.comm.torch` is torch itself.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    collectives: Any = importlib.import_module("deepspeed.comm.torch")
+    collectives.build_shm_op = lambda: None
