@@ -13,7 +13,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.errors import ConfigError
-from megatron_ral.weights.conversion import visual_shapes
+from megatron_ral.models.parameter_shapes import visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.parameters import stage_parameters

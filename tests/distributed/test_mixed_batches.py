@@ -8,7 +8,7 @@ import torch
 from megatron_ral.config.sections import ModelConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.weights.folders import HuggingFaceWeights
+from megatron_ral.weights.huggingface import HuggingFaceWeights
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals

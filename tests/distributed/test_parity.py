@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.weights.folders import common_name
+from megatron_ral.weights.huggingface import common_name
 from megatron_ral.weights.conversion import differing_weights
 from megatron_ral.models.shape import read_shape
 from megatron_ral.weights.stage_weights import describe_stage, export_stage

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ral.config import load_config
-from megatron_ral.weights.conversion import stage_tables
+from megatron_ral.weights.tensor_table import stage_tables
 from megatron_ral.weights.resharding import held_parameters
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import barrier
@@ -77,7 +77,7 @@ def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
     of a tensor are checked to be equal."""
     manifest, shape, result = read_manifest(folder), read_shape(model), {}
     T, place = manifest.tensor_size, manifest.layout
-    tables = dict(stage_tables(shape, T, manifest.pipeline_size))
+    tables = stage_tables(shape, T, manifest.pipeline_size)
     for stage, held in enumerate(held_parameters(shape, T, manifest.pipeline_size)):
         files = [
             [load_file(folder / f"rank_{place.rank_of(t, d, stage):05d}.safetensors") for d in range(place.data_size)]

@@ -26,8 +26,8 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
     """Random bfloat16 weights; returns all bytes and the bytes of each tensor, largest first."""
     import torch
 
-    from megatron_ral.weights.folders import SafetensorsWriter
-    from megatron_ral.weights.conversion import expected_shapes
+    from megatron_ral.weights.safetensors_files import SafetensorsWriter
+    from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
     from megatron_ral.models.shape import read_shape
 
     config = json.loads((PROJECT / "pretrained_configs/models/qwen2.5-vl-72b/config.json").read_text())
@@ -54,7 +54,7 @@ def child(command: str, source: str, output: str) -> None:
     """Convert in this process and print seconds, bytes and the growth of its peak memory."""
     from megatron_ral.models import conversion
 
-    conversion.visual_shapes(conversion.read_shape(str(source)))  # import and build once before memory is noted
+    visual_shapes(conversion.read_shape(str(source)))  # import and build once before memory is noted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (ru_maxrss would keep the parent's)
     before = memory("VmRSS")
     if command == "to-megatron":

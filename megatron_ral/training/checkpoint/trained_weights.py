@@ -7,8 +7,9 @@ from torch import Tensor
 
 from megatron_ral.config import load_config
 from megatron_ral.errors import CheckpointError, ConfigError
-from megatron_ral.weights.folders import Weights
-from megatron_ral.weights.conversion import expected_shapes, open_weights
+from megatron_ral.models.parameter_shapes import expected_shapes
+from megatron_ral.weights.conversion import open_weights
+from megatron_ral.weights.huggingface import Weights
 from megatron_ral.weights.resharding import ReshardedState, held_parameters
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout

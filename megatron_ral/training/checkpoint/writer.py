@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_ral.config import RunConfig, dump_config
 from megatron_ral.data.loader import PromptLoader
-from megatron_ral.weights.folders import SafetensorsWriter
+from megatron_ral.weights.safetensors_files import SafetensorsWriter
 from megatron_ral.errors import CheckpointError
 from megatron_ral.parallel.collectives import gather_from_all, raise_together
 from megatron_ral.runtime.progress import tick
