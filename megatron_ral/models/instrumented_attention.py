@@ -20,8 +20,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.attention.group_layout import AttentionRecord
+from megatron_ral.models.attention_pass import AttentionPass
 
 
 class InstrumentedAttention(torch.nn.Module):

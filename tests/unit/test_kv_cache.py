@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.kv_cache import GroupKVCache
 
