@@ -15,7 +15,7 @@ from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.weights.resharding import OwnShards, ReshardedState
-from megatron_ral.weights.safetensors_files import SafetensorsFile
+from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter
 from megatron_ral.weights.tensor_table import stage_tables
 
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 3, 3), (4, 2, 3))
@@ -141,6 +141,17 @@ def test_damaged_files_are_named(material, tmp_path):
     with pytest.raises(CheckpointError, match="damaged or of another model"):
         read()
     assert "other" not in SafetensorsFile(path)
+
+
+def test_a_written_file_equals_one_of_the_safetensors_package(tmp_path):
+    """Tensors may be added in any order; the bytes are those of the announced order."""
+    values = {name: torch.randn(size).bfloat16() for name, size in (("a.x", (3, 4)), ("a.y", (2,)), ("b", (5, 1, 2)))}
+    save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
+    writer = SafetensorsWriter(tmp_path / "ours", [(name, value.dtype, value.shape) for name, value in values.items()])
+    for name in ("b", "a.x", "a.y"):
+        writer.add(name, values[name])
+    writer.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_parts_are_read_without_the_rest_of_the_tensor(tmp_path, monkeypatch):
