@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def convert(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megatron_ral.models import conversion
+    from megatron_ral.weights import conversion
     from megatron_ral.errors import CheckpointError
     from megatron_ral.models.folder import MANIFEST
     from megatron_ral.training.checkpoint.trained_weights import TrainedWeights

@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
 
 def child(command: str, source: str, output: str) -> None:
     """Convert in this process and print seconds, bytes and the growth of its peak memory."""
-    from megatron_ral.models import conversion
+    from megatron_ral.weights import conversion
 
     visual_shapes(conversion.read_shape(str(source)))  # import and build once before memory is noted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (ru_maxrss would keep the parent's)
