@@ -1,11 +1,9 @@
-"""Errors that a user can act on. Each names the setting or file at fault, the value found there, and the way out.
+"""Errors that a user can act on. Each names what is at fault, what was found there, and the way out.
 
-Code raises them with these three parts. A command catches `UserError` in one place, prints it as one sentence and ends
-with exit status 2. The parts stay apart until then, because the preflight prints a table of them and no code may parse
-a sentence.
+A command catches `UserError` in one place, prints it as one sentence and ends with exit status 2. Its parts stay apart
+until then, so that the preflight can print a table of them and no code reads a sentence back.
 """
 
-import os
 import re
 from typing import Optional
 
@@ -13,12 +11,11 @@ _WORD = re.compile(r"[\w.+-]+")
 
 
 class UserError(ValueError):
-    """Input of the user that cannot be used: a setting, an option, a file, a checkpoint or data.
+    """Something the user gave that cannot be used: a setting, an option, a file, a checkpoint, data.
 
     Args:
-        key: Setting, option or file at fault, for example `parallel.tensor_model_parallel_size`, `--output` or a quoted
-            path.
-        value: Value found there; None if the key is enough.
+        key: Setting, option or file at fault, e.g. `parallel.tensor_model_parallel_size`, `--output` or a quoted path.
+        value: What was found there; None where the key says it all.
         remedy: Rest of the sentence that begins with `key = value`: what is wrong, and the way out. It may begin with
             `:`, `,` or `;`.
     """
@@ -31,7 +28,7 @@ class UserError(ValueError):
 
     @property
     def shown_value(self) -> str:
-        """Value as the sentence shows it; see `show_value`."""
+        """Value as it stands in the sentence: words and numbers as they are, other text in quotes."""
         return show_value(self.value)
 
     def __str__(self) -> str:
@@ -42,30 +39,43 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting or option that cannot be used, alone or in combination with others."""
+    """A setting or option that cannot be used, alone or beside others."""
 
 
 class CheckpointError(UserError):
-    """A model folder or checkpoint that lacks what is needed."""
+    """A model folder or checkpoint that does not hold what is needed."""
 
 
 class DataError(UserError):
-    """Shards or records that cannot be used at all. A single bad sample raises `data.issues.SampleError` instead."""
+    """Shards or records that cannot be used at all. One bad sample is a `data.issues.SampleError` instead."""
 
 
 class AgreedError(UserError):
-    """An error found by some rank and raised on every rank alike."""
+    """An error that one rank or several found, raised on every rank.
+
+    Args:
+        key, value, remedy: Parts of the error of the first rank that found one.
+        rank: That rank; None where every rank found the same error.
+    """
+
+    def __init__(self, key: str, value: object = None, remedy: Optional[str] = None, *, rank: Optional[int] = None):
+        super().__init__(key, value, remedy)
+        self.rank = rank
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.rank is None else f"rank {self.rank}: {text}"
 
 
 def show_value(value: object) -> str:
-    """Return a value as sentences show it: booleans in lower case, words and numbers bare, other text in quotes.
-
-    Examples: true, 0.5, exact, 'a/path', [1, 2].
-    """
+    """Return a value as it stands in a sentence: true, 0.5, exact, 'a/path', [1, 2]."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return str(list(value))
     text = str(value)
-    is_text = isinstance(value, (str, os.PathLike))
-    return f"'{text}'" if is_text and not _WORD.fullmatch(text) else text
+    return (
+        text
+        if _WORD.fullmatch(text) or not isinstance(value, str) and not hasattr(value, "__fspath__")
+        else f"'{text}'"
+    )

@@ -103,7 +103,7 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.evaluation.attention_page import PageSample
-    from megatron_ral.evaluation.attention_pictures import most_looked_at, sample_panels
+    from megatron_ral.evaluation.attention_pictures import most_attended, sample_panels
     from megatron_ral.evaluation.generation import EvaluationSettings
     from megatron_ral.evaluation.probes import view_tokens
     from megatron_ral.evaluation.prompt_set import read_prompts
@@ -128,7 +128,7 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     for view in view_tokens(engine, prompts, processor, EvaluationSettings.from_config(config), layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))
-        shown = most_looked_at(panels, sum(rows.mean(axis=0) for rows in masses.values()))
+        shown = most_attended(panels, sum(rows.mean(axis=0) for rows in masses.values()))
         samples.append(
             PageSample(
                 sample.key,

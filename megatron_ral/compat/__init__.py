@@ -1,1 +1,5 @@
-"""One file per third-party workaround: which version, why, and the test that tells when it can go."""
+"""Workarounds for third-party packages, one per file.
+
+Each file names the versions it was tried on and the test in `tests/unit/test_compat.py` that fails once the workaround
+is no longer needed.
+"""

@@ -188,7 +188,7 @@ class DecodingBatch:
         drops_prompts = self._prompts_wasted >= len(prompts)
         if self._rows_wasted < len(rows) and not drops_prompts:
             return
-        cache.keep(rows, prompts if drops_prompts else None)
+        cache.select(rows, prompts if drops_prompts else None)
         self._fed = self._fed[rows.to(self.device)]
         self._set_rows(self.rows[rows])
         self._rows_wasted = 0

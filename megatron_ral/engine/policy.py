@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_ral.attention.group_layout import GroupLayout
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction, coalesced_reduction, use_gradient_norm
+from megatron_ral.compat.deepspeed_coalesced_reduction import coalesced_reduction
+from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
+from megatron_ral.compat.deepspeed_gradient_norm import use_gradient_norm
 from megatron_ral.engine.outputs import StepResult
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.stage import StageEngine

@@ -19,7 +19,8 @@ from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
 from megatron_ral.attention.rows import choose_backend
 from megatron_ral.attention.types import QueryPosition
-from megatron_ral.compat.deepspeed_pipeline import MegatronTopology, remove_module_hooks
+from megatron_ral.compat.deepspeed_module_hooks import remove_module_hooks
+from megatron_ral.compat.deepspeed_topology import MegatronTopology
 from megatron_ral.engine.gather import ArrivingWeights, Gather, LayerWeights, release_parameters
 from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.engine.schedule import run_schedule

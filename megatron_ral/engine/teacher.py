@@ -24,9 +24,10 @@ from torch import Tensor
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.outputs import ForwardOutput
-from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, sample_responses
+from megatron_ral.engine.pipelined_decoder import PromptResponses, sample_responses
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_objects

@@ -8,7 +8,8 @@ from torch import Tensor
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import sample_responses
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.evaluation.generation import EvaluationSettings, greedy_batches
 from megatron_ral.parallel.collectives import sum_metrics

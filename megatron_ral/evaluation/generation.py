@@ -7,7 +7,8 @@ from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.config import RunConfig
 from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import sample_responses
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 

@@ -1,1 +1,1 @@
-"""megatron-core modules: group layout, instrumented core attention, the language stage, the vision tower, weights."""
+"""Model of one pipeline stage in megatron-core: shape, instrumented core attention, language layers, vision tower."""

@@ -1,7 +1,7 @@
-"""What travels with one forward pass through the layers of a stage.
+"""Inputs and outputs of one forward pass that every layer of a stage needs.
 
-`AttentionPass` takes the place of the attention mask: megatron-core hands it untouched to every core attention. It is
-made anew for each pass, so that several micro-batches can be in flight in a pipeline.
+`AttentionPass` takes the place of the attention mask, because megatron-core passes the mask to every core attention
+without reading it. Each pass has an object of its own, so that several micro-batches can be in a pipeline at once.
 """
 
 from dataclasses import dataclass, field
@@ -15,38 +15,43 @@ from megatron_ral.models.kv_cache import GroupKVCache
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """Features of the vision tower that a language layer adds at the visual tokens (DeepStack)."""
+    """Features of the vision tower that one language layer adds to its output at the visual tokens (DeepStack)."""
 
     sequence: Tensor
-    """[N] int64 places in the sequence."""
+    """[N] int64, positions in the sequence."""
     batch: Tensor
-    """[N] int64 places in the batch."""
+    """[N] int64, indices in the batch."""
     features: Tensor
-    """[N, H]."""
+    """[N, H] features."""
 
     def add_to(self, hidden: Tensor) -> Tensor:
-        """[S, B, H] hidden states with the features added."""
+        """Return the hidden states [S, B, H] with the features added; carries gradient to both."""
         return hidden.index_put((self.sequence, self.batch), self.features.to(hidden.dtype), accumulate=True)
 
     def part(self, start: int, stop: int) -> "VisualFeatures":
-        """Those of one stretch of the sequence, counted from its start (sequence parallelism)."""
+        """Return the features between two positions of the sequence, counted from `start` (sequence parallelism)."""
         mine = (self.sequence >= start) & (self.sequence < stop)
         return VisualFeatures(self.sequence[mine] - start, self.batch[mine], self.features[mine])
 
 
 @dataclass
 class AttentionPass:
-    """What one forward pass asks of the core attentions, and what they hand back."""
+    """Instructions of one forward pass to the layers of a stage, and what they record.
+
+    `cache` and `decode_step` are both None in a pass without a cache.
+    """
 
     layout: GroupLayout
+    """Layout of the groups in the sequence."""
     recorded_layers: frozenset[int] = frozenset()
-    """0-based layers whose response rows are recorded."""
+    """0-based layers whose attention is recorded."""
     cache: Optional[GroupKVCache] = None
+    """Cache that a prompt pass fills and a decoding pass extends."""
     decode_step: Optional[int] = None
-    """None: the sequence is the whole group layout. A number: one token at that step for each row of the cache."""
+    """0-based step of a decoding pass with one token per row of the cache; None for a pass over the whole layout."""
     hidden_states: bool = False
-    """The last stage returns what its LM head would read in place of logits."""
+    """True to make the last stage return the input of its LM head instead of logits."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)
-    """Filled by the layers of this stage."""
+    """0-based layer -> its recorded attention, filled by the layers of this stage."""
     deepstack: dict[int, VisualFeatures] = field(default_factory=dict)
-    """0-based layer -> what it adds to its output; filled by the first stage."""
+    """0-based layer -> features that it adds to its output, filled by the first stage."""

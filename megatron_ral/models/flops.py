@@ -1,31 +1,33 @@
-"""Floating-point operations of a model's passes, from its shape alone.
+"""Floating-point operations of a model's passes, from its shape alone: the numerator of model FLOPs utilisation.
 
-What is counted is the work that the model asks for, once: no recomputed activations, no padding, no optimizer. That is
-the numerator of model FLOPs utilisation. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B; where that
-takes 6 N per token and attention over all T keys, here matrices are counted one by one, attention over the keys that a row
-of the group layout sees, and the LM head over the rows that predict a response token.
+Each operation that the model asks for is counted once. Recomputed activations, padding and the optimizer are not counted.
+
+Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B. The paper takes 6 N per token and attention over all T
+keys. Here matrices are counted one by one, attention over the keys that a row of the group layout sees, and the LM head
+over the rows that predict a response token.
 """
 
 import math
 from typing import Sequence
 
+from megatron_ral.models.parameter_shapes import visual_shapes
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.conversion import visual_shapes
 
 
 def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequence[int]) -> float:
-    """Forward FLOPs of the language model over one group [prompt | response 1 | ... | response G].
+    """Return the forward FLOPs of the language model over one group [prompt | response 1 | ... | response G].
 
         layers * (2 * W * (P + sum_g R_g) + 4 * Q * pairs) + 2 * H * V * sum_g R_g
         W = H * (2 Q + 2 K) + 3 * H * F          weights of one layer's matrices
         pairs = P (P + 1) / 2 + sum_g (R_g P + R_g (R_g + 1) / 2)
 
-    with H, F, V the hidden, feed-forward and vocabulary sizes, Q and K the widths of all query and all key heads. A
-    multiplication and an addition are two. The backward pass takes twice as much.
+    H, F and V are the hidden, feed-forward and vocabulary sizes; Q and K are the widths of all query and all key heads.
+    A multiplication and an addition are two operations. The backward pass takes twice as many.
 
     Args:
-        prompt_length: P tokens, visual ones included, without padding.
-        response_lengths: R_g tokens of each response; empty: the prompt alone.
+        shape: Shape of the model.
+        prompt_length: Number of prompt tokens P, visual ones included, without padding.
+        response_lengths: Number of tokens R_g of each response; empty for the prompt alone.
     """
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
     weights = hidden * (2 * query + 2 * shape.num_query_groups * shape.kv_channels) + 3 * hidden * shape.ffn_hidden_size
@@ -40,9 +42,11 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
 
 
 def tower_flops_per_patch(shape: ModelShape) -> float:
-    """Forward FLOPs of the vision tower and its projector per patch: 2 * weights of its matrices, those of the projector
-    once per visual token (merge^2 patches). The tower's attention is left out: it depends on windows, and is a few
-    percent of the tower at the picture sizes of the paper."""
+    """Return the forward FLOPs of the vision tower and its projector per patch: 2 * the weights of their matrices.
+
+    The projector's matrices are used once per visual token, which is merge^2 patches. The tower's attention is not
+    counted, because it depends on windows; it is a few percent of the tower at the picture sizes of the paper.
+    """
     per_token = shape.vision.spatial_merge_size**2
     weights = 0.0
     for name, size in visual_shapes(shape).items():

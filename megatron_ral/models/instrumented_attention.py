@@ -1,13 +1,14 @@
-"""Core attention that understands the group layout, records the rows RAL needs, and keeps the KV cache.
+"""Core attention for the group layout, with recording of queries and keys for RAL, and with the KV cache.
 
-Takes the place of megatron-core's `DotProductAttention` through the layer spec. Departures from it:
-- the output comes from `scaled_dot_product_attention`, in two calls: prompt causal; responses as a batch of B G with
-  keys [prompt; own];
-- `attention_mask` is an `AttentionPass`, which names the layout, the layers to record and the cache;
-- grouped-query attention without repeating keys in memory where SDPA can do so.
+It replaces megatron-core's `DotProductAttention` through the layer spec. Departures from it:
 
-Softmax weights are not produced here: fused kernels do not return them. What is recorded are q and k of the response
-rows, from which `attention/rows.py` forms the rows in float32.
+- the output comes from two calls of `scaled_dot_product_attention`: the prompt with a causal mask, and the responses as a
+  batch of B G with keys [prompt; own response];
+- `attention_mask` is an `AttentionPass`, which has the layout, the layers to record and the cache;
+- keys of grouped-query attention are not repeated in memory where the kernel can do without.
+
+Fused kernels do not return softmax weights. Queries and keys of the response rows are therefore recorded, and
+`attention/rows.py` forms the attention rows from them in float32.
 """
 
 import math
@@ -26,12 +27,14 @@ from megatron_ral.models.attention_pass import AttentionPass
 class InstrumentedAttention(torch.nn.Module):
     """Core attention of one layer on one tensor-parallel rank.
 
-    Inputs are megatron's: query [L, B, n, D], key and value [L, B, k, D] after rotary embedding; output [L, B, n D].
-    Rows beyond the group layout (sequence parallelism pads to a multiple of the tensor ranks) give zeros.
+    Inputs are those of megatron-core: query [L, B, n, D], key and value [L, B, k, D] after rotary embedding. The output
+    is [L, B, n D]. It is zero in rows beyond the group layout, which exist because sequence parallelism pads the length
+    to a multiple of the tensor ranks.
     """
 
     equal_heads_with_mask: Optional[bool] = None
-    """Whether keys and values are repeated where there is a mask; None: on a GPU. Set by a rehearsal."""
+    """True to repeat keys and values for all query heads where there is a mask; None does so on a GPU only. Set by a
+    rehearsal."""
 
     def __init__(
         self,
@@ -43,7 +46,9 @@ class InstrumentedAttention(torch.nn.Module):
         **unused,
     ):
         super().__init__()
-        assert config.context_parallel_size == 1, "the attention policy needs whole rows: context parallelism must be 1"
+        assert config.context_parallel_size == 1, (
+            "attention distributions need whole rows: context parallelism must be 1"
+        )
         assert config.attention_dropout == 0.0, "attention dropout would make p_theta differ from itself"
         self.layer = layer_number - 1
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -72,7 +77,7 @@ class InstrumentedAttention(torch.nn.Module):
         prompt_key, prompt_value = key[:, :P], value[:, :P]
         if pass_.cache is not None:
             pass_.cache.store_prompt(self.layer, prompt_key, prompt_value)
-        # Padding sits on the right of a prompt, so causality alone keeps real rows from seeing it.
+        # Padding is on the right of a prompt, so that the causal mask alone hides it from real rows.
         prompt_output = self._sdpa(query[:, :P], prompt_key, prompt_value, is_causal=True)
         if G == 0:
             return prompt_output
@@ -94,11 +99,11 @@ class InstrumentedAttention(torch.nn.Module):
         return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
-        """[B, L, heads, D] in and out."""
+        """Return attention outputs [B, L, heads, D] of queries [B, L, heads, D] and keys and values [B, S, kv, D]."""
         repeat = query.is_cuda if self.equal_heads_with_mask is None else self.equal_heads_with_mask
         if "attn_mask" in mask and repeat and query.shape[2] != key.shape[2]:
-            # With a mask only the memory-efficient kernel serves, and it wants equal heads; the fallback would hold
-            # the whole score matrix.
+            # Only the memory-efficient kernel accepts a mask, and it needs equal heads. The fallback would hold the
+            # whole score matrix.
             repeats = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
         output = F.scaled_dot_product_attention(
@@ -112,10 +117,13 @@ class InstrumentedAttention(torch.nn.Module):
         return output.transpose(1, 2)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
-        """One token for each row of the cache: [N, 1, heads, D]. Attention over the shared prompt and over the own
-        tokens are formed apart and joined by their shares of the softmax, so that a prompt's keys are neither copied
-        nor read for each of its responses."""
+        """Return outputs [N, 1, heads D] for one token of each row of the cache.
+
+        Attention over the shared prompt and over the row's own tokens is computed separately, then joined by their
+        shares of the softmax. A prompt's keys are therefore neither copied nor read for each of its responses.
+        """
         cache = pass_.cache
+        assert cache is not None and pass_.decode_step is not None
         own_key, own_value = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
         prompt_key, prompt_value = cache.prompt[self.layer]
         k = prompt_key.shape[1]
@@ -136,12 +144,13 @@ class InstrumentedAttention(torch.nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention whose softmax is not divided yet.
+    """Return attention before the division by the sum of the softmax.
 
     Args:
-        query: [X, k, L, D], scaled.
-        key, value: [X, k, S, D].
-        hidden: bool that spreads to [X, k, L, S], True at keys that are not seen.
+        query: [X, k, L, D], already scaled.
+        key: [X, k, S, D].
+        value: [X, k, S, D].
+        hidden: Bool that broadcasts to [X, k, L, S], True at keys that are not seen; None if all are seen.
 
     Returns:
         (sum of exp(score - maximum) value [X, k, L, D], maximum [X, k, L, 1], sum of exp(score - maximum)), float32.

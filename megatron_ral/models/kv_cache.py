@@ -1,7 +1,7 @@
-"""Keys and values of responses in the making: a prompt's once per group, each response's own; what ended leaves.
+"""KV cache for group decoding: prompt keys once per group, response keys per row, finished rows dropped.
 
-The cache knows which rows a decoding pass feeds. At first these are B G in order, prompt by prompt; once responses have
-left (`keep`), N rows of B prompts with unequal numbers of responses.
+A row is one response that is being generated. At first a batch of B prompts has B G rows, prompt by prompt. After
+`select` it has N rows, and prompts may have different numbers of them.
 """
 
 from typing import Optional
@@ -11,45 +11,53 @@ from torch import Tensor
 
 
 class GroupKVCache:
-    """Cache of one batch on one stage. Filled by the layers, each with its own keys and values.
+    """Cache of one batch on one pipeline stage. Every layer stores its own keys and values.
 
     Args:
         prompt_lengths: [B] int64, on the device of the keys.
-        group_size: responses of each prompt.
+        group_size: Number of responses of each prompt.
     """
 
     BLOCK = 64
-    """Steps by which the responses' part grows. Growing copies it: at most 1 / BLOCK of what attention reads."""
+    """Steps by which the response part grows. Growing copies it, which is at most 1 / BLOCK of what attention reads."""
 
     def __init__(self, prompt_lengths: Tensor, group_size: int):
         self.prompt_lengths = prompt_lengths
+        """[B] int64."""
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        """layer -> keys and values [B, k, P, D]"""
+        """0-based layer -> keys and values of the prompts [B, k, P, D]."""
         self.response: dict[int, tuple[Tensor, Tensor]] = {}
-        """layer -> keys and values [N, k, capacity, D], valid up to the current step"""
+        """0-based layer -> keys and values of the responses [N, k, capacity, D], valid up to the current step."""
         self._arrange(torch.arange(len(prompt_lengths)).repeat_interleave(group_size))
 
     def _arrange(self, row_prompt: Tensor) -> None:
         counts = torch.bincount(row_prompt, minlength=len(self.prompt_lengths))
         within = torch.arange(len(row_prompt)) - (counts.cumsum(0) - counts)[row_prompt]
         self.row_prompt = row_prompt
-        """[N] int64 in the host's memory, ascending: the prompt of each row."""
+        """[N] int64 on the host, ascending: index of each row's prompt."""
         self.width = int(counts.max())
-        """Responses of the prompt that has most."""
+        """Largest number of rows of one prompt."""
         full = bool((counts == self.width).all())
         self._places = None if full else (row_prompt * self.width + within).to(self.prompt_lengths.device)
         self._hidden: Optional[Tensor] = None
 
     def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
-        """Keep a layer's prompt keys and values (copies: a view would keep the mixed q, k, v alive)."""
+        """Store a layer's prompt keys and values.
+
+        They are copied, because a view would hold the fused queries, keys and values in memory.
+        """
         self.prompt[layer] = (key_BPkD.transpose(1, 2).contiguous(), value_BPkD.transpose(1, 2).contiguous())
 
     def append(self, layer: int, step: int, key_NkD: Tensor, value_NkD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token per row at `step`; returns all own keys and values [N, k, step + 1, D] up to and including
-        it."""
-        held = self.response.get(layer, (None, None))
-        if held[0] is None or step == held[0].shape[2]:
-            held = self.response[layer] = tuple(map(self._grown, held, (key_NkD, value_NkD)))
+        """Store one token of each row at a 0-based step.
+
+        Returns:
+            Response keys and values [N, k, step + 1, D] of each row, up to and including this step.
+        """
+        held = self.response.get(layer)
+        if held is None or step == held[0].shape[2]:
+            keys, values = held or (None, None)
+            held = self.response[layer] = (self._grown(keys, key_NkD), self._grown(values, value_NkD))
         keys, values = held
         keys[:, :, step], values[:, :, step] = key_NkD, value_NkD
         return keys[:, :, : step + 1], values[:, :, : step + 1]
@@ -62,40 +70,44 @@ class GroupKVCache:
             larger[:, :, :length] = held
         return larger
 
-    def keep(self, rows: Tensor, prompts: Optional[Tensor] = None) -> None:
-        """Go on with some of the rows and prompts; the rest is let go.
+    def select(self, rows: Tensor, prompts: Optional[Tensor] = None) -> None:
+        """Drop all rows and prompts but the given ones.
 
         Args:
-            rows: ascending indices of rows, in the host's memory.
-            prompts: ascending indices of prompts, those of `rows` among them; None: all, so that theirs are not copied.
+            rows: Ascending indices of rows, on the host.
+            prompts: Ascending indices of prompts, which must include those of `rows`. None leaves all prompts in the
+                cache, so that their keys need not be copied.
         """
         row_prompt = self.row_prompt[rows]
-        there = rows.to(self.prompt_lengths.device)
-        for layer, parts in self.response.items():
-            self.response[layer] = tuple(part.index_select(0, there) for part in parts)
+        rows = rows.to(self.prompt_lengths.device)
+        for layer, (keys, values) in self.response.items():
+            self.response[layer] = keys.index_select(0, rows), values.index_select(0, rows)
         if prompts is not None:
             row_prompt = torch.searchsorted(prompts, row_prompt)
-            there = prompts.to(self.prompt_lengths.device)
-            self.prompt_lengths = self.prompt_lengths[there]
+            prompts = prompts.to(self.prompt_lengths.device)
+            self.prompt_lengths = self.prompt_lengths[prompts]
             longest = int(self.prompt_lengths.max())
-            for layer, parts in self.prompt.items():
-                self.prompt[layer] = tuple(part[:, :, :longest].index_select(0, there) for part in parts)
+            for layer, (keys, values) in self.prompt.items():
+                self.prompt[layer] = (
+                    keys[:, :, :longest].index_select(0, prompts),
+                    values[:, :, :longest].index_select(0, prompts),
+                )
         self._arrange(row_prompt)
 
     def by_prompt(self, rows: Tensor) -> Tensor:
-        """[N, ...] -> [B, width, ...]; places without a response are zero."""
+        """Arrange values of rows by prompt: [N, ...] to [B, width, ...]. Places without a row are zero."""
         shape = (len(self.prompt_lengths), self.width, *rows.shape[1:])
         if self._places is None:
             return rows.view(shape)
         return rows.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy_(0, self._places, rows).view(shape)
 
     def by_row(self, places: Tensor) -> Tensor:
-        """[B, width, ...] -> [N, ...]: inverse of `by_prompt`."""
+        """Invert `by_prompt`: [B, width, ...] to [N, ...]."""
         places = places.flatten(0, 1)
         return places if self._places is None else places.index_select(0, self._places)
 
     def hidden_keys(self, P: int) -> Tensor:
-        """[B, P] bool: True at the padding of a prompt."""
+        """Return [B, P] bool, True at the padding of a prompt."""
         if self._hidden is None:
             self._hidden = torch.arange(P, device=self.prompt_lengths.device) >= self.prompt_lengths[:, None]
         return self._hidden

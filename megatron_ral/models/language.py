@@ -1,14 +1,16 @@
-"""The language model of one pipeline stage: megatron-core's GPTModel with our core attention, norms and layers.
+"""Language model of one pipeline stage: megatron-core's GPTModel with our core attention, norms and layers.
 
 Departures from GPTModel:
-- tied embeddings on the first and last stage are not made equal by a collective at build time. Weights always come from
-  a checkpoint, which gives both copies the same values; the engine keeps them equal by summing their gradients;
-- norms are torch's RMSNorm under sequence parallelism too, and know whether their gradient is a part of a sum over
-  tensor ranks (`partial_over_tensor_ranks`), which the engine then forms;
-- a layer adds features of the vision tower to its output where the `AttentionPass` carries some (DeepStack).
+
+- tied embeddings on the first and last stage are not made equal by a collective when the model is built. Both copies get
+  the same values from a checkpoint, and the engine preserves that by summing their gradients;
+- norms are torch's RMSNorm under sequence parallelism too. `partial_over_tensor_ranks` marks those whose gradient is only
+  a part of a sum over tensor ranks, which the engine then forms;
+- a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack).
 """
 
 import copy
+from typing import Optional, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +32,11 @@ class RMSNorm(torch.nn.RMSNorm):
     """Root mean square norm with megatron-core's signature.
 
     Args:
-        over_heads: every tensor rank sees other heads (q and k norm), so that its gradient is a part of the whole;
-            under sequence parallelism that is so for every norm, whose ranks see other tokens.
+        config: Configuration of the model.
+        hidden_size: Width of the input.
+        eps: Number added to the mean square.
+        over_heads: True for the norms of q and k. Every tensor rank sees other heads there, so that its gradient is a
+            part of the whole. Under sequence parallelism this holds for every norm, because ranks see other tokens.
     """
 
     def __init__(
@@ -42,15 +47,27 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.partial_over_tensor_ranks = over_heads or config.sequence_parallel
 
 
-class StageLayer(TransformerLayer):
-    """Transformer layer that adds what `AttentionPass.deepstack` holds for it to its output.
+class LayerParameters(Protocol):
+    """Gathering of a layer's parameters around its forward pass (see `engine.gather`)."""
 
-    recompute: keep only its input for the backward pass, unless its attention is recorded.
-    weights: called before and after the layer reads its parameters (`enter`, `leave`); None: they are there.
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Make the parameters available. Return the input that the layer has to read instead of `hidden`."""
+        ...
+
+    def leave(self) -> None:
+        """End the use of the parameters by this forward pass."""
+
+
+class StageLayer(TransformerLayer):
+    """Transformer layer with activation recomputation, gathering of its parameters, and DeepStack features.
+
+    The features in `AttentionPass.deepstack` for this layer are added to its output.
     """
 
-    recompute = False
-    weights = None
+    recompute: bool = False
+    """True to save only the layer's input for the backward pass, unless its attention is recorded."""
+    weights: Optional[LayerParameters] = None
+    """Gathering of the parameters around each forward pass; None where they stay available."""
 
     def forward(self, hidden_states, *args, attention_mask, **kwargs):
         def layer(hidden):
@@ -63,7 +80,7 @@ class StageLayer(TransformerLayer):
 
         recorded = self.layer_number - 1 in attention_mask.recorded_layers
         if self.recompute and torch.is_grad_enabled() and not recorded:
-            # Nothing in a layer is random, so that no random state has to be kept.
+            # Nothing in a layer is random, so that no random state has to be saved.
             hidden, context = checkpoint(layer, hidden_states, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden, context = layer(hidden_states)
@@ -72,24 +89,31 @@ class StageLayer(TransformerLayer):
 
 
 class LanguageStage(GPTModel):
-    """GPTModel whose tied copies are only marked (`weight.shared`), not synchronised, when built."""
+    """GPTModel that marks the last stage's copy of tied embeddings (`weight.shared`) instead of synchronising it."""
 
     def setup_embeddings_and_output_layer(self) -> None:
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
             self.output_layer.weight.shared = True
 
     def embed_words(self, token_ids: Tensor) -> Tensor:
-        """[B, S] tokens -> [S, B, H], the whole sequence on every tensor rank."""
+        """Return embeddings [S, B, H] of tokens [B, S], the whole sequence on every tensor rank."""
         return self.embedding.word_embeddings(token_ids).transpose(0, 1).contiguous()
 
 
 def transformer_config(
     shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device, sequence_parallel: bool = False
 ) -> TransformerConfig:
-    """megatron-core configuration of a language model.
+    """Return megatron-core's configuration of a language model.
 
-    `calculate_per_token_loss` keeps the schedule from dividing the loss by the number of micro-batches: here a loss
-    is a sum over a global denominator already.
+    `calculate_per_token_loss` stops the schedule from dividing the loss by the number of micro-batches, because losses
+    already are sums over a global denominator.
+
+    Args:
+        shape: Shape of the model.
+        layout: This rank's place.
+        dtype: Type of parameters and activations.
+        device: Device on which the model is built.
+        sequence_parallel: True to cut the sequence over tensor ranks outside attention.
     """
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -127,12 +151,12 @@ def transformer_config(
         batch_p2p_comm=False,
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the other kind, of no use here, refuses them
+        moe_token_dispatcher_type="alltoall",  # unused, but the default refuses variable lengths
     )
 
 
 def _pipeline_layers(shape: ModelShape, layout: RankLayout) -> list[list[str]] | None:
-    """Our split of the layers in megatron-core's terms; None without a pipeline."""
+    """Return the split of the layers over stages in megatron-core's terms, or None without a pipeline."""
     if layout.pipeline_size == 1:
         return None
     stages = [["decoder"] * size for size in stage_sizes(shape.num_layers, layout.pipeline_size)]
@@ -140,7 +164,7 @@ def _pipeline_layers(shape: ModelShape, layout: RankLayout) -> list[list[str]] |
 
 
 def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmodules:
-    """Our modules in place of megatron-core's in every layer of this stage."""
+    """Return the layer spec of this stage, with our modules in place of megatron-core's."""
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm))
     spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
@@ -154,7 +178,10 @@ def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmod
 def build_language_stage(
     shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device, sequence_parallel: bool = False
 ) -> LanguageStage:
-    """This rank's stage, weights uninitialised (`weights.load_stage` fills them)."""
+    """Return this rank's stage with uninitialised weights, which `weights.stage_weights.load_stage` fills.
+
+    Arguments are those of `transformer_config`.
+    """
     stage = LanguageStage(
         config=transformer_config(shape, layout, dtype, device, sequence_parallel),
         transformer_layer_spec=_stage_spec(shape, layout),
@@ -169,7 +196,7 @@ def build_language_stage(
         rotary_base=shape.rope_theta,
     )
     if sequence_parallel:
-        # The block would fork a random number generator per tensor rank, for a dropout that is always 0 here.
+        # The block would fork a random number generator per tensor rank for dropout, which is always 0 here.
         stage.decoder.config = copy.copy(stage.decoder.config)
         stage.decoder.config.sequence_parallel = False
         if layout.is_last_stage:

@@ -1,11 +1,11 @@
 """One pipeline stage of the multimodal model: vision tower on the first, language layers on all, logits on the last.
 
-The forward pass reads a `GroupBatch` (or, decoding, one token per response) and an `AttentionPass`. It returns the
-hidden states for the next stage, or on the last stage the logits of the rows that predict response tokens: the first
-response token is predicted by the prompt's last row, token r by response row r - 1.
+The forward pass reads a `GroupBatch` (or one token per response, when decoding) and an `AttentionPass`. It returns the
+hidden states for the next stage. The last stage returns logits of the rows that predict response tokens: the prompt's
+last row predicts the first response token, and response row r - 1 predicts token r.
 
-Under sequence parallelism hidden states outside attention are cut over tensor ranks along the sequence, padded to a
-multiple of their number; visual embeddings are placed before the cut, and rows are chosen after the pieces are gathered.
+Under sequence parallelism the sequence is padded to a multiple of the tensor ranks, and hidden states outside attention
+are cut over them. Visual embeddings are inserted before the cut, and rows are chosen after the parts are gathered.
 """
 
 from contextlib import contextmanager
@@ -29,15 +29,15 @@ from megatron_ral.types import GroupBatch, PromptBatch
 
 
 class MultimodalStage(torch.nn.Module):
-    """Stage of one rank.
+    """Stage of one rank, with uninitialised weights.
 
     Args:
-        shape: model.
-        layout: this rank's place.
-        dtype: of parameters and activations.
-        device: where to build.
-        sequence_parallel: cut the sequence over tensor ranks outside attention; without effect on one tensor rank.
-        recompute: keep only the inputs of layers that are not recorded for the backward pass.
+        shape: Shape of the model.
+        layout: This rank's place.
+        dtype: Type of parameters and activations.
+        device: Device on which the stage is built.
+        sequence_parallel: True to cut the sequence over tensor ranks outside attention; no effect on one tensor rank.
+        recompute: True to save only the inputs of layers that are not recorded for the backward pass.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class MultimodalStage(torch.nn.Module):
                 self.visual = build_tower(shape.vision, dtype)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states from the previous stage (called by megatron's schedule)."""
+        """Set the hidden states from the previous stage. megatron-core's schedule calls this."""
         self.language.set_input_tensor(input_tensor)
 
     def padded_length(self, length: int) -> int:
-        """Length of a sequence that can be cut over tensor ranks."""
+        """Return the next length, from `length` on, that can be cut over tensor ranks."""
         return -(-length // self._parts) * self._parts
 
     def boundary_shape(self, length: int, size: int) -> tuple[int, int, int]:
-        """Shape of the hidden states that stages hand on of `size` sequences."""
+        """Return the shape of the hidden states that one stage sends to the next, for `size` sequences of `length` tokens."""
         return self.padded_length(length) // self._parts, size, self.shape.hidden_size
 
     @property
@@ -79,7 +79,10 @@ class MultimodalStage(torch.nn.Module):
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
-        """No sequence parallelism inside (generation, where a pass may be shorter than there are tensor ranks)."""
+        """Switch sequence parallelism off inside a `with` block, for generation.
+
+        A generating pass may have fewer tokens than there are tensor ranks.
+        """
         switched = [part for part in (self.config, *self.modules()) if getattr(part, "sequence_parallel", False)]
         for part in switched:
             part.sequence_parallel = False
@@ -90,11 +93,16 @@ class MultimodalStage(torch.nn.Module):
                 part.sequence_parallel = True
 
     def forward(self, groups: GroupBatch, attention: AttentionPass) -> Tensor:
-        """Whole group layout.
+        """Run the stage over whole groups.
+
+        Args:
+            groups: Micro-batch.
+            attention: Pass that tells which layers to record, and receives what they record.
 
         Returns:
-            [S, B, H] hidden states (under sequence parallelism this rank's part of the padded S), or on the last stage
-            logits [B, G, R, v] (this rank's share of the vocabulary), or with `attention.hidden_states` [B, G, R, H].
+            [S, B, H] hidden states, of which each rank has its part of the padded S under sequence parallelism. The last
+            stage returns logits [B, G, R, v] of this rank's part of the vocabulary, or [B, G, R, H] hidden states if
+            `attention.hidden_states` is set. All carry gradient.
         """
         hidden, position_ids = None, groups.position_ids
         length = position_ids.shape[-1]
@@ -108,7 +116,7 @@ class MultimodalStage(torch.nn.Module):
         if not self.layout.is_last_stage:
             return hidden
         if self.config.sequence_parallel:
-            # The output layer sums the gradient over tensor ranks, so that here it is only cut.
+            # The output layer already sums the gradient over tensor ranks, so that it must only be cut here.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)[:length]
         rows = self._predicting_rows(hidden, attention)
         return rows if attention.hidden_states else self._logits(rows)
@@ -116,10 +124,14 @@ class MultimodalStage(torch.nn.Module):
     def prefill(
         self, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...] | None, attention: AttentionPass
     ) -> Tensor:
-        """Prompts alone, filling the cache. Returns hidden states, or on the last stage logits [B, v] of each
-        prompt's last row."""
+        """Run the stage over prompts and fill the cache of `attention`.
+
+        Returns:
+            [P, B, H] hidden states, or on the last stage logits [B, v] of each prompt's last row.
+        """
         hidden = None
         if self.layout.is_first_stage:
+            assert visual_embeds is not None
             hidden = self._embed(prompts.input_ids, prompts, visual_embeds, attention)
         hidden = self._decode_layers(hidden, prompts.position_ids, attention)
         if not self.layout.is_last_stage:
@@ -128,19 +140,31 @@ class MultimodalStage(torch.nn.Module):
         return self._logits(hidden[last, torch.arange(len(last), device=last.device)])
 
     def decode(self, token_N: Tensor, positions_N: Tensor, attention: AttentionPass) -> Tensor:
-        """One token for each row of the cache. Returns [1, N, H] hidden states, or on the last stage logits [N, v]."""
+        """Run the stage over one token for each row of the cache.
+
+        Args:
+            token_N: [N] int64 tokens.
+            positions_N: [N] int64 positions of text, equal on all three rotary axes.
+            attention: Pass with the cache and the decoding step.
+
+        Returns:
+            [1, N, H] hidden states, or on the last stage logits [N, v].
+        """
         hidden = self.language.embed_words(token_N[:, None]) if self.layout.is_first_stage else None
         hidden = self._decode_layers(hidden, positions_N[None, :, None].expand(3, -1, -1), attention)
         return self._logits(hidden[0]) if self.layout.is_last_stage else hidden
 
     def encode_visual(self, prompts: PromptBatch) -> tuple[Tensor, ...]:
-        """Features of each prompt's images and videos, [visual tokens, 1 + D, H]: what takes the place of the word
-        embedding, then what each of the first D layers adds (D = 0 but for DeepStack). One call of the tower for the
-        whole batch.
+        """Return the features of each prompt's images and videos, from one call of the vision tower.
 
-        The tower runs even where no prompt has an image (on one blank patch group, result unused), so that every rank
-        does the same.
+        The tower also runs where no prompt has an image, on one blank patch group whose result is unused, because every
+        rank must run the same modules.
+
+        Returns:
+            [visual tokens, 1 + D, H] for each prompt: replacements of the word embeddings, then the features that each
+            of the first D layers adds (D = 0 without DeepStack). They carry gradient to the tower.
         """
+        assert self.visual is not None, "only the first stage has a vision tower"
         pixels = torch.cat([prompt.pixel_values for prompt in prompts.prompts])
         grids = torch.cat([prompt.grid_thw for prompt in prompts.prompts])
         counts = [int(prompt.visual_mask.sum()) for prompt in prompts.prompts]
@@ -158,17 +182,25 @@ class MultimodalStage(torch.nn.Module):
     def _embed(
         self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...], attention: AttentionPass
     ) -> Tensor:
-        """Word embeddings [S, B, H] with visual embeddings at their tokens; what deeper layers add goes into the
-        pass."""
-        hidden = self.language.embed_words(token_ids).transpose(0, 1)  # [B, S, H]: features come prompt by prompt
+        """Return word embeddings [S, B, H] with visual embeddings at the visual tokens.
+
+        Features for deeper layers are stored in `attention.deepstack`.
+        """
+        hidden = self.language.embed_words(token_ids).transpose(
+            0, 1
+        )  # [B, S, H], because features are ordered prompt by prompt
         where = torch.nn.functional.pad(prompts.visual_mask, (0, hidden.shape[1] - prompts.visual_mask.shape[1]))
         features = torch.cat(list(visual_embeds)).to(hidden.dtype)
-        assert int(where.sum()) == len(features), "visual tokens and features differ; the processor should have seen it"
+        assert int(where.sum()) == len(features), (
+            "numbers of visual tokens and features differ, which the processor checks"
+        )
         hidden = hidden.masked_scatter(where[..., None].to(hidden.device), features[:, 0])
         if features.shape[1] > 1:
             batch, sequence = where.to(hidden.device).nonzero(as_tuple=True)
             added = features[:, 1:]
-            if self.config.sequence_parallel:  # each rank adds other tokens', so that gradients are parts of a sum
+            if (
+                self.config.sequence_parallel
+            ):  # each rank adds features of other tokens, so that gradients are parts of a sum
                 added = copy_to_tensor_model_parallel_region(added)
             for layer in range(added.shape[1]):
                 deeper = VisualFeatures(sequence, batch, added[:, layer])
@@ -188,7 +220,7 @@ class MultimodalStage(torch.nn.Module):
         return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=angles)
 
     def _predicting_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
-        """[S, B, H] -> [B, G, R, H]: the rows whose logits predict response tokens 0..R-1."""
+        """Return the rows [B, G, R, H] of hidden states [S, B, H] whose logits predict response tokens 0 to R - 1."""
         layout = attention.layout
         batch = torch.arange(layout.B, device=hidden.device)
         last_prompt = hidden[layout.prompt_lengths - 1, batch]

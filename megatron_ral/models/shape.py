@@ -1,4 +1,7 @@
-"""Shape of a model, read from a Hugging Face folder; pure, so that layouts are checked before anything is built."""
+"""Shape of a model, read from its config.json, and the checks that need nothing else.
+
+No module is built here, so that a layout can be checked before a run starts.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,69 +17,106 @@ from megatron_ral.parallel.rank_layout import stage_sizes
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Language model of a checkpoint; `vision` stays Hugging Face's own config."""
+    """Sizes of a model. Names are megatron-core's where it has one, otherwise Hugging Face's."""
 
     path: str
+    """Model folder."""
     family: Family
+    """Family of the model, which gives all that no size tells."""
     num_layers: int
+    """Number of language layers."""
     hidden_size: int
+    """Width of the hidden states."""
     ffn_hidden_size: int
+    """Width inside the feed-forward blocks."""
     num_attention_heads: int
+    """Number of query heads."""
     num_query_groups: int
-    """Key/value heads."""
+    """Number of key/value heads."""
     kv_channels: int
     """Width of one head."""
     vocab_size: int
+    """Number of rows of the embeddings, without padding."""
     max_position_embeddings: int
+    """Largest number of positions."""
     rms_norm_eps: float
+    """Number added to the mean square in norms."""
     rope_theta: float
+    """Base of the rotary frequencies."""
     mrope_section: tuple[int, ...]
+    """Number of rotary frequencies of each axis (time, height, width)."""
     tie_word_embeddings: bool
+    """True if the LM head is the embedding matrix."""
     image_token_id: int
+    """Token that stands for one visual token of an image."""
     video_token_id: int
+    """Token that stands for one visual token of a video."""
     vision: PretrainedConfig
+    """Hugging Face's own configuration of the vision tower."""
 
     @property
     def num_deepstack_layers(self) -> int:
-        """First language layers after which features of the vision tower are added."""
+        """Number of language layers, from the first, after which features of the vision tower are added."""
         return len(getattr(self.vision, "deepstack_visual_indexes", ()))
 
     def layer_index(self, layer: int, key: str = "loss.attention_layers") -> int:
-        """0-based layer of a possibly negative index.
+        """Return the 0-based index of a layer.
+
+        Args:
+            layer: Index of a layer; negative numbers count from the last one.
+            key: Setting that names the layer.
 
         Raises:
-            ConfigError: no such layer.
+            ConfigError: there is no such layer.
         """
         index = layer + self.num_layers if layer < 0 else layer
         if not 0 <= index < self.num_layers:
-            raise ConfigError(f"{key} names layer {layer} but '{self.path}' has {self.num_layers} layers")
+            raise ConfigError(key, None, f"names layer {layer} but '{self.path}' has {self.num_layers} layers")
         return index
 
     def layer_indices(self, layers: Sequence[int], key: str = "loss.attention_layers") -> list[int]:
-        """0-based layers of a setting, each once.
+        """Return the 0-based indices of the layers that a setting names.
+
+        Args:
+            layers: Indices of layers; negative numbers count from the last one.
+            key: Setting that names the layers.
 
         Raises:
-            ConfigError: no such layer, or the same one under two names.
+            ConfigError: there is no such layer, or one is named twice.
         """
         indices = [self.layer_index(layer, key) for layer in layers]
         if len(set(indices)) != len(indices):
-            raise ConfigError(f"{key} = {list(layers)} names a layer of '{self.path}' twice ({self.num_layers} layers)")
+            raise ConfigError(key, list(layers), f"names a layer of '{self.path}' twice ({self.num_layers} layers)")
         return indices
 
     def check_same_architecture(self, other: "ModelShape", key: str) -> None:
-        """Raise ConfigError naming `key` and the first field in which `other` differs (its path aside)."""
+        """Check that another model differs in nothing but its path.
+
+        Args:
+            other: Model to compare with this one.
+            key: Setting that names the other model.
+
+        Raises:
+            ConfigError: naming the first field that differs.
+        """
         for item in dataclasses.fields(self):
             ours, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "vision":
                 ours, theirs = ours.to_dict(), theirs.to_dict()
             if item.name != "path" and ours != theirs:
                 raise ConfigError(
-                    f"{key} = '{other.path}' has {item.name} = {theirs}, but '{self.path}' has {ours}; "
-                    "it must be a checkpoint of the same architecture"
+                    key,
+                    other.path,
+                    f"has {item.name} = {theirs}, but '{self.path}' has {ours}; it must be a checkpoint of the same "
+                    "architecture",
                 )
 
     def check_teacher(self, teacher: "ModelShape") -> None:
-        """Raise ConfigError naming both values where a teacher does not see a picture as this model does."""
+        """Check that a teacher turns a picture into the same visual tokens as this model.
+
+        Raises:
+            ConfigError: naming the first value that differs.
+        """
         names = {
             "patch_size": "pixels along a side of a patch",
             "temporal_patch_size": "frames of one patch",
@@ -85,74 +125,98 @@ class ModelShape:
         }
         if teacher.family != self.family:
             raise ConfigError(
-                f"teacher.path = '{teacher.path}' is a '{teacher.family.model_type}' model, but model.path = "
-                f"'{self.path}' is a '{self.family.model_type}': their visual tokens differ"
+                "teacher.path",
+                teacher.path,
+                f"is a '{teacher.family.model_type}' model, but model.path = '{self.path}' is a "
+                f"'{self.family.model_type}': their visual tokens differ",
             )
         for name, what in names.items():
             ours, theirs = getattr(self.vision, name, None), getattr(teacher.vision, name, None)
             if ours != theirs:
                 raise ConfigError(
-                    f"teacher.path = '{teacher.path}' has vision_config.{name} = {theirs} ({what}), but "
-                    f"model.path = '{self.path}' has {ours}: their visual tokens are not the same pieces of a "
-                    "picture; distil from a teacher with the same visual grid"
+                    "teacher.path",
+                    teacher.path,
+                    f"has vision_config.{name} = {theirs} ({what}), but model.path = '{self.path}' has {ours}: their "
+                    "visual tokens do not cover the same parts of a picture; distil from a teacher with the same visual "
+                    "grid",
                 )
         for name in ("image_token_id", "video_token_id"):
             ours, theirs = getattr(self, name), getattr(teacher, name)
             if ours != theirs:
                 raise ConfigError(
-                    f"teacher.path = '{teacher.path}' has {name} = {theirs}, but model.path = '{self.path}' "
-                    f"has {ours}; distil from a teacher with the same tokenizer"
+                    "teacher.path",
+                    teacher.path,
+                    f"has {name} = {theirs}, but model.path = '{self.path}' has {ours}; distil from a teacher with the "
+                    "same tokenizer",
                 )
 
     def check_layout(self, tensor_size: int, pipeline_size: int, section: str = "parallel") -> None:
-        """Raise ConfigError naming the key where tensor or pipeline parallelism does not divide this model."""
+        """Check that tensor and pipeline parallelism divide this model.
+
+        Args:
+            tensor_size: Number of tensor-parallel ranks.
+            pipeline_size: Number of pipeline stages.
+            section: Section of the settings that has both numbers.
+
+        Raises:
+            ConfigError: naming the setting that does not fit.
+        """
         key = f"{section}.tensor_model_parallel_size"
         for value, what in (
             (self.num_attention_heads, "attention heads"),
             (self.ffn_hidden_size, "feed-forward units"),
         ):
             if value % tensor_size:
-                raise ConfigError(f"{key} = {tensor_size} does not divide the {value} {what} of '{self.path}'")
+                raise ConfigError(key, tensor_size, f"does not divide the {value} {what} of '{self.path}'")
         if self.num_query_groups % tensor_size and tensor_size % self.num_query_groups:
             raise ConfigError(
-                f"{key} = {tensor_size} neither divides nor is a multiple of the "
-                f"{self.num_query_groups} key/value heads of '{self.path}'"
+                key,
+                tensor_size,
+                f"neither divides nor is a multiple of the {self.num_query_groups} key/value heads of '{self.path}'",
             )
         key = f"{section}.pipeline_model_parallel_size"
         if self.num_layers < pipeline_size:
-            raise ConfigError(f"{key} = {pipeline_size} is more than the {self.num_layers} layers of '{self.path}'")
+            raise ConfigError(key, pipeline_size, f"is more than the {self.num_layers} layers of '{self.path}'")
         first = stage_sizes(self.num_layers, pipeline_size)[0]
         if first < self.num_deepstack_layers:
             raise ConfigError(
-                f"{key} = {pipeline_size} leaves {first} layers on the first stage, but features of the "
-                f"vision tower enter the first {self.num_deepstack_layers} layers of '{self.path}', "
-                "which must be on that stage; take fewer stages"
+                key,
+                pipeline_size,
+                f"leaves {first} layers on the first stage, but features of the vision tower enter the first "
+                f"{self.num_deepstack_layers} layers of '{self.path}', which must be on that stage; take fewer stages",
             )
 
     def padded_vocab_size(self, tensor_size: int) -> int:
-        """Vocabulary rows over all tensor ranks: the next multiple of their number. Padding never leaves the model: its
-        logits are masked, its rows are not exported."""
+        """Return the number of vocabulary rows over all tensor ranks, which is a multiple of their number.
+
+        Padding never leaves the model: its logits are masked, and its rows are not exported.
+        """
         return -(-self.vocab_size // tensor_size) * tensor_size
 
 
 def read_shape(path: str, key: str = "model.path") -> ModelShape:
-    """Shape of the checkpoint in a Hugging Face or Megatron folder.
+    """Return the shape of the model in a Hugging Face or Megatron folder.
+
+    Args:
+        path: Model folder.
+        key: Setting or option that names the folder.
 
     Raises:
-        ConfigError: no folder, no config, or a family this project does not know.
+        ConfigError: there is no such folder or config.json, or the project does not know the family or a variant of it.
     """
     folder = config_folder(path)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{key} = '{path}' is neither a Hugging Face nor a Megatron folder (no config.json)")
+        raise ConfigError(key, path, "is neither a Hugging Face nor a Megatron folder (no config.json)")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many types for what a config.json can hold
-        raise ConfigError(f"{key} = '{path}': config.json is not readable ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(key, path, f": config.json is not readable ({reason})") from None
     if config.model_type not in FAMILIES:
-        raise ConfigError(f"{key} = '{path}' is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
+        raise ConfigError(key, path, f"is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
     text = config.text_config
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    _refuse_unknown_variants(text, width, f"{key} = '{path}'")
+    _refuse_unknown_variants(text, width, key, path)
     return ModelShape(
         path=str(path),
         family=FAMILIES[config.model_type],
@@ -174,8 +238,8 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
     )
 
 
-def _refuse_unknown_variants(text: PretrainedConfig, width: int, name: str) -> None:
-    """Raise ConfigError for what the config.json of a known family may ask for and this project would not do."""
+def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path: str) -> None:
+    """Raise ConfigError if the config.json of a known family asks for something that this project does not do."""
     rope = text.rope_parameters
     asked = {
         "hidden_act": (text.hidden_act, "silu"),
@@ -187,4 +251,4 @@ def _refuse_unknown_variants(text: PretrainedConfig, width: int, name: str) -> N
     }
     for field, (value, known) in asked.items():
         if value != known:
-            raise ConfigError(f"{name}: config.json has text_config.{field} = {value!r}; only {known!r} is known")
+            raise ConfigError(key, path, f": config.json has text_config.{field} = {value!r}; only {known!r} is known")

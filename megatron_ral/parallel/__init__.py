@@ -1,1 +1,1 @@
-"""The one place that talks to process groups: layout (pure integers), groups, collectives, vocabulary shards."""
+"""Communication between ranks: rank layout (pure integers), process groups, collectives, vocabulary shards, traffic."""

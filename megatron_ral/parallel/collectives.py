@@ -1,37 +1,45 @@
-"""Collectives: thin, named by what they are for, the autograd rule stated."""
+"""Collectives with the names and defaults that this project needs.
 
-from typing import Any, Callable, Mapping
+Every function states whether its result carries gradient, and runs no collective in a group of one rank.
+"""
+
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ral.errors import AgreedError
+from megatron_ral.errors import AgreedError, UserError
 from megatron_ral.parallel.process_groups import ProcessGroups
 
 
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """In-place sum without gradient."""
+    """Sum a tensor over the group, in place and without gradient. Return the tensor."""
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def all_reduce_max_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """In-place maximum without gradient."""
+    """Take the maximum of a tensor over the group, in place and without gradient. Return the tensor."""
     if group.size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
 
 
 def largest_of_all(value: int, process_groups: ProcessGroups) -> int:
-    """Largest of every rank's small number, of the whole job."""
+    """Return the largest value over all ranks of the job.
+
+    Args:
+        value: This rank's number, which must fit into int32.
+        process_groups: Process groups, for the device on which ranks communicate.
+    """
     number = torch.tensor(value, dtype=torch.int32, device=process_groups.device)
-    return int(all_reduce_max_(number, dist.group.WORLD))
+    return int(all_reduce_max_(number, _all_ranks()))
 
 
 def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's tensor (equal shapes), in group order; no gradient."""
+    """Return the tensors of all ranks, which have equal shapes, in group order and without gradient."""
     if group.size() == 1:
         return [tensor]
     shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
@@ -40,7 +48,7 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's (small, picklable) object, in group order, on every rank."""
+    """Return the values of all ranks, small picklable objects, in group order on every rank."""
     if dist.get_world_size(group) == 1:
         return [value]
     result: list[Any] = [None] * group.size()
@@ -48,68 +56,90 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return result
 
 
+def gather_from_all(value: Any) -> list[Any]:
+    """Return the values of all ranks of the job, small picklable objects, in rank order on every rank."""
+    return gather_objects(value, _all_ranks())
+
+
 def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """What `make` returns (small, picklable) on the group's first rank, which alone calls it, on every rank.
+    """Call `make` on the group's first rank only, and return its result (small, picklable) on every rank.
 
     Raises:
-        AgreedError: on the other ranks, where `make` raised on the first; they would wait for it in vain.
+        AgreedError: on the other ranks, if `make` raised on the first one. They would wait for its result otherwise.
     """
     if group.size() == 1:
         return make()
     first = dist.get_process_group_ranks(group)[0]
-    box, failure = [None, None], None
+    result_and_error: list[Any] = [None, None]
+    failure: Optional[Exception] = None
     if dist.get_rank() == first:
         try:
-            box[0] = make()
+            result_and_error[0] = make()
         except Exception as error:
-            failure, box[1] = error, f"rank {first}: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(box, src=first, group=group)
-    if box[1] is not None:
-        raise failure or AgreedError(box[1])
-    return box[0]
+            failure, result_and_error[1] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(result_and_error, src=first, group=group)
+    result, text = result_and_error
+    if text is not None:
+        raise failure or AgreedError(text, rank=first)
+    return result
 
 
 def from_first_rank_of_all(make: Callable[[], Any]) -> Any:
-    """`from_first_rank` of the whole job."""
-    return from_first_rank(make, dist.group.WORLD)
-
-
-def gather_from_all(value: Any) -> list[Any]:
-    """Every rank's (small, picklable) object of the whole job, in rank order, on every rank."""
-    return gather_objects(value, dist.group.WORLD)
+    """Call `make` on the first rank of the job only, and return its result everywhere, like `from_first_rank`."""
+    return from_first_rank(make, _all_ranks())
 
 
 def broadcast_from_stage_(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> Tensor:
-    """In-place broadcast from pipeline stage `stage` (negative: from the end) to all stages."""
+    """Broadcast a tensor from one pipeline stage to all others, in place and without gradient. Return the tensor.
+
+    Args:
+        tensor: Tensor of the same shape and type on every stage.
+        stage: 0-based stage that has the values. Negative numbers count from the last stage.
+        process_groups: Process groups.
+    """
     if process_groups.layout.pipeline_size > 1:
-        dist.broadcast(
-            tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
-        )
+        dist.broadcast(tensor, src=_rank_of_stage(stage, process_groups), group=process_groups.pipeline)
     return tensor
 
 
 def send_to_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
-    """Start sending a contiguous tensor to the same tensor and data rank of another pipeline stage (0-based). The
-    tensor must not change until the work is waited for."""
-    return dist.isend(
-        tensor, dst=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
-    )
+    """Start sending a contiguous tensor to the rank of another stage (0-based) with the same tensor and data rank.
+
+    The tensor must not change until the returned work has been waited for.
+    """
+    return _started(dist.isend(tensor, dst=_rank_of_stage(stage, process_groups), group=process_groups.pipeline))
 
 
 def receive_from_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
-    """Start filling `tensor` with what another pipeline stage sends; valid once the work is waited for."""
-    return dist.irecv(
-        tensor, src=dist.get_process_group_ranks(process_groups.pipeline)[stage], group=process_groups.pipeline
-    )
+    """Start filling `tensor` from the rank of another stage (0-based) with the same tensor and data rank.
+
+    The tensor is valid once the returned work has been waited for.
+    """
+    return _started(dist.irecv(tensor, src=_rank_of_stage(stage, process_groups), group=process_groups.pipeline))
+
+
+def wait(work: dist.Work) -> None:
+    """Wait for a transfer.
+
+    This is a function of its own because the watchdog reports the names of the functions that a thread is in.
+    """
+    work.wait()
 
 
 def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGroups) -> dict[str, float]:
-    """Sum named scalars over data-parallel ranks and pipeline stages, counting tensor-parallel copies once.
+    """Sum named scalars over data-parallel ranks and pipeline stages.
 
-    A metric that only some stages produce (token losses on the last, attention on its layer's owner) counts as zero
-    elsewhere, and so does one on a data-parallel rank that had nothing to do. Every rank gets the same result.
+    Copies on tensor-parallel ranks count once. A metric counts as zero on the ranks that do not have it: only the last
+    stage has token losses, only one stage has the attention of a layer, and a data-parallel rank may have no samples.
+
+    Args:
+        metrics: Scalars of this rank by name.
+        process_groups: Process groups.
+
+    Returns:
+        Sums in float64 by name, equal on every rank.
     """
-    names = sorted(set().union(*gather_objects(sorted(metrics), dist.group.WORLD)))
+    names = sorted(set().union(*gather_from_all(sorted(metrics))))
     values = torch.tensor([float(metrics.get(name, 0.0)) for name in names], dtype=torch.float64)
     if process_groups.device.type != "cpu":
         values = values.to(process_groups.device)
@@ -118,23 +148,50 @@ def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGr
     return dict(zip(names, values.tolist()))
 
 
-def raise_together(problem: Exception | None) -> None:
-    """End all ranks where one has a problem: raises AgreedError with its text on every rank.
+def raise_together(problem: Optional[Exception]) -> None:
+    """Raise on every rank if any rank has a problem.
 
-    For checks that every rank makes before a collective: a rank that raised alone would leave its peers waiting.
+    Every rank calls this after a check that precedes a collective, because a rank that raised alone would leave the
+    others waiting.
+
+    Args:
+        problem: Error of this rank, or None.
+
+    Raises:
+        AgreedError: on every rank, with the parts of the first rank's error. Its text begins with `rank N:` unless all
+            ranks have the same error.
     """
-    texts = gather_objects(None if problem is None else str(problem), dist.group.WORLD)
-    found = {text: rank for rank, text in reversed(list(enumerate(texts))) if text is not None}
-    if found:
-        text, rank = next(reversed(found.items()))
-        raise AgreedError(text if None not in texts and len(found) == 1 else f"rank {rank}: {text}") from problem
+    reports = gather_from_all(None if problem is None else (str(problem), _parts(problem)))
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if failed:
+        text, parts = reports[failed[0]]
+        alike = len(failed) == len(reports) and all(report[0] == text for report in reports)
+        raise AgreedError(*parts, rank=None if alike else failed[0]) from problem
 
 
 def barrier() -> None:
+    """Wait until every rank of the job has come here. Return at once where no job was joined."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def wait(work: dist.Work) -> None:
-    """Wait for something sent or received; the name tells the watchdog what the thread is at."""
-    work.wait()
+def _parts(problem: Exception) -> tuple[str, object, str]:
+    """Return key, value and remedy of an error. The text of a foreign error, or one with a rank, is all remedy."""
+    if isinstance(problem, UserError) and getattr(problem, "rank", None) is None:
+        return problem.key, problem.value, problem.remedy
+    return "", None, str(problem)
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "no job was joined"
+    return group
+
+
+def _rank_of_stage(stage: int, process_groups: ProcessGroups) -> int:
+    return dist.get_process_group_ranks(process_groups.pipeline)[stage]
+
+
+def _started(work: Optional[dist.Work]) -> dist.Work:
+    assert work is not None, "this rank is not in the group"
+    return work

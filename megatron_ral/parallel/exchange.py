@@ -1,8 +1,12 @@
-"""Work handed from one layout of the ranks to another, and its results back.
+"""Move work from one layout of the ranks to another, and the results back.
 
-Two layouts of the same ranks (a student's and its teacher's) see different data-parallel ranks. `Assignment` says which
-replica of the second layout takes which item of the first; from it every rank derives the same list of `Transfer`s, of
-which it carries out its own part. What is already where it is needed is not sent.
+A student and its teacher may be divided over the same ranks in different layouts. A sample then belongs to one
+data-parallel rank of the first layout, `home`, and is processed by one data-parallel rank of the second, `away`.
+`Assignment` decides which. Every rank derives the same list of `Transfer`s from it and carries out those that it takes
+part in. Nothing is sent where source and target are the same rank.
+
+A replica is the set of ranks that together hold one copy of a model: all tensor ranks and pipeline stages of one
+data-parallel rank.
 """
 
 import pickle
@@ -16,44 +20,47 @@ from torch import Tensor
 from megatron_ral.parallel.rank_layout import RankLayout
 
 Item = tuple[int, int]
-"""(data-parallel rank of the first layout, number of the item there)."""
+"""Data-parallel rank of the home layout, and index of a work item there."""
 
 
 class Transfer(NamedTuple):
-    """One thing that goes from one rank to another (or stays, where they are the same)."""
+    """Movement of one value from one rank to another. Source and target may be the same rank."""
 
     source: int
     target: int
     what: Hashable
+    """Name of the value."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Items of the data-parallel ranks of layout `home`, spread evenly and in order over the replicas of layout `away`.
+    """Distribution of work items over the replicas of another layout, evenly and in order.
 
-    Every rank of one home replica (all its tensor ranks and stages) holds the same items; every rank of the away
-    replica that takes an item needs it.
+    All ranks of a home replica hold the same items. All ranks of the away replica that processes an item need it.
     """
 
     home: RankLayout
+    """Layout in which the items are held."""
     away: RankLayout
+    """Layout in which the items are processed, over the same ranks."""
     counts: tuple[int, ...]
-    """Items of each data-parallel rank of `home`."""
+    """Number of items of each data-parallel rank of `home`."""
 
     def items(self) -> list[Item]:
+        """Return all items in order."""
         return [(data_rank, index) for data_rank, count in enumerate(self.counts) for index in range(count)]
 
     def replica(self, item: Item) -> int:
-        """Data-parallel rank of `away` that takes an item."""
+        """Return the data-parallel rank of `away` that processes an item."""
         data_rank, index = item
         return (sum(self.counts[:data_rank]) + index) * self.away.data_size // sum(self.counts)
 
     def taken(self) -> list[Item]:
-        """Items of this rank's away replica."""
+        """Return the items that this rank's away replica processes."""
         return [item for item in self.items() if self.replica(item) == self.away.data_rank]
 
     def inputs(self) -> list[Transfer]:
-        """Each item to all ranks of the replica that takes it."""
+        """Return the transfers of each item to all ranks of the replica that processes it."""
         return [
             self._nearest(item, target, self._home_ranks(item[0]))
             for item in self.items()
@@ -61,7 +68,10 @@ class Assignment:
         ]
 
     def answers(self) -> list[Transfer]:
-        """Results that every rank of the away replica holds, to all ranks of the item's home."""
+        """Return the transfers of results to all ranks of each item's home replica.
+
+        Every rank of the away replica must hold the result.
+        """
         return [
             self._nearest(item, target, self._away_ranks(self.replica(item)))
             for item in self.items()
@@ -69,8 +79,15 @@ class Assignment:
         ]
 
     def stage_results(self, name: Hashable, away_stage: int, home_stage: int) -> list[Transfer]:
-        """Results that the tensor ranks of one away stage hold alike, to the tensor ranks of one home stage. What is sent
-        is named (item, name)."""
+        """Return the transfers of results from the tensor ranks of one away stage to those of one home stage.
+
+        All tensor ranks of the away stage must hold the same result. A value is named (item, `name`).
+
+        Args:
+            name: Name of the result.
+            away_stage: 0-based pipeline stage of `away` that has the results.
+            home_stage: 0-based pipeline stage of `home` that needs them.
+        """
         transfers = []
         for item in self.items():
             sources = [self.away.rank_of(rank, self.replica(item), away_stage) for rank in range(self.away.tensor_size)]
@@ -101,22 +118,18 @@ def _replica_ranks(layout: RankLayout, data_rank: int) -> list[int]:
 def carry_tensors(
     transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Tensor], empty: Callable[[Hashable], Tensor]
 ) -> dict[Hashable, Tensor]:
-    """Carry out this rank's part of the transfers, all at once.
+    """Carry out this rank's part of the transfers, all of them at once and without gradient.
 
     Args:
-        transfers: the same list on every rank.
-        rank: this rank.
-        have: tensors this rank sends or keeps, by name.
-        empty: name -> tensor of the right shape, type and device to receive into.
+        transfers: The same list on every rank.
+        rank: This rank.
+        have: Tensors whose source is this rank, by name.
+        empty: Function from a name to a tensor of the right shape, type and device to receive into.
 
     Returns:
-        Name -> tensor, of those whose target this rank is.
+        Tensors whose target is this rank, by name. Those whose source it is too are not copied.
     """
-    result = {
-        transfer.what: have[transfer.what]
-        for transfer in transfers
-        if transfer.source == rank and transfer.target == rank
-    }
+    result = _staying(transfers, rank, have)
     operations, tags = [], {}
     for source, target, what in transfers:
         if source == target or rank not in (source, target):
@@ -135,8 +148,17 @@ def carry_tensors(
 def carry_objects(
     transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Any], device: torch.device
 ) -> dict[Hashable, Any]:
-    """`carry_tensors` for picklable objects of this job: their sizes first, then their bytes. What stays on its rank is
-    handed on as it is."""
+    """Carry out this rank's part of the transfers of picklable objects: their sizes first, then their bytes.
+
+    Args:
+        transfers: The same list on every rank.
+        rank: This rank.
+        have: Objects whose source is this rank, by name.
+        device: Device on which ranks communicate.
+
+    Returns:
+        Objects whose target is this rank, by name. Those whose source it is too are not copied.
+    """
     away = [transfer for transfer in transfers if transfer.source != transfer.target]
     packed = {
         what: torch.frombuffer(bytearray(pickle.dumps(have[what])), dtype=torch.uint8).to(device)
@@ -151,9 +173,11 @@ def carry_objects(
     received = carry_tensors(
         away, rank, packed, lambda what: torch.empty(int(sizes[what]), dtype=torch.uint8, device=device)
     )
-    kept = {
-        transfer.what: have[transfer.what]
-        for transfer in transfers
-        if transfer.source == rank and transfer.target == rank
+    return _staying(transfers, rank, have) | {
+        what: pickle.loads(data.cpu().numpy().tobytes()) for what, data in received.items()
     }
-    return kept | {what: pickle.loads(data.cpu().numpy().tobytes()) for what, data in received.items()}
+
+
+def _staying(transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """Return the values whose source and target both are this rank."""
+    return {what: have[what] for source, target, what in transfers if source == target == rank}

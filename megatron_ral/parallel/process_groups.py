@@ -1,6 +1,7 @@
-"""Process groups: started once per process, held in one object per layout that is passed down."""
+"""Process groups: created once per process and layout, and passed down as one object."""
 
 import os
+import socket
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,49 +11,60 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_ral.compat import cpu_backend
 from megatron_ral.compat.model_layouts import layout_globals, no_layout, use_layout
 from megatron_ral.parallel.rank_layout import RankLayout
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Layout of this rank and its process groups."""
+    """Layout, device and process groups of this rank."""
 
     layout: RankLayout
+    """Place of this rank among all ranks."""
     device: torch.device
+    """Device on which this rank computes and communicates."""
     tensor: dist.ProcessGroup
+    """Ranks that share the layers of one pipeline stage (tensor parallelism)."""
     pipeline: dist.ProcessGroup
+    """Ranks that hold consecutive layers, in the order of the stages."""
     data: dist.ProcessGroup
+    """Ranks that hold the same parameters for different samples (data parallelism, ZeRO-3)."""
     model: dist.ProcessGroup
-    """Tensor x pipeline: the ranks that together hold one copy of the model."""
+    """Ranks that together hold one copy of the model: tensor x pipeline."""
     embedding: Optional[dist.ProcessGroup]
-    """First and last stage, where tied embeddings live twice; None on stages between and without pipeline."""
+    """First and last stage, which both hold tied embeddings; None on stages between them and without a pipeline."""
     globals: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What third parties keep of this layout in their modules."""
+    """Module globals in which megatron-core holds this layout (see `compat.model_layouts`)."""
 
     def active(self) -> AbstractContextManager[None]:
-        """Third parties work in this layout while inside (a job may hold several)."""
+        """Make megatron-core use this layout inside a `with` block. A process may hold several layouts."""
         return use_layout(self.globals)
 
 
 def default_device() -> torch.device:
-    """This process's accelerator, or the CPU where there is none."""
+    """Return this process's accelerator, or the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
 def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_minutes: int = 30) -> ProcessGroups:
-    """Join the job (environment of torchrun; a lone process needs none) and build all groups.
+    """Join the job and create all process groups.
 
-    On a machine without an accelerator the gloo backend and the shims of `compat/cpu_backend.py` are used.
+    The job is read from the environment that torchrun sets. A single process without that environment becomes a job of
+    its own. A machine without an accelerator uses the gloo backend and `compat/cpu_backend.py`.
+
+    Args:
+        tensor_size: Number of tensor-parallel ranks.
+        pipeline_size: Number of pipeline stages.
+        seed: Seed of torch's global random number generator.
+        timeout_minutes: Minutes after which a collective fails.
     """
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        from megatron_ral.compat import cpu_backend
-
         cpu_backend.install()
     if not dist.is_initialized():
         for name, value in (
@@ -73,7 +85,17 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
 def another_layout(
     process_groups: ProcessGroups, *, tensor_size: int, pipeline_size: int, timeout_minutes: int = 30
 ) -> ProcessGroups:
-    """Groups of a second layout over the same ranks; `groups` itself where it is the same. The first stays in use."""
+    """Create the process groups of a second layout over the same ranks. The first layout stays in use.
+
+    Args:
+        process_groups: First layout.
+        tensor_size: Number of tensor-parallel ranks of the second layout.
+        pipeline_size: Number of pipeline stages of the second layout.
+        timeout_minutes: Minutes after which a collective fails.
+
+    Returns:
+        `process_groups` itself if both layouts are the same.
+    """
     layout = process_groups.layout
     if (tensor_size, pipeline_size) == (layout.tensor_size, layout.pipeline_size):
         return process_groups
@@ -93,23 +115,26 @@ def _build(tensor_size: int, pipeline_size: int, device: torch.device, timeout_m
     assert layout.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
     assert layout.data_rank == parallel_state.get_data_parallel_rank()
     assert layout.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
-    embedding = None
-    if pipeline_size > 1 and (layout.is_first_stage or layout.is_last_stage):
-        embedding = parallel_state.get_embedding_group()
+    has_embeddings = pipeline_size > 1 and (layout.is_first_stage or layout.is_last_stage)
     return ProcessGroups(
         layout=layout,
         device=device,
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
-        embedding=embedding,
+        tensor=_group(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
+        data=_group(parallel_state.get_data_parallel_group()),
+        model=_group(parallel_state.get_model_parallel_group()),
+        embedding=_group(parallel_state.get_embedding_group()) if has_embeddings else None,
         globals=layout_globals(),
     )
 
 
+def _group(group: Any) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "megatron-core has one group of each kind for a dense model"
+    return group
+
+
 def stop_groups() -> None:
-    """Leave the job (also between two layouts in one process, as tests do)."""
+    """Leave the job. A process may join another one afterwards, as tests do."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -117,13 +142,19 @@ def stop_groups() -> None:
 
 @contextmanager
 def simulate_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size: int) -> Iterator[ProcessGroups]:
-    """The groups of one rank of a job that is not there: collectives return at once and move nothing. For rehearsals, in a
-    process without an accelerator that has joined no job."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    """Yield the process groups of one rank of a job that does not run, for rehearsals of a launch.
 
-    from megatron_ral.compat import cpu_backend
+    Collectives return at once and move nothing. The process must have no accelerator and must not have joined a job.
 
-    assert not dist.is_initialized(), "a rank can be played only where no job was joined"
+    Args:
+        rank: Simulated rank.
+        world_size: Number of ranks of the simulated job.
+        tensor_size: Number of tensor-parallel ranks.
+        pipeline_size: Number of pipeline stages.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    assert not dist.is_initialized(), "a rank can be simulated only in a process that has joined no job"
     cpu_backend.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -133,8 +164,6 @@ def simulate_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

@@ -1,7 +1,7 @@
-"""What is sent: calls and bytes of every collective, by process group, seen where torch dispatches them.
+"""Count the collectives of a process: calls and bytes by process group, observed where torch dispatches them.
 
-Bytes are those of the whole buffer: what an all-gather makes, what a reduce-scatter or all-reduce is given, what a
-point-to-point call sends. (A ring moves (N - 1) / N of that per rank, an all-reduce twice.)
+Bytes are those of the whole buffer: the output of an all-gather, the input of a reduce-scatter or all-reduce, the message
+of a point-to-point call. A ring moves (N - 1) / N of that per rank, and twice as much for an all-reduce.
 """
 
 from collections import Counter
@@ -30,17 +30,20 @@ KINDS = {
     "scatter_": "scatter",
     "barrier": "barrier",
 }
+"""Name of torch's c10d operator -> kind of collective in a table."""
 
 
 @dataclass
 class Traffic:
-    """Calls and bytes by (group, kind)."""
+    """Calls and bytes by (name of the process group, kind of collective)."""
 
     calls: Counter = field(default_factory=Counter)
+    """Number of calls."""
     sent_bytes: Counter = field(default_factory=Counter)
+    """Number of bytes, as the module counts them."""
 
     def of(self, group: str) -> dict[str, tuple[int, int]]:
-        """kind -> (calls, bytes) of one group."""
+        """Return kind -> (calls, bytes) of one process group."""
         return {
             kind: (self.calls[key], self.sent_bytes[key])
             for key in sorted(self.calls)
@@ -50,19 +53,19 @@ class Traffic:
 
 
 class CountedTraffic(TorchDispatchMode):
-    """Counts every collective of this process inside a `with`, into the Traffic it is entered as.
+    """Context that counts every collective of this process. `with CountedTraffic(...) as traffic` yields a `Traffic`.
 
     Args:
-        groups: name -> process group; what runs in another group is counted under "other". Groups that hold the same
-            ranks but were made apart are told apart.
+        groups: Process groups by the name to count them under. Other groups are counted as "other". Two groups over the
+            same ranks are counted apart.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]):
         super().__init__()
         self.traffic = Traffic()
-        self._names = {group.group_name: name for name, group in groups.items()}
+        self._names: dict[str, str] = {group.group_name: name for name, group in groups.items()}
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> Any:
         super().__enter__()
         return self.traffic
 
@@ -79,7 +82,7 @@ class CountedTraffic(TorchDispatchMode):
             name = dist.ProcessGroup.unbox(group).group_name if group is not None else ""
             tensors = [tensor for arg in args for tensor in _tensors(arg)]
             size = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-            if func._opname in ("allgather_", "reduce_scatter_", "allreduce_coalesced_"):  # lists of equal parts
+            if func._opname in ("allgather_", "reduce_scatter_", "allreduce_coalesced_"):  # lists of equal shards
                 size = max(sum(t.numel() * t.element_size() for t in _tensors(arg)) for arg in args)
             key = self._names.get(name, "other"), kind
             self.traffic.calls[key] += 1

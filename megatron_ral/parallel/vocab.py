@@ -1,8 +1,8 @@
-"""Log-probabilities, entropy, most likely and sampled tokens from logits whose vocabulary is split over tensor-parallel
-ranks.
+"""Log-probabilities, entropy, most likely tokens and sampled tokens where the vocabulary is split over tensor ranks.
 
-Local partial -> collective -> combine: the pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full
-logits are never gathered, but for the rows of `vocab_parallel_sample` that its candidates do not settle.
+Every function forms a partial result from this rank's columns, runs a collective, and combines the partial results. The
+pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full logits are never gathered, except for the rows
+of `vocab_parallel_sample` whose draw its candidates do not decide.
 """
 
 from typing import Optional
@@ -37,7 +37,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs: Optional[Tensor], grad_entropy: Optional[Tensor]):
+    def backward(ctx, *grads: Optional[Tensor]):
+        grad_logprobs, grad_entropy = grads
         logits_v, targets, maximum, sums = ctx.saved_tensors
         total, logits, parts = VocabPartials(*sums), logits_v.float(), []
         if grad_logprobs is not None:
@@ -48,12 +49,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
 
 def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each row, in float32.
+    """Return the log-probability of each target and the entropy of each row, in float32.
 
     Args:
         logits_v: [..., v] this rank's columns of the logits; carries gradient.
         targets: [...] int64 ids in the whole vocabulary.
-        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
 
     Returns:
         (logprobs [...], entropy [...] in nats), equal on all ranks of the group; both carry gradient to the logits.
@@ -63,13 +64,14 @@ def vocab_parallel_logprobs(logits_v: Tensor, targets: Tensor, group: dist.Proce
 
 @torch.no_grad()
 def vocab_parallel_argmax(logits_v: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Id in the whole vocabulary of each row's largest logit; of equal ones the lowest id.
+    """Return the id, in the whole vocabulary, of each row's largest logit. The lowest id wins among equal logits.
 
     Args:
-        logits_v, group: as `vocab_parallel_logprobs`.
+        logits_v: [..., v] this rank's columns of the logits.
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
 
     Returns:
-        [...] int64, equal on all ranks of the group.
+        [...] int64, equal on all ranks of the group; no gradient.
     """
     value, index = logits_v.max(dim=-1)
     values = torch.stack(gather_shards(value.contiguous(), group))
@@ -88,20 +90,23 @@ def vocab_parallel_sample(
     num_tokens: int = 0,
     num_candidates: int = 512,
 ) -> Tensor:
-    """`functional.sampling.sample_tokens` of the whole vocabulary, from its most likely tokens where these are enough.
+    """Sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
 
-    Every rank hands over its `num_candidates` largest logits and a sum of exponentials. A draw that falls among them
-    is settled; for rows where it does not (a flat distribution, a draw from the tail) the whole vocabulary is gathered.
+    Every rank contributes its `num_candidates` largest logits and a sum of exponentials. They are enough if the draw
+    falls on one of these candidates. The whole vocabulary is gathered for the other rows: those with a flat distribution
+    or a draw from the tail.
 
     Args:
         logits_Xv: [X, v] this rank's columns of the logits.
-        uniform_X, temperature, top_p: as `sample_tokens`.
-        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
-        num_tokens: only the first so many ids of the whole vocabulary are drawn; 0: all.
-        num_candidates: per rank; without influence on the result.
+        uniform_X: [X] uniform numbers in [0, 1), equal on all ranks.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_p: Mass of the most likely tokens to sample from.
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
+        num_tokens: Number of ids, from the first, that may be drawn; 0 allows all.
+        num_candidates: Number of candidates per rank. It does not change the result.
 
     Returns:
-        [X] int64 on the device of the logits, equal on all ranks of the group.
+        [X] int64 on the device of the logits, equal on all ranks of the group; no gradient.
     """
     logits, start = logits_Xv.float(), logits_Xv.shape[-1] * dist.get_rank(group)
     if num_tokens and start + logits.shape[-1] > num_tokens:
@@ -113,7 +118,7 @@ def vocab_parallel_sample(
     if count < logits.shape[-1]:
         ids = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values  # of equal logits the lower id first
         candidates = logits.gather(-1, ids)
-        least = candidates.amin(dim=-1)  # what this rank holds back is not above it
+        least = candidates.amin(dim=-1)  # bound on the logits that this rank does not contribute
     else:
         ids, candidates = torch.arange(count, device=logits.device).expand_as(logits), logits
         least = torch.full_like(candidates[:, 0], float("-inf"))
@@ -129,7 +134,7 @@ def vocab_parallel_sample(
         temperature,
         top_p,
     )
-    if group.size() > 1:  # one rank's rounding decides
+    if group.size() > 1:  # ranks may round differently, so that one of them has to decide
         message = torch.where(settled, token, -1)
         dist.broadcast(message, src=dist.get_process_group_ranks(group)[0], group=group)
         token, settled = message, message >= 0

@@ -1,8 +1,9 @@
 """Divergence of a student from a teacher where the vocabulary is split over tensor-parallel ranks.
 
-Local partial -> collective -> combine: the pure halves are `functional/distillation_loss.py` and
-`functional/distillation_top_tokens.py`. Full logits are never gathered, on either side. What crosses ranks is 4 numbers
-per row and rank (gathered) and 2 per row (summed); with top tokens 2 per row and rank, and k per row.
+Every function forms a partial result from this rank's columns, runs a collective, and combines the partial results. The
+pure halves are `functional/distillation_loss.py` and `functional/distillation_top_tokens.py`. Full logits are never
+gathered, on either side. Ranks exchange 4 numbers per row and rank (gathered) and 2 per row (summed). With top tokens
+they exchange 2 per row and rank, and k per row.
 """
 
 import torch
@@ -30,7 +31,7 @@ from megatron_ral.parallel.collectives import all_reduce_sum_, gather_shards
 
 
 def _merge(local: tuple[RowStatistics, ...], temperature: float, group: dist.ProcessGroup) -> list[RowStatistics]:
-    """Statistics of several models over all shards: gathered together, and merged in the order of the ranks."""
+    """Return the statistics of several models over all shards, gathered in one call and merged in rank order."""
     shards = gather_shards(torch.stack([tensor for rows in local for tensor in rows]), group)
     return [
         merge_statistics([RowStatistics(*shard[2 * index : 2 * index + 2]) for shard in shards], temperature)
@@ -51,7 +52,8 @@ class _VocabParallelDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         student_v, teacher_v, *rows, mean = ctx.saved_tensors
         student, teacher = RowStatistics(*rows[:2]), RowStatistics(*rows[2:])
         return divergence_gradient(student_v, teacher_v, student, teacher, mean, grad, ctx.divergence), None, None, None
@@ -60,23 +62,24 @@ class _VocabParallelDivergence(torch.autograd.Function):
 def vocab_parallel_divergence(
     student_v: Tensor, teacher_v: Tensor, divergence: TokenDivergence, group: dist.ProcessGroup
 ) -> Tensor:
-    """Divergence over the whole vocabulary.
+    """Return the divergence of the student from the teacher over the whole vocabulary.
+
+    Both logits are saved for the backward pass in their own dtype, with 5 numbers per row.
 
     Args:
         student_v: [..., v] this rank's columns of the student's logits, finite, any floating dtype; carries gradient.
-            Kept for the backward pass as it is, like the teacher's, with 5 numbers per row.
-        teacher_v: [..., v] the same columns of the teacher's logits; no gradient. A teacher that is cut or padded
-            otherwise (another tensor-parallel size, another size of the vocabulary) has to be cut like the student
-            first, or to send its top tokens. Padded columns are -1e9 in both.
-        divergence: which, and at which temperature.
-        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v).
+        teacher_v: [..., v] the same columns of the teacher's logits; no gradient. Teacher and student must be cut and
+            padded alike. A teacher with another tensor-parallel size or vocabulary size has to send its top tokens
+            instead, or its logits have to be cut like the student's first. Padded columns are -1e9 in both.
+        divergence: Kind of divergence and its temperature.
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
 
     Returns:
         [...] in nats, >= 0, float32 (float64 for float64 logits), equal on all ranks of the group; carries gradient
         to `student_v`, once. Value and gradient are exactly 0 where the logits of a row are equal.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes of student and teacher differ.
 
     Source: RAL paper (arXiv 2602.04884) eq. (6), GKD (arXiv 2306.13649) eq. (1).
     """
@@ -95,7 +98,7 @@ def vocab_parallel_divergence(
 def _outcomes(
     logits_v: Tensor, indices: Tensor, temperature: float, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> tuple[RowStatistics, Tensor]:
-    """Statistics of the columns that are no top token, and log-probabilities [rows, k + 1], over all shards."""
+    """Return statistics of all columns but the top tokens, and log-probabilities [rows, k + 1], over all shards."""
     local = outcome_partials(logits_v, indices, _start(logits_v, group), temperature, dtype)
     (others,) = _merge((local.others,), temperature, group)
     return others, outcome_logprobs(others, all_reduce_sum_(local.logits, group), temperature)
@@ -118,7 +121,8 @@ class _VocabParallelTopDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         student_v, indices, maximum, sum_exp, gradient = ctx.saved_tensors
         return (
             outcome_gradient(
@@ -139,17 +143,21 @@ class _VocabParallelTopDivergence(torch.autograd.Function):
 def vocab_parallel_top_divergence(
     student_v: Tensor, teacher: TopTokens, divergence: TokenDivergence, group: dist.ProcessGroup
 ) -> Tensor:
-    """Divergence over k + 1 outcomes: the teacher's k most likely tokens, and all others together.
+    """Return the divergence over k + 1 outcomes: the teacher's k most likely tokens, and all other tokens together.
+
+    The student's logits are saved for the backward pass in their own dtype, with 2 k + 3 numbers per row.
 
     Args:
         student_v: [..., v] this rank's columns of the student's logits, finite, any floating dtype; carries gradient.
-            Kept for the backward pass as it is, with 2 k + 3 numbers per row.
-        teacher: equal on all ranks; at the temperature of `divergence`, which cannot be changed afterwards.
-        divergence, group: as `vocab_parallel_divergence`.
+        teacher: Top tokens of the teacher, equal on all ranks. Their log-probabilities must have been formed at the
+            temperature of `divergence`, because they cannot be converted to another one.
+        divergence: Kind of divergence and its temperature.
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
 
     Returns:
-        As `vocab_parallel_divergence`. Exactly 0 where teacher and student have equal logits, if the teacher's top
-        tokens are of `vocab_parallel_top_tokens` in a group of the same size.
+        [...] in nats, >= 0, float32 (float64 for float64 logits), equal on all ranks of the group; carries gradient
+        to `student_v`, once. It is exactly 0 where teacher and student have equal logits, if the teacher's top tokens
+        come from `vocab_parallel_top_tokens` in a group of the same size.
 
     Raises:
         ValueError: the rows of the student, of the indices and of the log-probabilities do not match.
@@ -175,20 +183,22 @@ def vocab_parallel_top_divergence(
 
 @torch.no_grad()
 def vocab_parallel_top_tokens(logits_v: Tensor, k: int, temperature: float, group: dist.ProcessGroup) -> TopTokens:
-    """The k most likely tokens of each row over all shards, most likely first.
+    """Return the k most likely tokens of each row over all shards, most likely first.
+
+    k candidates of every rank are gathered.
 
     Args:
         logits_v: [..., v] this rank's columns of the logits, finite.
-        k: 1 to the size of the whole vocabulary.
-        temperature: of the log-probabilities; it does not change which tokens are chosen.
-        group: tensor-parallel group; rank i holds columns [i v, (i + 1) v). k x ranks candidates are gathered.
+        k: Number of tokens, from 1 to the size of the whole vocabulary.
+        temperature: Temperature of the log-probabilities. It does not change which tokens are chosen.
+        group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
 
     Returns:
         Top tokens with the log-mass of all others, in float32 (float64 for float64 logits), equal on all ranks; no
         gradient.
 
     Raises:
-        ValueError: k out of range.
+        ValueError: k is out of range.
     """
     columns, shape = logits_v.shape[-1], logits_v.shape[:-1]
     if not 1 <= k <= columns * group.size():

@@ -8,9 +8,9 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.errors import ConfigError
+from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.planning.memory import BYTES, GIB
-from megatron_ral.weights.conversion import expected_shapes, visual_shapes
 
 
 @dataclass(frozen=True)

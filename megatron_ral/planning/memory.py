@@ -12,11 +12,11 @@ import psutil
 import torch
 
 from megatron_ral.errors import ConfigError
+from megatron_ral.models.parameter_shapes import visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.launch_plan import LaunchPlan, TeacherPlan
 from megatron_ral.planning.parameters import stage_parameters
-from megatron_ral.weights.conversion import visual_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of one number by the name of its precision."""

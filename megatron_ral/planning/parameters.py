@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
-from megatron_ral.weights.conversion import expected_shapes, visual_shapes
 from megatron_ral.weights.tensor_table import stage_tensors
 
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
-from megatron_ral.compat.deepspeed_pipeline import EarlyReduction
+from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
 from megatron_ral.engine.decoding_batch import DecodingBatch
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings

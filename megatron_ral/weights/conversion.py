@@ -1,86 +1,62 @@
-"""Between Hugging Face folders and Megatron folders of any layout, tensor by tensor.
+"""Convert between Hugging Face folders and Megatron folders of any layout, tensor by tensor.
 
-The table of `weights.stage_tensors` says how every parameter is merged, cut and joined. A Megatron folder is read back
-through `MegatronWeights`, which looks like a Hugging Face folder; converting, resharding and exporting are then one
-function each. Everything is written to a temporary name and renamed when whole, the manifest last.
+`weights.tensor_table` says how every parameter is merged, cut and joined. Both kinds of folder are read through
+`Weights`, so that converting, resharding and exporting are one function for each target. Output is written under a
+temporary name and renamed when it is complete.
 """
 
 import json
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 import torch
-from torch import Tensor
 
 from megatron_ral.errors import CheckpointError, ConfigError
-from megatron_ral.models.families import build_tower
-from megatron_ral.models.folder import MANIFEST, read_json
+from megatron_ral.models.folder import MANIFEST
+from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import ModelShape, read_shape
-from megatron_ral.parallel.rank_layout import RankLayout
-from megatron_ral.weights.folders import (
-    INDEX,
-    HuggingFaceWeights,
-    SafetensorsFile,
-    SafetensorsWriter,
-    Weights,
-    copy_config,
-)
-from megatron_ral.weights.tensor_table import StageTensor, stage_tensors
+from megatron_ral.weights.huggingface import HuggingFacePlan, HuggingFaceWeights, Weights, copy_config
+from megatron_ral.weights.megatron import MegatronWeights, shard_file
+from megatron_ral.weights.safetensors_files import SafetensorsWriter, TensorEntry
+from megatron_ral.weights.tensor_table import stage_tables
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
+"""Function that is called with the number of bytes just written."""
+
+MAX_ROWS_SHOWN = 40
+"""Number of differing tensors that an error lists."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion moved."""
+    """Size and duration of a conversion."""
 
     num_bytes: int
+    """Bytes of the tensors written."""
     seconds: float
+    """Wall-clock time in seconds."""
 
     def __str__(self) -> str:
         rate = self.num_bytes / max(self.seconds, 1e-9) / 1e9
         return f"{self.num_bytes:,} bytes in {self.seconds:.1f} s, {rate:.3f} GB/s"
 
 
-def visual_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names inside the vision tower with their shapes, built without memory."""
-    with torch.device("meta"):
-        tower = build_tower(shape.vision)
-    return {name: tuple(parameter.shape) for name, parameter in tower.named_parameters()}
+def open_weights(path: str | Path) -> Weights:
+    """Return the weights of a model folder: Megatron if it has a manifest, otherwise Hugging Face.
 
-
-def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of this shape by our name."""
-    H, D = shape.hidden_size, shape.kv_channels
-    query, key = shape.num_attention_heads * D, shape.num_query_groups * D
-    result = {f"visual.{name}": size for name, size in visual_shapes(shape).items()}
-    result["model.embed_tokens.weight"] = (shape.vocab_size, H)
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}"
-        for part, rows in (("q", query), ("k", key), ("v", key)):
-            result[f"{prefix}.self_attn.{part}_proj.weight"] = (rows, H)
-            if shape.family.qkv_bias:
-                result[f"{prefix}.self_attn.{part}_proj.bias"] = (rows,)
-            if shape.family.qk_norm and part != "v":
-                result[f"{prefix}.self_attn.{part}_norm.weight"] = (D,)
-        result[f"{prefix}.self_attn.o_proj.weight"] = (H, query)
-        for part in ("gate", "up"):
-            result[f"{prefix}.mlp.{part}_proj.weight"] = (shape.ffn_hidden_size, H)
-        result[f"{prefix}.mlp.down_proj.weight"] = (H, shape.ffn_hidden_size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            result[f"{prefix}.{norm}.weight"] = (H,)
-    result["model.norm.weight"] = (H,)
-    if not shape.tie_word_embeddings:
-        result["lm_head.weight"] = (shape.vocab_size, H)
-    return result
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    return MegatronWeights(path) if (Path(path) / MANIFEST).is_file() else HuggingFaceWeights(path)
 
 
 def check_weights(weights: Weights, shape: ModelShape) -> None:
-    """Compare names and shapes with what the architecture has, reading no tensor.
+    """Compare the names and shapes of weights with those of the architecture. No tensor is read.
 
     Raises:
         CheckpointError: with a table of missing, unexpected and mis-shaped tensors.
@@ -95,88 +71,9 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
         if name in weights and weights.shape_of(name) != size
     ]
     if rows:
-        table = "\n".join(f"  {kind:<11} {name:<60} {size}" for kind, name, size in rows[:40])
-        more = f"\n  ... and {len(rows) - 40} more" if len(rows) > 40 else ""
-        raise CheckpointError(f"'{weights.path}' does not fit its config.json:\n{table}{more}")
-
-
-class MegatronWeights(Weights):
-    """A Megatron folder, seen as Hugging Face's tensors: joined over tensor ranks, then taken apart."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        manifest = read_json(self.path / MANIFEST, "tensor_parallel", "pipeline_parallel", "files")
-        self.tensor_size, self.pipeline_size = manifest["tensor_parallel"], manifest["pipeline_parallel"]
-        for file, size in manifest["files"].items():
-            if not (self.path / file).is_file() or (self.path / file).stat().st_size != size:
-                raise CheckpointError(f"'{self.path}': file '{file}' is missing or cut short")
-        self.shape = read_shape(str(self.path))
-        self._shapes = expected_shapes(self.shape)
-        self._where: dict[str, tuple[int, StageTensor]] = {}
-        self._tied: dict[str, tuple[int, StageTensor]] = {}
-        for stage, table in stage_tables(self.shape, self.tensor_size, self.pipeline_size):
-            for tensor in table:
-                for source in tensor.sources:
-                    places = self._tied if source in self._where else self._where
-                    places[source] = (stage, tensor)
-        self._files = {
-            (rank, stage): SafetensorsFile(self.path / shard_file(rank, stage))
-            for rank in range(self.tensor_size)
-            for stage in range(self.pipeline_size)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._read(name, *self._where[name], first_rank=0)
-
-    def copies(self, name: str) -> Iterator[Tensor]:
-        """The other copies of a tensor that is held several times: on every tensor rank, or tied on the last stage."""
-        stage, tensor = self._where[name]
-        if tensor.cut_dim is None:
-            for rank in range(1, self.tensor_size):
-                yield self._read(name, stage, tensor, first_rank=rank)
-        if name in self._tied:
-            yield self._read(name, *self._tied[name], first_rank=0)
-
-    def _read(self, name: str, stage: int, tensor: StageTensor, first_rank: int) -> Tensor:
-        ranks = range(self.tensor_size) if tensor.cut_dim is not None else (first_rank,)
-        shards = (self._files[rank, stage].read(tensor.name) for rank in ranks)
-        full = tensor.join(shards, self.tensor_size)
-        return tensor.split(full)[tensor.sources.index(name)]
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        stage, tensor = self._where[name]
-        return self._files[0, stage].dtypes[tensor.name]
-
-
-def open_weights(path: str | Path) -> Weights:
-    """A Megatron folder where there is a manifest, else a Hugging Face folder."""
-    return MegatronWeights(path) if (Path(path) / MANIFEST).is_file() else HuggingFaceWeights(path)
-
-
-def shard_file(tensor_rank: int, stage: int) -> str:
-    return f"tp_{tensor_rank:02d}_pp_{stage:02d}.safetensors"
-
-
-def stage_tables(shape: ModelShape, tensor_size: int, pipeline_size: int) -> Iterator[tuple[int, list[StageTensor]]]:
-    names = list(visual_shapes(shape))
-    for stage in range(pipeline_size):
-        layout = RankLayout(stage, pipeline_size, 1, pipeline_size)
-        yield (
-            stage,
-            list(
-                stage_tensors(
-                    shape,
-                    layout.stage_layers(shape.num_layers),
-                    layout.is_first_stage,
-                    layout.is_last_stage,
-                    tensor_size,
-                    names,
-                )
-            ),
-        )
+        table = "\n".join(f"  {kind:<11} {name:<60} {size}" for kind, name, size in rows[:MAX_ROWS_SHOWN])
+        more = f"\n  ... and {len(rows) - MAX_ROWS_SHOWN} more" if len(rows) > MAX_ROWS_SHOWN else ""
+        raise CheckpointError(f"'{weights.path}'", None, f"does not fit its config.json:\n{table}{more}")
 
 
 def to_megatron(
@@ -186,26 +83,38 @@ def to_megatron(
     pipeline_size: int,
     progress: Progress = lambda num_bytes: None,
 ) -> Converted:
-    """Write `source` (Hugging Face or Megatron folder) as a Megatron folder of the given layout.
+    """Write a model folder, Hugging Face or Megatron, as a Megatron folder of the given layout.
 
-    At most the Hugging Face tensors of one parameter and that parameter are in memory at a time.
+    Only one parameter and its Hugging Face tensors are in memory at a time.
+
+    Args:
+        source: Model folder to read.
+        output: Folder to write; it must not exist.
+        tensor_size: Number of tensor-parallel ranks of the output.
+        pipeline_size: Number of pipeline stages of the output.
+        progress: Function that is called after each tensor.
 
     Raises:
-        CheckpointError, ConfigError: damaged source, contradiction with its config.json, impossible layout, or an
-            output that exists.
+        CheckpointError: `source` is damaged or does not fit its config.json.
+        ConfigError: `source` is no model folder, the layout does not divide the model, or `output` exists.
     """
     started = time.perf_counter()
     shape = read_shape(str(source), "the checkpoint")
     shape.check_layout(tensor_size, pipeline_size)
     weights = open_weights(source)
     check_weights(weights, shape)
-    partial, moved = _begin(output), 0
-    try:
-        for stage, table in stage_tables(shape, tensor_size, pipeline_size):
-            files = [
-                SafetensorsWriter(partial / shard_file(rank, stage), _shard_entries(table, weights, shape, tensor_size))
-                for rank in range(tensor_size)
+    moved = 0
+    with _renamed_when_complete(output) as partial:
+        for stage, table in enumerate(stage_tables(shape, tensor_size, pipeline_size)):
+            entries = [
+                TensorEntry(
+                    tensor.name,
+                    weights.dtype_of(tensor.sources[0]),
+                    tensor.shard_shape(weights.shape_of, tensor_size),
+                )
+                for tensor in table
             ]
+            files = [SafetensorsWriter(partial / shard_file(rank, stage), entries) for rank in range(tensor_size)]
             for tensor in table:
                 full = tensor.merge([weights[name] for name in tensor.sources])
                 written = 0
@@ -220,9 +129,6 @@ def to_megatron(
         sizes = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
         manifest = {"format": 1, "tensor_parallel": tensor_size, "pipeline_parallel": pipeline_size, "files": sizes}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        _finish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Converted(moved, time.perf_counter() - started)
 
 
@@ -233,53 +139,54 @@ def to_hf(
     progress: Progress = lambda num_bytes: None,
     weights: Optional[Weights] = None,
 ) -> Converted:
-    """Write `source` as a Hugging Face folder, sharded like the hub's with an index.
+    """Write a model folder, Hugging Face or Megatron, as a Hugging Face folder.
 
     Args:
-        weights: what to write in place of the weights of `source`, which then gives all else.
+        source: Model folder to read.
+        output: Folder to write; it must not exist.
+        max_shard_bytes: Bytes after which a new weight file begins.
+        progress: Function that is called after each tensor.
+        weights: Weights to write instead of those of `source`, which then gives config, tokenizer and processor.
 
     Raises:
-        CheckpointError, ConfigError: as for `to_megatron`.
+        CheckpointError: `source` is damaged or does not fit its config.json.
+        ConfigError: `source` is no model folder, or `output` exists.
     """
     started = time.perf_counter()
     shape = read_shape(str(source), "the checkpoint")
     weights = open_weights(source) if weights is None else weights
     check_weights(weights, shape)
-    plan: list[list[str]] = [[]]
-    size_of = {name: weights.dtype_of(name).itemsize * torch.Size(weights.shape_of(name)).numel() for name in weights}
-    held = 0
+    files: list[list[str]] = [[]]
+    entries: list[list[TensorEntry]] = [[]]
+    size = 0
     for name in weights:
-        if plan[-1] and held + size_of[name] > max_shard_bytes:
-            plan.append([])
-            held = 0
-        plan[-1].append(name)
-        held += size_of[name]
-    partial, weight_map = _begin(output), {}
-    try:
-        for number, names in enumerate(plan, 1):
-            file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            hub = {name: shape.family.hub_name(name) for name in names}
-            writer = SafetensorsWriter(
-                partial / file, [(hub[n], weights.dtype_of(n), weights.shape_of(n)) for n in names]
-            )
+        entry = TensorEntry(shape.family.hub_name(name), weights.dtype_of(name), weights.shape_of(name))
+        if files[-1] and size + entry.num_bytes > max_shard_bytes:
+            files.append([])
+            entries.append([])
+            size = 0
+        files[-1].append(name)
+        entries[-1].append(entry)
+        size += entry.num_bytes
+    plan = HuggingFacePlan(entries)
+    with _renamed_when_complete(output) as partial:
+        for number, names in enumerate(files):
+            writer = plan.open_file(partial, number)
             for name in names:
-                progress(writer.add(hub[name], weights[name]))
-                weight_map[hub[name]] = file
+                progress(writer.add(shape.family.hub_name(name), weights[name]))
             writer.close()
-        copy_config(source, partial)
-        index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2))
-        _finish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Converted(sum(size_of.values()), time.perf_counter() - started)
+        plan.finish(partial, source)
+    return Converted(plan.num_bytes, time.perf_counter() - started)
 
 
 def differing_weights(first: str | Path, second: str | Path) -> list[str]:
-    """Hub names that are in one folder only, or whose bits differ, or of which a Megatron folder holds copies that
-    differ; one tensor of each in memory at a time."""
+    """Return the common names of all weights that differ between two model folders.
+
+    A weight differs if only one folder has it, if its type or any bit differs, or if a Megatron folder has copies of it
+    that differ. Only one tensor of each folder is in memory at a time.
+    """
     left, right = open_weights(first), open_weights(second)
-    apart = sorted(set(left) ^ set(right))
+    differing = sorted(set(left) ^ set(right))
     for name in left:
         if name in right:
             ours = left[name]
@@ -288,29 +195,25 @@ def differing_weights(first: str | Path, second: str | Path) -> list[str]:
                 *(copy for side in (left, right) if isinstance(side, MegatronWeights) for copy in side.copies(name)),
             ]
             if any(ours.dtype != other.dtype or not torch.equal(ours, other) for other in others):
-                apart.append(name)
-    return apart
+                differing.append(name)
+    return differing
 
 
-def _shard_entries(table: list[StageTensor], weights: Weights, shape: ModelShape, tensor_size: int):
-    """(name, dtype, shape of one rank's shard), found on meta tensors."""
-    entries = []
-    for tensor in table:
-        sources = [torch.empty(weights.shape_of(name), device="meta") for name in tensor.sources]
-        shard = tensor.cut(tensor.merge(sources), 0, tensor_size)
-        entries.append((tensor.name, weights.dtype_of(tensor.sources[0]), tuple(shard.shape)))
-    return entries
+@contextmanager
+def _renamed_when_complete(output: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder. It becomes `output` if the block ends well, and is removed if it does not.
 
-
-def _begin(output: str | Path) -> Path:
+    Raises:
+        ConfigError: `output` exists.
+    """
     output = Path(output)
     if output.exists():
-        raise ConfigError(f"--output '{output}' exists already; give another folder")
+        raise ConfigError("--output", output, "exists already; give another folder")
     partial = output.absolute().with_name(f".{output.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return partial
-
-
-def _finish(partial: Path, output: str | Path) -> None:
-    os.rename(partial, Path(output).absolute())
+    try:
+        yield partial
+        os.rename(partial, output.absolute())
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,16 +1,16 @@
-"""Values that lie beside parameters (master weights, moments, averages) from one layout in another, by byte ranges.
+"""Read optimizer state that was saved in one layout into another layout, by byte ranges.
 
-ZeRO-3 cuts a tensor rank's parameter, flattened, into equal pieces over data-parallel ranks, the last one padded. A rank
-of the new layout wants one such piece; `pieces` says which rectangles of which old tensor ranks' parameters it is made
-of, and `ReshardedState` reads just these from the old ranks' files. Nothing is computed: every number is copied.
+The state of a parameter has the parameter's shape: master weights, moments, averages. ZeRO-3 flattens the part of a
+parameter that one tensor rank holds, and divides it into equal shards over data-parallel ranks, the last one padded. A
+rank of the new layout needs one such shard. `source_rectangles` computes which rectangles of which old tensor ranks'
+parts it consists of, and `ReshardedState` reads only these from the old ranks' files. Every number is copied as it is.
 
-Both layouts hold parts of one and the same matrix: fused tensors are interleaved per key/value group or joined in equal
-blocks whatever the number of tensor ranks, and only the padding of the vocabulary differs. Padding is filled with zeros,
-which it has from the start: its logits are masked, so that it never gets a gradient.
+Both layouts divide the same matrix: fused tensors are interleaved per key/value head or joined in equal blocks for any
+number of tensor ranks, and only the padding of the vocabulary differs. Padding is filled with zeros. It was zero from the
+start and never gets a gradient, because its logits are masked.
 """
 
-import json
-import struct
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Protocol
@@ -19,77 +19,98 @@ import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError
+from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.runtime.progress import tick
-from megatron_ral.weights.conversion import expected_shapes, stage_tables
-from megatron_ral.weights.tensor_table import StageTensor
+from megatron_ral.weights.safetensors_files import SafetensorsFile
+from megatron_ral.weights.tensor_table import StageTensor, stage_tables
 
 MAX_OPEN_FILES = 64
+"""Number of files of old ranks that one rank holds open."""
 
 
 @dataclass(frozen=True)
 class HeldParameter:
-    """A parameter as one tensor rank of a layout holds it, seen as a matrix of its first dimension by the rest."""
+    """Part of a parameter that one tensor rank holds, as a matrix of its first dimension by all others."""
 
     tensor: StageTensor
+    """Entry of the parameter in the table of its stage."""
     stage: int
-    """The first pipeline stage that holds it."""
+    """First pipeline stage that holds the parameter."""
     tensor_size: int
+    """Number of tensor-parallel ranks."""
     shape: tuple[int, ...]
-    """Of one tensor rank's part."""
+    """Shape of one tensor rank's part."""
     real_rows: int
-    """Rows over all tensor ranks in each of `tensor.interleaved` blocks, without padding of the vocabulary."""
+    """Number of rows over all tensor ranks in each of `tensor.interleaved` blocks, without padding of the vocabulary."""
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        """Number of values of one tensor rank's part."""
+        return math.prod(self.shape)
 
     @property
     def width(self) -> int:
+        """Number of columns of one tensor rank's part."""
         return self.numel // self.shape[0]
 
     @property
     def block_rows(self) -> int:
-        """Rows of one block on one tensor rank."""
+        """Number of rows of one block on one tensor rank."""
         return self.shape[0] // self.tensor.interleaved
 
     def shard_size(self, data_size: int) -> int:
-        """Numbers in one data-parallel rank's piece."""
+        """Return the number of values of one data-parallel rank's shard, padding included."""
         return -(-self.numel // data_size)
 
 
 def held_parameters(shape: ModelShape, tensor_size: int, pipeline_size: int) -> list[dict[str, HeldParameter]]:
-    """Parameters of each pipeline stage by their names in it."""
-    sizes, stages = expected_shapes(shape), []
-    for stage, table in stage_tables(shape, tensor_size, pipeline_size):
+    """Return the parameters of each pipeline stage, by their names in the stage."""
+    sizes = expected_shapes(shape)
+    stages: list[dict[str, HeldParameter]] = []
+    for stage, table in enumerate(stage_tables(shape, tensor_size, pipeline_size)):
         stages.append({})
         for tensor in table:
-            sources = [torch.empty(sizes[source], device="meta") for source in tensor.sources]
-            part = tensor.cut(tensor.merge(sources), 0, tensor_size)
+            part = tensor.shard_shape(sizes.__getitem__, tensor_size)
             cut_rows = tensor_size if tensor.cut_dim == 0 else 1
-            real_rows = min(sum(source.shape[0] for source in sources), part.shape[0] * cut_rows) // tensor.interleaved
-            stages[-1][tensor.name] = HeldParameter(tensor, stage, tensor_size, tuple(part.shape), real_rows)
+            source_rows = sum(sizes[source][0] for source in tensor.sources)
+            real_rows = min(source_rows, part[0] * cut_rows) // tensor.interleaved
+            stages[-1][tensor.name] = HeldParameter(tensor, stage, tensor_size, part, real_rows)
     return stages
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Numbers of an old tensor rank's parameter, and where they go in the new piece."""
+    """Rectangle of an old tensor rank's part, and its place in a shard of the new layout."""
 
     tensor_rank: int
+    """Old tensor rank."""
     row: int
+    """First row in the old part."""
     column: int
+    """First column in the old part."""
     rows: int
+    """Number of rows."""
     columns: int
+    """Number of columns."""
     target: int
-    """Place of the first number in the new piece; the next row is one width of the new part further."""
+    """Index of the first value in the new shard. The next row begins one width of the new part later."""
 
 
-def pieces(old: HeldParameter, new: HeldParameter, tensor_rank: int, start: int, stop: int) -> Iterator[Rectangle]:
-    """What the numbers [start, stop) of the flattened part of `tensor_rank` in the new layout are made of.
+def source_rectangles(
+    old: HeldParameter, new: HeldParameter, tensor_rank: int, start: int, stop: int
+) -> Iterator[Rectangle]:
+    """Yield the rectangles of the old layout that the new layout's values [start, stop) consist of.
 
-    Padding, of the vocabulary or at the end of a flattened part, is in no rectangle.
+    No rectangle covers padding, neither of the vocabulary nor at the end of a flattened part.
+
+    Args:
+        old: Parameter in the old layout.
+        new: The same parameter in the new layout.
+        tensor_rank: Tensor rank of the new layout.
+        start: First index into the flattened part of `tensor_rank`.
+        stop: Index after the last.
     """
     assert old.real_rows == new.real_rows and old.tensor.cut_dim == new.tensor.cut_dim
     for row, rows, column, columns in _bands(start, min(stop, new.numel), new.width):
@@ -106,7 +127,7 @@ def pieces(old: HeldParameter, new: HeldParameter, tensor_rank: int, start: int,
 
 
 def _bands(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """(row, rows, column, columns) of at most three rectangles that a flat range of a matrix consists of."""
+    """Yield at most three rectangles that a flat range of a matrix consists of: (row, rows, column, columns)."""
     while start < stop:
         row, column = divmod(start, width)
         if column or stop - start < width:
@@ -122,7 +143,7 @@ def _bands(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, i
 def _rows(
     old: HeldParameter, new: HeldParameter, tensor_rank: int, row: int, rows: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """(old tensor rank, its row, rows, new row) for rows of the new part. Rank 0 where rows are not cut."""
+    """Yield (old tensor rank, its row, rows, new row) for rows of the new part. Uncut rows are read from rank 0."""
     if new.tensor.cut_dim != 0:
         yield 0, row, rows, row
         return
@@ -142,7 +163,7 @@ def _rows(
 def _columns(
     old: HeldParameter, new: HeldParameter, tensor_rank: int, column: int, columns: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """(old tensor rank, its column, columns, new column) for columns of the new part. Rank 0 where they are not cut."""
+    """Yield (old tensor rank, its column, columns, new column) for columns of the new part, like `_rows`."""
     if new.tensor.cut_dim != 1:
         yield 0, column, columns, column
         return
@@ -154,114 +175,66 @@ def _columns(
         column += count
 
 
-class ShardFile:
-    """One rank's safetensors file, of which stretches of float32 tensors are read, without a mapping into memory.
-
-    Raises:
-        CheckpointError: no safetensors file, or (when read) a tensor that is not there or shorter.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self._file = path, None
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, path.stat().st_size)))
-            self._where = {
-                name: (item["dtype"], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
-                for name, item in header.items()
-                if name != "__metadata__"
-            }
-        except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"'{path}' is not a whole safetensors file ({error!r})") from None
-
-    @property
-    def is_open(self) -> bool:
-        return self._file is not None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._where[name][1]
-
-    def read_into(self, name: str, start: int, target: Tensor) -> None:
-        """Fill a contiguous flat float32 tensor with the numbers of `name` from `start`."""
-        dtype, shape, begin = self._where.get(name, ("nothing", (0,), 0))
-        if dtype != "F32" or start + len(target) > torch.Size(shape).numel():
-            raise CheckpointError(
-                f"'{self.path}' has no float32 tensor '{name}' of {start + len(target):,} numbers; it is "
-                "damaged or of another model"
-            )
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)
-        self._file.seek(begin + 4 * start)
-        view = memoryview(target.numpy()).cast("B")
-        while view:
-            count = self._file.readinto(view)
-            if not count:
-                raise CheckpointError(f"'{self.path}' is cut short in tensor '{name}'")
-            view = view[count:]
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
 class StateSource(Protocol):
-    """Where an engine's state comes from; a dict is one."""
+    """Source of an engine's state, for instance a dict."""
 
-    def get(self, key: str) -> Optional[Tensor]:
-        """The shard of a key, None where there is none."""
+    def get(self, key: str, /) -> Optional[Tensor]:
+        """Return this rank's shard of a key, or None if there is none."""
 
 
 def fitting_shard(state: StateSource, key: str, numel: int) -> Tensor:
-    """The shard of a key.
+    """Return this rank's shard of a key.
 
     Raises:
-        CheckpointError: there is none, or it has not `numel` numbers.
+        CheckpointError: there is no such shard, or it does not have `numel` values.
     """
     tick()
     value = state.get(key)
     if value is None or value.numel() != numel:
         found = "none" if value is None else f"one of {value.numel():,}"
         raise CheckpointError(
-            f"the checkpoint should have a shard '{key}' of {numel:,} numbers, but has {found}; it is "
-            "damaged or of another model"
+            "the checkpoint",
+            None,
+            f"should have a shard '{key}' of {numel:,} numbers, but has {found}; it is damaged or of another model",
         )
     return value
 
 
 class OwnShards:
-    """One rank's state in the layout it was saved in, read tensor by tensor from its file."""
+    """State of one rank in the layout in which it was saved, read tensor by tensor from the rank's own file.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or damaged.
+    """
 
     def __init__(self, path: Path):
-        self._file = ShardFile(path)
+        self._file = SafetensorsFile(path)
+        self._file.open()
 
     def get(self, key: str) -> Optional[Tensor]:
+        """Return the shard of a key in float32, or None if the file has no such key."""
         if key not in self._file:
             return None
-        value = torch.empty(self._file.shape_of(key))
+        value = torch.empty(self._file.shapes[key])
         self._file.read_into(key, 0, value.view(-1))
         return value
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 class ReshardedState:
-    """One rank's state in a new layout, read from the files of all ranks of an old one when it is asked for.
+    """State of one rank in a new layout, read on demand from the files of all ranks of an old layout.
 
-    Keys hold a parameter's name as one of their parts between slashes (`<name>/exp_avg`, `ema/<name>`); a key without is a
-    number that is the same on all ranks. In memory are the tensor that was asked for and at most one old tensor rank's
-    share of it.
+    A key has the name of a parameter between slashes, for instance `<name>/exp_avg`. A key without one names a single
+    number that is equal on all ranks. Memory holds the tensor that is read and at most one old tensor rank's part of it.
 
     Args:
-        shape: model.
-        old: layout of the files, of any rank.
-        new: this rank's place now.
-        file_of: path of an old rank's file.
+        shape: Shape of the model.
+        old: Layout of the files, as any of its ranks sees it.
+        new: New layout, as this rank sees it.
+        file_of: Function from an old rank to the path of its file.
     """
 
     def __init__(self, shape: ModelShape, old: RankLayout, new: RankLayout, file_of: Callable[[int], Path]):
@@ -271,12 +244,15 @@ class ReshardedState:
         for stage in held_parameters(shape, old.tensor_size, old.pipeline_size):
             for parameter in stage.values():
                 self._old.setdefault(parameter.tensor.sources, parameter)
-        self._files: dict[int, ShardFile] = {}
+        self._files: dict[int, SafetensorsFile] = {}
         self.num_bytes_read = 0
+        """Bytes read so far, headers not counted."""
 
     def get(self, key: str) -> Optional[Tensor]:
-        """This rank's piece, [ceil(numbers of its tensor rank / data-parallel ranks)] float32; None where the files have
-        no such key.
+        """Return this rank's shard of a key, or None if the files have no such key.
+
+        Returns:
+            [ceil(values of this tensor rank / data-parallel ranks)] float32, or a 0-dim tensor for a single number.
 
         Raises:
             CheckpointError: a file is damaged or of another model.
@@ -292,11 +268,12 @@ class ReshardedState:
         size = new.shard_size(place.data_size)
         start = place.data_rank * size
         result = torch.zeros(size)
-        for part in pieces(old, new, place.tensor_rank, start, start + size):
+        for part in source_rectangles(old, new, place.tensor_rank, start, start + size):
             self._fill(result.as_strided((part.rows, part.columns), (new.width, 1), part.target), old, old_key, part)
         return result
 
     def close(self) -> None:
+        """Close all files. They are opened again when needed."""
         for file in self._files.values():
             file.close()
 
@@ -308,7 +285,7 @@ class ReshardedState:
         return value[0]
 
     def _fill(self, target: Tensor, old: HeldParameter, key: str, part: Rectangle) -> None:
-        """Copy a rectangle; whole rows of the old part are one stretch of its numbers, others one for each row."""
+        """Copy a rectangle. Whole rows of the old part are contiguous in its file, parts of rows are read one by one."""
         start = part.row * old.width + part.column
         if part.columns < old.width and part.rows > 1:
             for row in range(part.rows):
@@ -321,7 +298,7 @@ class ReshardedState:
             target.copy_(values)
 
     def _read(self, target: Tensor, old: HeldParameter, key: str, tensor_rank: int, start: int) -> None:
-        """Fill `target` with numbers of an old tensor rank's flattened part, joined from its data-parallel pieces."""
+        """Fill `target` with values of an old tensor rank's flattened part, joined from its data-parallel shards."""
         size, done = old.shard_size(self._old_layout.data_size), 0
         while done < len(target):
             data_rank, inside = divmod(start + done, size)
@@ -331,10 +308,12 @@ class ReshardedState:
             done += count
         self.num_bytes_read += 4 * done
 
-    def _file(self, rank: int) -> ShardFile:
+    def _file(self, rank: int) -> SafetensorsFile:
         if rank not in self._files:
-            self._files[rank] = ShardFile(self._file_of(rank))
+            self._files[rank] = SafetensorsFile(self._file_of(rank))
         file = self._files[rank]
-        if not file.is_open and sum(other.is_open for other in self._files.values()) >= MAX_OPEN_FILES:
-            self.close()
+        if not file.is_open:
+            if sum(other.is_open for other in self._files.values()) >= MAX_OPEN_FILES:
+                self.close()
+            file.open()
         return file

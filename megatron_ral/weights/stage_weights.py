@@ -1,40 +1,30 @@
-"""Weights of one rank's stage: filled from a checkpoint folder, written to a Hugging Face folder."""
+"""Weights of one rank's stage: filled from a model folder, and written to a Hugging Face folder."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_ral.models.multimodal import MultimodalStage
-from megatron_ral.parallel.collectives import barrier, gather_objects, gather_shards
+from megatron_ral.models.parameter_shapes import expected_shapes
+from megatron_ral.parallel.collectives import barrier, gather_shards
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
 from megatron_ral.weights.conversion import check_weights, open_weights
-from megatron_ral.weights.folders import INDEX, copy_config
-from megatron_ral.weights.tensor_table import StageTensor, stage_tensors
+from megatron_ral.weights.huggingface import HuggingFacePlan
+from megatron_ral.weights.safetensors_files import TensorEntry
+from megatron_ral.weights.tensor_table import StageTensor, stage_tables
 
 
 def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
-    """The table of a built stage, checked against its parameters.
+    """Return the table of a built stage, checked against its parameters.
 
-    Also marks each parameter with `tensor_model_parallel`, which DeepSpeed and the engine read when they count a
-    gradient norm (megatron-core sets it only when it initialises the weights itself).
+    Each parameter is also marked with `tensor_model_parallel`, which DeepSpeed and the engine read to form a gradient
+    norm. megatron-core sets that mark only when it initialises the weights itself.
     """
-    layout = stage.layout
-    visual_names = [name for name, _ in stage.visual.named_parameters()] if stage.visual is not None else []
-    table = list(
-        stage_tensors(
-            stage.shape,
-            layout.stage_layers(stage.shape.num_layers),
-            layout.is_first_stage,
-            layout.is_last_stage,
-            layout.tensor_size,
-            visual_names,
-        )
-    )
-    parameters = dict(stage.named_parameters())
+    table = _tables(stage)[stage.layout.pipeline_rank]
+    parameters: dict[str, Any] = dict(stage.named_parameters())
     assert {tensor.name for tensor in table} == set(parameters)
     for tensor in table:
         parameters[tensor.name].tensor_model_parallel = tensor.cut_dim is not None
@@ -43,10 +33,10 @@ def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
 
 @torch.no_grad()
 def load_stage(stage: MultimodalStage, path: str) -> None:
-    """Fill a stage from a Hugging Face or Megatron folder of any layout.
+    """Fill a stage from a Hugging Face folder, or a Megatron folder of any layout.
 
     Raises:
-        CheckpointError: damaged, or with missing, unexpected or mis-shaped tensors, all of them listed.
+        CheckpointError: the folder is damaged, or has missing, unexpected or mis-shaped tensors; all are listed.
     """
     weights, layout = open_weights(path), stage.layout
     check_weights(weights, stage.shape)
@@ -58,14 +48,17 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
 
 @torch.no_grad()
 def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: str, output: str) -> None:
-    """Write the model as a Hugging Face folder; every rank calls it, parameters resident.
+    """Write the model as a Hugging Face folder. Every rank calls this while its stage's parameters are resident.
 
-    Each pipeline stage writes one safetensors file; the index, the configuration and the tokenizer are written last,
-    into a temporary folder that is renamed when whole.
+    Each pipeline stage writes one safetensors file, holding one parameter in memory at a time. The index, the
+    configuration and the tokenizer are written last. Everything is written to a temporary folder, which is renamed when
+    it is complete.
 
     Args:
-        source: Hugging Face folder the run started from; everything but its weights is carried along.
-        output: folder to write; an earlier one is replaced.
+        stage: This rank's stage.
+        process_groups: Process groups.
+        source: Model folder to copy everything but the weights from.
+        output: Folder to write. An existing one is replaced.
     """
     layout, target = process_groups.layout, Path(output)
     partial = target.with_name(target.name + ".partial")
@@ -73,28 +66,24 @@ def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    parameters, tensors = dict(stage.named_parameters()), {}
+    plan = _export_plan(stage)
+    writes = layout.tensor_rank == 0 and layout.data_rank == 0
+    writer = plan.open_file(partial, layout.pipeline_rank) if writes else None
+    parameters = dict(stage.named_parameters())
     for tensor in describe_stage(stage):
         tick()
         parameter = parameters[tensor.name]
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of tied embeddings
         shards = gather_shards(parameter.detach(), process_groups.tensor) if tensor.cut_dim is not None else [parameter]
-        if layout.tensor_rank == 0 and layout.data_rank == 0:
+        if writer is not None:
             for name, value in zip(tensor.sources, tensor.split(tensor.join(shards, layout.tensor_size))):
-                tensors[stage.shape.family.hub_name(name)] = value.detach().cpu().contiguous().clone()
-    file = f"model-{layout.pipeline_rank + 1:05d}-of-{layout.pipeline_size:05d}.safetensors"
-    if layout.tensor_rank == 0 and layout.data_rank == 0:
-        save_file(tensors, partial / file, metadata={"format": "pt"})
-    written = gather_objects(
-        (file, sorted(tensors), sum(t.numel() * t.element_size() for t in tensors.values())), process_groups.pipeline
-    )
+                writer.add(stage.shape.family.hub_name(name), value)
+    if writer is not None:
+        writer.close()
     barrier()
     if layout.rank == 0:
-        weight_map = {name: file for file, names, _ in written for name in names}
-        index = {"metadata": {"total_size": sum(size for _, _, size in written)}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2))
-        copy_config(source, partial)
+        plan.finish(partial, source)
         earlier = target.with_name(target.name + ".earlier")
         shutil.rmtree(earlier, ignore_errors=True)
         if target.exists():
@@ -102,3 +91,19 @@ def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: 
         partial.rename(target)
         shutil.rmtree(earlier, ignore_errors=True)
     barrier()
+
+
+def _tables(stage: MultimodalStage) -> list[list[StageTensor]]:
+    return stage_tables(stage.shape, stage.layout.tensor_size, stage.layout.pipeline_size)
+
+
+def _export_plan(stage: MultimodalStage) -> HuggingFacePlan:
+    """Return the plan with one file per pipeline stage, its tensors in alphabetical order; equal on every rank."""
+    shapes, hub_name = expected_shapes(stage.shape), stage.shape.family.hub_name
+    written: set[str] = set()
+    files = []
+    for table in _tables(stage):
+        names = {name for tensor in table for name in tensor.sources} - written  # tied embeddings are written once
+        written |= names
+        files.append(sorted(TensorEntry(hub_name(name), stage.dtype, shapes[name]) for name in names))
+    return HuggingFacePlan(files)

@@ -1,7 +1,8 @@
-"""The table of every parameter of a stage: its Hugging Face tensors, how they are merged, and how the result is cut.
+"""Table of all parameters of a pipeline stage: their Hugging Face tensors, how to merge them, how to cut the result.
 
-Loading, exporting and converting all follow it. Fused layouts of megatron-core: `linear_qkv` interleaves per key/value
-group [q of the group, k, v]; `linear_fc1` is [gate; up] on every rank. No module is built here.
+Loading, exporting, converting and resharding all follow this table. megatron-core fuses some parameters: `linear_qkv`
+interleaves [queries, key, value] of each key/value head, and `linear_fc1` is [gate; up] on every tensor rank. No module
+is built here.
 """
 
 from dataclasses import dataclass
@@ -10,38 +11,50 @@ from typing import Callable, Iterable, Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ral.models.parameter_shapes import visual_shapes
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.weights.folders import Weights
+from megatron_ral.parallel.rank_layout import RankLayout
+from megatron_ral.weights.huggingface import Weights
 
 
 @dataclass(frozen=True)
 class StageTensor:
-    """One parameter of a stage and its Hugging Face tensors."""
+    """One parameter of a stage, and the Hugging Face tensors that it is made of."""
 
     name: str
-    """Name inside MultimodalStage."""
+    """Name inside `MultimodalStage`."""
     sources: tuple[str, ...]
-    """Names in the Hugging Face folder."""
+    """Common names of the Hugging Face tensors."""
     merge: Callable[[list[Tensor]], Tensor]
-    """Hugging Face tensors -> full parameter (all tensor ranks)."""
+    """Function from the Hugging Face tensors to the full parameter of all tensor ranks."""
     split: Callable[[Tensor], list[Tensor]]
-    """Inverse of merge."""
+    """Inverse of `merge`."""
     cut_dim: Optional[int]
-    """Dimension cut over tensor ranks; None: every rank holds a copy."""
+    """Dimension that is cut over tensor ranks; None where every rank holds a copy."""
     interleaved: int = 1
-    """Equal blocks along cut_dim, each of which is cut by itself (2 for [gate; up])."""
+    """Number of equal blocks along `cut_dim`, each of which is cut by itself (2 for [gate; up])."""
     merge_parts: Optional[Callable[[list[Tensor]], Tensor]] = None
-    """One rank's parts of the Hugging Face tensors -> its shard; None: the shard is no merge of equal parts."""
+    """Function from one rank's parts of the Hugging Face tensors to its shard; None where whole tensors are needed."""
 
     def cut(self, full: Tensor, tensor_rank: int, tensor_size: int) -> Tensor:
-        """This rank's shard of the full parameter."""
+        """Return a tensor rank's shard of the full parameter."""
         if self.cut_dim is None or tensor_size == 1:
             return full
         blocks = full.chunk(self.interleaved, dim=self.cut_dim)
         return torch.cat([block.chunk(tensor_size, dim=self.cut_dim)[tensor_rank] for block in blocks], self.cut_dim)
 
+    def shard_shape(self, shape_of: Callable[[str], Sequence[int]], tensor_size: int) -> tuple[int, ...]:
+        """Return the shape of every tensor rank's shard.
+
+        Args:
+            shape_of: Function from the common name of a Hugging Face tensor to its shape.
+            tensor_size: Number of tensor-parallel ranks.
+        """
+        sources = [torch.empty(tuple(shape_of(name)), device="meta") for name in self.sources]
+        return tuple(self.cut(self.merge(sources), 0, tensor_size).shape)
+
     def read(self, weights: Weights, tensor_rank: int, tensor_size: int) -> Tensor:
-        """This rank's shard from a checkpoint; where the layout allows, no more is read than it holds."""
+        """Return a tensor rank's shard from a checkpoint, reading only its bytes where `merge_parts` allows that."""
         if self.cut_dim is None or tensor_size == 1 or self.merge_parts is None:
             return self.cut(self.merge([weights[name] for name in self.sources]), tensor_rank, tensor_size)
         parts = []
@@ -53,7 +66,10 @@ class StageTensor:
         return self.merge_parts(parts)
 
     def join(self, shards: Iterable[Tensor], tensor_size: int) -> Tensor:
-        """Full parameter from the shards of all tensor ranks in order; one shard at a time need be in memory."""
+        """Return the full parameter, given the shards of all tensor ranks in order.
+
+        The shards are consumed one by one, so that an iterator needs to hold only one of them in memory.
+        """
         full = None
         for rank, shard in enumerate(shards):
             if self.cut_dim is None or tensor_size == 1:
@@ -78,7 +94,7 @@ def _same(full: Tensor) -> list[Tensor]:
 
 
 def _padded(rows: int) -> Callable[[list[Tensor]], Tensor]:
-    """Zero rows up to `rows` (vocabulary padding)."""
+    """Return a function that appends zero rows up to `rows` (vocabulary padding)."""
 
     def merge(tensors: list[Tensor]) -> Tensor:
         (full,) = tensors
@@ -96,7 +112,12 @@ def _halves(full: Tensor) -> list[Tensor]:
 
 
 def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]:
-    """[q; k; v] as three Hugging Face tensors <-> one tensor interleaved per key/value group, for so many groups."""
+    """Return `merge` and `split` of q, k and v: three tensors to one that interleaves them per key/value head, and back.
+
+    Args:
+        shape: Shape of the model.
+        num_groups: Number of key/value heads in the tensors.
+    """
     K, D, m = num_groups, shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
 
     def merge(tensors: list[Tensor]) -> Tensor:
@@ -115,14 +136,15 @@ def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]
 def stage_tensors(
     shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int, visual_names: Sequence[str] = ()
 ) -> Iterator[StageTensor]:
-    """Every parameter of a stage that holds `layers`, in module order.
+    """Yield every parameter of a stage in module order.
 
     Args:
-        shape: model.
+        shape: Shape of the model.
         layers: 0-based layers of the stage.
-        first, last: whether it is the first / last stage.
-        tensor_size: tensor-parallel ranks, which decide the vocabulary's padding.
-        visual_names: parameter names inside the vision tower (first stage).
+        first: True for the first stage, which has the embeddings and the vision tower.
+        last: True for the last stage, which has the LM head.
+        tensor_size: Number of tensor-parallel ranks, which decides the padding of the vocabulary.
+        visual_names: Names of the parameters inside the vision tower.
     """
     padded_rows = shape.padded_vocab_size(tensor_size)
     vocabulary = (_padded(padded_rows), _first(shape.vocab_size), 0, 1, _padded(padded_rows // tensor_size))
@@ -172,3 +194,15 @@ def stage_tensors(
             yield StageTensor("language.output_layer.weight", ("lm_head.weight",), *vocabulary)
         elif not first:
             yield StageTensor("language.output_layer.weight", ("model.embed_tokens.weight",), *vocabulary)
+
+
+def stage_tables(shape: ModelShape, tensor_size: int, pipeline_size: int) -> list[list[StageTensor]]:
+    """Return the parameters of every pipeline stage, in the order of the stages."""
+    names, tables = list(visual_shapes(shape)), []
+    for stage in range(pipeline_size):
+        layout = RankLayout(stage, pipeline_size, 1, pipeline_size)
+        layers = layout.stage_layers(shape.num_layers)
+        tables.append(
+            list(stage_tensors(shape, layers, layout.is_first_stage, layout.is_last_stage, tensor_size, names))
+        )
+    return tables

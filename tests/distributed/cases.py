@@ -5,11 +5,10 @@ import dataclasses
 import torch
 
 from megatron_ral.config import RunConfig
+from megatron_ral.config.loss import LossConfig, OptimizerConfig
 from megatron_ral.config.sections import (
     DataConfig,
-    LossConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     SourceConfig,

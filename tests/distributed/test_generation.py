@@ -9,7 +9,8 @@ import torch
 from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine import decoding_batch as in_flight
-from megatron_ral.engine.pipelined_decoder import PromptResponses, SamplingSettings, generate, sample_responses
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import PromptResponses, generate, sample_responses
 from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache

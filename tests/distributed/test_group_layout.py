@@ -6,7 +6,8 @@ import torch
 
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
-from megatron_ral.engine.pipelined_decoder import SamplingSettings, generate
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import generate
 from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.types import GroupBatch, RlBatch, StepTotals, pad_prompts

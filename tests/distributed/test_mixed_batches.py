@@ -15,7 +15,7 @@ from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import supervised_batches
 from megatron_ral.types import FramePictures, Sample, SftBatch
-from megatron_ral.weights.folders import HuggingFaceWeights
+from megatron_ral.weights.huggingface import HuggingFaceWeights
 from tests.distributed.cases import full_weights, make_config
 from tests.distributed.runner import run_ranks
 from tests.unit.test_data import png

@@ -20,7 +20,7 @@ from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.training.build import build_policy
 from megatron_ral.types import FramePictures, GroupBatch, Sample, SftBatch, StepTotals, pad_prompts
 from megatron_ral.weights.conversion import differing_weights
-from megatron_ral.weights.folders import common_name
+from megatron_ral.weights.huggingface import common_name
 from megatron_ral.weights.stage_weights import describe_stage, export_stage
 from tests.conftest import perturbed_copy, run_tool
 from tests.distributed.cases import make_config

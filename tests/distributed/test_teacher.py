@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from megatron_ral.config.distill import DistillConfig
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.pipelined_decoder import SamplingSettings
+from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.evaluation.prompt_set import read_prompts

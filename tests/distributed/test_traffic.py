@@ -1,4 +1,4 @@
-"""What a step sends over the ZeRO-3 group: counted, and as the log says."""
+"""Bytes that a step sends over the data-parallel group: counted where they are sent, and compared with the log."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.distributed.runner import run_ranks
 
 
 def gathered_bytes(policy: PolicyEngine, recorded: int) -> tuple[int, int]:
-    """(all parameters, those of layers that are not recorded), padded to equal shards as they are sent."""
+    """Return the bytes of all parameters and of the layers that are not recorded, padded to equal shards as they are sent."""
     size = policy.layout.data_size
 
     def padded(parameters) -> int:
@@ -23,7 +23,7 @@ def counted(path: str, other: str, data: str, micro_batches: list[int], gather: 
     opened = open_policy(path, 1, 2, num_groups=32, parallel={"gather": gather, "overlap_communication": overlap})
     _, process_groups, shape, policy, objective = opened
     result, begun = {}, []
-    # The last gradient of the layers to come, with a bucket that holds about one layer.
+    # The backward pass of the stage's layers ends with this gradient. The bucket holds about one layer.
     policy.stage.language.decoder.layers[0].input_layernorm.weight.register_post_accumulate_grad_hook(
         lambda _: begun.append(traffic.of("zero").get("reduce-scatter", (0, 0))[0])
     )
@@ -54,8 +54,11 @@ def counted(path: str, other: str, data: str, micro_batches: list[int], gather: 
 
 @pytest.mark.parametrize("gather, overlap", [("stage", True), ("stage", False), ("layer", True)])
 def test_bytes_on_the_zero_group_are_those_of_one_gather_and_one_reduce(material, gather, overlap):
-    """With overlap in more calls: a gather for each layer and one for the rest, and some gradients are reduced before the
-    last backward pass has left the first layer of the stage, none before that pass."""
+    """Overlap sends the same bytes in more calls: one gather for each layer and one for the rest.
+
+    Some gradients are reduced before the last backward pass has left the first layer of the stage, but none before that
+    pass begins.
+    """
     counts = [1, 4, 16]
     for rank in run_ranks(
         4, counted, str(material["tiny"]), str(material["tiny_other"]), str(material["data"]), counts, gather, overlap

@@ -26,8 +26,8 @@ from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_c
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.trainer import Inputs, Trainer
-from megatron_ral.weights.conversion import stage_tables
 from megatron_ral.weights.resharding import held_parameters
+from megatron_ral.weights.tensor_table import stage_tables
 from tests.conftest import PROJECT
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import RL, SFT, write_config
@@ -88,7 +88,7 @@ def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
     """
     manifest, shape, result = read_manifest(folder), read_shape(model), {}
     T, place = manifest.tensor_size, manifest.layout
-    tables = dict(stage_tables(shape, T, manifest.pipeline_size))
+    tables = stage_tables(shape, T, manifest.pipeline_size)
     for stage, held in enumerate(held_parameters(shape, T, manifest.pipeline_size)):
         files = [
             [load_file(folder / f"rank_{place.rank_of(t, d, stage):05d}.safetensors") for d in range(place.data_size)]

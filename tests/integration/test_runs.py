@@ -155,7 +155,7 @@ def test_one_rank_with_unusable_samples_goes_on_and_reports_them(add_teacher_out
 
 
 def exported_difference(tensors, source) -> float:
-    from megatron_ral.weights.folders import HuggingFaceWeights
+    from megatron_ral.weights.huggingface import HuggingFaceWeights
 
     before = HuggingFaceWeights(str(source))
     return max(float((tensor - before[name]).abs().max()) for name, tensor in tensors.items())
@@ -462,7 +462,7 @@ def check_against_transformers(results, source, output, data):
 
 
 def load_hub(folder) -> dict[str, torch.Tensor]:
-    from megatron_ral.weights.folders import HuggingFaceWeights
+    from megatron_ral.weights.huggingface import HuggingFaceWeights
 
     weights = HuggingFaceWeights(folder)
     return {name: weights[name] for name in weights}

@@ -1,19 +1,32 @@
-"""Each workaround is still needed; a test that fails here says that a workaround can go."""
+"""Every workaround in `compat/` is still needed. A test that fails here names a workaround that can be removed."""
 
 import ast
 import importlib
 import inspect
+import re
 import textwrap
+from pathlib import Path
 
 import deepspeed
 import megatron.core
 import pytest
 import torch
+from packaging.version import Version
+
+COMPAT = Path(__file__).parents[2] / "megatron_ral" / "compat"
 
 
-def test_versions_the_workarounds_were_written_for():
-    assert megatron.core.__version__.startswith("0.16.1")
+def test_installed_versions_are_among_those_the_workarounds_were_tried_on():
+    assert Version("0.16.1") <= Version(megatron.core.__version__) < Version("0.20")
     assert deepspeed.__version__.startswith("0.19.8")
+
+
+@pytest.mark.parametrize("path", sorted(COMPAT.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_workaround_names_its_versions_and_the_test_that_retires_it(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search(r"^Tried on: .*(megatron-core 0\.16\.1|DeepSpeed 0\.19\.8)", text, re.MULTILINE)
+    named = re.findall(r"`(test_\w+)`", text[text.index("Retired by:") :])
+    assert named and all(name in globals() for name in named)
 
 
 def test_megatron_schedules_still_name_cuda():
@@ -28,7 +41,7 @@ def test_deepspeed_still_compiles_a_collective_on_cpu():
 
 
 def method_source(owner: type, name: str) -> str:
-    """Source of a method, decorators of the third party looked through."""
+    """Return the source of a method, without following decorators of the third party."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     return next(ast.unparse(node) for node in tree.body[0].body if getattr(node, "name", "") == name)
 
@@ -45,6 +58,22 @@ def test_deepspeed_norm_of_an_offloaded_optimizer_is_still_taken_when_gradients_
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as optimizer
 
     assert "self.norm_for_param_grads[" in method_source(optimizer, "_offload_grad_partition_at_boundary")
+
+
+def test_deepspeed_still_reduces_only_at_the_end_of_a_coalesced_step():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as optimizer
+
+    source = method_source(optimizer, "reduce_ready_partitions_and_remove_grads")
+    assert "if self._coalesce_grad_reduction:\n        return" in source
+
+
+def test_deepspeed_still_reduces_after_an_error():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    tree = ast.parse(method_source(DeepSpeedEngine, "coalesce_grad_reduction"))
+    finals = [ast.unparse(part) for node in ast.walk(tree) if isinstance(node, ast.Try) for part in node.finalbody]
+    assert any("self._flush_coalesced_reduction_zero3(optimizer)" in part for part in finals)
+    assert not any(node.handlers for node in ast.walk(tree) if isinstance(node, ast.Try))
 
 
 def test_megatron_still_lacks_the_names_deepspeed_calls():

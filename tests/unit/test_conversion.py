@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
 from megatron_ral.models.shape import read_shape
-from megatron_ral.weights import conversion
-from megatron_ral.weights.conversion import MegatronWeights, differing_weights, to_hf, to_megatron
-from megatron_ral.weights.folders import HuggingFaceWeights, SafetensorsFile, SafetensorsWriter
+from megatron_ral.weights.conversion import differing_weights, to_hf, to_megatron
+from megatron_ral.weights.huggingface import HuggingFaceWeights
+from megatron_ral.weights.megatron import MegatronWeights
+from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter
 from megatron_ral.weights.tensor_table import stage_tensors
 
 PROJECT = Path(__file__).parents[2]
@@ -33,7 +35,7 @@ def odd_folder(
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (target / "config.json").write_text(json.dumps(raw))
     shape = read_shape(str(target))
-    shapes = {shape.family.hub_name(name): size for name, size in conversion.expected_shapes(shape).items()}
+    shapes = {shape.family.hub_name(name): size for name, size in expected_shapes(shape).items()}
     writer = SafetensorsWriter(target / "model.safetensors", [(name, dtype, size) for name, size in shapes.items()])
     generator = torch.Generator().manual_seed(layers)
     for name, shape in shapes.items():
@@ -91,7 +93,7 @@ def test_a_rank_reads_no_more_than_its_shard(material, tmp_path, family, kv_head
             return part
 
     weights = Counted(source)
-    for entry in stage_tensors(shape, range(4), True, True, tensor, list(conversion.visual_shapes(shape))):
+    for entry in stage_tensors(shape, range(4), True, True, tensor, list(visual_shapes(shape))):
         full = entry.merge([weights[name] for name in entry.sources])
         read.clear()
         for rank in range(tensor):
@@ -233,6 +235,6 @@ PUBLISHED = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_shapes_have_the_published_number_of_parameters(size):
     shape = read_shape(str(PROJECT / "pretrained_configs" / "models" / size))
-    total = sum(torch.Size(dimensions).numel() for dimensions in conversion.expected_shapes(shape).values())
+    total = sum(torch.Size(dimensions).numel() for dimensions in expected_shapes(shape).values())
     assert total == PUBLISHED[size]
     shape.check_layout(8 if size != "qwen2.5-vl-7b" else 4, 4)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
+from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.rules import setting_warnings
-from megatron_ral.config.sections import LossConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_ral.config.sections import ModelConfig, RunConfig, TrainConfig
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.distillation import shuffled_visual_columns

@@ -1,4 +1,4 @@
-"""Which replica of a second layout takes which work of the first, and what has to be sent: integers alone."""
+"""Assignment of work of one layout to the replicas of another, and the transfers that follow, as pure integers."""
 
 import itertools
 
@@ -11,7 +11,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (6, 2)]
 
 
 def everywhere(world, home, away, counts):
-    """The assignment as each rank sees it."""
+    """Return the assignment as each rank sees it."""
     return [Assignment(RankLayout(rank, world, *home), RankLayout(rank, world, *away), counts) for rank in range(world)]
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_sent_in_one_common_layout():
 
 
 def test_uneven_work_is_spread_in_order():
-    """Data ranks with 5, 0 and 1 items over two replicas: three each, in order."""
+    """Data-parallel ranks have 5, 0 and 1 items. Two replicas take three each, in order."""
     plan = Assignment(RankLayout(0, 6, 2, 1), RankLayout(0, 6, 1, 3), (5, 0, 1))
     assert [plan.replica(item) for item in plan.items()] == [0, 0, 0, 1, 1, 1]
     assert plan.items()[-1] == (2, 0) and plan.taken() == [(0, 0), (0, 1), (0, 2)]

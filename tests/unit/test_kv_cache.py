@@ -1,4 +1,4 @@
-"""The cache of a generation and a decoding step of the core attention, against a softmax over all keys of each row."""
+"""KV cache and decoding step of the core attention, against a softmax over all keys of each row."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def dense(query, keys, values):
     return torch.einsum("hs,shd->hd", weights, values)
 
 
-# step -> responses that go on after it; prompts are kept as they are, or cut to those in use
+# step -> (responses that continue after it, True where prompts without a response are dropped too)
 CUTS = {2: ([0, 1, 3, 4, 5, 6, 8, 9, 11], False), 4: ([0, 1, 6, 8, 11], True), 6: ([1, 11], True), 7: ([11], True)}
 
 
@@ -63,17 +63,17 @@ def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tole
         if step in CUTS:
             going, cut = CUTS[step]
             index = torch.tensor([rows.index(row) for row in going])
-            cache.keep(index, cache.row_prompt[index].unique() if cut else None)
+            cache.select(index, cache.row_prompt[index].unique() if cut else None)
             rows = going
         capacity = cache.response[LAYER][0].shape[2]
         assert step + 1 <= capacity < step + 1 + block, "the cache holds what was written, to the next block"
-    assert cache.prompt[LAYER][0].shape == (1, KV, 4, D), "prompts that are not in use any more are let go, padding too"
+    assert cache.prompt[LAYER][0].shape == (1, KV, 4, D), "unused prompts and padding are dropped"
     assert cache.response[LAYER][0].shape[0] == 1
 
 
 def test_rows_and_places_are_inverse():
     cache = GroupKVCache(LENGTHS, G)
-    cache.keep(torch.tensor([0, 4, 5, 9, 10, 11]), torch.tensor([0, 1, 3]))
+    cache.select(torch.tensor([0, 4, 5, 9, 10, 11]), torch.tensor([0, 1, 3]))
     rows = torch.randn(6, 2)
     places = cache.by_prompt(rows)
     assert places.shape == (3, 3, 2) and torch.equal(cache.by_row(places), rows)
@@ -82,7 +82,7 @@ def test_rows_and_places_are_inverse():
 
 
 def test_large_scores_do_not_overflow():
-    """The shares of prompt and own keys are joined around their common maximum."""
+    """Attention to the prompt and to the own response is joined around the common maximum of the scores."""
     cache, layer = GroupKVCache(torch.tensor([2]), 1), attention()
     big = torch.full((1, 2, KV, D), 100.0)
     cache.store_prompt(LAYER, big, torch.ones(1, 2, KV, D))

@@ -15,7 +15,7 @@ import torch
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
 from megatron_ral.attention.types import QueryPosition
-from megatron_ral.config.sections import LossConfig
+from megatron_ral.config.loss import LossConfig
 from megatron_ral.objectives.attention import PRECISION_FLOOR, AttentionTerm
 from megatron_ral.objectives.base import Objective, TokenOutputs, finish_metrics
 from megatron_ral.objectives.policy_gradient import PolicyGradientTerm

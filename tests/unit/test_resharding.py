@@ -1,6 +1,7 @@
-"""State of a layout in another one, against cutting the whole tensors by the table that loading and exporting use.
+"""State of one layout read in another, against whole tensors cut by the table that loading and exporting use.
 
-Padding in the old files, of the vocabulary and of the last data-parallel piece, is NaN here: it must never come along."""
+Padding in the old files, of the vocabulary and of the last data-parallel shard, is NaN here because it must never be copied.
+"""
 
 import dataclasses
 import itertools
@@ -10,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ral.errors import CheckpointError
+from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
-from megatron_ral.weights.conversion import expected_shapes, stage_tables
-from megatron_ral.weights.resharding import OwnShards, ReshardedState, ShardFile
+from megatron_ral.weights.resharding import OwnShards, ReshardedState
+from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter
+from megatron_ral.weights.tensor_table import stage_tables
 
 LAYOUTS = ((1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 3, 3), (4, 2, 3))
 """Tensor x pipeline x data."""
@@ -24,7 +27,7 @@ SHAPES = {
 
 
 def small(material, kind: str):
-    """5 layers, a vocabulary that no layout divides, fewer key/value heads than tensor ranks."""
+    """Return a shape of 5 layers, a vocabulary that no layout divides, fewer key/value heads than tensor ranks."""
     return dataclasses.replace(
         read_shape(str(material["tiny"])),
         num_layers=5,
@@ -37,7 +40,7 @@ def small(material, kind: str):
 
 
 def whole_tensors(shape) -> dict[str, torch.Tensor]:
-    """Different numbers everywhere."""
+    """Return tensors in which no number occurs twice."""
     result, first = {}, 1
     for name, size in expected_shapes(shape).items():
         if not name.startswith("visual.") or ".blocks.1." in name:
@@ -54,8 +57,8 @@ def places(layout: tuple[int, int, int]) -> list[RankLayout]:
 
 
 def state_of(shape, whole, place: RankLayout, padding: float) -> dict[str, torch.Tensor]:
-    """What one rank holds, made by cutting whole tensors."""
-    tables = dict(stage_tables(shape, place.tensor_size, place.pipeline_size))
+    """Return the state of one rank, made by cutting whole tensors."""
+    tables = stage_tables(shape, place.tensor_size, place.pipeline_size)
     state = {"adamw_step": torch.tensor(7.0)}
     for tensor in tables[place.pipeline_rank]:
         if tensor.sources[0] not in whole:
@@ -123,10 +126,11 @@ def test_damaged_files_are_named(material, tmp_path):
             shape, places((1, 1, 2))[0], places((1, 1, 1))[0], lambda rank: tmp_path / "saved" / str(rank)
         ).get(key)
 
+    opened = SafetensorsFile(path)
     path.write_bytes(content[: len(content) // 20])
     with pytest.raises(CheckpointError, match="saved/1' is cut short in tensor 'language"):
-        read()
-    for broken in (content[:100], b"", b"\xff" * 100):
+        opened.read_into(key, 0, torch.empty(opened.shapes[key]).view(-1))
+    for broken in (content[: len(content) // 20], content[:-1], content + b"0", content[:100], b"", b"\xff" * 100):
         path.write_bytes(broken)
         with pytest.raises(CheckpointError, match="saved/1' is not a whole safetensors file"):
             read()
@@ -136,4 +140,34 @@ def test_damaged_files_are_named(material, tmp_path):
     save_file({key: torch.zeros(30, dtype=torch.float64)}, path)
     with pytest.raises(CheckpointError, match="damaged or of another model"):
         read()
-    assert "other" not in ShardFile(path)
+    assert "other" not in SafetensorsFile(path)
+
+
+def test_a_written_file_equals_one_of_the_safetensors_package(tmp_path):
+    """Tensors may be added in any order; the bytes are those of the announced order."""
+    values = {name: torch.randn(size).bfloat16() for name, size in (("a.x", (3, 4)), ("a.y", (2,)), ("b", (5, 1, 2)))}
+    save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
+    writer = SafetensorsWriter(tmp_path / "ours", [(name, value.dtype, value.shape) for name, value in values.items()])
+    for name in ("b", "a.x", "a.y"):
+        writer.add(name, values[name])
+    writer.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_parts_are_read_without_the_rest_of_the_tensor(tmp_path, monkeypatch):
+    """Slices of every dimension equal those of the whole tensor, and no other byte is read."""
+    values = {"a": torch.randn(5, 6, 7), "b": torch.randn(3, 4).bfloat16(), "c": torch.tensor(2.0), "d": torch.empty(0)}
+    save_file(values, tmp_path / "file")
+    file, read = SafetensorsFile(tmp_path / "file"), []
+    fill = SafetensorsFile._fill
+
+    def counted(self, name, stretches):
+        read.append(sum(target.numel() for _, target in stretches))
+        fill(self, name, stretches)
+
+    monkeypatch.setattr(SafetensorsFile, "_fill", counted)
+    for name, value in values.items():
+        assert torch.equal(file.read(name), value) and file.dtype_of(name) == value.dtype
+    for name, dim, start, stop in (("a", 0, 1, 4), ("a", 1, 2, 3), ("a", 2, 0, 5), ("b", 1, 1, 4), ("b", 0, 2, 2)):
+        wanted = values[name].narrow(dim, start, stop - start)
+        assert torch.equal(file.read_part(name, dim, start, stop), wanted) and read[-1] == wanted.numel()

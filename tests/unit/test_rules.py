@@ -6,9 +6,10 @@ import pytest
 
 from megatron_ral.config import RunConfig, check_layout, load_config, setting_warnings
 from megatron_ral.config.load import apply_overrides
+from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.rule import Launch, Severity
 from megatron_ral.config.rules import LAUNCH_RULES, RULES, check_settings
-from megatron_ral.config.sections import LossConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_ral.config.sections import ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
 from megatron_ral.errors import ConfigError
 
 RUNS = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))

@@ -25,9 +25,9 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
     """Write random bfloat16 weights; returns all bytes and the bytes of each tensor, largest first."""
     import torch
 
+    from megatron_ral.models.parameter_shapes import expected_shapes
     from megatron_ral.models.shape import read_shape
-    from megatron_ral.weights.conversion import expected_shapes
-    from megatron_ral.weights.folders import SafetensorsWriter
+    from megatron_ral.weights.safetensors_files import SafetensorsWriter
 
     config = json.loads((PROJECT / "pretrained_configs/models/qwen2.5-vl-72b/config.json").read_text())
     text = config["text_config"]
@@ -51,10 +51,11 @@ def write_checkpoint(folder: Path, scale: int) -> tuple[int, list[int]]:
 
 def child(command: str, source: str, output: str) -> None:
     """Convert in this process and print seconds, bytes and the growth of its peak memory."""
+    from megatron_ral.models.parameter_shapes import visual_shapes
     from megatron_ral.models.shape import read_shape
     from megatron_ral.weights import conversion
 
-    conversion.visual_shapes(read_shape(str(source)))  # imported and built before memory is noted
+    visual_shapes(read_shape(str(source)))  # imported and built before memory is noted
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (ru_maxrss would include the parent's)
     before = memory("VmRSS")
     if command == "to-megatron":

@@ -112,9 +112,9 @@ def open_stages(args: argparse.Namespace):
     from megatron_ral.parallel.process_groups import start_groups
 
     process_groups = start_groups(tensor_size=1, pipeline_size=int(os.environ["WORLD_SIZE"]), seed=0)
-    from megatron_ral.engine.decoding_batch import DecodingBatch
+    from megatron_ral.engine.decoding_batch import DecodingBatch, SamplingSettings
     from megatron_ral.engine.frozen import FrozenEngine
-    from megatron_ral.engine.pipelined_decoder import SamplingSettings, sample_responses
+    from megatron_ral.engine.pipelined_decoder import sample_responses
     from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.models.shape import read_shape
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
 from megatron_ral.training.checkpoint.settings import read_saved_config
-from megatron_ral.weights.conversion import expected_shapes, open_weights
-from megatron_ral.weights.folders import Weights
+from megatron_ral.weights.conversion import open_weights
+from megatron_ral.weights.huggingface import Weights
 from megatron_ral.weights.resharding import ReshardedState, held_parameters
 
 

@@ -39,7 +39,7 @@ from megatron_ral.training.checkpoint.files import (
     write_synced,
 )
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
-from megatron_ral.weights.folders import SafetensorsWriter
+from megatron_ral.weights.safetensors_files import SafetensorsWriter
 
 
 @dataclass
