@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Callable, NoReturn
 
+from megatron_ral.compat.versions import warn_untried_versions
 from megatron_ral.config import RunConfig, check_layout, dump_config, load_config
 from megatron_ral.errors import ConfigError
 from megatron_ral.rewards.score import reward_parts
@@ -47,6 +48,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|transformers\..*|torch\..*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    warn_untried_versions()
 
 
 def fail(error: Exception, everywhere: bool = True) -> NoReturn:
