@@ -108,8 +108,11 @@ def make_material(root: Path) -> None:
 
 @pytest.fixture(scope="session")
 def material(request) -> dict[str, Path]:
-    """tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; qwen3: the second family;
-    teacher: a larger model of the first; data: shards. Shared by all workers: read, never written."""
+    """Folders by name, shared by all workers: read, never written.
+
+    tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; untied_other: the same with
+    other weights; qwen3: the second family; teacher: a larger model of the first family; data: shards.
+    """
     root = made_once(request, "material", make_material)
     return {
         "teacher": root / "teacher",

@@ -1,8 +1,8 @@
 """Versions of Python and of the libraries that this package was tried with, and one warning outside them.
 
-The workarounds in this folder depend on what these libraries do inside; `pyproject.toml` declares the same ranges, and
-`tests/unit/test_versions.py` compares both. Inside an image that brings its own torch, packages are installed past pip's
-check of the declared ranges, so that the warning is what is left.
+The workarounds in this folder depend on the internals of these libraries. `pyproject.toml` declares the same ranges, and
+`tests/unit/test_versions.py` compares both. The warning is needed because the container mode of launch_scripts/setup.sh
+uses the torch of the image without pip's check of the declared ranges.
 """
 
 import logging
@@ -25,7 +25,7 @@ TRIED: Mapping[str, str] = {
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries in `TRIED` that are installed, by name, without importing them."""
+    """Return the installed versions of Python and of the libraries in `TRIED`, by name, without importing them."""
     versions = {"Python": ".".join(map(str, sys.version_info[:3]))}
     for name in TRIED:
         try:

@@ -71,9 +71,7 @@ def samples() -> list[Sample]:
 def models(tmp_path_factory):
     """7 layers (neither 2 nor 3 stages divide them), 509 rows of vocabulary, feed-forward of the 7B's ratio."""
     root = tmp_path_factory.mktemp("odd")
-    shape = options(
-        num_layers=7, vocab_size=509, num_heads=8, intermediate_size=676, vision_depth=3, rope_theta=1000
-    )
+    shape = options(num_layers=7, vocab_size=509, num_heads=8, intermediate_size=676, vision_depth=3, rope_theta=1000)
     names = [(family, kind) for family in FAMILIES for kind in KINDS]
     run_tools(
         *(

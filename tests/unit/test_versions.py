@@ -86,7 +86,9 @@ def test_range_of_a_version(name, version, fits):
 @pytest.mark.parametrize("rank, warnings", [("0", 1), ("1", 0)])
 def test_one_warning_names_all_of_them_on_the_first_rank(rank, warnings, monkeypatch, caplog):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(versions, "installed_versions", lambda: {"torch": "2.10.0", "triton": "3.5.0", "Python": "3.11.7"})
+    monkeypatch.setattr(
+        versions, "installed_versions", lambda: {"torch": "2.10.0", "triton": "3.5.0", "Python": "3.11.7"}
+    )
     with caplog.at_level(logging.WARNING):
         warn_untried_versions()
     assert len(caplog.records) == warnings
