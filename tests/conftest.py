@@ -110,7 +110,7 @@ def make_material(root: Path) -> None:
 def material(request) -> dict[str, Path]:
     """Folders by name, shared by all workers: read, never written.
 
-    tiny: tied embeddings; tiny_other: the same with other weights; untied: separate LM head; untied_other: the same with
+    tiny: tied embeddings; tiny_other: other weights; untied: separate LM head; untied_other: the same with
     other weights; qwen3: the second family; teacher: a larger model of the first family; data: shards.
     """
     root = made_once(request, "material", make_material)

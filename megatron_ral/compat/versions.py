@@ -1,6 +1,6 @@
 """Versions of Python and of the libraries that this package was tried with, and one warning outside them.
 
-The workarounds in this folder depend on the internals of these libraries. `pyproject.toml` declares the same ranges, and
+The workarounds in this folder depend on the internals of these libraries. `pyproject.toml` declares the same ones, and
 `tests/unit/test_versions.py` compares both. The warning is needed because the container mode of launch_scripts/setup.sh
 uses the torch of the image without pip's check of the declared ranges.
 """
