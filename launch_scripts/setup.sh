@@ -1,48 +1,121 @@
 #!/usr/bin/env bash
 # Make .venv beside the project on first use and install the pinned packages. Meant to be sourced:
-# afterwards $PYTHON is the interpreter and $PROJECT the root of the project.
+# afterwards $PYTHON is the interpreter and $PROJECT the root of the project. From the environment:
+#
+#   PYTHON_BASE               Python 3.11, 3.12 or 3.13 to make the environment with; default: the one .venv was made
+#                             with, else the first found of these versions
+#   MEGATRON_RAL_VENV         folder of the environment, default .venv in the project
+#   MEGATRON_RAL_CONTAINER    1: use the torch, Triton and numpy that PYTHON_BASE (default python3) has, and never replace
+#                             them, as the images of NVIDIA's catalogue (NGC) want it; default: 1 inside such an image
 PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PYTHON="$PROJECT/.venv/bin/python"
+VENV="${MEGATRON_RAL_VENV:-$PROJECT/.venv}"
+PYTHON="$VENV/bin/python"
 export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
 # With more threads than free cores small operations become ten times slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-# Micro-batches differ in shape; without it the memory of a GPU falls into pieces that fit none of them.
+# Micro-batches differ in shape; without it the memory of a GPU is fragmented.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 
-_is_python_311() {
-    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+_version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null
 }
 
-_install() {
-    local wanted base candidate
-    wanted="$(sha256sum "$PROJECT/requirements.txt" | cut -d' ' -f1)"
-    if [ -f "$PROJECT/.venv/installed" ] && [ "$(cat "$PROJECT/.venv/installed")" = "$wanted" ]; then
-        return 0
+_lock_of() {
+    case "$1" in
+        3.11) echo "$PROJECT/requirements.txt" ;;
+        3.12 | 3.13) echo "$PROJECT/requirements-$1.txt" ;;
+        *) return 1 ;;
+    esac
+}
+
+_pip_install() {
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# _install_packages LOCK CONTAINER: the pinned packages and the project itself with its console script, into $VENV.
+_install_packages() {
+    local lock="$1" constraints="$VENV/constraints.txt"
+    if [ "$2" = true ]; then
+        "$PYTHON" - > "$constraints" << 'EOF' || return 1
+from importlib.metadata import PackageNotFoundError, version
+
+for name in ("torch", "triton", "pytorch-triton", "numpy"):
+    try:
+        print(f"{name}=={version(name)}")
+    except PackageNotFoundError:
+        pass
+EOF
+        if ! grep -q '^torch==' "$constraints"; then
+            echo "error: MEGATRON_RAL_CONTAINER=1 uses the torch of PYTHON_BASE, which has none" >&2
+            return 1
+        fi
+        # Replaces the image's own list, which pins more than torch.
+        export PIP_CONSTRAINT="$constraints"
+        grep -vE "^($(sed 's/==.*//' "$constraints" | paste -sd'|'))==" "$lock" > "$VENV/requirements.txt"
+        lock="$VENV/requirements.txt"
     fi
-    base=""
-    for candidate in ${PYTHON_BASE:-python3.11 python3 python}; do
-        if _is_python_311 "$candidate"; then
+    _pip_install --requirement "$lock" || return 1
+    _pip_install --no-deps --no-build-isolation --editable "$PROJECT"
+}
+
+# Nothing is done where it was done before with the same lists.
+_install() {
+    local base="" version="" lock="" container=false wanted options=(--clear) candidate
+    local candidates=("$PYTHON" python3.11 python3.12 python3.13 python3 python)
+    if [ "${MEGATRON_RAL_CONTAINER:-${NVIDIA_PYTORCH_VERSION:+1}}" = 1 ]; then
+        container=true candidates=(python3)
+    fi
+    [ -z "${PYTHON_BASE:-}" ] || candidates=("$PYTHON_BASE")
+    for candidate in "${candidates[@]}"; do
+        if version="$(_version_of "$candidate")" && lock="$(_lock_of "$version")"; then
             base="$candidate"
             break
         fi
     done
     if [ -z "$base" ]; then
-        echo "error: Python 3.11 is needed (tried: ${PYTHON_BASE:-python3.11 python3 python}); set PYTHON_BASE" >&2
+        echo "error: Python 3.11, 3.12 or 3.13 is needed (tried: ${candidates[*]}); set PYTHON_BASE" >&2
         return 1
     fi
-    echo "installing into .venv (first use)"
-    "$base" -m venv "$PROJECT/.venv" || return 1
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement "$PROJECT/requirements.txt" || return 1
-    printf '%s\n' "$wanted" > "$PROJECT/.venv/installed"
+    wanted="$version $container $(cat "$lock" "$PROJECT/pyproject.toml" | sha256sum | cut -d' ' -f1)"
+    if [ "$(cat "$VENV/installed" 2> /dev/null)" != "$wanted" ]; then
+        echo "installing into $(basename "$VENV") (Python $version; first use, or another list of packages)"
+        if [ "$(_version_of "$PYTHON")" != "$version" ] \
+            || ! grep -q "^include-system-site-packages = $container" "$VENV/pyvenv.cfg"; then
+            base="$("$base" -c 'import sys; print(sys._base_executable)')"
+            [ "$container" = false ] || options+=(--system-site-packages)
+            "$base" -m venv "${options[@]}" "$VENV" || return 1
+        fi
+        (_install_packages "$lock" "$container") || return 1
+        printf '%s\n' "$wanted" > "$VENV/installed"
+    fi
+}
+
+_install_development() {
+    local wanted
+    wanted="$(sha256sum < "$PROJECT/requirements-dev.txt")"
+    if [ "$(cat "$VENV/installed-dev" 2> /dev/null)" != "$wanted" ]; then
+        _pip_install --requirement "$PROJECT/requirements-dev.txt" || return 1
+        printf '%s\n' "$wanted" > "$VENV/installed-dev"
+    fi
 }
 
 # Two first starts at the same time must not install into one folder.
-setup_environment() {
+_in_turn() {
     (
         flock 9
-        _install
+        "$@"
     ) 9> "$PROJECT/.setup.lock"
+}
+
+# What a run needs.
+setup_environment() {
+    _in_turn _install
+}
+
+# What tests and checks need.
+setup_development() {
+    _in_turn _install && _in_turn _install_development
 }
 
 # launch MODULE [ARGUMENT ...]: the module under torchrun, layout from the environment. On one node and without

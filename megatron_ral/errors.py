@@ -76,6 +76,6 @@ def show_value(value: object) -> str:
     text = str(value)
     return (
         text
-        if _WORD.fullmatch(text) or not isinstance(value, str) and not hasattr(value, "__fspath__")
+        if _WORD.fullmatch(text) or (not isinstance(value, str) and not hasattr(value, "__fspath__"))
         else f"'{text}'"
     )

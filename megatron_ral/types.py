@@ -294,10 +294,10 @@ class RlBatch:
     from_teacher: Tensor
     """Mask of the groups whose responses are the teacher's, [B] bool."""
     is_on_policy: bool
-    """Whether the policy still is the one that made the rollout. `old_logprobs` and target attention then come from the
+    """True if the policy still is the one that made the rollout. `old_logprobs` and target attention then come from the
     update's own pass, without gradient."""
     compares_sampler: bool
-    """Whether the difference between sampler and training engine is measured (first update of a rollout)."""
+    """True if the difference between sampler and training engine is measured (first update of a rollout)."""
     old_logprobs: Optional[Tensor] = None
     """Log-probabilities [B, G, R] float32 under the rollout policy, from the training engine. None where `is_on_policy`."""
     ref_logprobs: Optional[Tensor] = None

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     PRECISION: str
     """Precision of products of float32 tiles."""
     WIDE: bool
-    """Whether tiles become float32 when they are read. Triton's interpreter needs it: it multiplies the bits of bfloat16."""
+    """True if tiles become float32 when they are read. Triton's interpreter needs it: it multiplies the bits of bfloat16."""
     num_warps: int
     num_stages: int
 
@@ -211,7 +211,7 @@ def _head_mean(
     ends = _ends(rows, tl.load(lengths + b).to(tl.int32), 0, lag, T, PROMPT)
     sum_of_heads = tl.zeros([ROWS, KEYS], tl.float32)
     last = tl.max(ends, 0)
-    for head in range(0, tl.where(first_key < last, N, 0)):
+    for head in range(tl.where(first_key < last, N, 0)):
         wide = tl.cast(head, tl.int64)
         key = _load(keys + b * k_b + g * k_g + wide // shared * k_k, first_key, k_s, last, D, KEYS, BLOCK_D, WIDE)
         vectors = _load(query + b * q_b + g * q_g + wide * q_n, top, q_r, R, D, ROWS, BLOCK_D, WIDE)
@@ -352,11 +352,11 @@ def _key_gradient(
     limit = length if PROMPT else T
     first = 0 if PROMPT else tl.maximum(first_key + lag - first_row, 0) // ROWS * ROWS  # rows before see none of these
     heads = tl.where(first_key < limit, shared, 0)
-    for response in range(0, responses):
+    for response in range(responses):
         g = first_response + response
         z = b * G + g
         key = _load(keys + b * k_b + g * k_g + kv * k_k, first_key, k_s, limit, D, KEYS, BLOCK_D, WIDE)
-        for number in range(0, heads):
+        for number in range(heads):
             head = kv * shared + number
             pointer = query + b * q_b + g * q_g + head * q_n
             for start in range(first, R, ROWS):

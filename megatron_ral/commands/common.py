@@ -9,6 +9,7 @@ import sys
 import warnings
 from typing import Callable, Iterator, NoReturn, Optional, Sequence
 
+from megatron_ral.compat.versions import warn_untried_versions
 from megatron_ral.config import RunConfig, check_layout, dump_config, load_config
 from megatron_ral.errors import UserError
 from megatron_ral.rewards.score import reward_parts
@@ -56,6 +57,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|transformers\..*|torch\..*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    warn_untried_versions()
 
 
 def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:

@@ -170,7 +170,7 @@ def _span(line: dict, tar_bytes: int) -> SampleSpan:
         ValueError, KeyError, TypeError: `write_index` cannot have written the line.
     """
     fault = SampleIssue(line["reason"], line["text"]) if "reason" in line else None
-    if not isinstance(line["key"], str) or fault and not (fault.reason in REASONS and isinstance(fault.text, str)):
+    if not isinstance(line["key"], str) or (fault and not (fault.reason in REASONS and isinstance(fault.text, str))):
         raise TypeError("'key', 'reason' and 'text' are texts")
     offset = _whole(line["offset"], 0, tar_bytes + 1)
     # a sample that the end of the file cuts reaches beyond it

@@ -101,10 +101,8 @@ def _refuse_unread_media(record: dict) -> None:
 def _is_media(value: Any) -> bool:
     return (
         isinstance(value, bytes)
-        or isinstance(value, dict)
-        and isinstance(value.get("bytes"), bytes)
-        or isinstance(value, str)
-        and _MEDIA_NAME.fullmatch(value) is not None
+        or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+        or (isinstance(value, str) and _MEDIA_NAME.fullmatch(value) is not None)
     )
 
 

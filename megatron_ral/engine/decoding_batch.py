@@ -77,7 +77,7 @@ class DecodingBatch:
         self.step = 0
         """0-based index of the response token that the next pass predicts."""
         self.is_finished = False
-        """Whether every response has finished or reached the length limit."""
+        """Say whether every response has finished or reached the length limit."""
         self._inputs = to_device(prompts, self.device)
         self._next_position = self._inputs.next_position.repeat_interleave(settings.group_size)
         self._cache = GroupKVCache(self._inputs.prompt_lengths, settings.group_size)

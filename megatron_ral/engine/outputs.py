@@ -27,4 +27,4 @@ class StepResult:
     """Global gradient norm before clipping, every parameter of every stage counted once."""
     learning_rate: float
     applied: bool
-    """Whether the step was applied. It is skipped where a loss or the gradient is not finite."""
+    """True if the step was applied. It is skipped where a loss or the gradient is not finite."""

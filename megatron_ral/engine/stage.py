@@ -234,7 +234,7 @@ class StageEngine:
                 last_stage.append(
                     output if hidden_states else replace(self.token_outputs(output, batch, temperature), logits=None)
                 )
-                return None
+                return
 
             return output, collect
 

@@ -27,7 +27,7 @@ class ScoredResponse:
 
     text: str
     finished: bool
-    """Whether the response ended by itself rather than at the length limit."""
+    """True if the response ended by itself rather than at the length limit."""
     reward: float
     parts: Mapping[str, float]
     """Parts of the reward by name before weighting: accuracy, format, unparsed, ..."""

@@ -45,12 +45,12 @@ class Term:
 
     @property
     def has_token_loss(self) -> bool:
-        """Whether the term reads the last stage's outputs."""
+        """Say whether the term reads the last stage's outputs."""
         return False
 
     @property
     def is_active(self) -> bool:
-        """Whether the term gives a gradient, rather than being only measured."""
+        """Say whether the term gives a gradient, rather than being only measured."""
         return True
 
     def token_loss(self, outputs: TokenOutputs, batch: Any) -> tuple[Optional[Tensor], Metrics]:

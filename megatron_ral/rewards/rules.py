@@ -26,7 +26,10 @@ CONSENSUS = 3
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER_WORDS = {
-    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(value)
+    for value, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 

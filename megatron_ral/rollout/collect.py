@@ -37,7 +37,7 @@ class RolloutSettings:
     advantage_scale: str
     """Scale of `group_advantages`."""
     shuffles_attention_advantages: bool
-    """Whether the attention term gets the advantages of each group in a random order (a control)."""
+    """True if the attention term gets the advantages of each group in a random order (a control)."""
     teacher_rollouts: float
     """Share of prompts that the teacher answers, 0 without a teacher."""
 

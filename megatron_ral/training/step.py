@@ -47,10 +47,10 @@ class StepSettings:
     num_optimizer_steps: int
     """Optimizer steps of the whole run, over which the attention coefficient is scheduled."""
     encodes_for_reference: bool
-    """Whether the reference encodes pixels itself, because another checkpoint may have another vision tower."""
+    """True if the reference encodes pixels itself, because another checkpoint may have another vision tower."""
     seed: int
     shuffles_teacher_rows: bool
-    """Whether the teacher's rows are a shuffled control."""
+    """True if the teacher's rows are a shuffled control."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "StepSettings":

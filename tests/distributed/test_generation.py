@@ -130,7 +130,7 @@ def test_responses_end_at_different_steps(wanted):
     assert any(len(set(row)) > 1 for row in lengths)
     for name, case in CASES.items():
         finished = torch.stack([row.finished for row in rows[name]])
-        assert not case.ends or finished.any() and not finished.all(), name
+        assert not case.ends or (finished.any() and not finished.all()), name
         assert not case.num_tokens or all((row.response_ids < case.num_tokens).all() for row in rows[name])
 
 
@@ -161,21 +161,20 @@ def generated(path, settings, tensor, pipeline, batch_size, block):
     layout, prompts = policy.layout, read(path)
     mine = prompts[spread(len(prompts), layout.data_size, layout.data_rank)]
     found, notes = {}, {}
-    with pytest.MonkeyPatch.context() as patch:
-        with policy.resident():
-            for name in CASES:
-                watch, rows, seen = Watch(patch), [], 0
-                for batch, embeds in sample_responses(policy, mine, settings[name], batch_size, *IDENTITY):
-                    rows += PromptResponses.split(batch)
-                    # the caller uses the stages while other batches are in flight
-                    groups = GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths, embeds)
-                    output = policy.forward([groups], temperature=settings[name].temperature or 1.0)[0].tokens
-                    if output is not None:
-                        assert torch.allclose(output.logprobs * groups.response_mask, batch.rollout_logprobs, atol=1e-4)
-                    seen += len(batch.prompts)
-                assert seen == len(mine)
-                found[name], notes[name] = rows, (watch.passes, watch.rows)
-                patch.undo()
+    with pytest.MonkeyPatch.context() as patch, policy.resident():
+        for name in CASES:
+            watch, rows, seen = Watch(patch), [], 0
+            for batch, embeds in sample_responses(policy, mine, settings[name], batch_size, *IDENTITY):
+                rows += PromptResponses.split(batch)
+                # the caller uses the stages while other batches are in flight
+                groups = GroupBatch(batch.prompts, batch.response_ids, batch.response_lengths, embeds)
+                output = policy.forward([groups], temperature=settings[name].temperature or 1.0)[0].tokens
+                if output is not None:
+                    assert torch.allclose(output.logprobs * groups.response_mask, batch.rollout_logprobs, atol=1e-4)
+                seen += len(batch.prompts)
+            assert seen == len(mine)
+            found[name], notes[name] = rows, (watch.passes, watch.rows)
+            patch.undo()
     everything = gather_objects(found, policy.process_groups.data)
     stop_groups()
     return {name: [row for part in everything for row in part[name]] for name in CASES}, notes

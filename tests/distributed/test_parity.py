@@ -22,7 +22,7 @@ from megatron_ral.types import FramePictures, GroupBatch, Sample, SftBatch, Step
 from megatron_ral.weights.conversion import differing_weights
 from megatron_ral.weights.huggingface import common_name
 from megatron_ral.weights.stage_weights import describe_stage, export_stage
-from tests.conftest import perturbed_copy, run_tool
+from tests.conftest import options, perturbed_copy, run_tools
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
@@ -72,30 +72,16 @@ def samples() -> list[Sample]:
 def models(tmp_path_factory):
     """7 layers (neither 2 nor 3 stages divide them), 509 rows of vocabulary, feed-forward of the 7B's ratio."""
     root = tmp_path_factory.mktemp("odd")
-    for family in FAMILIES:
-        for kind, options in KINDS.items():
-            made = root / f"made_{family}_{kind}"
-            run_tool(
-                "make_tiny_model.py",
-                "--output",
-                made,
-                "--family",
-                family,
-                "--num-layers",
-                7,
-                "--vocab-size",
-                509,
-                "--num-heads",
-                8,
-                "--intermediate-size",
-                676,
-                "--vision-depth",
-                3,
-                "--rope-theta",
-                1000,
-                *options,
-            )
-            perturbed_copy(made, root / f"{family}_{kind}", scale=0.05)
+    shape = options(num_layers=7, vocab_size=509, num_heads=8, intermediate_size=676, vision_depth=3, rope_theta=1000)
+    names = [(family, kind) for family in FAMILIES for kind in KINDS]
+    run_tools(
+        *(
+            ("make_tiny_model.py", "--output", root / f"made_{f}_{kind}", "--family", f, *shape, *KINDS[kind])
+            for f, kind in names
+        )
+    )
+    for family, kind in names:
+        perturbed_copy(root / f"made_{family}_{kind}", root / f"{family}_{kind}", scale=0.05)
     return root
 
 

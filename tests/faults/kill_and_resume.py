@@ -116,7 +116,7 @@ def faults_of_end(status: int, log: str, rank: int, note: dict, seconds: float) 
         wrong.append(f"it ended after {seconds:.1f} s")
     if not re.search(rf"rank\s*: {rank} \(local_rank", log) or not re.search(r"exitcode\s*: -9", log):
         wrong.append("the launcher does not name the rank")
-    if note["phase"] == "leaving" or note["step"] == 0 and "bytes held between steps" not in log:
+    if note["phase"] == "leaving" or (note["step"] == 0 and "bytes held between steps" not in log):
         return wrong  # without a watchdog yet, or no longer: only the launcher can name the rank
     found = re.search(rf"watchdog: rank {rank} was in phase '([^']*)'(?: of step (\d+))?, (.*)", log)
     if f"watchdog: rank {rank} died" not in log or found is None:

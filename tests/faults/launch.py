@@ -1,13 +1,16 @@
 """Launch of `megatron_ral.train` on a few ranks, forked from a server that has imported everything."""
 
+import importlib
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 
@@ -45,8 +48,6 @@ def _entry(
     os.dup2(file, 2)
     if doom is not None:
         await_doom(rank, doom)
-    import importlib
-
     sys.argv = [module, *arguments]
     status = importlib.import_module(module).main()
     sys.stdout.flush()
@@ -88,3 +89,32 @@ def run_job(
     output = [(folder / f"rank_{rank}.log").read_text() for rank in range(world_size)]
     assert not hung, f"ranks {hung} hung:\n" + "\n".join(output)
     return Ended([process.exitcode for process in processes], output, ended - (met or ended))
+
+
+def _command_entry(folder: str, environment: Mapping[str, str], module: str, arguments: Sequence[str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_command(
+    module: str, *arguments: str, environment: Mapping[str, str], timeout: float = 120.0
+) -> subprocess.CompletedProcess:
+    """Run what `python -m MODULE ARGUMENT ...` runs, in a process of the server, which has the imports behind it."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = runner._server().Process(target=_command_entry, args=(folder, environment, module, arguments))
+        process.start()
+        process.join(timeout)
+        hung = process.is_alive()
+        if hung:
+            process.kill()
+            process.join()
+        stdout, stderr = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+        assert not hung, f"{module} hung:\n{stdout}{stderr}"
+        return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)

@@ -2,27 +2,31 @@
 
 import pytest
 
+from tests.conftest import made_once
 from tests.distributed.runner import run_ranks
 from tests.integration.cases import SFT, run_training, write_config
 
 
 @pytest.fixture(scope="session")
-def add_teacher_outputs(material, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("taught")
-    path, overrides = write_config(folder, SFT, material["root"] / "tiny", material["data"], "search")
-    run_ranks(
-        1,
-        run_training,
-        path,
-        overrides
-        + [
-            f"train.output_dir={folder}/run",
-            "train.num_steps=80",
-            "train.batch_size=16",
-            "train.micro_batch_size=16",
-            "optimizer.learning_rate=3.0e-3",
-            "optimizer.warmup_steps=10",
-            "train.checkpoint_interval=0",
-        ],
-    )
-    return folder / "run" / "hf"
+def add_teacher_outputs(material, request):
+    """Hugging Face folder, shared by all workers: read, never written."""
+
+    def make(folder):
+        path, overrides = write_config(folder, SFT, material["root"] / "tiny", material["data"], "search")
+        run_ranks(
+            1,
+            run_training,
+            path,
+            overrides
+            + [
+                f"train.output_dir={folder}/run",
+                "train.num_steps=80",
+                "train.batch_size=16",
+                "train.micro_batch_size=16",
+                "optimizer.learning_rate=3.0e-3",
+                "optimizer.warmup_steps=10",
+                "train.checkpoint_interval=0",
+            ],
+        )
+
+    return made_once(request, "answering", make) / "run" / "hf"

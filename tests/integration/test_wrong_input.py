@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.faults.launch import run_command
 from tests.integration.cases import RL, write_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -17,14 +17,7 @@ def command(module: str, *arguments: str, world: int = 1) -> subprocess.Complete
     environment.pop("RANK", None)
     if world > 1:  # what torchrun sets; every error here comes before ranks talk to each other
         environment.update(RANK="0", WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=PROJECT,
-        timeout=120,
-    )
+    return run_command(module, *arguments, environment=environment)
 
 
 @pytest.fixture(scope="module")

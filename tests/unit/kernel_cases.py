@@ -88,6 +88,7 @@ def silent() -> dict:
 
 def faults() -> list:
     """Of good kernels, of one that is off by 1 %, of one that raises."""
+
     def refuses(qk):
         raise RuntimeError("no such\ninstruction")
 

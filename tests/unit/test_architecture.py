@@ -143,7 +143,8 @@ def test_dataclasses_have_at_most_two_optional_fields():
                 optional = [
                     ast.unparse(item.target)
                     for item in node.body
-                    if isinstance(item, ast.AnnAssign) and re.search(r"Optional\[|\| None", ast.unparse(item.annotation))
+                    if isinstance(item, ast.AnnAssign)
+                    and re.search(r"Optional\[|\| None", ast.unparse(item.annotation))
                 ]
                 assert len(optional) <= 2, f"{path}: {node.name} has the optional fields {optional}"
 
@@ -162,7 +163,7 @@ def test_errors_come_in_parts():
 def test_docstrings_begin_with_their_subject():
     forbidden = ("Of", "That", "Those", "What", "Whether", "Who", "As")
     for path, tree in FILES.items():
-        assert path.endswith("__init__.py") and not tree.body or ast.get_docstring(tree), f"{path} has no docstring"
+        assert (path.endswith("__init__.py") and not tree.body) or ast.get_docstring(tree), f"{path} has no docstring"
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
                 text = ast.get_docstring(node) or ""

@@ -104,13 +104,13 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
         data = json.loads(section["masses"])
         assert data["target"] == np.flatnonzero(sample.target).tolist() and data["visual"] == len(sample.target)
         assert all(
-            0 <= first and first + width * height <= data["visual"] for first, width, height in section["canvas"]
+            first >= 0 and first + width * height <= data["visual"] for first, width, height in section["canvas"]
         )
         for layer, part in data["layers"].items():
             rows = np.frombuffer(base64.b64decode(part["rows"]), "<u2").reshape(len(sample.tokens), data["visual"])
             masses = rows * np.array(part["peaks"])[:, None] / 65535
             assert masses.sum(axis=1) == pytest.approx(sample.visual_mass(int(layer)), rel=1e-3)
-            assert (0 < masses.sum(axis=1)).all() and (masses.sum(axis=1) < 1).all()
+            assert (masses.sum(axis=1) > 0).all() and (masses.sum(axis=1) < 1).all()
             assert masses[:, data["target"]].sum(axis=1) == pytest.approx(sample.target_mass(int(layer)), rel=1e-3)
     assert not math.isclose(samples[0].visual_mass(1).mean(), samples[0].visual_mass(3).mean(), rel_tol=1e-3)
 

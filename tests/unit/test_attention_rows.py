@@ -458,7 +458,7 @@ def test_keys_and_rows_of_next_to_no_mass_give_no_nan(kind, columns, gap):
 
     ours, exact = gradient(torch.float32).double(), gradient(torch.float64)
     assert torch.isfinite(ours).all() and ours.norm() < exact.norm() * 1.01
-    if exact.norm() > 1e-6 and (gap <= 60 or columns[0] == 1 and gap == 80):
+    if exact.norm() > 1e-6 and (gap <= 60 or (columns[0] == 1 and gap == 80)):
         assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-6 * float(exact.norm()))
     elif gap <= 88 and columns[0] == 0:
         assert ours @ exact > 0.999 * ours.norm() * exact.norm() > 0

@@ -7,21 +7,15 @@ import re
 import textwrap
 from pathlib import Path
 
-import deepspeed
-import megatron.core
 import pytest
 import torch
-from packaging.version import Version
 
 COMPAT = Path(__file__).parents[2] / "megatron_ral" / "compat"
 
 
-def test_installed_versions_are_among_those_the_workarounds_were_tried_on():
-    assert Version("0.16.1") <= Version(megatron.core.__version__) < Version("0.20")
-    assert deepspeed.__version__.startswith("0.19.8")
-
-
-@pytest.mark.parametrize("path", sorted(COMPAT.glob("[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*COMPAT.glob("[!_]*.py")} - {COMPAT / "versions.py"}), ids=lambda path: path.stem
+)
 def test_every_workaround_names_its_versions_and_the_test_that_retires_it(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert re.search(r"^Tried on: .*(megatron-core 0\.16\.1|DeepSpeed 0\.19\.8)", text, re.MULTILINE)

@@ -33,7 +33,7 @@ def test_ranks_that_make_progress_are_left_alone():
 def test_a_rank_without_heartbeats_is_named_and_a_long_phase_may_be_quiet():
     for is_long, limit in ((False, 10), (True, 100)):
         monitor = HealthMonitor(LIMITS, watches_waiting=True)
-        for now in range(0, limit + 12):
+        for now in range(limit + 12):
             send_all(monitor, float(now), r1={"number": 1, "ticks": 1, "is_long": is_long})
             found = monitor.silent(now)
             assert (found is not None) == (now > limit), now
@@ -42,7 +42,7 @@ def test_a_rank_without_heartbeats_is_named_and_a_long_phase_may_be_quiet():
 
 def test_a_rank_without_progress_is_named_unless_it_waits():
     monitor = HealthMonitor(LIMITS, watches_waiting=True)
-    for now in range(0, 25):
+    for now in range(25):
         send_all(monitor, float(now), r1={"ticks": 1}, r2={"ticks": 1, "waits_in": "all_reduce"})
         assert monitor.silent(now) is None and (monitor.stalled(now) is not None) == (now > 10)
     assert monitor.stalled(24)[0] == [1]
@@ -51,7 +51,7 @@ def test_a_rank_without_progress_is_named_unless_it_waits():
 
 def test_waiting_alone_counts_only_when_no_rank_makes_progress():
     monitor = HealthMonitor(LIMITS, watches_waiting=True)
-    for now in range(0, 50):  # rank 2 decodes on while the others wait for it
+    for now in range(50):  # rank 2 decodes on while the others wait for it
         send_all(monitor, float(now), r0={"ticks": 1, "waits_in": "barrier"}, r1={"ticks": 1, "waits_in": "barrier"})
         assert monitor.stalled(now) is None
     for now in range(50, 70):
@@ -66,7 +66,7 @@ def test_waiting_alone_counts_only_when_no_rank_makes_progress():
 
 def test_with_an_accelerator_a_stall_counts_once_no_rank_makes_progress():
     monitor = HealthMonitor(LIMITS, watches_waiting=False)
-    for now in range(0, 50):
+    for now in range(50):
         send_all(monitor, float(now), r1={"ticks": 1, "num_phases": 4})
         assert monitor.stalled(now) is None
     for now in range(50, 62):
@@ -84,7 +84,7 @@ def test_time_in_which_the_monitor_was_suspended_counts_for_no_rank():
 
 def test_a_rank_that_has_left_may_be_silent():
     monitor = HealthMonitor(LIMITS, watches_waiting=True)
-    for now in range(0, 30):
+    for now in range(30):
         send_all(monitor, float(now), r1={"number": 1, "ticks": 1, "has_left": True})
         assert monitor.silent(now) is None and monitor.stalled(now) is None
 

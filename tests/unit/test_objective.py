@@ -92,9 +92,7 @@ def slow_token_loss(new, old, ref, entropy, settings, num_tokens, groups=range(B
                 if settings.dual_clip and advantage < 0:
                     policy = torch.clamp(policy, max=-settings.dual_clip * advantage)
                 difference = ref[b, g, r] - new[b, g, r]
-                kl = {"k2": difference**2 / 2, "k3": torch.exp(difference) - difference - 1}[
-                    settings.kl_estimator
-                ]
+                kl = {"k2": difference**2 / 2, "k3": torch.exp(difference) - difference - 1}[settings.kl_estimator]
                 if settings.kl_clamp:
                     kl = torch.clamp(kl, -settings.kl_clamp, settings.kl_clamp)
                 total = total + weight * (policy + settings.kl_coef * kl - settings.entropy_coef * entropy[b, g, r])
@@ -478,7 +476,9 @@ def divergence_of(objective: Objective, train: RlBatch, source: AttentionRecord)
     """[B, G, R] (or [B, 1, 1]) to the objective's own target."""
     formed, term = rows(source, objective.position), term_of(objective)
     keys = term._keys(formed, train.groups.prompts)
-    return formed.divergence(term._target_distribution(3, formed, keys, train), keys, term_of(objective).settings.attention_divergence)
+    return formed.divergence(
+        term._target_distribution(3, formed, keys, train), keys, term_of(objective).settings.attention_divergence
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -530,7 +530,9 @@ def test_hindsight_compares_over_the_same_keys():
         )
         formed = rows(record(1), "last_prompt")
         keys = term_of(objective)._keys(formed, batch(1).groups.prompts)
-        target = term_of(objective)._target_distribution(3, formed, keys, batch(1, target_attention={3: formed.attention[:, 0, 0]}))
+        target = term_of(objective)._target_distribution(
+            3, formed, keys, batch(1, target_attention={3: formed.attention[:, 0, 0]})
+        )
         assert torch.allclose(formed.divergence(target, keys), torch.zeros(B, 1, 1, dtype=torch.float64), atol=1e-15)
         assert (float(target[0, 0, 0, 4]) == 0) == exclude_self and float(formed.attention[0, 0, 0, 4]) > 1e-2
 
@@ -583,7 +585,9 @@ def test_coefficient_zero_still_measures_and_parts_are_apart():
     assert float(loss) == 0.0 and not torch.autograd.grad(loss, new)[0].any() and not metrics
     wanted = float(attention_loss(whole, train)[0])
     assert float(attention_loss(alone, train)[0]) == wanted != 0
-    assert float(attention_loss(whole.only("attention").with_term(replace(term_of(whole), coefficient=3.0)), train)[0]) == pytest.approx(3 * wanted, rel=1e-12)
+    assert float(
+        attention_loss(whole.only("attention").with_term(replace(term_of(whole), coefficient=3.0)), train)[0]
+    ) == pytest.approx(3 * wanted, rel=1e-12)
     tokens = whole.without("attention")
     assert tokens.recorded_layers == frozenset() and alone.recorded_layers == {1, 3}
     assert torch.equal(
@@ -707,9 +711,7 @@ def test_supervised_loss():
 
 @pytest.mark.parametrize("store", ["rows", "qk"])
 @pytest.mark.parametrize("row", ["token", "predictor"])
-@pytest.mark.parametrize(
-    "target, keys", [case for case in COMPARED if case[0] != "oracle"]
-)
+@pytest.mark.parametrize("target, keys", [case for case in COMPARED if case[0] != "oracle"])
 def test_on_policy_terms_are_those_of_a_pass_just_before(target, keys, row, store):
     """Loss, gradient and metrics with `is_on_policy` equal those with what a pass of the same weights kept."""
     if store == "qk" and target == "hindsight":

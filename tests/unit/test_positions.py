@@ -7,16 +7,16 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_ral.functional.positions import multimodal_positions, rotary_angles
-from tests.conftest import run_tool
+from tests.conftest import run_tools
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
+    root, families = tmp_path_factory.mktemp("stock"), ("qwen2_5_vl", "qwen3_vl")
+    run_tools(*(("make_tiny_model.py", "--output", root / family, "--family", family) for family in families))
     models = {}
-    for family in ("qwen2_5_vl", "qwen3_vl"):
-        folder = tmp_path_factory.mktemp("stock") / family
-        run_tool("make_tiny_model.py", "--output", folder, "--family", family)
-        models[family] = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    for family in families:
+        models[family] = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(root / family))
     return models
 
 

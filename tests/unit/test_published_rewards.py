@@ -14,7 +14,27 @@ from megatron_ral.rewards.answer import format_reward
 from megatron_ral.rewards.rules import accuracy_by_type
 
 DRAWS = 600
-WORDS = "the a red ball runs running dog dogs quickly quick sign Exit EXIT shop Shop's 24 7th in of".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "ball",
+    "runs",
+    "running",
+    "dog",
+    "dogs",
+    "quickly",
+    "quick",
+    "sign",
+    "Exit",
+    "EXIT",
+    "shop",
+    "Shop's",
+    "24",
+    "7th",
+    "in",
+    "of",
+]
 
 
 def ours(answer: str, solution: str, problem_type: str) -> float:

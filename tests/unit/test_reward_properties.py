@@ -12,7 +12,7 @@ from megatron_ral.rewards.score import reward_parts, score_response
 
 DRAWS = 250
 SEVERAL = "consensus"
-WORDS = "red blue ball dog dogs seven near behind small tower 24 Exit".split()
+WORDS = ["red", "blue", "ball", "dog", "dogs", "seven", "near", "behind", "small", "tower", "24", "Exit"]
 PRINTABLE = "".join(char for char in string.printable if char not in "<>") + "°½²٣红é−"
 
 

@@ -156,9 +156,7 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
     engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
     sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
     settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
-    return collect.collect_rollout(
-        engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size
-    )
+    return collect.collect_rollout(engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size)
 
 
 @pytest.mark.parametrize("scale, wanted", [("none", [[0.5, -0.5], [0, 0]]), ("std", [[0.7071, -0.7071], [0, 0]])])

@@ -122,9 +122,26 @@ def test_table_as_text():
         "all",
         "right",
     ]
-    assert lines[1].split() == "scene 1 1 1.000 1.000 0.000 0.500 1.000 0 -".split()
-    assert lines[2].split() == "scene 2 2 0.500 +- 0.500 1.000 0.000 0.500 +- 0.500 0.500 +- 0.500 1 1.000".split()
-    assert lines[3].startswith("all prompts") and lines[4].split() == "mean of categories 0.750".split()
+    assert lines[1].split() == ["scene", "1", "1", "1.000", "1.000", "0.000", "0.500", "1.000", "0", "-"]
+    assert lines[2].split() == [
+        "scene",
+        "2",
+        "2",
+        "0.500",
+        "+-",
+        "0.500",
+        "1.000",
+        "0.000",
+        "0.500",
+        "+-",
+        "0.500",
+        "0.500",
+        "+-",
+        "0.500",
+        "1",
+        "1.000",
+    ]
+    assert lines[3].startswith("all prompts") and lines[4].split() == ["mean", "of", "categories", "0.750"]
     assert len({len(line) for line in lines[:4]}) == 1, "columns stand under one another"
     assert len(str(BenchmarkTable.of(rows[:1])).splitlines()) == 3
 

@@ -44,9 +44,9 @@ class CheckpointSettings:
     num_to_keep: int
     """Number of most recent checkpoints to keep."""
     in_thread: bool
-    """Whether saves are written by a thread while training goes on."""
+    """True if saves are written by a thread while training goes on."""
     train_vision: bool
-    """Whether the vision tower is trained, so that it has state."""
+    """True if the vision tower is trained, so that it has state."""
     config_text: str = field(repr=False)
     """Configuration of the run as YAML, saved with every checkpoint."""
     values: Mapping[str, Any] = field(repr=False)
