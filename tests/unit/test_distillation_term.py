@@ -79,14 +79,14 @@ def test_settings_without_effect_are_named():
     assert "distill.top_tokens = 5 has no effect" in warnings(
         token_divergence="cross_entropy", teacher_rollouts=1.0, top_tokens=5
     )
-    assert "only measured" in warnings(token_coef=0.0, attention_coef=0.0)
-    assert "distill.top_tokens has no effect without teacher.path" in warnings(path="", top_tokens=5)
+    assert "only logged" in warnings(token_coef=0.0, attention_coef=0.0)
+    assert "distill.top_tokens = 5 has no effect without teacher.path" in warnings(path="", top_tokens=5)
     assert "rewards give no gradient" in warnings(path="")
     assert "rewards" not in warnings(path="", loss=LossConfig(attention_coef=0.0))
     assert "rewards" not in warnings(path="", loss=LossConfig(policy_coef=0.0))
-    assert "loss.clip_low has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
+    assert "loss.clip_low = 0.1 has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
     sft = RunConfig(train=TrainConfig(algorithm="sft"), teacher=TeacherConfig(path="t"))
-    assert setting_warnings(sft) == ["teacher.path has no effect with train.algorithm = sft"]
+    assert setting_warnings(sft) == ["teacher.path = t has no effect with train.algorithm = sft"]
 
 
 def test_memory_of_a_teacher_at_real_size():
