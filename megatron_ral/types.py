@@ -179,8 +179,8 @@ class ResponseBatch:
     response_lengths: Tensor
     """Lengths with the end-of-turn token, [B, G] int64."""
     rollout_logprobs: Tensor
-    """Log-probabilities under the sampler, at its temperature and before top-p, [B, G, R] float32. They serve as a check
-    and are never used as `old_logprobs`."""
+    """Log-probabilities under the sampler, at its temperature and before top-p, [B, G, R] float32. They serve as a
+    check and are never used as `old_logprobs`."""
     finished: Tensor
     """Mask of the responses that ended with the end-of-turn token rather than at the length limit, [B, G] bool."""
 
@@ -266,7 +266,7 @@ class SftBatch:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Outputs of the teacher for one micro-batch, each on the student's stage that reads it. Empty without a teacher."""
+    """Outputs of the teacher for one micro-batch, each on the student's stage that reads it. No teacher: empty."""
 
     hidden: Optional[Tensor] = None
     """Inputs of the teacher's LM head at the rows that predict the response, [B, G, R, H of the teacher]."""
@@ -299,7 +299,7 @@ class RlBatch:
     compares_sampler: bool
     """True if the difference between sampler and training engine is measured (first update of a rollout)."""
     old_logprobs: Optional[Tensor] = None
-    """Log-probabilities [B, G, R] float32 under the rollout policy, from the training engine. None where `is_on_policy`."""
+    """Log-probabilities [B, G, R] float32 under the rollout policy, by the training engine. None if `is_on_policy`."""
     ref_logprobs: Optional[Tensor] = None
     """Log-probabilities [B, G, R] float32 under the frozen reference. None: there is no reference."""
     target_attention: Mapping[int, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ DIR/distill.json and DIR/distill_*.png.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def run_all(study: Study, seeds: list[int], arms: list[str], jobs: int) -> None:
 
 def steps_to(goal: float, points: list[tuple[int, float]]) -> float:
     """Return the rollouts until the curve first reaches `goal`, interpolated linearly; infinite if it never does."""
-    for (before, low), (after, high) in zip(points, points[1:]):
+    for (before, low), (after, high) in itertools.pairwise(points):
         if low >= goal:
             return before
         if high >= goal:

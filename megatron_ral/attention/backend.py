@@ -21,7 +21,7 @@ class RowBackend(Protocol):
         ...
 
     def formula_elements(self, elements: int) -> Optional[int]:
-        """Return how many elements of a map of `elements` a formula over rows should take at once. None: the default."""
+        """Return how many of a map's `elements` a formula over rows should take at once. None: the default."""
         ...
 
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:

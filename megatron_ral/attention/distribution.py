@@ -24,8 +24,8 @@ def included_keys(keys: RowKeys, block: Block = ALL_ROWS) -> Tensor:
 def key_mass(attention_BGRS: Tensor, keys: RowKeys) -> Tensor:
     """Return Z of `attention_distribution`, [B, G, R], without gradient.
 
-    The sum is always taken in the same blocks, because its rounding can depend on the shape of what is summed: rows that
-    are equal bit for bit must have equal distributions, in whichever blocks these are formed.
+    The sum is always taken in the same blocks, because its rounding can depend on the shape of what is summed: rows
+    that are equal bit for bit must have equal distributions, in whichever blocks these are formed.
     """
     mass = torch.empty_like(attention_BGRS[..., 0])
     for block in blocks.row_blocks(mass.shape, attention_BGRS.shape[3]):

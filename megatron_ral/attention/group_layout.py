@@ -103,5 +103,5 @@ class AttentionRecord:
         return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
 
     def detached(self) -> "AttentionRecord":
-        """Return a copy without gradient. It holds no other tensor of the pass alive (queries are views of all tokens')."""
+        """Return a copy without gradient that keeps no other tensor of the pass alive (queries are views)."""
         return AttentionRecord(*(getattr(self, item.name).detach().clone() for item in fields(self)))

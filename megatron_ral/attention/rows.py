@@ -1,7 +1,7 @@
 """Head-averaged attention of chosen rows, and the divergence of a row from a target with its gradient to q and k.
 
-Fused attention kernels return no weights, and eager attention holds one map per head. Here rows are formed from recorded
-queries and keys, block by block, and only their average over heads is stored. The gradient is a closed form
+Fused attention kernels return no weights, and eager attention holds one map per head. Here rows are formed from
+recorded queries and keys, block by block, and only their average over heads is stored. The gradient is a closed form
 (`row_divergence.RowDivergence`) whose backward pass forms the weights again. On CUDA Triton kernels do both, elsewhere
 PyTorch does; `choose_backend` decides.
 

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     PRECISION: str
     """Precision of products of float32 tiles."""
     WIDE: bool
-    """True if tiles become float32 when they are read. Triton's interpreter needs it: it multiplies the bits of bfloat16."""
+    """True if tiles become float32 when read. Triton's interpreter needs it: it multiplies the bits of bfloat16."""
     num_warps: int
     num_stages: int
 
@@ -337,7 +337,7 @@ def _key_gradient(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add to result[b, (g,) j, k]: scale * sum over heads of k, rows (and responses, for the prompt's keys) of dE_j q."""
+    """Add to result[b, (g,) j, k]: scale * sum over heads of k, rows (and responses, if PROMPT) of dE_j q."""
     kv, outer = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first_key = tl.program_id(0) * KEYS
     columns = first_key + tl.arange(0, KEYS)

@@ -20,7 +20,7 @@ class QueryPosition(Enum):
 class RowQK(NamedTuple):
     """Queries of rows and the keys they may see, after rotary embedding, for this tensor-parallel rank's heads.
 
-    Row r of response g sees the first `prompt_lengths` keys of the prompt and the first r + 1 - lag keys of its response.
+    Row r of response g sees the prompt's first `prompt_lengths` keys and the first r + 1 - lag keys of its response.
     """
 
     query_BGRnD: Tensor

@@ -1,7 +1,7 @@
 """Skip DeepSpeed's gradient reduction after an error.
 
-`engine.coalesce_grad_reduction()` reduces gradients when its block ends, also when an exception ends it. Other ranks may
-have failed as well and never join that reduction, so that the exception would be hidden behind a hang.
+`engine.coalesce_grad_reduction()` reduces gradients when its block ends, also when an exception ends it. Other ranks
+may have failed as well and never join that reduction, so that the exception would be hidden behind a hang.
 
 Tried on: DeepSpeed 0.19.8.
 Retired by: `test_deepspeed_still_reduces_after_an_error`.

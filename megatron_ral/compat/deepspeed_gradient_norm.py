@@ -3,8 +3,8 @@
 ZeRO-3's norm is wrong for a pipeline stage in two ways:
 
 - it counts the last stage's copy of tied embeddings a second time;
-- with an offloaded optimizer it is taken while gradients are reduced, which is before the engine sums the gradients that
-  tensor-parallel ranks and tied copies share.
+- with an offloaded optimizer it is taken while gradients are reduced, which is before the engine sums the gradients
+  that tensor-parallel ranks and tied copies share.
 
 Tried on: DeepSpeed 0.19.8.
 Retired by: `test_deepspeed_norm_still_counts_tied_copies`,

@@ -1,7 +1,7 @@
 """Remove DeepSpeed's per-module hooks, because the engine gathers parameters itself.
 
-The hooks fetch and release the parameters of each module around its forward pass. They compare the order of modules over
-all ranks; pipeline stages hold different modules, so that the comparison would hang. They would also gather every
+The hooks fetch and release the parameters of each module around its forward pass. They compare the order of modules
+over all ranks; pipeline stages hold different modules, so that the comparison would hang. They would also gather every
 parameter again for each micro-batch.
 
 Tried on: DeepSpeed 0.19.8.

@@ -1,11 +1,11 @@
 """Use several tensor x pipeline layouts in one process, although megatron-core holds only one.
 
-megatron-core stores the process groups of its layout in module globals of `parallel_state`. A teacher may be divided over
-ranks differently from its student. The globals of each layout are therefore saved, and put back while a model of that
-layout is built or run. Building alone is not enough: some modules remember their group from when they were built, others
-look it up at every call.
+megatron-core stores the process groups of its layout in module globals of `parallel_state`. A teacher may be divided
+over ranks differently from its student. The globals of each layout are therefore saved, and put back while a model of
+that layout is built or run. Building alone is not enough: some modules remember their group from when they were built,
+others look it up at every call.
 
-DeepSpeed also stores the `mpu` of the engine that was built last in a global, but reads it only while an engine is built.
+DeepSpeed also stores the `mpu` of the engine built last in a global, but reads it only while an engine is built.
 
 Tried on: megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2; DeepSpeed 0.19.8.
 Retired by: `test_megatron_still_keeps_one_layout_in_globals`.

@@ -140,10 +140,13 @@ def _v_star(record: dict) -> RawSample:
         if not 0 <= answer < len(options):
             raise SampleError(f"answer {answer} is none of the {len(options)} options", "answer_not_in_options")
         answer = LETTERS[answer]
-    elif re.fullmatch("[A-Z]", str(answer)) and not record.get("problem_type"):
+    elif (
+        re.fullmatch("[A-Z]", str(answer))
+        and not record.get("problem_type")
+        and len(re.findall(r"^\s*\(?[A-Z][.):]", question, re.MULTILINE)) > 1
+    ):
         # V* as published: the options stand in the question alone
-        if len(re.findall(r"^\s*\(?[A-Z][.):]", question, re.MULTILINE)) > 1:
-            record = {**record, "problem_type": "multiple choice"}
+        record = {**record, "problem_type": "multiple choice"}
     raw = _raw_sample(record, question, _solution(answer), _media_list(_first(record, _IMAGE_FIELDS), "image"), videos)
     if "target_boxes" not in raw.fields and record.get("bbox"):
         raw.fields["target_boxes"] = _corners(record["bbox"])

@@ -5,6 +5,7 @@ window. At most two windows are in memory. With a batch size, batches hold sampl
 """
 
 import hashlib
+import itertools
 import random
 from bisect import bisect_right
 from itertools import accumulate
@@ -91,7 +92,7 @@ class EpochOrder:
         """
         assert self.lengths is not None, "batches of similar length need lengths"
         cuts = [0, *range(self.batch_size - filled, len(rows), self.batch_size), len(rows)]
-        batches = [(start, stop) for start, stop in zip(cuts, cuts[1:]) if stop > start]
+        batches = [(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
         ascending = sorted(rows, key=lambda row: int(self.lengths[row[0]][row[1]]))
         turns = list(range(len(batches)))
         if self.shuffle:

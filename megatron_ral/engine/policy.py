@@ -32,7 +32,7 @@ from megatron_ral.weights.resharding import StateSource, fitting_shard
 class _AttachLoss(torch.autograd.Function):
     """Identity on a stage's output whose backward pass also feeds a loss formed on this stage.
 
-    megatron does the same with its mixture-of-experts loss. An attention loss thus stays on the stage that owns the layer.
+    megatron does the same with its mixture-of-experts loss. An attention loss thus stays on its layer's stage.
     """
 
     @staticmethod
@@ -154,8 +154,8 @@ class PolicyEngine(StageEngine):
     def step(self) -> StepResult:
         """Clip the gradient and update this rank's shard with AdamW. Parameters stay sharded afterwards.
 
-        Where the gradient, or a loss since the last step, is not finite on any rank, nothing changes but the place in the
-        learning rate's schedule.
+        Where the gradient, or a loss since the last step, is not finite on any rank, nothing changes but the place in
+        the learning rate's schedule.
         """
         learning_rate = self.training.learning_rate_at(self.num_steps_taken)
         for group in self.deepspeed.optimizer.param_groups:
@@ -245,7 +245,7 @@ class PolicyEngine(StageEngine):
         self.num_steps_taken = num_steps_taken
 
     def _make_optimizer_state(self) -> None:
-        """Make AdamW's moments now rather than at the first step, so that a checkpoint can fill them and memory shows them."""
+        """Make AdamW's moments before the first step, so that a checkpoint can fill them and memory shows them."""
         zero = self.deepspeed.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             step = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")
@@ -263,8 +263,8 @@ class PolicyEngine(StageEngine):
     def _sum_gradients(self, parameters: Sequence[Any], group: Any) -> None:
         """Add up the gradients of parameters that several ranks hold a copy of, each with a part of the gradient.
 
-        These are norms over tensor-parallel ranks and tied embeddings over the first and last stage. One all-reduce serves
-        all of them. Shards match because every rank cuts a parameter alike over data-parallel ranks.
+        These are norms over tensor-parallel ranks and tied embeddings over the first and last stage. One all-reduce
+        serves all of them. Shards match because every rank cuts a parameter alike over data-parallel ranks.
         """
         if not parameters:
             return

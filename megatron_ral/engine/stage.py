@@ -1,11 +1,12 @@
 """Engine of one pipeline stage, trained or frozen: a ZeRO-3-sharded stage that is gathered for use and runs passes.
 
 Between uses each data-parallel rank holds 1/DP of its stage. `resident()` gathers the whole stage with one coalesced
-all-gather and releases it afterwards. Passes inside send nothing over the data-parallel group, however many micro-batches
-they have (DeepSpeed's per-module hooks are removed). `ready()` does the same for a training pass, or with gather =
-"layer" gathers all but the layers, which the pass then gathers one by one.
+all-gather and releases it afterwards. Passes inside send nothing over the data-parallel group, however many
+micro-batches they have (DeepSpeed's per-module hooks are removed). `ready()` does the same for a training pass, or with
+gather = "layer" gathers all but the layers, which the pass then gathers one by one.
 """
 
+import itertools
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
@@ -144,8 +145,8 @@ class StageEngine:
         """Hold the parameters that a pass over micro-batches needs. May be nested: all passes inside gather once.
 
         With gather = "stage" this is the whole stage. With gather = "layer" the layers are left out, but for those in
-        `recorded`, whose weights stay because a recorded layer is not recomputed. With overlap a layer's gather may still
-        be under way when the pass begins.
+        `recorded`, whose weights stay because a recorded layer is not recomputed. With overlap a layer's gather may
+        still be under way when the pass begins.
 
         Args:
             recorded: 0-based layers whose attention is recorded.
@@ -164,7 +165,7 @@ class StageEngine:
         for layer in layers:
             layer.weights = (ArrivingWeights if self.settings.gather == "stage" else LayerWeights)(layer)
         if self.settings.gather == "layer" and self.settings.overlap:
-            for layer, following in zip(layers, layers[1:]):
+            for layer, following in itertools.pairwise(layers):
                 layer.weights.next_forward, following.weights.next_backward = following.weights, layer.weights
         try:
             rest.wait()
@@ -264,7 +265,7 @@ class StageEngine:
         )
 
     def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
-        """Return log-probabilities of the responses under softmax(logits / temperature), the distribution sampled from."""
+        """Return log-probabilities of the responses under softmax(logits / temperature), which is sampled from."""
         scaled = logits if temperature == 1.0 else logits.float() / temperature
         return TokenOutputs(*vocab_parallel_logprobs(scaled, batch.response_ids, self.process_groups.tensor), logits)
 

@@ -269,7 +269,7 @@ class TeacherEngine(FrozenEngine):
                 for item, output in outputs.items()
                 if item[1] == index and self.layout.pipeline_rank == away_stage
             }
-            for _, arrived in carry_tensors(transfers, self.layout.rank, available, empty).items():
+            for arrived in carry_tensors(transfers, self.layout.rank, available, empty).values():
                 if name == "hidden":
                     results[index] = replace(results[index], hidden=arrived)
                 else:

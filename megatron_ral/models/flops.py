@@ -1,10 +1,10 @@
 """Floating-point operations of a model's passes, from its shape alone: the numerator of model FLOPs utilisation.
 
-Each operation that the model asks for is counted once. Recomputed activations, padding and the optimizer are not counted.
+Each operation that the model asks for is counted once. Recomputed activations, padding and the optimizer are left out.
 
-Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B. The paper takes 6 N per token and attention over all T
-keys. Here matrices are counted one by one, attention over the keys that a row of the group layout sees, and the LM head
-over the rows that predict a response token.
+Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B. The paper takes 6 N per token and attention over all
+T keys. Here matrices are counted one by one, attention over the keys that a row of the group layout sees, and the LM
+head over the rows that predict a response token.
 """
 
 import math

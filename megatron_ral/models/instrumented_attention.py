@@ -2,8 +2,8 @@
 
 It replaces megatron-core's `DotProductAttention` through the layer spec. Departures from it:
 
-- the output comes from two calls of `scaled_dot_product_attention`: the prompt with a causal mask, and the responses as a
-  batch of B G with keys [prompt; own response];
+- the output comes from two calls of `scaled_dot_product_attention`: the prompt with a causal mask, and the responses as
+  a batch of B G with keys [prompt; own response];
 - `attention_mask` is an `AttentionPass`, which has the layout, the layers to record and the cache;
 - keys of grouped-query attention are not repeated in memory where the kernel can do without.
 

@@ -2,10 +2,10 @@
 
 Departures from GPTModel:
 
-- tied embeddings on the first and last stage are not made equal by a collective when the model is built. Both copies get
-  the same values from a checkpoint, and the engine preserves that by summing their gradients;
-- norms are torch's RMSNorm under sequence parallelism too. `partial_over_tensor_ranks` marks those whose gradient is only
-  a part of a sum over tensor ranks, which the engine then forms;
+- tied embeddings on the first and last stage are not made equal by a collective when the model is built. Both copies
+  get the same values from a checkpoint, and the engine preserves that by summing their gradients;
+- norms are torch's RMSNorm under sequence parallelism too. `partial_over_tensor_ranks` marks those whose gradient is
+  only a part of a sum over tensor ranks, which the engine then forms;
 - a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack).
 """
 

@@ -70,7 +70,7 @@ class MultimodalStage(torch.nn.Module):
         return -(-length // self._parts) * self._parts
 
     def boundary_shape(self, length: int, size: int) -> tuple[int, int, int]:
-        """Return the shape of the hidden states that one stage sends to the next, for `size` sequences of `length` tokens."""
+        """Return the shape of the hidden states sent to the next stage, for `size` sequences of `length` tokens."""
         return self.padded_length(length) // self._parts, size, self.shape.hidden_size
 
     @property
@@ -100,9 +100,9 @@ class MultimodalStage(torch.nn.Module):
             attention: Pass that tells which layers to record, and receives what they record.
 
         Returns:
-            [S, B, H] hidden states, of which each rank has its part of the padded S under sequence parallelism. The last
-            stage returns logits [B, G, R, v] of this rank's part of the vocabulary, or [B, G, R, H] hidden states if
-            `attention.hidden_states` is set. All carry gradient.
+            [S, B, H] hidden states, of which each rank has its part of the padded S under sequence parallelism. The
+            last stage returns logits [B, G, R, v] of this rank's part of the vocabulary, or [B, G, R, H] hidden states
+            if `attention.hidden_states` is set. All carry gradient.
         """
         hidden, position_ids = None, groups.position_ids
         length = position_ids.shape[-1]

@@ -137,8 +137,8 @@ class ModelShape:
                     "teacher.path",
                     teacher.path,
                     f"has vision_config.{name} = {theirs} ({what}), but model.path = '{self.path}' has {ours}: their "
-                    "visual tokens do not cover the same parts of a picture; distil from a teacher with the same visual "
-                    "grid",
+                    "visual tokens do not cover the same parts of a picture; distil from a teacher with the same "
+                    "visual grid",
                 )
         for name in ("image_token_id", "video_token_id"):
             ours, theirs = getattr(self, name), getattr(teacher, name)

@@ -18,8 +18,8 @@ from megatron_ral.objectives.base import Metrics, Term
 from megatron_ral.types import GroupBatch, PromptBatch, RlBatch
 
 PRECISION_FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12, torch.bfloat16: 1e-4}
-"""Divergence in nats below which a row may differ from its target by rounding alone, by the precision of queries and keys
-(see "Precision" in docs/results/measurements.md)."""
+"""Divergence in nats below which a row may differ from its target by rounding alone, by the precision of queries and
+keys (see "Precision" in docs/results/measurements.md)."""
 
 
 @dataclass(frozen=True)

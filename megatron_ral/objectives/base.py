@@ -1,7 +1,7 @@
 """Objective of an optimizer step: a list of terms, called back by the engine on the stages that own their inputs.
 
-Every loss is a *sum over rows, over denominators of the whole optimizer step*, so that adding up micro-batches, ranks and
-stages gives the loss of the step, however it is cut. Metrics likewise are sums.
+Every loss is a *sum over rows, over denominators of the whole optimizer step*, so that adding up micro-batches, ranks
+and stages gives the loss of the step, however it is cut. Metrics likewise are sums.
 """
 
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ class Objective:
         return replace(self, terms=tuple(term if old.name == term.name else old for old in self.terms))
 
     def token_loss(self, outputs: TokenOutputs, batch: Any) -> tuple[Tensor, Metrics]:
-        """Return (sum of the token losses, metrics) on the last stage. The loss always carries a gradient, maybe of 0."""
+        """Return (sum of the token losses, metrics) on the last stage. The loss always has a gradient, maybe of 0."""
         total, metrics = None, {}
         for term in self.terms:
             if term.has_token_loss:

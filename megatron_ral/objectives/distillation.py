@@ -58,7 +58,7 @@ class TokenDistillationTerm(Term):
         return self.settings.token_coef > 0
 
     def token_loss(self, outputs: TokenOutputs, batch: RlBatch) -> tuple[Tensor, Metrics]:
-        """Return (loss, metrics) on the student's last stage. The teacher's logits live until its backward pass ends."""
+        """Return (loss, metrics) on the student's last stage. Teacher logits live until its backward pass ends."""
         settings, mask, num_tokens = self.settings, batch.loss_mask, batch.totals.num_tokens
         if settings.token_divergence == "cross_entropy":
             logprobs, _ = vocab_parallel_logprobs(outputs.logits, batch.groups.response_ids, self.process_group)
@@ -83,7 +83,7 @@ class TokenDistillationTerm(Term):
 
 @dataclass(frozen=True)
 class AttentionDistillationTerm(Term):
-    """Divergence of the student's attention distributions from the teacher's, at `attention_coef`, averaged over layers."""
+    """Divergence of the student's attention distributions from the teacher's, at `attention_coef`, mean over layers."""
 
     settings: DistillConfig
     layers: frozenset[int]

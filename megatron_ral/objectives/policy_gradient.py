@@ -17,8 +17,8 @@ from megatron_ral.types import RlBatch
 class PolicyGradientTerm(Term):
     """sum_t w_t [ policy_coef * surrogate_t + kl_coef * KL_t - entropy_coef * H_t ]
 
-    w_t are the weights of `token_weights`, 1 / T by default with T the response tokens of the whole optimizer step. With
-    filter_equal_rewards t runs over groups that have a signal, and T counts those alone.
+    w_t are the weights of `token_weights`, 1 / T by default with T the response tokens of the whole optimizer step.
+    With filter_equal_rewards t runs over groups that have a signal, and T counts those alone.
     """
 
     settings: LossConfig
@@ -43,7 +43,7 @@ class PolicyGradientTerm(Term):
             "clip_ratio/high": mean(surrogate.clipped_high),
             "ratio": mean(surrogate.ratio),
         }
-        # At coefficient 0 nothing of it may enter the graph, because its backward pass would form gradients of all logits.
+        # At coefficient 0 nothing of it may enter the graph: its backward pass would form gradients of all logits.
         loss = settings.policy_coef * loss if settings.policy_coef > 0 else torch.zeros_like(loss.detach())
         if batch.ref_logprobs is not None:
             kl = kl_estimate(outputs.logprobs, batch.ref_logprobs, settings.kl_estimator, value_clamp=settings.kl_clamp)

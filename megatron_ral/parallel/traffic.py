@@ -1,7 +1,7 @@
 """Count the collectives of a process: calls and bytes by process group, observed where torch dispatches them.
 
-Bytes are those of the whole buffer: the output of an all-gather, the input of a reduce-scatter or all-reduce, the message
-of a point-to-point call. A ring moves (N - 1) / N of that per rank, and twice as much for an all-reduce.
+Bytes are those of the whole buffer: the output of an all-gather, the input of a reduce-scatter or all-reduce, the
+message of a point-to-point call. A ring moves (N - 1) / N of that per rank, and twice as much for an all-reduce.
 """
 
 from collections import Counter

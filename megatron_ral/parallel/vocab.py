@@ -1,8 +1,8 @@
 """Log-probabilities, entropy, most likely tokens and sampled tokens where the vocabulary is split over tensor ranks.
 
 Every function forms a partial result from this rank's columns, runs a collective, and combines the partial results. The
-pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full logits are never gathered, except for the rows
-of `vocab_parallel_sample` whose draw its candidates do not decide.
+pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full logits are never gathered, except for the
+rows of `vocab_parallel_sample` whose draw its candidates do not decide.
 """
 
 from typing import Optional
@@ -93,8 +93,8 @@ def vocab_parallel_sample(
     """Sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
 
     Every rank contributes its `num_candidates` largest logits and a sum of exponentials. They are enough if the draw
-    falls on one of these candidates. The whole vocabulary is gathered for the other rows: those with a flat distribution
-    or a draw from the tail.
+    falls on one of these candidates. The whole vocabulary is gathered for the other rows: those with a flat
+    distribution or a draw from the tail.
 
     Args:
         logits_Xv: [X, v] this rank's columns of the logits.

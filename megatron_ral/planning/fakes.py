@@ -46,7 +46,7 @@ class KnownIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
-        flat, spec = tree_flatten((args, kwargs))
+        flat, _ = tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, Tensor)]
         unknown = any(_known(tensor) is None for tensor in tensors)
         if func is torch.ops.aten._local_scalar_dense.default:

@@ -1,5 +1,6 @@
 """Facts that one rank reports about itself before a launch: versions, GPUs, shards, model files, disk, network."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -145,18 +146,14 @@ def write_probe(folder: Path, name: str) -> Optional[LaunchIssue]:
 
 def remove_file(path: Path) -> None:
     """Remove a file if it is there and may be removed."""
-    try:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError:
-        pass
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder if it is empty and may be removed."""
-    try:
+    with contextlib.suppress(OSError):
         path.rmdir()
-    except OSError:
-        pass
 
 
 def appears(path: Path, seconds: float = 10.0) -> bool:

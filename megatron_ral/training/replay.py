@@ -170,7 +170,7 @@ def _one_pass(name: str, policy: PolicyEngine, batches: Sequence[TrainBatch], ob
 
 
 def _faulty_inputs(batches: Sequence[TrainBatch], tensors: Mapping[str, Tensor], data_rank: int) -> list[Finding]:
-    """Return the tensors of the batch that are not finite, with their samples where the first dimension is the groups'."""
+    """Return the batch's tensors that are not finite, with their samples where the first dimension is the groups'."""
     found = []
     for place, tensor in tensors.items():
         index, _, what = place.partition(".")

@@ -1,7 +1,8 @@
 """Files of skipped optimizer steps, which `megatron_ral.replay` runs again.
 
     <output_dir>/replay/step_00000003_update_001/     rank_00000.safetensors ...  rank_00000.json ...
-                                                      hf/ (the weights of that moment)  config.yaml  replay.json (written last)
+                                                      hf/ (the weights of that moment)  config.yaml
+                                                      replay.json (written last)
 
 The tensors of a rank's micro-batches are named by their place in them (`0.groups.prompts.input_ids`). The rest of the
 dataclasses is JSON. Nothing is pickled. Encoded pictures are left out, because the pixels are there.
@@ -65,7 +66,7 @@ _LEFT_OUT = {"Sample": {"images": (), "videos": ()}}
 
 
 def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """Return a value of dataclasses, tuples, mappings and tensors as JSON. Its tensors go to `tensors` under their place."""
+    """Return a value of dataclasses, tuples, mappings and tensors as JSON. Its tensors go to `tensors`, by place."""
     below = f"{place}." if place else ""
     if torch.is_tensor(value):
         tensors[place] = value.detach().cpu().contiguous().clone()

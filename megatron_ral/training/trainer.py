@@ -286,7 +286,8 @@ class Trainer:
                 kept = save_replay(self.policy, skipped, ReplaySettings.from_config(self.config), step + 1)
             if kept is not None and self.is_main:
                 logger.warning(
-                    "step %d, update %d: the batch was saved with the weights of that moment; find what is not finite with\n  %s",
+                    "step %d, update %d: the batch was saved with the weights of that moment; "
+                    "find what is not finite with\n  %s",
                     step + 1,
                     skipped.update + 1,
                     replay_command(kept, self.layout.world_size),

@@ -2,8 +2,8 @@
 
 Both kinds of model folder, Hugging Face and Megatron, are read through one mapping from common names to tensors,
 `Weights`. Loading, converting, resharding and comparing are therefore the same code for both. Common names are
-`model.layers..`, `visual..` and `lm_head..`, like those of Qwen2.5-VL on the hub. `Family.hub_name` gives the names that
-other families have there.
+`model.layers..`, `visual..` and `lm_head..`, like those of Qwen2.5-VL on the hub. `Family.hub_name` gives the names
+that other families have there.
 """
 
 import json

@@ -58,7 +58,7 @@ class MegatronWeights(Weights):
         return self._read(name, *self._where[name], first_rank=0)
 
     def copies(self, name: str) -> Iterator[Tensor]:
-        """Yield the other copies of a tensor that is held several times: on every tensor rank, or tied on two stages."""
+        """Yield the other copies of a tensor that is held several times: on all tensor ranks, or tied on two stages."""
         stage, tensor = self._where[name]
         if tensor.cut_dim is None:
             for rank in range(1, self.tensor_size):

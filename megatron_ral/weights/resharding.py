@@ -6,8 +6,8 @@ rank of the new layout needs one such shard. `source_rectangles` computes which 
 parts it consists of, and `ReshardedState` reads only these from the old ranks' files. Every number is copied as it is.
 
 Both layouts divide the same matrix: fused tensors are interleaved per key/value head or joined in equal blocks for any
-number of tensor ranks, and only the padding of the vocabulary differs. Padding is filled with zeros. It was zero from the
-start and never gets a gradient, because its logits are masked.
+number of tensor ranks, and only the padding of the vocabulary differs. Padding is filled with zeros. It was zero from
+the start and never gets a gradient, because its logits are masked.
 """
 
 import math
@@ -43,7 +43,7 @@ class HeldParameter:
     shape: tuple[int, ...]
     """Shape of one tensor rank's part."""
     real_rows: int
-    """Number of rows over all tensor ranks in each of `tensor.interleaved` blocks, without padding of the vocabulary."""
+    """Number of rows over all tensor ranks in each of `tensor.interleaved` blocks, without the vocabulary's padding."""
 
     @property
     def numel(self) -> int:
@@ -228,7 +228,7 @@ class ReshardedState:
     """State of one rank in a new layout, read on demand from the files of all ranks of an old layout.
 
     A key has the name of a parameter between slashes, for instance `<name>/exp_avg`. A key without one names a single
-    number that is equal on all ranks. Memory holds the tensor that is read and at most one old tensor rank's part of it.
+    number that is equal on all ranks. Memory holds the tensor that is read and at most one old tensor rank's part.
 
     Args:
         shape: Shape of the model.
@@ -285,7 +285,7 @@ class ReshardedState:
         return value[0]
 
     def _fill(self, target: Tensor, old: HeldParameter, key: str, part: Rectangle) -> None:
-        """Copy a rectangle. Whole rows of the old part are contiguous in its file, parts of rows are read one by one."""
+        """Copy a rectangle. Whole rows of the old part are contiguous in its file; parts of rows are read singly."""
         start = part.row * old.width + part.column
         if part.columns < old.width and part.rows > 1:
             for row in range(part.rows):

@@ -1,7 +1,7 @@
 """Read and write single safetensors files, tensor by tensor. Nothing is unpickled.
 
-File format: 8 bytes with the length of the header, a JSON header with the type, shape and byte range of each tensor, and
-the bytes of the tensors. Source: https://github.com/huggingface/safetensors#format.
+File format: 8 bytes with the length of the header, a JSON header with the type, shape and byte range of each tensor,
+and the bytes of the tensors. Source: https://github.com/huggingface/safetensors#format.
 
 Reading departs from the `safetensors` package because a file that the package holds open is mapped into memory, and
 keeps every page that was ever read from it. Here only the bytes that are asked for are read.
@@ -42,8 +42,8 @@ class TensorEntry(NamedTuple):
 class SafetensorsFile:
     """Reader of one safetensors file.
 
-    The file is opened for each read and closed again, unless `open` was called. Use `open` and `close` around many small
-    reads.
+    The file is opened for each read and closed again, unless `open` was called. Use `open` and `close` around many
+    small reads.
 
     Raises:
         CheckpointError: the file is missing, cut short or damaged.
@@ -189,7 +189,8 @@ class SafetensorsWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file, self._begin = open(path, "wb"), 8 + len(text)
+        self._file = open(path, "wb")  # noqa: SIM115  # stays open between calls of `add`; `close` closes it
+        self._begin = 8 + len(text)
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def add(self, name: str, tensor: Tensor) -> int:

@@ -112,7 +112,7 @@ def _halves(full: Tensor) -> list[Tensor]:
 
 
 def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]:
-    """Return `merge` and `split` of q, k and v: three tensors to one that interleaves them per key/value head, and back.
+    """Return `merge` and `split` of q, k and v: three tensors to one, interleaved per key/value head, and back.
 
     Args:
         shape: Shape of the model.

@@ -88,8 +88,8 @@ def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tup
 def micro_batches(
     process_groups: list[tuple], size: int, engine: PolicyEngine | None, alike: bool = False
 ) -> list[RolloutBatch]:
-    """Groups cut into micro-batches of different shapes, or `alike` of the widest; visual embeddings from the engine's frozen
-    tower where one is given."""
+    """Groups cut into micro-batches of different shapes, or `alike` of the widest; visual embeddings from the engine's
+    frozen tower where one is given."""
     widest, result = max(len(prompt.input_ids) for prompt, *_ in process_groups), []
     for start in range(0, len(process_groups), size):
         prompts, ids, lengths, rewards = zip(*process_groups[start : start + size])
@@ -168,8 +168,8 @@ def fixed_minibatch(
     alike: bool = False,
 ) -> list[RlBatch]:
     """This rank's part of one optimizer step on the fixed rollouts, whose old and reference policies, and rows that the
-    attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all micro-batches
-    have one shape."""
+    attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all
+    micro-batches have one shape."""
     config, process_groups, shape, policy, objective = opened
     frozen = FrozenEngine(shape, process_groups, EngineSettings(other, config.model.dtype, sequence_parallel))
     everything = [

@@ -1,5 +1,5 @@
-"""The attention term in its settings on real stages: the same step in every layout, coefficients by ratio of gradients and
-by schedule, and rows under more tensor ranks than key/value heads.
+"""The attention term in its settings on real stages: the same step in every layout, coefficients by ratio of gradients
+and by schedule, and rows under more tensor ranks than key/value heads.
 
 One launch per layout goes through everything, on process groups that stay open.
 """
@@ -201,7 +201,7 @@ def test_scheduled_coefficient(alone, results):
 def on_policy(path, data):
     """The rollout's own policy as the target: nothing to take a ratio of."""
     opened = open_policy(path, 1, 1, attention_target="old", attention_grad_ratio=0.1, kl_coef=0.0)
-    config, process_groups, _, policy, objective = opened
+    config, _, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, path, data, 4)
     (_, attention), (_, tokens) = parts_of_gradient(policy, minibatch, objective)
     metrics = accumulate_gradients(policy, minibatch, objective, config.num_optimizer_steps, True)
@@ -222,7 +222,7 @@ def test_ratio_of_nothing_is_coefficient_zero(material):
 
 def rows_of_every_kind(path, data, tensor):
     """Head-averaged rows of two layers. The model has 4 heads and 2 key/value heads."""
-    _, process_groups, _, policy, _ = open_policy(path, tensor, 1)
+    _, _, _, policy, _ = open_policy(path, tensor, 1)
     [scored] = micro_batches(fixed_groups(path, data)[:3], 3, policy)
     found = {
         position.value: policy.forward(
@@ -237,10 +237,10 @@ def rows_of_every_kind(path, data, tensor):
 
 def test_rows_are_the_mean_over_all_heads_on_every_tensor_rank(material):
     arguments = str(material["tiny"]), str(material["data"])
-    [(alone, lengths, responses)] = run_ranks(1, rows_of_every_kind, *arguments, 1)
+    [(alone, lengths, _)] = run_ranks(1, rows_of_every_kind, *arguments, 1)
     P = int(lengths.max())
-    for kind, layers in alone.items():
-        for layer, rows in layers.items():
+    for layers in alone.values():
+        for rows in layers.values():
             assert torch.allclose(rows.sum(-1), torch.ones_like(rows[..., 0]), atol=1e-5)
     token, predictor, last = (alone[kind][3] for kind in ("token", "predictor", "last_prompt"))
     assert torch.allclose(predictor[:, :, 1:], token[:, :, :-1], atol=1e-6), "one place earlier"

@@ -89,7 +89,7 @@ def test_values_and_gradients_equal_the_definition(tensor):
         log_p = torch.log_softmax(teacher / divergence.temperature, -1)
         chosen = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, first["tokens"].indices, True)
 
-        def outcomes(logprobs):
+        def outcomes(logprobs, chosen=chosen, first=first):
             others = logprobs.masked_fill(chosen, float("-inf")).logsumexp(-1, keepdim=True)
             return torch.cat([logprobs.gather(-1, first["tokens"].indices), others], -1)
 
@@ -184,18 +184,18 @@ def elements(tensor: int):
         student_v, teacher_v = (rand(rows, columns, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
         student_v.requires_grad_()
         tokens = vocab_parallel_top_tokens(teacher_v, K, divergence.temperature, process_groups.tensor)
-        for form, call in (
-            ("full", lambda: vocab_parallel_divergence(student_v, teacher_v, divergence, process_groups.tensor)),
-            ("top", lambda: vocab_parallel_top_divergence(student_v, tokens, divergence, process_groups.tensor)),
+        for form, function, teacher in (
+            ("full", vocab_parallel_divergence, teacher_v),
+            ("top", vocab_parallel_top_divergence, tokens),
         ):
             saved, forward, backward = [], Alive(), Alive()
             with (
                 torch.autograd.graph.saved_tensors_hooks(
-                    lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+                    lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda tensor: tensor
                 ),
                 forward,
             ):
-                value = call()
+                value = function(student_v, teacher, divergence, process_groups.tensor)
             with backward:
                 (gradient,) = torch.autograd.grad(value.sum(), student_v)
             assert gradient.abs().max() > 0

@@ -1,8 +1,9 @@
-"""Every layout with every way to save memory gives, after three AdamW steps, the weights of one process on the whole batch.
+"""Every layout with every way to save memory gives, after three AdamW steps, one process's weights on the whole batch.
 
 TP x PP x DP in {1, 2}^3, with and without sequence parallelism, recomputation, offload (of optimizer and parameters),
 layers gathered one by one and communication that overlaps, in 1 and 5 micro-batches per rank. All combinations are 384
-cases; the suite runs a part in which every pair of settings occurs in every layout, `MEGATRON_RAL_TEST_TABLE=full` all of them.
+cases; the suite runs a part in which every pair of settings occurs in every layout, `MEGATRON_RAL_TEST_TABLE=full` all
+of them.
 """
 
 import itertools
@@ -32,7 +33,7 @@ NAMES = ("grad_norm", "loss/policy", "kl", "loss/attention", "entropy", "attenti
 
 
 def cases_of(tensor: int) -> list[tuple]:
-    """(sequence parallel, recompute, offload, layer by layer, overlap, micro-batches) to run under `tensor` tensor ranks."""
+    """(sequence parallel, recompute, offload, layer by layer, overlap, micro-batches) to run for `tensor` tensor ranks."""
     full = os.environ.get("MEGATRON_RAL_TEST_TABLE") == "full"
     rows = list(itertools.product(*[(False, True)] * 5, (1, 5))) if full else PAIRS
     return rows if tensor > 1 else list(dict.fromkeys((False, *row[1:]) for row in rows))
@@ -147,8 +148,8 @@ def test_three_steps_equal_one_process(table_material, alone, tensor, pipeline, 
 @pytest.mark.parametrize("tensor, pipeline, data_size", LAYOUTS[1:])
 def test_bfloat16_differs_from_one_process_by_its_rounding(table_material, alone, tensor, pipeline, data_size):
     """Tolerances, of the first step: its terms and norm 2 %, the gradient as a whole 15 % and less than bfloat16 itself
-    differs from float32 (19 %); without tensor parallelism, where no sum is split but micro-batches are padded otherwise,
-    the gradient 3 %. After three steps: norms 10 %, float32 master weights 0.2 %."""
+    differs from float32 (19 %); without tensor parallelism, where no sum is split but micro-batches are padded
+    otherwise, the gradient 3 %. After three steps: norms 10 %, float32 master weights 0.2 %."""
     cases = [(tensor > 1, False, False, False, True, 1), (False, True, True, True, True, 5)]
     world = tensor * pipeline * data_size
     results = run_ranks(

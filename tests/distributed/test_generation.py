@@ -278,7 +278,7 @@ def test_the_simple_call_is_the_same(wanted):
 
 
 def draws(world):
-    """Whether 300 rows, from flat to peaked, with ties, draw from tensor ranks' shares what the whole vocabulary draws."""
+    """True if 300 rows, flat to peaked, with ties, draw from tensor ranks' shares the whole vocabulary's tokens."""
     process_groups = start_groups(tensor_size=world, pipeline_size=1, seed=0)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(300, 48, generator=generator) * torch.linspace(0.1, 8, 300)[:, None] * 4).round() / 4

@@ -43,7 +43,7 @@ def separate(groups):
 
 
 def group_against_sequences(path, data):
-    config, process_groups, shape, policy, _ = open_policy(path, 1, 1)
+    _, _, _, policy, _ = open_policy(path, 1, 1)
     everything = fixed_groups(path, data)[:3]
     alone = separate(everything)
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(7))
@@ -85,7 +85,7 @@ def test_group_equals_separate_sequences(material):
 
 
 def generated_against_training(path, data, tensor, pipeline):
-    config, process_groups, shape, policy, _ = open_policy(path, tensor, pipeline)
+    _, _, _, policy, _ = open_policy(path, tensor, pipeline)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
     settings = SamplingSettings(
         group_size=3, max_response_length=12, end_token_id=328, pad_token_id=0, temperature=0.8, top_p=0.9
@@ -127,7 +127,7 @@ def test_generated_logprobs_are_training_logprobs(material, world, tensor, pipel
 
 def stop_token(path, data):
     """Generation with a stop token that is likely: lengths, padding and the finished flag."""
-    config, process_groups, shape, policy, _ = open_policy(path, 1, 1)
+    _, _, _, policy, _ = open_policy(path, 1, 1)
     prompts = pad_prompts([row[0] for row in fixed_groups(path, data)[:4]], 0)
     settings = SamplingSettings(group_size=6, max_response_length=12, end_token_id=-1, pad_token_id=0)
     with policy.resident():
@@ -157,7 +157,7 @@ def zero_gradients(path, data):
     """Gradient of the attention term alone, and the term on policy with target `old`."""
     from megatron_ral.objectives.base import finish_metrics
 
-    config, process_groups, shape, policy, objective = open_policy(path, 1, 1, attention_target="old", kl_coef=0.0)
+    config, process_groups, _, policy, objective = open_policy(path, 1, 1, attention_target="old", kl_coef=0.0)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     layers = sorted(objective.recorded_layers)
@@ -202,7 +202,7 @@ def test_attention_term_is_exactly_zero_on_policy_and_acts_after_a_step(material
 
 
 def lm_head_gradient(path, data):
-    config, process_groups, shape, policy, objective = open_policy(path, 1, 1)
+    config, process_groups, _, policy, objective = open_policy(path, 1, 1)
     names = [n for n, p in policy.stage.named_parameters() if p.requires_grad]
     rollout = micro_batches(fixed_groups(path, data), 4, policy)
     batches = [scored.groups for scored in rollout]

@@ -1,4 +1,4 @@
-"""Text-only, image and video batches, prompts of different lengths: no hang, and equal to one process; both families."""
+"""Text-only, image and video batches, prompts of unequal lengths: no hang, and equal to one process; both families."""
 
 import dataclasses
 
@@ -114,13 +114,13 @@ def test_rollouts_of_mixed_prompts_do_not_depend_on_ranks_or_padding(material, f
     path = str(material[family])
     alone = run_ranks(1, rollout_of_mixed_prompts, path, 1, 1)[0]
     assert len(alone) == 24
-    for ids, rollout, training in alone.values():
+    for _, rollout, training in alone.values():
         assert torch.allclose(rollout, training, atol=1e-4)
     for world, tensor, pipeline in layouts:
         seen, parts = {}, run_ranks(world, rollout_of_mixed_prompts, path, tensor, pipeline)
         assert tensor * pipeline > 1 or world == 1 or not set(parts[0]) & set(parts[1])
         for part in parts:
-            for key, (ids, rollout, training) in part.items():
+            for key, (ids, _, training) in part.items():
                 assert ids == alone[key][0]
                 if training is not None:
                     assert torch.allclose(training, alone[key][2], atol=1e-5)

@@ -1,5 +1,5 @@
-"""Logits and gradients of every layout against stock transformers, for both families and odd shapes, on text, one image,
-two images, a video, and an image with a video."""
+"""Logits and gradients of every layout against stock transformers, for both families and odd shapes, on text, one
+image, two images, a video, and an image with a video."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Published sizes without their memory: every rank of a layout is built by the real code on meta tensors, and counted."""
+"""Published sizes without their memory: the real code builds every rank of a layout on meta tensors, to be counted."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
 
 
 def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) -> dict[int, int]:
-    """Return the number of parameters of each rank's stage. One process simulates all ranks over a fake process group."""
+    """Return the number of parameters of each rank's stage. One process plays all ranks over a fake process group."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,5 +1,5 @@
-"""A teacher in a layout of its own: the same losses, gradients and weights as one process, whatever the two layouts are;
-nothing where teacher and student are one model; and against stock transformers in float64."""
+"""A teacher in a layout of its own: the same losses, gradients and weights as one process, whatever the two layouts
+are; nothing where teacher and student are one model; and against stock transformers in float64."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ LAYOUTS = {
 
 def open_teacher(opened, path, layout, **settings):
     """Teacher and term for an open policy."""
-    config, process_groups, shape, policy, objective = opened
+    config, process_groups, shape, _, objective = opened
     config = replace(config, distill=DistillConfig(**settings))
     processor = PromptProcessor(config.model.path, 128)
     teacher = TeacherEngine(
@@ -212,7 +212,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(material, layout, top_tok
     assert results[-1]["share"] == 1.0
 
 
-# --- stock transformers -------------------------------------------------------------------------------------------------
+# --- stock transformers -----------------------------------------------------------------------------------------------
 
 
 def measured(path, teacher_path, data, settings) -> dict:
@@ -268,7 +268,7 @@ def test_divergences_equal_those_of_stock_transformers(material, paths, row):
     assert found["loss/distill_attention"] == pytest.approx(jsd / count, rel=1e-5)
 
 
-# --- the teacher's own responses ----------------------------------------------------------------------------------------
+# --- the teacher's own responses --------------------------------------------------------------------------------------
 
 
 def answers(paths, student, teacher_layout) -> list:

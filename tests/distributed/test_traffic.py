@@ -9,7 +9,7 @@ from tests.distributed.runner import run_ranks
 
 
 def gathered_bytes(policy: PolicyEngine, recorded: int) -> tuple[int, int]:
-    """Return the bytes of all parameters and of the layers that are not recorded, padded to equal shards as they are sent."""
+    """Return the bytes of all parameters and of the layers that are not recorded, padded to equal shards as sent."""
     size = policy.layout.data_size
 
     def padded(parameters) -> int:

@@ -1,4 +1,4 @@
-"""What only an accelerator shows: bf16, NCCL with one rank, SDPA's fused kernels, Triton's. Skipped, and counted, without one."""
+"""Things only an accelerator shows: bf16, NCCL with one rank, SDPA's fused kernels, Triton's. Else skipped, counted."""
 
 import math
 

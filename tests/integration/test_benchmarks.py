@@ -1,4 +1,4 @@
-"""Published records of benchmarks through make_shards.py and `megatron_ral.evaluate`, and benchmarks of a training step.
+"""Published records of benchmarks through make_shards.py and `megatron_ral.evaluate`; benchmarks of a training step.
 
 The benchmarks of a training step run at a small size, at which their times have no meaning.
 """

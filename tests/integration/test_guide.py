@@ -1,4 +1,4 @@
-"""The documentation: marked commands run as they stand, settings and files that it names exist, the README stays short."""
+"""The documentation: marked commands run as they stand, settings and files it names exist, the README stays short."""
 
 import os
 import re

@@ -397,7 +397,7 @@ def export_and_read(path, data, output, tensor, pipeline):
     from megatron_ral.parallel.process_groups import stop_groups
     from megatron_ral.weights.stage_weights import export_stage
 
-    config, process_groups, shape, policy, objective = open_policy(
+    config, process_groups, _, policy, objective = open_policy(
         path, tensor, pipeline, attention_target="old", kl_coef=0.0
     )
     rollout = micro_batches(fixed_groups(path, data), 8, policy)

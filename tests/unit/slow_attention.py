@@ -1,5 +1,5 @@
-"""Attention rows, policies and divergences as their formulas say, row by row, head by head and entry by entry, in float64
-and with gradient: what the fast implementations are compared with."""
+"""Attention rows, policies and divergences as their formulas say, row by row, head by head and entry by entry, in
+float64 and with gradient: what the fast implementations are compared with."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def slow_attention(
 
 
 def slow_policy(attention: Tensor, columns: Tensor, own: Tensor | None) -> Tensor:
-    """Each row of [B, G, R, S] over the columns [B, S] without its own [B, R], divided by its sum; zeros without mass."""
+    """Each row of [B, G, R, S] over the columns [B, S] without its own [B, R], over its sum; zeros without mass."""
     B, G, R, S = attention.shape
     rows = []
     for b in range(B):

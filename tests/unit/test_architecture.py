@@ -1,5 +1,5 @@
-"""Structure of the package (docs/architecture.md): arrows go down only, third parties stay in their folders, settings do not
-travel whole, and prose begins as it should."""
+"""Structure of the package (docs/architecture.md): arrows go down only, third parties stay in their folders, settings
+do not travel whole, and prose begins as it should."""
 
 import ast
 import re
@@ -153,11 +153,14 @@ def test_errors_come_in_parts():
     """Key, value and remedy, so that nothing has to read a sentence back."""
     for path, tree in FILES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                if node.func.id in ("UserError", "ConfigError", "CheckpointError", "DataError"):
-                    given = len(node.args) + len(node.keywords)
-                    starred = any(isinstance(item, ast.Starred) for item in node.args)
-                    assert given == 3 or starred, f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("UserError", "ConfigError", "CheckpointError", "DataError")
+            ):
+                given = len(node.args) + len(node.keywords)
+                starred = any(isinstance(item, ast.Starred) for item in node.args)
+                assert given == 3 or starred, f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
 
 
 def test_docstrings_begin_with_their_subject():

@@ -1,9 +1,9 @@
 """Attention rows, distributions and the hand-written gradient of a row's divergence.
 
-Proven: rows and distributions equal a loop over rows and heads; values and gradients of the divergence equal the definition,
-finite differences and autograd through an eager softmax, in every kind of rows and keys; nothing depends on padding, on
-how the work is cut into pieces or heads over ranks, or on the order of responses; rows that are equal bit for bit give
-exactly zero; nothing is NaN where there is no mass; and no map of heads x rows x keys is ever held.
+Proven: rows and distributions equal a loop over rows and heads; values and gradients of the divergence equal the
+definition, finite differences and autograd through an eager softmax, in every kind of rows and keys; nothing depends on
+padding, on how the work is cut into pieces or heads over ranks, or on the order of responses; rows that are equal bit
+for bit give exactly zero; nothing is NaN where there is no mass; and no map of heads x rows x keys is ever held.
 """
 
 import math
@@ -103,7 +103,7 @@ def random_weights(qk: RowQK) -> torch.Tensor:
     return torch.randn(qk.query_BGRnD.shape[:3], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-# --- rows and distributions ------------------------------------------------------------------------------------------------
+# --- rows and distributions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -379,8 +379,8 @@ def two_threads():
 
 @pytest.mark.parametrize("P", [33_000, 40_000, 65_537, 100_003])
 def test_equal_rows_are_exactly_zero_in_whatever_blocks(two_threads, P):
-    """With several threads (as on a GPU) the rounding of a sum over one long row can differ from that of the same row in a
-    sum over many. For which lengths it does depends on the processor, hence several."""
+    """With several threads (as on a GPU) the rounding of a sum over one long row can differ from that of the same row
+    in a sum over many. For which lengths it does depends on the processor, hence several."""
     R = 2
     qk = random_qk(B=1, G=1, R=R, P=P, k=1, m=2, D=1, dtype=torch.float32)._replace(prompt_lengths_B=torch.tensor([P]))
     assert len(list(weight_blocks(qk))) == R
@@ -442,8 +442,8 @@ def test_rows_without_keys_or_without_target_are_silent(kind):
 @pytest.mark.parametrize("gap", [40.0, 60.0, 80.0, 88.0, 95.0, 103.0, 200.0])
 @pytest.mark.parametrize("columns", [[1, 1, 1, 1], [0, 0, 1, 1]])
 def test_keys_and_rows_of_next_to_no_mass_give_no_nan(kind, columns, gap):
-    """Two scores `gap` below the best: weights of 1e-18 to 1e-35, of subnormal size, and 0. As long as float32 holds them
-    well, the gradient to the scores is that of float64; then it has its direction and is smaller, and never NaN."""
+    """Two scores `gap` below the best: weights of 1e-18 to 1e-35, of subnormal size, and 0. While float32 holds
+    them well, the gradient to the scores is that of float64; then it has its direction and is smaller, never NaN."""
 
     def gradient(dtype):
         key = torch.tensor([0.0, 0.0, -gap, -gap - 1], dtype=dtype).view(1, 4, 1, 1).requires_grad_()

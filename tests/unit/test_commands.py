@@ -1,4 +1,4 @@
-"""The commands: each has help for a stranger, the tools call them, and what a user got wrong ends with exit status 2."""
+"""The commands: each has help for a stranger, the tools call them, and a user's mistake ends with exit status 2."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_a_tool_calls_its_command_from_any_folder(name, usage, tmp_path):
 
 
 def test_nothing_changes_the_import_path():
-    files = [path for path in (PROJECT / "tools").glob("*.py")] + list((PROJECT / "megatron_ral").rglob("*.py"))
+    files = list((PROJECT / "tools").glob("*.py")) + list((PROJECT / "megatron_ral").rglob("*.py"))
     assert not [path.name for path in files if "sys.path" in path.read_text()]
 
 

@@ -1,4 +1,4 @@
-"""Conversion tools on odd shapes: bit-identical round trips, damage that is named, nothing half-visible, little memory."""
+"""Conversion tools on odd shapes: bit-identical round trips, damage is named, nothing half-visible, little memory."""
 
 import json
 import shutil

@@ -60,7 +60,10 @@ def test_shuffled_rows_keep_the_mass_on_the_picture_and_lose_the_place():
     assert torch.equal(others[7], shuffled)
 
 
-def warnings(*, path="teacher", loss=LossConfig(attention_coef=0.0, policy_coef=0.0), **settings) -> str:
+DISTILLED_ONLY = LossConfig(attention_coef=0.0, policy_coef=0.0)
+
+
+def warnings(*, path="teacher", loss=DISTILLED_ONLY, **settings) -> str:
     return "\n".join(
         setting_warnings(
             RunConfig(

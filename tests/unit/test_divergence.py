@@ -1,5 +1,5 @@
-"""Every divergence and its slope against the definition in float64, against hand numbers, and at the size of RAL's signal
-(1e-9 nats), where the usual float32 forms are negative or wrong by more than the value."""
+"""Every divergence and its slope against the definition in float64, against hand numbers, and at the size of RAL's
+signal (1e-9 nats), where the usual float32 forms are negative or wrong by more than the value."""
 
 import math
 

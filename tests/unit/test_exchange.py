@@ -48,7 +48,7 @@ def test_every_item_is_taken_by_one_replica_and_arrives_everywhere_it_is_needed(
 
 
 def test_nothing_is_sent_in_one_common_layout():
-    for rank, plan in enumerate(everywhere(8, (2, 2), (2, 2), (3, 3))):
+    for plan in everywhere(8, (2, 2), (2, 2), (3, 3)):
         transfers = plan.inputs() + plan.answers() + plan.stage_results("rows", 1, 1)
         assert all(transfer.source == transfer.target for transfer in transfers)
         assert plan.taken() == [(plan.home.data_rank, index) for index in range(3)]

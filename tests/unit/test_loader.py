@@ -1,5 +1,6 @@
 """The loader over faulty, indexed and long data: counting, filtering, grouping, and resuming anywhere."""
 
+import functools
 import io
 import json
 import tarfile
@@ -231,7 +232,8 @@ def test_a_curriculum_goes_on_in_the_middle_with_other_ranks(with_faults, proces
         stream = make(0, 1)
         stream.take(stop)
         ranks = Ranks(with_faults, processor, 2)
-        ranks.loaders = [make(rank, 2, lambda value, rank=rank: ranks.exchange(rank, value)) for rank in range(2)]
+        exchanges = [functools.partial(ranks.exchange, rank) for rank in range(2)]
+        ranks.loaders = [make(rank, 2, exchange) for rank, exchange in enumerate(exchanges)]
         for loaded in ranks.loaders:
             loaded.restore(stream.state())
         assert ranks.keys(12 - stop) == keys[stop:]

@@ -4,6 +4,7 @@ A sign-flipped policy, KL, entropy or attention term, a wrong denominator, a mas
 fails here. The attention term is compared in every one of its settings, from queries and keys to the loss.
 """
 
+import itertools
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -361,7 +362,7 @@ def test_the_settings_make_a_difference():
         objective = make_objective(**{**base, **change})
         values.append(float(attention_loss(objective, train_batch(objective))[0]))
     values.sort()
-    assert all(high - low > 1e-4 for low, high in zip(values, values[1:])), values
+    assert all(high - low > 1e-4 for low, high in itertools.pairwise(values)), values
 
 
 def test_rows_beyond_the_cap_give_no_gradient_and_the_others_theirs():
@@ -637,7 +638,7 @@ def uniform_rows(kind=QueryPosition.RESPONSE) -> AttentionRows:
     ids=str,
 )
 def test_masses_by_hand(settings):
-    """Uniform attention: masses are counts. They are those of the tokens' own rows over all keys, whatever the term has."""
+    """Uniform attention: masses are counts, namely of the tokens' own rows over all keys, whatever the term has."""
     objective = make_objective(**settings)
     _, metrics = objective.attention_loss(3, uniform_rows(objective.position), train_batch(objective))
     values = finish_metrics({name: float(value) for name, value in metrics.items()})
@@ -661,7 +662,7 @@ def test_masses_by_hand(settings):
 
 
 def test_above_floor_is_the_share_of_rows_that_differ_by_more_than_rounding():
-    """Of 16 rows in float32: the first group's 9 have a target that differs by rounding, the other 7 one that does not."""
+    """16 rows in float32: the first group's 9 have a target that differs by rounding, the other 7 by more."""
     exact = rows(record(1)).distribution()
     source = AttentionRecord(*(tensor.detach().float() for tensor in leaves(record(1))))
     target = exact.float()
@@ -706,7 +707,7 @@ def test_supervised_loss():
     assert math.isclose(float(metrics["loss"]), float(loss))
 
 
-# --- the first update, which is made on the policy of the rollout ---------------------------------------------------------
+# --- the first update, which is made on the policy of the rollout -----------------------------------------------------
 
 
 @pytest.mark.parametrize("store", ["rows", "qk"])

@@ -1,6 +1,6 @@
 """State of one layout read in another, against whole tensors cut by the table that loading and exporting use.
 
-Padding in the old files, of the vocabulary and of the last data-parallel shard, is NaN here because it must never be copied.
+Padding in the old files (of the vocabulary, and of the last data-parallel shard) is NaN here: it must never be copied.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def test_state_in_another_layout(material, tmp_path, kind):
         old, new = LAYOUTS[index], LAYOUTS[(index + step) % len(LAYOUTS)]
         read = held = 0
         for place in places(new):
-            state = ReshardedState(shape, places(old)[0], place, lambda rank: tmp_path / str(old) / str(rank))
+            state = ReshardedState(shape, places(old)[0], place, lambda rank, old=old: tmp_path / str(old) / str(rank))
             for key, wanted in wanted_of[new][place.rank].items():
                 assert torch.equal(state.get(key), wanted), (old, new, place.rank, key)
                 held += int(wanted.count_nonzero()) if key != "adamw_step" else 0

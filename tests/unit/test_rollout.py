@@ -1,5 +1,5 @@
-"""From scored groups to training batches without a model: advantages and their shuffled control, which groups take part,
-denominators, and targets made of successful responses."""
+"""From scored groups to training batches without a model: advantages and their shuffled control, which groups take
+part, denominators, and targets made of successful responses."""
 
 from contextlib import nullcontext
 from dataclasses import replace

@@ -103,7 +103,7 @@ def test_every_arm_of_the_studies_is_a_configuration():
     from megatron_ral.config.rules import setting_warnings
 
     folder = Path(__file__).parents[2] / "pretrained_configs" / "runs"
-    for name, arm in study.ARMS.items():
+    for arm in study.ARMS.values():
         load_config(folder / "ral_tiny.yaml", ["model.path=m", *arm.settings])
     for name, arm in distill_study.ARMS.items():
         teacher = ["teacher.path=t"] if arm.teaches else []

@@ -95,12 +95,12 @@ def open_transformers(args: argparse.Namespace):
 
     def answer(length: int, greedy: bool, ended: bool, group_size: int):
         how = (
-            dict(do_sample=False)
+            {"do_sample": False}
             if greedy
-            else dict(do_sample=True, num_return_sequences=group_size, top_k=0, top_p=1.0, temperature=1.0)
+            else {"do_sample": True, "num_return_sequences": group_size, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
         )
         model.generation_config.eos_token_id = END if ended else None
-        extra = dict(logits_processor=LogitsProcessorList([EndHalf()])) if ended else {}
+        extra = {"logits_processor": LogitsProcessorList([EndHalf()])} if ended else {}
         with torch.no_grad():
             return model.generate(**inputs, **how, **extra, max_new_tokens=length, pad_token_id=0)[:, width:]
 

@@ -190,7 +190,7 @@ def main() -> None:
         sides = {"group": found[:1], "separate": [separate(found[0], bench.processor.pad_token_id)]}
         difference = bench.difference(sides)  # the first time, which is not measured
         clock.clear()
-        for number in range(args.rounds):  # sides take turns, so that noise affects both
+        for _ in range(args.rounds):  # sides take turns, so that noise affects both
             for name, rollout in sides.items():
                 bench.step(name, rollout)
         print(f"{'':10}{'tokens':>8}{'old pass, s':>13}{'update, s':>11}{'wall: old pass, s':>20}{'update, s':>11}")

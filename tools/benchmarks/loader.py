@@ -14,6 +14,7 @@ loader's rate over bare PIL's.
 """
 
 import argparse
+import contextlib
 import io
 import os
 import subprocess
@@ -39,18 +40,17 @@ def make_data(folder: Path, num_samples: int, width: int, height: int, num_shard
     text = json.dumps(
         {"problem": "Which digit is red?", "solution": "<answer>7</answer>", "data_type": "image"}
     ).encode()
-    archives = [tarfile.open(folder / f"s-{shard}.tar", "w") for shard in range(num_shards)]
-    for number in range(num_samples):
-        waves = [128 + 90 * np.sin(rows / rng.uniform(9, 60) + columns / rng.uniform(9, 60)) for _ in range(3)]
-        pixels = (np.stack(waves, axis=2) + rng.normal(0, 12, (height, width, 1))).clip(0, 255).astype(np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=88)
-        for suffix, data in (("jpg", stream.getvalue()), ("json", text)):
-            info = tarfile.TarInfo(f"k{number:05d}.{suffix}")
-            info.size = len(data)
-            archives[number % num_shards].addfile(info, io.BytesIO(data))
-    for archive in archives:
-        archive.close()
+    with contextlib.ExitStack() as stack:
+        archives = [stack.enter_context(tarfile.open(folder / f"s-{shard}.tar", "w")) for shard in range(num_shards)]
+        for number in range(num_samples):
+            waves = [128 + 90 * np.sin(rows / rng.uniform(9, 60) + columns / rng.uniform(9, 60)) for _ in range(3)]
+            pixels = (np.stack(waves, axis=2) + rng.normal(0, 12, (height, width, 1))).clip(0, 255).astype(np.uint8)
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "JPEG", quality=88)
+            for suffix, data in (("jpg", stream.getvalue()), ("json", text)):
+                info = tarfile.TarInfo(f"k{number:05d}.{suffix}")
+                info.size = len(data)
+                archives[number % num_shards].addfile(info, io.BytesIO(data))
 
 
 def seconds_of(work) -> float:

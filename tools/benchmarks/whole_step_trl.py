@@ -208,8 +208,7 @@ def child(python: str, side: str, args: argparse.Namespace) -> dict:
     }
     done = subprocess.run(
         [python, __file__, "--child", side, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env=environment,
         cwd=args.folder,

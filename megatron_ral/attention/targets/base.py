@@ -1,6 +1,6 @@
 """Protocol of an attention target: the distribution that a row is compared with, and the weight of the row.
 
-The paper's target is the default of every method. A target is a subclass with the name `TARGET` in a file of its own, and
+The paper's target is the default of every method. A target is a subclass named `TARGET` in a file of its own, and
 one row of `registry.TARGETS`, which says which pass, keys and storage it works with.
 """
 

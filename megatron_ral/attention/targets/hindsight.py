@@ -1,7 +1,7 @@
-"""Target `hindsight`: where the successful responses of the same prompt looked afterwards. Experimental, this project's.
+"""Target `hindsight`: where the successful responses of the same prompt looked later. Experimental, this project's.
 
-Causality gives all responses of a prompt the same prompt keys, so that their rows can be compared over these. The row of
-the prompt's last token, which precedes every response, is pulled towards their mean.
+Causality gives all responses of a prompt the same prompt keys, so that their rows can be compared over these. The row
+of the prompt's last token, which precedes every response, is pulled towards their mean.
 """
 
 from typing import Any
