@@ -33,7 +33,7 @@ NAMES = ("grad_norm", "loss/policy", "kl", "loss/attention", "entropy", "attenti
 
 
 def cases_of(tensor: int) -> list[tuple]:
-    """(sequence parallel, recompute, offload, layer by layer, overlap, micro-batches) to run for `tensor` tensor ranks."""
+    """(sequence parallel, recompute, offload, layer by layer, overlap, micro-batches) for `tensor` tensor ranks."""
     full = os.environ.get("MEGATRON_RAL_TEST_TABLE") == "full"
     rows = list(itertools.product(*[(False, True)] * 5, (1, 5))) if full else PAIRS
     return rows if tensor > 1 else list(dict.fromkeys((False, *row[1:]) for row in rows))
