@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false (triton has no types for the arguments of a kernel's launch)
 """Launches of the Triton kernels: the backend of attention rows on CUDA.
 
 `rows.choose_backend` imports this module only where the kernels can run.

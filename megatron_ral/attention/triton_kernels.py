@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false (triton's types do not know that a constexpr is a number)
+# pyright: reportAttributeAccessIssue=false (nor that triton has knobs)
 """Triton kernels that form attention rows and their gradients with tiles of scores in registers.
 
     _row_statistics   rows of a tile and a head: loop over keys; normaliser of the softmax and, in the backward pass,

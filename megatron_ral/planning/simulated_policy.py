@@ -8,7 +8,7 @@ is what a real rank runs.
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import torch
 from torch import Tensor
@@ -114,8 +114,8 @@ class SimulatedPolicy(PolicyEngine):
                 settings.sequence_parallel,
                 training.recompute or settings.gather == "layer",
             )
-        for layer in self.stage.language.decoder.layers:
-            layer.self_attention.core_attention.equal_heads_with_mask = True if on_gpu else None
+        for layer in self.stage.layers:
+            cast(Any, layer.self_attention).core_attention.equal_heads_with_mask = True if on_gpu else None
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(training.is_trainable(name))
             if parameter.requires_grad:
@@ -133,9 +133,7 @@ class SimulatedPolicy(PolicyEngine):
         """Return the parameters of the stage as ZeRO-3 sees them."""
         tied = self.shape.tie_word_embeddings and self.process_groups.embedding is not None
         layers = {
-            id(parameter): layer.layer_number - 1
-            for layer in self.stage.language.decoder.layers
-            for parameter in layer.parameters()
+            id(parameter): layer.layer_number - 1 for layer in self.stage.layers for parameter in layer.parameters()
         }
         return [
             SimulatedParameter(

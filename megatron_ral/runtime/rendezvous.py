@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false (torch.distributed lists no exports)
 """Exchange of small objects between all processes of a job before process groups exist.
 
 It uses a key-value store only: no device and no memory of the model.
