@@ -1,4 +1,5 @@
-# pyright: reportCallIssue=false (triton has no types for the arguments of a kernel's launch)
+# Triton has no types for the arguments of a kernel's launch:
+# pyright: reportCallIssue=false
 """Launches of the Triton kernels: the backend of attention rows on CUDA.
 
 `rows.choose_backend` imports this module only where the kernels can run.

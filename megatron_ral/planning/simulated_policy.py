@@ -52,6 +52,7 @@ class SimulatedBatch(DecodingBatch):
 
     def count_cache(self, watched: Watched) -> None:
         """Count the cache as a KV cache. Called before the first pass."""
+        assert self._cache is not None  # no response has finished before the first pass
         self._cache = _NamedCache(self._cache.prompt_lengths, self.settings.group_size, watched)
 
     def go_to_last_growth(self) -> None:
@@ -59,10 +60,11 @@ class SimulatedBatch(DecodingBatch):
         held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
         self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
         if held:
-            with self._cache.watched.kind("KV cache"):
-                for layer, parts in self._cache.prompt.items():
+            cache = cast(_NamedCache, self._cache)
+            with cache.watched.kind("KV cache"):
+                for layer, parts in cache.prompt.items():
                     key, value = (part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
-                    self._cache.response[layer] = key, value
+                    cache.response[layer] = key, value
 
 
 class _SimulatedReduction:
