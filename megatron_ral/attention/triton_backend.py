@@ -1,3 +1,5 @@
+# Triton has no types for the arguments of a kernel's launch:
+# pyright: reportCallIssue=false
 """Launches of the Triton kernels: the backend of attention rows on CUDA.
 
 `rows.choose_backend` imports this module only where the kernels can run.

@@ -1,3 +1,7 @@
+# Triton's types do not know that a constexpr is a number:
+# pyright: reportArgumentType=false
+# Triton's types do not know its knobs:
+# pyright: reportAttributeAccessIssue=false
 """Triton kernels that form attention rows and their gradients with tiles of scores in registers.
 
     _row_statistics   rows of a tile and a head: loop over keys; normaliser of the softmax and, in the backward pass,

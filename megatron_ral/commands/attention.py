@@ -15,6 +15,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from megatron_ral.commands.common import Arguments, command, quiet_third_parties
 from megatron_ral.errors import DataError
@@ -128,7 +129,8 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     for view in view_tokens(engine, prompts, processor, EvaluationSettings.from_config(config), layers):
         sample, masses = view.prompt.sample, {layer: rows.numpy() for layer, rows in view.visual_attention.items()}
         panels = list(sample_panels(view.prompt, processor.video))
-        shown = most_attended(panels, sum(rows.mean(axis=0) for rows in masses.values()))
+        share = cast(Any, sum(rows.mean(axis=0) for rows in masses.values()))
+        shown = most_attended(panels, share)
         samples.append(
             PageSample(
                 sample.key,

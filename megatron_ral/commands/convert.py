@@ -17,6 +17,7 @@ input.
 import argparse
 import os
 from pathlib import Path
+from typing import Any, cast
 
 from megatron_ral.commands.common import Arguments, command, quiet_third_parties
 from megatron_ral.errors import CheckpointError
@@ -129,7 +130,8 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
     shape = read_shape(str(config_folder(megatron)))
     stage = MultimodalStage(shape, process_groups.layout, torch.float32, process_groups.device)
     load_stage(stage, megatron)
-    stock = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32).to(process_groups.device).eval()
+    stock = cast(Any, AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32))
+    stock = stock.to(process_groups.device).eval()
     processor = PromptProcessor(hf, 10_000)
     result = {}
     video = FramePictures(tuple(test_picture(84, 112, frame) for frame in range(6)), fps=1.0)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from megatron_ral.attention.targets.registry import TARGETS
 from megatron_ral.commands.common import Arguments
@@ -60,12 +61,9 @@ def _settings(section: ast.ClassDef) -> list[Setting]:
     settings = []
     for node, following in zip(section.body, [*section.body[1:], None]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            documented = (
-                isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            )
-            meaning = _one_line(following.value.value) if documented else ""
+            documented = following.value if isinstance(following, ast.Expr) else None
+            text = documented.value if isinstance(documented, ast.Constant) else None
+            meaning = _one_line(text) if isinstance(text, str) else ""
             settings.append(Setting(node.target.id, node.annotation, node.value, meaning))
     return settings
 
@@ -80,7 +78,7 @@ def kind(annotation: ast.expr) -> str:
         return WORDS.get(annotation.id, annotation.id)
     assert isinstance(annotation, ast.Subscript), ast.unparse(annotation)
     outer, inner = ast.unparse(annotation.value), annotation.slice
-    parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    parts = cast(list[Any], inner.elts if isinstance(inner, ast.Tuple) else [inner])
     if outer == "Literal":
         return ", ".join(f"`{part.value}`" for part in parts)
     if outer == "Annotated":

@@ -85,6 +85,7 @@ def _train(argv: Arguments) -> None:
         problems.append(error)  # this rank may be the only one; the first one will say so
     if arguments.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
+            assert config is not None  # `fail` ended a dry run whose configuration has an error
             print(dry_run(config, shape, teacher))
         return
 

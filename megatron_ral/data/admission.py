@@ -47,6 +47,7 @@ def admit_samples(indexes: Sequence[ShardIndex], fingerprint: str, limit_passed:
 
 
 def _fits(index: ShardIndex, sample: int, limit_passed: LimitCheck, filtered: Counter[str]) -> bool:
+    assert index.prompt_lengths is not None and index.visual_tokens is not None  # the index has both or none
     prompt_length, visual_tokens = int(index.prompt_lengths[sample]), int(index.visual_tokens[sample])
     if prompt_length == UNKNOWN:
         return True

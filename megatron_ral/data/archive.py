@@ -10,7 +10,7 @@ import re
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional, cast
 
 from megatron_ral.data.issues import SampleIssue, printable
 from megatron_ral.errors import DataError
@@ -91,7 +91,7 @@ def _collect(archive: tarfile.TarFile, num_bytes: int, spans: list[SampleSpan]) 
             member = archive.next()
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             return f"it is cut short or damaged at byte {archive.offset} ({error})"
-        archive.members = []  # otherwise tarfile holds every member it has seen
+        cast(Any, archive).members = []  # otherwise tarfile holds every member it has seen
         if member is None:
             return ""
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -15,7 +15,7 @@ are copied. Several `<image>` in a text become "[image 1]", "[image 2]", because
 
 import re
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, cast
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.shards import option_letter, reference_answer
@@ -137,6 +137,7 @@ def _v_star(record: dict) -> RawSample:
     if options and not isinstance(answer, int):
         answer = option_letter(str(answer), options) or answer
     elif options:
+        assert isinstance(answer, int)
         if not 0 <= answer < len(options):
             raise SampleError(f"answer {answer} is none of the {len(options)} options", "answer_not_in_options")
         answer = LETTERS[answer]
@@ -226,7 +227,7 @@ def _bare(options: list[str]) -> list[str]:
     found = [
         re.fullmatch(rf"\s*\(?{letter}[.):]\s*(.*)", option, re.DOTALL) for letter, option in zip(LETTERS, options)
     ]
-    return [match[1].strip() for match in found] if all(found) else [option.strip() for option in options]
+    return [match[1].strip() for match in found if match] if all(found) else [option.strip() for option in options]
 
 
 def _numbered(text: str, kind: str, count: int) -> str:
@@ -296,7 +297,7 @@ def _answer(record: dict, *names: str) -> str | int | float:
     for name in names:
         value = record.get(name)
         if isinstance(value, list) and value:
-            several = [item.get("answer") if isinstance(item, dict) else item for item in value]
+            several: list[Any] = [item.get("answer") if isinstance(item, dict) else item for item in value]
             if not all(isinstance(item, str) and item.strip() for item in several):
                 raise SampleError(f"'{name}' must be a list of texts", "wrong_field")
             value = several[0] if len(several) == 1 else "".join(map(_solution, several))
@@ -316,7 +317,7 @@ def _media_list(value: Any, name: str) -> tuple[Media, ...]:
     values = [(item.get("bytes") or item.get("path")) if isinstance(item, dict) else item for item in values]
     if not all(isinstance(item, (str, bytes)) and item for item in values):
         raise SampleError(f"'{name}' must name files", "wrong_field")
-    return tuple(values)
+    return cast(tuple[Media, ...], tuple(values))
 
 
 def _corners(boxes: Any) -> list[list[float]]:

@@ -90,10 +90,11 @@ class EpochOrder:
             rows: (shard, row of `numbers`) of a window.
             filled: places of the first batch that the window before has taken.
         """
-        assert self.lengths is not None, "batches of similar length need lengths"
+        lengths = self.lengths
+        assert lengths is not None, "batches of similar length need lengths"
         cuts = [0, *range(self.batch_size - filled, len(rows), self.batch_size), len(rows)]
         batches = [(start, stop) for start, stop in itertools.pairwise(cuts) if stop > start]
-        ascending = sorted(rows, key=lambda row: int(self.lengths[row[0]][row[1]]))
+        ascending = sorted(rows, key=lambda row: int(lengths[row[0]][row[1]]))
         turns = list(range(len(batches)))
         if self.shuffle:
             rng.shuffle(turns)

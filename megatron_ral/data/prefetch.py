@@ -36,6 +36,7 @@ class Prefetcher(Generic[Place, Result]):
             self._begun.pop(place).cancel()
         for place in wanted:
             if place not in self._begun:
+                assert self._pool is not None  # without threads the limit is 0
                 self._begun[place] = self._pool.submit(self._decode, place)
 
     def get(self, places: Mapping[Slot, Place]) -> dict[Slot, Result]:

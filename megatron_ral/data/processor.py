@@ -8,7 +8,7 @@ import json
 import threading
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class PromptProcessor:
         visuals = self.reader.read(sample)
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
-        num_features = sum(len(visual.pixels) for visual in visuals) // self.merge_size**2
+        num_features = sum(len(cast(Tensor, visual.pixels)) for visual in visuals) // self.merge_size**2
         if int(visual_mask.sum()) != num_features:
             raise SampleError(
                 f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
@@ -229,10 +229,11 @@ class PromptProcessor:
 
     def _join_pixels(self, visuals: Sequence[Visual]) -> Tensor:
         """Return the patches of all visuals, [patches, width]; a single visual's without a copy."""
+        pixels = [cast(Tensor, visual.pixels) for visual in visuals]
         if len(visuals) == 1:
-            return visuals[0].pixels
+            return pixels[0]
         width = self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
-        return torch.cat([torch.zeros(0, width), *(visual.pixels for visual in visuals)])
+        return torch.cat([torch.zeros(0, width), *pixels])
 
     def _temporal_interval(self, visual: Visual) -> float:
         """Return the rotary positions from one temporal patch to the next."""

@@ -1,7 +1,7 @@
 """Comparison of two checkpoints' inputs: a student can learn from a teacher only if both read a sample alike."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -55,7 +55,7 @@ def _another_tokenizer(our_key: str, their_key: str, subject: str, ours: str, th
 
 def _token_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the rules by which a tokenizer cuts text, beside its vocabulary."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
     model = rules["model"]
     return {
         "merges": model.get("merges"),

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.index import open_index, write_index
@@ -97,11 +97,11 @@ class ShardMaker:
 
     def build(self, number: int, records: list[tuple[str, Any]]) -> None:
         """Write a shard, its rejects and, last, its index, because a shard with an index is finished."""
-        import webdataset
+        from webdataset.writer import TarWriter
 
         shard, rejects, lengths = shard_path(self.output, number), [], {}
         partial = shard.with_suffix(".partial")
-        with open(partial, "wb") as stream, webdataset.TarWriter(stream, mtime=0, encoder=False) as writer:
+        with open(partial, "wb") as stream, TarWriter(stream, mtime=0, encoder=False) as writer:
             for key, record in records:
                 try:
                     members, measured = self._check(key, str(shard), record)
@@ -154,7 +154,7 @@ class ShardMaker:
                         if file.suffix[1:].lower() in IMAGE_SUFFIXES
                     }
                 else:
-                    data = item if path is None else _read(path)
+                    data = cast(bytes, item) if path is None else _read(path)
                     members[prefix + _suffix(kind, item, data)] = data
         kind = "video" if raw.videos else "image" if raw.images else "text"
         record = {**raw.fields, "data_type": kind}

@@ -9,7 +9,7 @@ import io
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence, cast
 
 import numpy as np
 import torch
@@ -196,9 +196,12 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
         SampleError: undecodable, without frames, huge, or of changing size.
     """
     import av
+    from av.error import FFmpegError
 
+    options = {"format_whitelist": DEMUXERS}
     try:
-        with av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": DEMUXERS}) as container:
+        with av.open(io.BytesIO(data), metadata_errors="replace", options=options) as opened:
+            container = cast(Any, opened)  # av's types take it for one that is written
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise _broken("the file has no video stream that can be decoded")
@@ -217,7 +220,7 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
                 (torch.tensor(wanted) - times[0]).double() * tick,
                 len(wanted) / seconds,
             )
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise _broken(f"the video cannot be decoded ({error.strerror})") from None
 
 
@@ -231,16 +234,17 @@ def _frames_at(
     Args:
         wanted: ascending times in ticks.
     """
+    times = [cast(int, packet.pts) for packet in packets]
     keyframes = [index for index, packet in enumerate(packets) if packet.is_keyframe or not index]
     place = {packet.pts: index for index, packet in enumerate(packets)}
     reached, frame, decoded = -1, None, iter(())
     for time in wanted:
         nearest = bisect_right(keyframes, place[time]) - 1
-        if nearest and time < packets[keyframes[nearest]].pts:  # shown before the keyframe it follows in the file
+        if nearest and time < times[keyframes[nearest]]:  # shown before the keyframe it follows in the file
             nearest -= 1
         if keyframes[nearest] > reached:
             decoded = _decode_from(keyframes[nearest], packets, decoder, set(wanted))
-        while frame is None or frame.pts < time:
+        while frame is None or cast(int, frame.pts) < time:
             reached, frame = next(decoded, (len(packets), None))
             if frame is None:
                 raise _broken("the video cannot be decoded to its end; it is cut short or damaged")
@@ -301,6 +305,7 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
             sizes = " and ".join(f"{shape[-1]} x {shape[-2]}" for shape in (frames.shape, picture.shape))
             raise _broken(f"the video's frames are not of one size: {sizes} pixels")
         frames[index] = picture
+    assert frames is not None  # a clip has at least one frame
     return frames
 
 
@@ -366,7 +371,8 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
     Source: Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers 5.23.
     """
     patch, merge, depth = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    t, h, w = video_grid(len(video.frames), *video.frames.shape[2:], settings)
+    count, _, height, width = video.frames.shape
+    t, h, w = video_grid(count, height, width, settings)
     frames = F.interpolate(video.frames, size=(h * patch, w * patch), mode="bicubic", antialias=True)
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
     frames = frames.float().sub_(mean).div_(std)

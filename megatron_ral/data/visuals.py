@@ -105,7 +105,8 @@ class VisualReader:
     def _video(self, video: bytes | FramePictures, target_frames: tuple, measure_only: bool) -> Visual:
         clip = read_clip(video, self.video, measure_only=measure_only)
         if measure_only:
-            pixels, grid = None, torch.tensor(video_grid(len(clip.frames), *clip.frames.shape[2:], self.video))
+            count, _, height, width = clip.frames.shape
+            pixels, grid = None, torch.tensor(video_grid(count, height, width, self.video))
         else:
             pixels, grid = patchify_video(clip, self.video)
         targets = self._no_targets(grid)

@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator, cast
 
 import numpy as np
 
@@ -102,7 +102,7 @@ def load_scans(cell_pixels: int, heldout: bool) -> tuple[np.ndarray, np.ndarray]
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch = cast(Any, load_digits())
     order = np.random.default_rng(SCAN_SPLIT_SEED).permutation(len(bunch.target))
     num_heldout = round(HELDOUT_SHARE * len(order))
     chosen = order[:num_heldout] if heldout else order[num_heldout:]
@@ -166,8 +166,8 @@ def write_dataset(
         what: name of the task, for the progress bar.
         generate: (args, split, masks, digits) -> samples as dicts that a `webdataset.TarWriter` accepts.
     """
-    import webdataset
     from tqdm import tqdm
+    from webdataset.writer import TarWriter
 
     info = {}
     with tqdm(total=sum(split.num_samples for split in splits), unit="sample", desc=what, mininterval=0.5) as progress:
@@ -176,7 +176,7 @@ def write_dataset(
             samples, shards = generate(args, split, masks, digits), []
             for number, size in enumerate(shard_sizes(split.num_samples, args.shard_size)):
                 name = f"{split.name}-{number:06d}.tar"
-                with webdataset.TarWriter(str(folder / name), mtime=0) as writer:
+                with TarWriter(str(folder / name), mtime=0) as writer:
                     for _ in range(size):
                         writer.write(next(samples))
                         progress.update()

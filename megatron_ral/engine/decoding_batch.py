@@ -12,6 +12,7 @@ Prompts whose responses have all finished are counted separately, because their 
 """
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -78,9 +79,11 @@ class DecodingBatch:
         """0-based index of the response token that the next pass predicts."""
         self.is_finished = False
         """Say whether every response has finished or reached the length limit."""
-        self._inputs = to_device(prompts, self.device)
-        self._next_position = self._inputs.next_position.repeat_interleave(settings.group_size)
-        self._cache = GroupKVCache(self._inputs.prompt_lengths, settings.group_size)
+        inputs: PromptBatch = to_device(prompts, self.device)
+        self._inputs: Optional[PromptBatch] = inputs
+        self._fed: Optional[Tensor] = None
+        self._next_position = inputs.next_position.repeat_interleave(settings.group_size)
+        self._cache: Optional[GroupKVCache] = GroupKVCache(inputs.prompt_lengths, settings.group_size)
         self._set_rows(torch.arange(count))
         self._rows_wasted = self._prompts_wasted = 0
         self.tokens = torch.full((count, R), settings.pad_token_id)
@@ -111,7 +114,8 @@ class DecodingBatch:
     def boundary_shape(self) -> tuple[int, int]:
         """Sequence length and batch size of the hidden states that the next pass sends between stages: (P, B) in the
         pass over the prompts, (1, N) in later ones."""
-        return self.prompts.input_ids.shape[::-1] if self.step == 0 else (1, len(self.rows))
+        B, P = self.prompts.input_ids.shape
+        return (P, B) if self.step == 0 else (1, len(self.rows))
 
     def forward(self, stage: MultimodalStage) -> Tensor:
         """Run this stage's part of a pass: the first one over the prompts, each later one over one token of each row.
@@ -119,14 +123,17 @@ class DecodingBatch:
         Returns:
             Hidden states [*boundary_shape, H], or on the last stage this rank's columns of the logits, [N, v].
         """
+        assert self._cache is not None, "every response has finished"
         lengths = self._cache.prompt_lengths
         no_responses = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
         attention = AttentionPass(
             GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0), cache=self._cache
         )
         if self.step > 0:
+            assert self._fed is not None
             attention.decode_step = self.step - 1
             return stage.decode(self._fed, self._next_position[self._device_rows] + attention.decode_step, attention)
+        assert self._inputs is not None
         output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, attention), None
         return output.repeat_interleave(self.settings.group_size, 0) if stage.layout.is_last_stage else output
 
@@ -144,6 +151,7 @@ class DecodingBatch:
             Token ids [N] int64, the same on every tensor-parallel rank.
         """
         settings = self.settings
+        assert self._uniforms is not None, "only the last stage samples"
         token = vocab_parallel_sample(
             logits_Nv,
             self._uniforms[self._device_rows, self.step],
@@ -182,6 +190,7 @@ class DecodingBatch:
             running_N: Mask of the fed rows whose responses still run, [N] bool in host memory.
         """
         cache, rows = self._cache, running_N.nonzero()[:, 0]
+        assert cache is not None and self._fed is not None
         prompts = cache.row_prompt[rows].unique()
         self._rows_wasted += len(running_N) - len(rows)
         self._prompts_wasted += len(cache.prompt_lengths) - len(prompts)

@@ -11,12 +11,11 @@ All ranks of a data-parallel process group run the same layers in the same order
 in the same order.
 """
 
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
-from torch.nn import Parameter
 
 
 class Gather:
@@ -26,9 +25,11 @@ class Gather:
         parameters: Parameters to gather. Those that are whole already are left out. All may be read after `wait`.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]):
-        missing = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        self._under_way = missing[0].all_gather_coalesced(missing) if missing else None
+    def __init__(self, parameters: Sequence[Any]):
+        missing: list[Any] = [
+            parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+        ]
+        self._under_way: Any = missing[0].all_gather_coalesced(missing) if missing else None
 
     def wait(self) -> None:
         """Wait until the parameters are whole. May be called again.
@@ -40,7 +41,7 @@ class Gather:
             self._under_way = None
 
 
-def release_parameters(parameters: Sequence[Parameter]) -> None:
+def release_parameters(parameters: Sequence[Any]) -> None:
     """Release gathered parameters, so that only this rank's shard of each remains. Nothing is sent."""
     whole = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
     if whole:
@@ -103,6 +104,7 @@ class LayerWeights:
             backward pass releases the parameters.
         """
         self.fetch()
+        assert self._gather is not None
         self._gather.wait()
         next_layer = self.next_backward if _in_backward() else self.next_forward
         if next_layer is not None:

@@ -8,7 +8,7 @@ with one process on the whole batch.
 """
 
 import math
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class PolicyEngine(StageEngine):
                     parameter.grad is None and id(parameter) not in reduced
                 ):  # an old gradient would be reused in its place
                     parameter.grad = torch.zeros(
-                        parameter.ds_shape, device=self.process_groups.device, dtype=torch.float32
+                        cast(Any, parameter).ds_shape, device=self.process_groups.device, dtype=torch.float32
                     )
         return metrics
 
@@ -235,10 +235,10 @@ class PolicyEngine(StageEngine):
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
             for kind in _STATE_KINDS:
-                value = fitting_shard(state, f"{name}/{kind}", parameter.ds_tensor.numel())
+                value = fitting_shard(state, f"{name}/{kind}", cast(Any, parameter).ds_tensor.numel())
                 zero.set_local_hp_param(value, parameter, None if kind == "master" else kind)
                 if kind == "master":
-                    parameter.ds_tensor.data.copy_(value)
+                    cast(Any, parameter).ds_tensor.data.copy_(value)
         step = fitting_shard(state, "adamw_step", 1)
         for flat in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[flat]["step"].fill_(float(step))

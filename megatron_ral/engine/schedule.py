@@ -8,6 +8,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_ral.models.multimodal import MultimodalStage
+
 Shape = tuple[int, ...]
 
 
@@ -39,7 +41,7 @@ class KnownShapes(P2PCommunicator):
 
 
 def run_schedule(
-    forward_step: Callable, data: Iterator[Any], stage: torch.nn.Module, shapes: Sequence[Shape], *, forward_only: bool
+    forward_step: Callable, data: Iterator[Any], stage: MultimodalStage, shapes: Sequence[Shape], *, forward_only: bool
 ) -> None:
     """Run a forward pass over micro-batches, and a backward pass, in the layout in which megatron-core is active.
 

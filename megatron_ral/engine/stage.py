@@ -10,7 +10,7 @@ import itertools
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence, cast
 
 import deepspeed
 import torch
@@ -29,6 +29,7 @@ from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.zero3_config import zero3_config
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.attention_pass import AttentionPass
+from megatron_ral.models.language import StageLayer
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.objectives.base import TokenOutputs
@@ -84,6 +85,7 @@ class StageEngine:
                 parameter.requires_grad_(training is not None and training.is_trainable(name))
             trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
             self.stage.train(training is not None)
+            self.deepspeed: Any
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.stage,
                 optimizer=training.make_optimizer(process_groups.device)(trainable) if training else None,
@@ -98,7 +100,7 @@ class StageEngine:
                 dist_init_required=False,
             )
         remove_module_hooks(self.stage)
-        self._parameters = list(self.stage.parameters())
+        self._parameters: list[Any] = list(self.stage.parameters())
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -135,9 +137,9 @@ class StageEngine:
         trained = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
         return f"{gathered}, reduces {sent(trained, 4):,} bytes of gradients once"
 
-    def _passing(self, recorded: Collection[int]) -> list[torch.nn.Module]:
+    def _passing(self, recorded: Collection[int]) -> list[StageLayer]:
         """Return the layers that a pass gathers one by one."""
-        layers = self.stage.language.decoder.layers if self.settings.gather == "layer" else ()
+        layers = self.stage.layers if self.settings.gather == "layer" else ()
         return [layer for layer in layers if layer.layer_number - 1 not in recorded]
 
     @contextmanager
@@ -158,23 +160,27 @@ class StageEngine:
             with self.resident():
                 yield
             return
-        layers = self.stage.language.decoder.layers if self.settings.gather == "stage" else self._passing(recorded)
+        layers = self.stage.layers if self.settings.gather == "stage" else self._passing(recorded)
         theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
         rest = Gather([parameter for parameter in self._parameters if id(parameter) not in theirs])
         self._ready = True
-        for layer in layers:
-            layer.weights = (ArrivingWeights if self.settings.gather == "stage" else LayerWeights)(layer)
-        if self.settings.gather == "layer" and self.settings.overlap:
-            for layer, following in itertools.pairwise(layers):
-                layer.weights.next_forward, following.weights.next_backward = following.weights, layer.weights
+        if self.settings.gather == "stage":
+            gathered = [ArrivingWeights(layer) for layer in layers]
+        else:
+            gathered = [LayerWeights(layer) for layer in layers]
+            if self.settings.overlap:
+                for weights, following in itertools.pairwise(gathered):
+                    weights.next_forward, following.next_backward = following, weights
+        for layer, weights in zip(layers, gathered):
+            layer.weights = weights
         try:
             rest.wait()
             with self.process_groups.active():
                 yield
         finally:
             self._ready = False
-            for layer in layers:
-                layer.weights.settle()
+            for layer, weights in zip(layers, gathered):
+                weights.settle()
                 layer.weights = None
             release_parameters(self._parameters)
 
@@ -285,7 +291,7 @@ class StageEngine:
         These are parameter shards and, for trained parameters, float32 gradient shards, master weights and AdamW's
         moments.
         """
-        parameters = list(self.stage.parameters())
+        parameters = cast(list[Any], list(self.stage.parameters()))
         held = {"parameters": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters)}
         zero = self.deepspeed.optimizer
         flat = getattr(zero, "fp32_partitioned_groups_flat", None)

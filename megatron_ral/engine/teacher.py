@@ -15,7 +15,7 @@ unequal numbers.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Literal, Mapping, Optional, Sequence, cast
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +236,7 @@ class TeacherEngine(FrozenEngine):
             One ForwardOutput per batch, as `read` returns them.
         """
         home, device = self.student.layout, self.process_groups.device
-        routes = [
+        routes: list[tuple[int | Literal["hidden"], int, int]] = [
             (
                 layer,
                 self.layout.stage_of_layer(match[layer], self.shape.num_layers),
@@ -264,7 +264,7 @@ class TeacherEngine(FrozenEngine):
                 for transfer in work.stage_results(name, away_stage, home_stage)
                 if transfer.what[0][1] == index
             ]
-            available = {
+            available: dict[Any, Any] = {
                 (item, name): output.hidden if name == "hidden" else output.attention[match[name]].to(device)
                 for item, output in outputs.items()
                 if item[1] == index and self.layout.pipeline_rank == away_stage
@@ -273,5 +273,5 @@ class TeacherEngine(FrozenEngine):
                 if name == "hidden":
                     results[index] = replace(results[index], hidden=arrived)
                 else:
-                    results[index].attention[name] = arrived.cpu()
+                    cast(dict[int, Any], results[index].attention)[name] = arrived.cpu()
         return results

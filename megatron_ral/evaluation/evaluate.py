@@ -47,7 +47,7 @@ def evaluate_prompts(
     processor: PromptProcessor,
     settings: EvaluationSettings,
     layer: int,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
     collect: Callable[[ResponseBatch, Score], None] = lambda responses, score: None,
 ) -> Evaluation:
     """Answer this rank's prompts greedily and return the results over all ranks, the same on every rank.
@@ -100,7 +100,7 @@ def sample_prompts(
     settings: EvaluationSettings,
     num_samples: int,
     collect: Callable[[ResponseBatch, Score], None],
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Sample `num_samples` responses to each of this rank's prompts and pass them with their scores to `collect`.
 

@@ -12,7 +12,7 @@ Fused kernels do not return softmax weights. Queries and keys of the response ro
 """
 
 import math
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class InstrumentedAttention(torch.nn.Module):
         )
         assert config.attention_dropout == 0.0, "attention dropout would make p_theta differ from itself"
         self.layer = layer_number - 1
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(cast(int, config.kv_channels))
 
     def forward(
         self,
@@ -140,7 +140,7 @@ class InstrumentedAttention(torch.nn.Module):
         maximum = torch.maximum(own[1], prompt[1])
         parts = [(output, total, (top - maximum).exp()) for output, top, total in (own, prompt)]
         output = sum(output * share for output, _, share in parts) / sum(total * share for _, total, share in parts)
-        return output.to(value.dtype).flatten(1, 2)[:, None]
+        return cast(Tensor, output).to(value.dtype).flatten(1, 2)[:, None]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

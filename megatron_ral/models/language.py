@@ -10,7 +10,7 @@ Departures from GPTModel:
 """
 
 import copy
-from typing import Optional, Protocol
+from typing import Any, Optional, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
     ):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.partial_over_tensor_ranks = over_heads or config.sequence_parallel
+        cast(Any, self.weight).partial_over_tensor_ranks = over_heads or config.sequence_parallel
 
 
 class LayerParameters(Protocol):
@@ -93,7 +93,7 @@ class LanguageStage(GPTModel):
 
     def setup_embeddings_and_output_layer(self) -> None:
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
-            self.output_layer.weight.shared = True
+            cast(Any, self.output_layer).weight.shared = True
 
     def embed_words(self, token_ids: Tensor) -> Tensor:
         """Return embeddings [S, B, H] of tokens [B, S], the whole sequence on every tensor rank."""
@@ -165,14 +165,17 @@ def _pipeline_layers(shape: ModelShape, layout: RankLayout) -> list[list[str]] |
 
 def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmodules:
     """Return the layer spec of this stage, with our modules in place of megatron-core's."""
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm))
+    local = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm)
+    spec = cast(Any, copy.deepcopy(local))
     spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = ModuleSpec(module=InstrumentedAttention)
     if shape.family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"over_heads": True})
-    return TransformerBlockSubmodules([spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        [spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=cast(Any, RMSNorm)
+    )
 
 
 def build_language_stage(
@@ -184,7 +187,7 @@ def build_language_stage(
     """
     stage = LanguageStage(
         config=transformer_config(shape, layout, dtype, device, sequence_parallel),
-        transformer_layer_spec=_stage_spec(shape, layout),
+        transformer_layer_spec=cast(Any, _stage_spec(shape, layout)),  # megatron takes submodules of a block too
         vocab_size=shape.padded_vocab_size(layout.tensor_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=layout.is_first_stage,
@@ -193,7 +196,7 @@ def build_language_stage(
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         scatter_embedding_sequence_parallel=False,
         position_embedding_type="mrope",
-        rotary_base=shape.rope_theta,
+        rotary_base=cast(Any, shape.rope_theta),  # megatron only divides by its powers
     )
     if sequence_parallel:
         # The block would fork a random number generator per tensor rank for dropout, which is always 0 here.

@@ -9,7 +9,7 @@ are cut over them. Visual embeddings are inserted before the cut, and rows are c
 """
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator, Sequence, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_ral.functional.positions import rotary_angles
 from megatron_ral.models.attention_pass import AttentionPass, VisualFeatures
 from megatron_ral.models.families import build_tower
-from megatron_ral.models.language import build_language_stage
+from megatron_ral.models.language import StageLayer, build_language_stage
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.types import GroupBatch, PromptBatch
@@ -54,16 +54,21 @@ class MultimodalStage(torch.nn.Module):
         sequence_parallel = sequence_parallel and layout.tensor_size > 1
         self.language = build_language_stage(shape, layout, dtype, device, sequence_parallel)
         self.config, self.model_type = self.language.config, self.language.model_type
-        for layer in self.language.decoder.layers:
+        for layer in self.layers:
             layer.recompute = recompute
         self.visual = None
         if layout.is_first_stage:
             with torch.device(device):
                 self.visual = build_tower(shape.vision, dtype)
 
+    @property
+    def layers(self) -> Sequence[StageLayer]:
+        """Layers of this stage."""
+        return cast(Sequence[StageLayer], self.language.decoder.layers)
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Set the hidden states from the previous stage. megatron-core's schedule calls this."""
-        self.language.set_input_tensor(input_tensor)
+        self.language.set_input_tensor(cast(Any, input_tensor))
 
     def padded_length(self, length: int) -> int:
         """Return the next length, from `length` on, that can be cut over tensor ranks."""
@@ -83,7 +88,9 @@ class MultimodalStage(torch.nn.Module):
 
         A generating pass may have fewer tokens than there are tensor ranks.
         """
-        switched = [part for part in (self.config, *self.modules()) if getattr(part, "sequence_parallel", False)]
+        switched: list[Any] = [
+            part for part in (self.config, *self.modules()) if getattr(part, "sequence_parallel", False)
+        ]
         for part in switched:
             part.sequence_parallel = False
         try:
@@ -168,7 +175,7 @@ class MultimodalStage(torch.nn.Module):
         pixels = torch.cat([prompt.pixel_values for prompt in prompts.prompts])
         grids = torch.cat([prompt.grid_thw for prompt in prompts.prompts])
         counts = [int(prompt.visual_mask.sum()) for prompt in prompts.prompts]
-        merge = self.visual.spatial_merge_size
+        merge = cast(int, self.visual.spatial_merge_size)
         blank = len(grids) == 0
         if blank:
             pixels, grids = pixels.new_zeros(merge * merge, pixels.shape[1]), grids.new_tensor([[1, merge, merge]])

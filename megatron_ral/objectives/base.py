@@ -37,16 +37,13 @@ class Term:
 
     name: str
     """Name by which `Objective.only` and `Objective.without` choose it."""
+    has_token_loss: bool = False
+    """True if the term reads the last stage's outputs."""
 
     @property
     def recorded_layers(self) -> frozenset[int]:
         """0-based layers whose attention rows the term reads."""
         return frozenset()
-
-    @property
-    def has_token_loss(self) -> bool:
-        """Say whether the term reads the last stage's outputs."""
-        return False
 
     @property
     def is_active(self) -> bool:

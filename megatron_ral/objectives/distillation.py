@@ -60,10 +60,12 @@ class TokenDistillationTerm(Term):
     def token_loss(self, outputs: TokenOutputs, batch: RlBatch) -> tuple[Tensor, Metrics]:
         """Return (loss, metrics) on the student's last stage. Teacher logits live until its backward pass ends."""
         settings, mask, num_tokens = self.settings, batch.loss_mask, batch.totals.num_tokens
+        assert outputs.logits is not None  # it is a training pass
         if settings.token_divergence == "cross_entropy":
             logprobs, _ = vocab_parallel_logprobs(outputs.logits, batch.groups.response_ids, self.process_group)
             loss = -(logprobs * mask).sum() / num_tokens
             return settings.token_coef * loss, {"distill/cross_entropy": loss.detach()}
+        assert self.head is not None and batch.teacher.hidden is not None  # this is the last stage
         student, teacher = self.head.mask(outputs.logits), self.head.logits(batch.teacher.hidden)
         measure = TokenDivergence(settings.token_divergence, settings.beta, settings.temperature)
         group = self.process_group

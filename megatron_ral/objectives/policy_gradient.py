@@ -57,6 +57,7 @@ class PolicyGradientTerm(Term):
 
     def _surrogate(self, logprobs: Tensor, batch: RlBatch, mask: Tensor) -> Surrogate:
         old = logprobs.detach() if batch.is_on_policy else batch.old_logprobs
+        assert old is not None  # absent from on-policy batches alone
         settings = self.settings
         return SURROGATES[settings.policy_loss](
             logprobs,

@@ -28,8 +28,8 @@ class Transfer(NamedTuple):
 
     source: int
     target: int
-    what: Hashable
-    """Name of the value."""
+    what: Any
+    """Name of the value, hashable."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _replica_ranks(layout: RankLayout, data_rank: int) -> list[int]:
 
 
 def carry_tensors(
-    transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Tensor], empty: Callable[[Hashable], Tensor]
+    transfers: Sequence[Transfer], rank: int, have: Mapping[Any, Tensor], empty: Callable[[Hashable], Tensor]
 ) -> dict[Hashable, Tensor]:
     """Carry out this rank's part of the transfers, all of them at once and without gradient.
 
@@ -146,7 +146,7 @@ def carry_tensors(
 
 
 def carry_objects(
-    transfers: Sequence[Transfer], rank: int, have: Mapping[Hashable, Any], device: torch.device
+    transfers: Sequence[Transfer], rank: int, have: Mapping[Any, Any], device: torch.device
 ) -> dict[Hashable, Any]:
     """Carry out this rank's part of the transfers of picklable objects: their sizes first, then their bytes.
 

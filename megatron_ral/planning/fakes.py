@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class KnownIntegers(TorchDispatchMode):
             if unknown:
                 return _some_number(tensors[0].dtype)
             with unset_fake_temporarily():
-                return _known(tensors[0]).item()
+                return cast(Tensor, _known(tensors[0])).item()
         if unknown:
             if func is torch.ops.aten.nonzero.default:
                 return tensors[0].new_empty(0, tensors[0].dim(), dtype=torch.int64)
@@ -63,7 +63,7 @@ class KnownIntegers(TorchDispatchMode):
             if func._schema.is_mutable:
                 for tensor in tensors[:1]:  # the value known of it is outdated
                     if isinstance(tensor, FakeTensor) and hasattr(tensor, "known_value"):
-                        del tensor.known_value
+                        del cast(Any, tensor).known_value
             return result
         if not self._is_small_integer_work(func, args, kwargs, tensors):
             return func(*args, **kwargs)
@@ -97,7 +97,7 @@ class KnownIntegers(TorchDispatchMode):
 
     def _fake(self, real: Tensor) -> Tensor:
         fake = self._fake_mode.fake_tensor_converter.from_real_tensor(self._fake_mode, real)
-        fake.known_value = real
+        cast(Any, fake).known_value = real
         return fake
 
     def _as_positions(self, index: Optional[Tensor]) -> Optional[Tensor]:

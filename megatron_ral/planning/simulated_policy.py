@@ -8,7 +8,7 @@ is what a real rank runs.
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class SimulatedBatch(DecodingBatch):
 
     def count_cache(self, watched: Watched) -> None:
         """Count the cache as a KV cache. Called before the first pass."""
+        assert self._cache is not None  # no response has finished before the first pass
         self._cache = _NamedCache(self._cache.prompt_lengths, self.settings.group_size, watched)
 
     def go_to_last_growth(self) -> None:
@@ -59,10 +60,11 @@ class SimulatedBatch(DecodingBatch):
         held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
         self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
         if held:
-            with self._cache.watched.kind("KV cache"):
-                for layer, parts in self._cache.prompt.items():
+            cache = cast(_NamedCache, self._cache)
+            with cache.watched.kind("KV cache"):
+                for layer, parts in cache.prompt.items():
                     key, value = (part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
-                    self._cache.response[layer] = key, value
+                    cache.response[layer] = key, value
 
 
 class _SimulatedReduction:
@@ -114,8 +116,8 @@ class SimulatedPolicy(PolicyEngine):
                 settings.sequence_parallel,
                 training.recompute or settings.gather == "layer",
             )
-        for layer in self.stage.language.decoder.layers:
-            layer.self_attention.core_attention.equal_heads_with_mask = True if on_gpu else None
+        for layer in self.stage.layers:
+            cast(Any, layer.self_attention).core_attention.equal_heads_with_mask = True if on_gpu else None
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(training.is_trainable(name))
             if parameter.requires_grad:
@@ -133,9 +135,7 @@ class SimulatedPolicy(PolicyEngine):
         """Return the parameters of the stage as ZeRO-3 sees them."""
         tied = self.shape.tie_word_embeddings and self.process_groups.embedding is not None
         layers = {
-            id(parameter): layer.layer_number - 1
-            for layer in self.stage.language.decoder.layers
-            for parameter in layer.parameters()
+            id(parameter): layer.layer_number - 1 for layer in self.stage.layers for parameter in layer.parameters()
         }
         return [
             SimulatedParameter(

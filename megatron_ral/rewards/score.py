@@ -18,25 +18,44 @@ LARGEST = 1.0e30
 class FunctionSettings(Protocol):
     """One entry of `reward.functions`."""
 
-    path: str
-    """Import path, `package.module:function`."""
-    weight: float
-    """Factor of the function's value in the reward."""
+    @property
+    def path(self) -> str:
+        """Import path, `package.module:function`."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Factor of the function's value in the reward."""
+        ...
 
 
 class RewardSettings(Protocol):
     """The `reward` section of a configuration."""
 
-    accuracy: str
-    """Kind of the accuracy: `exact` or `by_type`."""
-    accuracy_weight: float
-    """Factor of the accuracy."""
-    format_weight: float
-    """Factor of the format."""
-    require_think: bool
-    """Presence of a think block in the format."""
-    functions: Mapping[str, FunctionSettings]
-    """Functions of the user by name."""
+    @property
+    def accuracy(self) -> str:
+        """Kind of the accuracy: `exact` or `by_type`."""
+        ...
+
+    @property
+    def accuracy_weight(self) -> float:
+        """Factor of the accuracy."""
+        ...
+
+    @property
+    def format_weight(self) -> float:
+        """Factor of the format."""
+        ...
+
+    @property
+    def require_think(self) -> bool:
+        """Presence of a think block in the format."""
+        ...
+
+    @property
+    def functions(self) -> Mapping[str, FunctionSettings]:
+        """Functions of the user by name."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Collection of a rollout: sample groups, score them, form advantages, cut them into micro-batches."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def collect_rollout(
         ],
         len(prompts) // settings.num_minibatches,
     )
-    prompts, rows, embeds, asked = ([values[index] for index in order] for values in (prompts, rows, embeds, asked))
+    prompts, rows = [prompts[index] for index in order], [rows[index] for index in order]
+    embeds, asked = [embeds[index] for index in order], [asked[index] for index in order]
     pad_token_id = processor.pad_token_id
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), rows, pad_token_id)
     score = score_responses(everything, processor, settings.reward, engine)
@@ -125,7 +126,7 @@ def collect_rollout(
             responses.prompts,
             responses.response_ids,
             responses.response_lengths,
-            None if own[0] is None else tuple(own),
+            None if own[0] is None else cast(tuple[Tensor, ...], tuple(own)),
         )
         scored = Score(
             score.rewards[part],

@@ -7,7 +7,7 @@ the same layout.
 
 import base64
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def seed_random_state(seed: int, rank: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators as JSON."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(Any, np.random.get_state())
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": _text(torch.get_rng_state())}
     if torch.cuda.is_available():
         state["cuda"] = _text(torch.cuda.get_rng_state())

@@ -1,3 +1,5 @@
+# As torch.distributed lists no exports:
+# pyright: reportPrivateImportUsage=false
 """Exchange of small objects between all processes of a job before process groups exist.
 
 It uses a key-value store only: no device and no memory of the model.

@@ -1,3 +1,5 @@
+# As torch.distributed lists no exports:
+# pyright: reportPrivateImportUsage=false
 """Watchdog: a rank that dies or stalls ends the whole job, with a message that names rank, place and samples.
 
 A thread of every rank sends heartbeats (phase, step, samples and ticks of `progress.py`) through a key-value store of
