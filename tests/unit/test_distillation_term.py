@@ -87,7 +87,9 @@ def test_settings_without_effect_are_named():
     assert "rewards give no gradient" in warnings(path="")
     assert "rewards" not in warnings(path="", loss=LossConfig(attention_coef=0.0))
     assert "rewards" not in warnings(path="", loss=LossConfig(policy_coef=0.0))
-    assert "loss.clip_low = 0.1 has no effect" in warnings(loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1))
+    assert "loss.clip_low = 0.1 has no effect" in warnings(
+        loss=LossConfig(attention_coef=0.0, policy_coef=0.0, clip_low=0.1)
+    )
     sft = RunConfig(train=TrainConfig(algorithm="sft"), teacher=TeacherConfig(path="t"))
     assert setting_warnings(sft) == ["teacher.path = t has no effect with train.algorithm = sft"]
 
