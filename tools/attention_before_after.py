@@ -16,10 +16,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from attention_page import PageSample
-from attention_report import make_samples, parse_arguments
 
+from megatron_ral.commands.attention import make_samples, parse_arguments
 from megatron_ral.commands.common import quiet_third_parties
+from megatron_ral.evaluation.attention_page import PageSample
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

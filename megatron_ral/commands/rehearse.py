@@ -43,7 +43,7 @@ def main(argv: Arguments = None) -> int:
         help="visual tokens of each prompt (default: as many as data.max_visual_tokens and max_prompt_length allow)",
     )
     parser.add_argument("--search", action="store_true", help="try layouts and print the best five that fit")
-    parser.add_argument("--row", action="store_true", help="print one row of docs/hardware.md")
+    parser.add_argument("--row", action="store_true", help="print one row of docs/results/hardware.md")
     for item in dataclasses.fields(Hardware):
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",

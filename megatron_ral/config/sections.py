@@ -53,7 +53,7 @@ class ParallelConfig:
     """Unit of parameters that a training pass gathers from the data-parallel ranks. stage: the whole pipeline stage,
     once per optimizer step. layer: one layer after the other in every pass of every micro-batch; this holds only a few
     layers in memory and sends each layer 2 * micro-batches times instead of once (3 times the bytes of a step at 4
-    micro-batches, docs/hardware.md). Generation always gathers the stage, once per rollout."""
+    micro-batches, docs/results/hardware.md). Generation always gathers the stage, once per rollout."""
     overlap_communication: bool = True
     """Overlap of communication with computation: layers are gathered ahead of the pass that needs them, and gradients
     are reduced during the last backward pass. Same bytes and same numbers as without."""
