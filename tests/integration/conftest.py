@@ -8,7 +8,7 @@ from tests.integration.cases import SFT, run_training, write_config
 
 
 @pytest.fixture(scope="session")
-def add_teacher_outputs(material, request):
+def trained_model(material, request):
     """Hugging Face folder, shared by all workers: read, never written."""
 
     def make(folder):

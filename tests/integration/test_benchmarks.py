@@ -102,8 +102,8 @@ def shards(material, tmp_path_factory):
     return root / "out"
 
 
-def test_one_table_over_all_kinds(shards, material, tmp_path, add_teacher_outputs):
-    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
+def test_one_table_over_all_kinds(shards, material, tmp_path, trained_model):
+    path, overrides = write_config(tmp_path, RL, trained_model, material["data"], "rl")
     overrides += [
         f"data.eval_shards={shards}/*/*.tar",
         "reward.accuracy=by_type",
@@ -111,7 +111,7 @@ def test_one_table_over_all_kinds(shards, material, tmp_path, add_teacher_output
         "logging.num_eval_prompts=100",
         "rollout.max_response_length=4",
     ]
-    printed = evaluate(path, overrides, add_teacher_outputs, tmp_path / "e.json")
+    printed = evaluate(path, overrides, trained_model, tmp_path / "e.json")
     record = json.loads((tmp_path / "e.json").read_text())
     wanted = {name: count for _, _, categories in KINDS.values() for name, count in categories.items()}
     assert {name: row["num_prompts"] for name, row in record["categories"].items()} == wanted

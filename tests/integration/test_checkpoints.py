@@ -167,9 +167,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, add_teacher_outputs, tmp_path, case):
+def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, trained_model, tmp_path, case):
     text, kind, old, new, settings, new_settings = CASES[case]
-    model = add_teacher_outputs if kind == "trained" else material[kind]
+    model = trained_model if kind == "trained" else material[kind]
     path, overrides = write_config(tmp_path, text, model, material["data"], "rl" if text is RL else "search")
     overrides += [*COMMON, *settings]
     straight, cut, again = (tmp_path / name for name in ("straight", "cut", "again"))
@@ -194,12 +194,12 @@ def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, a
     check_like_straight(straight, cut)
 
 
-def test_entry_point_resumes_in_another_layout(material, add_teacher_outputs, tmp_path):
+def test_entry_point_resumes_in_another_layout(material, trained_model, tmp_path):
     """A run of TP=2 x PP=1 x DP=2 is resumed by the user's command as TP=1 x PP=2 x DP=1.
 
     A newer checkpoint that is cut short is passed over.
     """
-    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
+    path, overrides = write_config(tmp_path, SFT, trained_model, material["data"])
     overrides += [*COMMON, "logging.tensorboard=true"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run_ranks(4, run, path, [*overrides, *layout_settings((2, 1, 2)), f"train.output_dir={straight}"])
@@ -317,8 +317,8 @@ def draws_after_restore(path: str, overrides: list[str]) -> tuple:
     return drawn
 
 
-def test_saves_in_a_thread(material, add_teacher_outputs, tmp_path):
-    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
+def test_saves_in_a_thread(material, trained_model, tmp_path):
+    path, overrides = write_config(tmp_path, RL, trained_model, material["data"], "rl")
     output = tmp_path / "run"
     overrides += [f"train.output_dir={output}"]
     results = run_ranks(2, saves, path, overrides, str(output))
@@ -351,8 +351,8 @@ def agreed(path: str, overrides: list[str], outputs: list[str]) -> str:
         stop_groups()
 
 
-def test_ranks_agree_on_a_checkpoint_or_say_that_they_cannot(material, add_teacher_outputs, tmp_path):
-    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
+def test_ranks_agree_on_a_checkpoint_or_say_that_they_cannot(material, trained_model, tmp_path):
+    path, overrides = write_config(tmp_path, SFT, trained_model, material["data"])
     overrides += ["train.num_steps=3", "train.keep_checkpoints=3"]
     run_ranks(1, run, path, [*overrides, f"train.output_dir={tmp_path}/all"])
     steps = {"all": (1, 2, 3), "behind": (1, 2), "none": ()}

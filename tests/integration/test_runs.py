@@ -43,9 +43,9 @@ def exported(folder) -> dict[str, torch.Tensor]:
     ],
     ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-ema-dp2"],
 )
-def test_resumed_run_equals_straight_run_bit_for_bit(material, add_teacher_outputs, tmp_path, text, world, layout):
+def test_resumed_run_equals_straight_run_bit_for_bit(material, trained_model, tmp_path, text, world, layout):
     path, overrides = write_config(
-        tmp_path, text, add_teacher_outputs, material["data"], "rl" if text is RL else "search"
+        tmp_path, text, trained_model, material["data"], "rl" if text is RL else "search"
     )
     overrides = overrides + layout
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/straight"])
@@ -57,7 +57,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(material, add_teacher_outpu
     run_ranks(world, run_training, path, overrides + [f"train.output_dir={tmp_path}/cut"], True)
     straight, resumed = exported(tmp_path / "straight"), exported(tmp_path / "cut")
     assert set(straight) == set(resumed)
-    moved = exported_difference(straight, add_teacher_outputs)
+    moved = exported_difference(straight, trained_model)
     assert moved > 1e-3, "the run must have changed the weights for the comparison to mean something"
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
@@ -72,8 +72,8 @@ def check_written_from_a_checkpoint(run, folder) -> None:
     assert {path.name for path in (folder / "again").glob("*.json")} >= {"config.json", "tokenizer.json"}
 
 
-def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, add_teacher_outputs, tmp_path, capsys):
-    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
+def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, trained_model, tmp_path, capsys):
+    path, overrides = write_config(tmp_path, SFT, trained_model, material["data"])
     run_ranks(
         2,
         run_training,
@@ -102,7 +102,7 @@ def test_any_step_is_written_as_a_folder_in_the_precision_of_the_run(material, a
         assert said in capsys.readouterr().err and not (tmp_path / "never").exists()
 
 
-def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_outputs, tmp_path):
+def test_resume_refuses_other_settings_and_used_folders(material, trained_model, tmp_path):
     from megatron_ral.config import load_config
     from megatron_ral.errors import CheckpointError
     from megatron_ral.training.checkpoint import restore
@@ -111,7 +111,7 @@ def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_ou
     def find_checkpoint(config, resume):
         return restore.find_checkpoint(CheckpointSettings.from_config(config), resume)
 
-    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
+    path, overrides = write_config(tmp_path, SFT, trained_model, material["data"])
     overrides = overrides + [f"train.output_dir={tmp_path}/run", "train.num_steps=1"]
     run_ranks(1, run_training, path, overrides)
     with pytest.raises(CheckpointError, match="holds 'step_00000001' of an earlier run"):
@@ -130,7 +130,7 @@ def test_resume_refuses_other_settings_and_used_folders(material, add_teacher_ou
     assert find_checkpoint(load_config(path, overrides + free), resume=True) is not None
 
 
-def test_one_rank_with_unusable_samples_goes_on_and_reports_them(add_teacher_outputs, material, tmp_path):
+def test_one_rank_with_unusable_samples_goes_on_and_reports_them(trained_model, material, tmp_path):
     """Quarantine under two data-parallel ranks: only the second rank's shard is at fault."""
     from tests.unit.test_data import good, write_shard
 
@@ -141,7 +141,7 @@ def test_one_rank_with_unusable_samples_goes_on_and_reports_them(add_teacher_out
         + [good(f"bad{index}", target_boxes=[[0, 0, 999, 9]]) for index in range(3)]
         + [good(f"b{index}") for index in (1, 2, 3)],
     )
-    path, overrides = write_config(tmp_path, SFT, add_teacher_outputs, material["data"])
+    path, overrides = write_config(tmp_path, SFT, trained_model, material["data"])
     run_ranks(
         2,
         run_training,
@@ -162,17 +162,17 @@ def exported_difference(tensors, source) -> float:
 
 
 @pytest.fixture(scope="module")
-def finished(material, add_teacher_outputs, tmp_path_factory):
+def finished(material, trained_model, tmp_path_factory):
     """A short RL run on two data-parallel ranks."""
     folder = tmp_path_factory.mktemp("finished")
-    path, overrides = write_config(folder, RL, add_teacher_outputs, material["data"], "rl")
+    path, overrides = write_config(folder, RL, trained_model, material["data"], "rl")
     run_ranks(2, run_training, path, overrides + [f"train.output_dir={folder}/run"])
     return folder / "run"
 
 
-def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_path):
+def test_run_with_other_losses_of_the_family(material, trained_model, tmp_path):
     """GSPO, Dr. GRPO's advantages, entropy bonus, groups filtered: steps are made and every number is finite."""
-    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
+    path, overrides = write_config(tmp_path, RL, trained_model, material["data"], "rl")
     settings = {
         "policy_loss": "gspo",
         "aggregation": "sequence_mean",
@@ -201,7 +201,7 @@ def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_
         values = [event.value for event in events.Scalars(tag)]
         assert len(values) == 4 and all(torch.isfinite(torch.tensor(value)) for value in values), tag
     assert max(event.value for event in events.Scalars("frac_reward_zero_std")) > 0, "some group must be left out"
-    assert exported_difference(exported(tmp_path / "run"), add_teacher_outputs) > 1e-3
+    assert exported_difference(exported(tmp_path / "run"), trained_model) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_run_with_other_losses_of_the_family(material, add_teacher_outputs, tmp_
     ],
     ids=["with RL", "mixture"],
 )
-def test_run_with_a_teacher_in_another_layout(material, add_teacher_outputs, tmp_path, layout, settings):
+def test_run_with_a_teacher_in_another_layout(material, trained_model, tmp_path, layout, settings):
     """A larger teacher, cut over tensor ranks where the student is not: what a user looks at is there."""
-    path, overrides = write_config(tmp_path, RL, add_teacher_outputs, material["data"], "rl")
+    path, overrides = write_config(tmp_path, RL, trained_model, material["data"], "rl")
     run_ranks(
         2,
         run_training,
@@ -254,7 +254,7 @@ def test_run_with_a_teacher_in_another_layout(material, add_teacher_outputs, tmp
     assert own == [0.0, 0.0] if layout[1] == 2 else 0 < sum(own) < 2
     # the sampler of the student's own responses is its training engine, whoever answered the others
     assert max(event.value for event in events.Scalars("sampling/logprob_difference")) < 1e-4
-    assert exported_difference(exported(tmp_path / "run"), add_teacher_outputs) > 1e-3
+    assert exported_difference(exported(tmp_path / "run"), trained_model) > 1e-3
 
 
 def test_tensorboard_holds_what_a_user_looks_at(finished):

@@ -76,16 +76,16 @@ def test_training_on_clips_and_its_pictures(material, clips, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def evaluated(material, add_teacher_outputs, tmp_path_factory):
+def evaluated(material, trained_model, tmp_path_factory):
     """A model that answers, on questions of two types, greedy and sampled."""
     folder = tmp_path_factory.mktemp("evaluated")
-    path, overrides = write_config(folder, RL, add_teacher_outputs, material["data"], "rl")
+    path, overrides = write_config(folder, RL, trained_model, material["data"], "rl")
     overrides = overrides + [f"data.eval_shards={material['data']}/search-*.tar", "logging.num_eval_prompts=41"]
-    printed = evaluate(path, overrides, add_teacher_outputs, folder / "one.json", "--samples", "3")
+    printed = evaluate(path, overrides, trained_model, folder / "one.json", "--samples", "3")
     evaluate(
         path,
         overrides,
-        add_teacher_outputs,
+        trained_model,
         folder / "two.json",
         "--samples",
         "3",
