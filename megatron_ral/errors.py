@@ -5,7 +5,7 @@ until then, so that the preflight can print a table of them and no code reads a 
 """
 
 import re
-from typing import Optional
+from typing import Optional, Sequence, cast
 
 _WORD = re.compile(r"[\w.+-]+")
 
@@ -72,7 +72,7 @@ def show_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return str(list(value))
+        return str(list(cast(Sequence[object], value)))
     text = str(value)
     return (
         text

@@ -13,7 +13,7 @@ class ForwardOutput:
     """Result of a pass without gradient over one micro-batch, each part on the stage that owns it."""
 
     tokens: Optional[TokenOutputs] = None
-    attention: Mapping[int, Any] = field(default_factory=dict)
+    attention: Mapping[int, Any] = field(default_factory=dict[int, Any])
     """Layer -> value that `store` returned of its rows, by default their distributions [B, G, R, S]."""
     hidden: Optional[Tensor] = None
     """Inputs of the LM head, [B, G, R, H], where they were asked for."""

@@ -74,7 +74,7 @@ class Objective:
     @property
     def recorded_layers(self) -> frozenset[int]:
         """0-based layers whose attention rows some term reads."""
-        return frozenset().union(*(term.recorded_layers for term in self.terms))
+        return frozenset[int]().union(*(term.recorded_layers for term in self.terms))
 
     def only(self, *names: str) -> "Objective":
         """Return the objective of the named terms alone."""
@@ -94,7 +94,8 @@ class Objective:
 
     def token_loss(self, outputs: TokenOutputs, batch: Any) -> tuple[Tensor, Metrics]:
         """Return (sum of the token losses, metrics) on the last stage. The loss always has a gradient, maybe of 0."""
-        total, metrics = None, {}
+        total: Optional[Tensor] = None
+        metrics: dict[str, Tensor] = {}
         for term in self.terms:
             if term.has_token_loss:
                 loss, measured = term.token_loss(outputs, batch)
@@ -108,7 +109,8 @@ class Objective:
 
     def attention_loss(self, layer: int, rows: AttentionRows, batch: Any) -> tuple[Optional[Tensor], Metrics]:
         """Return (sum of the losses of one layer, metrics) on the stage that owns it. Loss None: metrics alone."""
-        total, metrics = None, {}
+        total: Optional[Tensor] = None
+        metrics: dict[str, Tensor] = {}
         for term in self.terms:
             if layer in term.recorded_layers:
                 loss, measured = term.attention_loss(layer, rows, batch)

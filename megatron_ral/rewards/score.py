@@ -92,11 +92,13 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
     if settings.accuracy == "by_type":
         # A late import, because ROUGE's package takes two seconds to load.
         from megatron_ral.rewards.rules import accuracy_by_type as accuracy
+
+    def format_value(response: str, *_: str) -> float:
+        return format_reward(response, settings.require_think)
+
     parts = [
         RewardPart("accuracy", accuracy, settings.accuracy_weight),
-        RewardPart(
-            "format", lambda response, *_: format_reward(response, settings.require_think), settings.format_weight
-        ),
+        RewardPart("format", format_value, settings.format_weight),
     ]
     for name, own in settings.functions.items():
         if name in RESERVED:
@@ -123,7 +125,8 @@ def score_response(response: str, solution: str, problem_type: str, parts: tuple
         problem_type: problem type of the sample; may be empty.
         parts: parts of the reward.
     """
-    values, problems = {}, []
+    values: dict[str, float] = {}
+    problems: list[str] = []
     if extract_answer(response) is None:
         problems.append(f"{UNPARSED}: not exactly one <answer>..</answer>")
     values[UNPARSED], values[ERROR] = float(bool(problems)), 0.0
