@@ -121,7 +121,7 @@ def test_page_refuses_what_it_cannot_use(material, tmp_path, capsys):
         ([tiny, f"{tmp_path}/*.tar"], "SHARDS"),
         ([tiny, shards, "--layers", "9"], "--layers names layer 9"),
         ([str(tmp_path), shards], "CHECKPOINT = "),
-        ([tiny, shards, "rollout.nonsense=1"], "unknown key"),
+        ([tiny, shards, "rollout.nonsense=1"], "is not a known setting"),
     ):
         assert attention.main([*arguments, "--output", str(tmp_path / "x.html")]) == 2
         assert said in capsys.readouterr().err
