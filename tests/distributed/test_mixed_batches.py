@@ -11,7 +11,8 @@ from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals
-from megatron_ral.rollout.collect import collect_rollout
+from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import supervised_batches
 from megatron_ral.types import FramePictures, Sample, SftBatch
@@ -91,7 +92,8 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     share = len(samples()) // process_groups.layout.data_size
     start = process_groups.layout.data_rank * share
     prompts = [processor(sample) for sample in samples()[start : start + share]]
-    rollout = collect_rollout(policy, prompts, processor, config, 0, 2)
+    settings = RolloutSettings.from_config(config)
+    rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2)
     widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]
     assert len(set(widths)) > 1, widths  # micro-batches of different shapes in one pass, also between stages
     old = policy.forward([scored.groups for scored in rollout], [3])

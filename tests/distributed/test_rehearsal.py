@@ -107,7 +107,12 @@ def test_impossible_layouts_are_refused():
         (60, "tensor_model_parallel_size", 8, "does not divide the world size 60"),
         (60, "tensor_model_parallel_size", 5, "5 does not divide the 64 attention heads"),
         (81 * 8, "pipeline_model_parallel_size", 81, "81 is more than the 80 layers"),
-        (1024, "tensor_model_parallel_size", 8, "rollout.num_prompts = 64 is not divisible by the 64 data-parallel ranks"),
+        (
+            1024,
+            "tensor_model_parallel_size",
+            8,
+            "rollout.num_prompts = 64 is not divisible by the 64 data-parallel ranks",
+        ),
     ):
         parallel = replace(config.parallel, **{"pipeline_model_parallel_size": 2, key: value})
         parallel = replace(parallel, pipeline_model_parallel_size=1) if value == 5 else parallel

@@ -146,10 +146,13 @@ class Bench:
 
     def rollout(self) -> tuple[list, list[int]]:
         """Run a rollout and a step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
-        from megatron_ral.rollout.collect import collect_rollout
+        from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.native_sampler import NativeSampler
 
+        sampler, settings = NativeSampler(self.policy), RolloutSettings.from_config(self.config)
         with counted(self.policy.stage.visual) as counts:
-            found = with_advantages(collect_rollout(self.policy, self.prompts, self.processor, self.config, 0, 1))
+            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
+            found = with_advantages(rollout)
             self.step("whole", found)
         return found, counts
 
