@@ -66,14 +66,14 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
     import torch
     from PIL import Image
 
+    from megatron_ral.commands.shards import index
     from megatron_ral.config.sections import DataConfig
     from megatron_ral.data.loader import PromptLoader, open_sources
     from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.data.shards import parse_sample, shard_entries
-    from tools.index_shards import main as index_shards
 
     torch.set_num_threads(1)
-    index_shards([f"{folder}/*.tar", "--model", str(folder / "model")])
+    index([f"{folder}/*.tar", "--model", str(folder / "model")])
     processor = PromptProcessor(str(folder / "model"), 16384)
     [source] = open_sources([(f"{folder}/*.tar", 0)], "shards")
     samples = [parse_sample(entry) for entry in shard_entries(source.shards)]
