@@ -1,7 +1,6 @@
 """Process groups: created once per process and layout, and passed down as one object."""
 
 import os
-import socket
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,17 +66,13 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
     else:
         cpu_backend.install()
     if not dist.is_initialized():
-        for name, value in (
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("LOCAL_RANK", "0"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", "0" if "RANK" not in os.environ else "29500"),
-        ):
-            os.environ.setdefault(name, value)
-        if os.environ["MASTER_PORT"] == "0":
-            os.environ["MASTER_PORT"] = str(_free_port())
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a store in memory: no port that another process might take
+            for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+                os.environ.setdefault(name, value)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     torch.manual_seed(seed)
     return _build(tensor_size, pipeline_size, device, timeout_minutes)
 
@@ -161,9 +156,3 @@ def simulate_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size
         yield _build(tensor_size, pipeline_size, torch.device("cpu"), 30)
     finally:
         stop_groups()
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

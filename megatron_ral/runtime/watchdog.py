@@ -40,6 +40,8 @@ EXIT_STATUS = 3
 _VERDICT = "verdict"
 _WAITS_IN = ("torch/distributed/", "deepspeed/comm/", "pipeline_parallel/p2p_communication.py", "parallel/exchange.py")
 """Files whose code waits for other ranks where it is innermost on the stack."""
+_WRAPPER = "deepspeed/utils/nvtx.py"
+"""File of DeepSpeed's wrapper around calls. Where it is innermost, it called compiled code for the frame above it."""
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -86,6 +88,8 @@ def main_thread_place() -> tuple[str, str]:
     collective is no wait.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code.co_filename.endswith(_WRAPPER):
+        frame = frame.f_back
     waits = frame is not None and _waits_for_ranks(frame.f_code)
     waits_in = place = ""
     while frame is not None and not place:

@@ -145,8 +145,8 @@ def test_report_reads_the_evaluation(evaluated, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--samples", "-1"], "--samples must not be negative, got -1"),
-        (["--completions", "{output}"], "--output and --completions are one file"),
+        (["--samples", "-1"], "--samples = -1 must not be negative"),
+        (["--completions", "{output}"], "is the same file as --output"),
     ],
 )
 def test_evaluate_refuses(material, tmp_path, options, message):

@@ -35,6 +35,15 @@ def test_a_collective_is_a_wait():
     assert seen_during(lambda end: collective(None))[0] == "collective"
 
 
+def test_a_wait_through_deepspeeds_wrapper_is_a_wait():
+    wrapper = in_file("/somewhere/deepspeed/utils/nvtx.py", "time.sleep(0.6)")
+
+    def wait(end):
+        wrapper(end)
+
+    assert seen_during(wait)[0] == "wait"
+
+
 def test_a_call_from_a_collective_is_no_wait():
     collective = in_file("/somewhere/torch/distributed/distributed_c10d.py", "call()")
     assert seen_during(lambda end: collective(lambda: time.sleep(0.6)))[0] == ""
