@@ -183,6 +183,9 @@ class ResponseBatch:
     check and are never used as `old_logprobs`."""
     finished: Tensor
     """Mask of the responses that ended with the end-of-turn token rather than at the length limit, [B, G] bool."""
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Recorded layer -> attention of the rows that predict each token, as decoding saw it, [B, G, R, P + R] float32
+    over all heads. On the stage that owns the layer. Rows behind a response's end have no meaning."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,9 @@ class GroupBatch:
     visual_embeds: Optional[tuple[Tensor, ...]] = None
     """Outputs of a frozen vision tower per prompt, [visual tokens, 1 + D, H] (see MultimodalStage.encode_visual). None:
     the pass encodes the pixels."""
+    answer_tokens: Optional[Tensor] = None
+    """Index of the response token with which the answer begins, [B, G] int64; -1 where a response has no answer. None:
+    not looked for."""
 
     @property
     def response_mask(self) -> Tensor:

@@ -85,10 +85,10 @@ def draw(pairs: Sequence[tuple[PageSample, PageSample]], layer: int, row_names: 
             axis.set_xlabel(verdict, fontsize=12, color="tab:green" if right else "tab:red")
     for axis, name in zip(axes[:, 0], row_names, strict=True):
         axis.set_ylabel(name, fontsize=10.5)
-    figure.suptitle(f"Where layer {layer} looks in the step that decides the digit (asked cell framed)", fontsize=13)
+    figure.suptitle(f"Where layer {layer} looks at the token that predicts the digit (asked cell framed)", fontsize=13)
     figure.tight_layout(rect=(0, 0.06, 1, 0.995))
     bar = figure.colorbar(heat, cax=figure.add_axes((0.25, 0.052, 0.5, 0.012)), orientation="horizontal")
-    bar.set_label("share of the row's attention to the picture", fontsize=9, labelpad=1)
+    bar.set_label("share of this token's attention to the picture", fontsize=9, labelpad=1)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25% (chance)", "50%", "75%", "100%"], fontsize=8)
     figure.savefig(output, dpi=90)
 

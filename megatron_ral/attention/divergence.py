@@ -89,16 +89,29 @@ def _forward_slope(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p > 0, (p - q) / p.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
 
 
+def _cross_entropy(p: Tensor, q: Tensor) -> Tensor:
+    """Return -sum q ln p. Where p = 0 < q the logarithm of the smallest normal number stands in for ln 0."""
+    return -(q * torch.log(p.clamp(min=torch.finfo(p.dtype).tiny))).sum(dim=-1)
+
+
+def _cross_entropy_slope(p: Tensor, q: Tensor) -> Tensor:
+    """Return -q / p, the slope of the cross-entropy."""
+    return torch.where(p > 0, -q / p.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
+
+
 DIVERGENCES = {
     "jsd": Divergence(_jsd_value, _jsd_slope),
     "forward_kl": Divergence(lambda p, q: _kl_value(q, p), _forward_slope),
     "reverse_kl": Divergence(_kl_value, _reverse_slope),
+    "cross_entropy": Divergence(_cross_entropy, _cross_entropy_slope),
 }
 """Divergences by their name in settings.
 
 - `jsd`: 1/2 KL(p || m) + 1/2 KL(q || m) with m = (p + q) / 2, in [0, ln 2].
 - `forward_kl`: KL(q || p). It is large where the distribution does not cover the target's mass.
 - `reverse_kl`: KL(p || q). It is large where the distribution has mass and the target has none.
+- `cross_entropy`: KL(q || p) plus the target's entropy. It is not 0 where p equals q, and its gradient is that of
+  `forward_kl`. Target `contrast` takes it, because with weights of both signs values of a kind have to cancel.
 
 Source of `jsd`: RAL paper (arXiv 2602.04884) eq. (3).
 """

@@ -87,7 +87,8 @@ def main(argv: Arguments = None) -> int:
             [
                 f"{arguments.shards}, greedy responses, layers {', '.join(map(str, sorted(layers)))}. Point at a token "
                 "to see its attention, click to fix it. Colours run from black to white at the brightest cell of the "
-                "token. Tokens are tinted by their attention mass on the target. Both frames of a temporal patch show "
+                "token. Tokens are tinted by their attention mass on the target. The token in a thick frame is the one "
+                "whose row predicts the first token of the answer. Both frames of a temporal patch show "
                 "the mass of that patch."
             ],
         ),
@@ -140,6 +141,7 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
                 view.reward,
                 view.components,
                 [processor.tokenizer.decode([token]) for token in view.token_ids.tolist()],
+                view.deciding_token,
                 masses,
                 view.prompt.target_mask[view.prompt.visual_mask].numpy(),
                 shown,

@@ -13,8 +13,14 @@ from pathlib import Path
 from megatron_ral.commands.common import Arguments, command
 from megatron_ral.errors import DataError
 
-COLUMNS = ("accuracy", "format_rate", "target_attention", "num_prompts")
-"""Columns of the table; report.json has more."""
+COLUMNS = ("accuracy", "format_rate", "target_attention", "target_chance", "num_prompts")
+"""Figures of a model in report.json, beside those by layer."""
+BY_LAYER = {
+    "target_deciding_by_layer": "at the token that predicts the answer",
+    "target_attention_by_layer": "mean over all response tokens",
+    "target_peak_by_layer": "largest of a response",
+}
+"""Figure by layer -> its description in the table."""
 
 
 def _read(path: Path) -> dict:
@@ -36,22 +42,22 @@ def main(argv: Arguments = None) -> int:
     report = {}
     for stage in ("sft", "rl"):
         result = _read(arguments.output_dir / stage / "evaluation.json")
-        report[stage] = {name: result[name] for name in (*COLUMNS, "target_attention_by_layer")}
+        report[stage] = {name: result[name] for name in (*COLUMNS, *BY_LAYER)}
     report["wall_seconds"] = {
         name: float(value) for name, _, value in (phase.partition("=") for phase in arguments.phase)
     }
     report["layout"] = _read(arguments.output_dir / "rl" / "summary.json")["layout"]
     (arguments.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{'':>6}" + "".join(f"{name:>18}" for name in COLUMNS))
+    print(f"\n{'':>6}{'accuracy':>14}{'format_rate':>14}{'num_prompts':>14}")
     for stage in ("sft", "rl"):
         row = report[stage]
-        print(
-            f"{stage:>6}{row['accuracy']:>18.3f}{row['format_rate']:>18.3f}{row['target_attention']:>18.3f}"
-            f"{row['num_prompts']:>18d}"
-        )
-    for stage in ("sft", "rl"):
-        by_layer = " ".join(f"{share:.3f}" for share in report[stage]["target_attention_by_layer"])
-        print(f"{stage:>6} target attention, first to last layer: {by_layer}")
+        print(f"{stage:>6}{row['accuracy']:>14.3f}{row['format_rate']:>14.3f}{row['num_prompts']:>14d}")
+    print(f"\n{'attention to the asked part / attention to the picture':<56}{'sft':>8}{'rl':>8}")
+    print(f"{'  without aim':<56}" + "".join(f"{report[stage]['target_chance']:>8.3f}" for stage in ("sft", "rl")))
+    for name, description in BY_LAYER.items():
+        for layer, shares in enumerate(zip(report["sft"][name], report["rl"][name])):
+            label = f"  {description if layer == 0 else '':<40} layer {layer}"
+            print(f"{label:<56}" + "".join(f"{share:>8.3f}" for share in shares))
     gain = 100 * (report["rl"]["accuracy"] - report["sft"]["accuracy"])
     print(f"\naccuracy after RL - after SFT: {gain:+.1f} points")
     total = sum(report["wall_seconds"].values())

@@ -45,6 +45,7 @@ def _check_models(config: RunConfig):
     shape = read_shape(config.model.path)
     shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
+    shape.layer_indices(config.rollout.attention_noise.layers, "rollout.attention_noise.layers")
     if config.model.reference_path:
         shape.check_same_architecture(
             read_shape(config.model.reference_path, "model.reference_path"), "model.reference_path"

@@ -78,15 +78,19 @@ class LossConfig:
     attention_row: Literal["token", "predictor"] = "token"
     """Query position of a response token: the token itself (the paper), or the position before it, which predicts
     it."""
+    attention_rows: Literal["all", "deciding", "visual"] = "all"
+    """Weights of the rows of a response. all: alike (the paper). deciding: the row that predicts the first token of the
+    answer, and no other. visual: by their attention to the picture."""
     attention_exclude_self: bool = True
     """Exclusion of the query's own token from its attention distribution (the paper: keys before the token)."""
     attention_keys: Literal["all", "visual", "prompt"] = "all"
     """Keys over which attention is renormalised: all before the token (the paper), the visual tokens, or the prompt."""
     attention_divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
     """Divergence between target and current attention. jsd: the paper. forward_kl: KL(target || current). reverse_kl:
-    KL(current || target)."""
+    KL(current || target). Target `contrast` is a cross-entropy and has none of them."""
     attention_normalizer: Literal["token_mean", "sequence_sum"] = "token_mean"
-    """Denominator of the sum over rows: the response tokens, or the responses, of the whole optimizer step."""
+    """Denominator of the sum over rows: the response tokens, or the responses, of the whole optimizer step. With
+    attention_rows = deciding each response has one row, so that it is the responses in both cases."""
     attention_row_cap: NonNegativeFloat = 0.0
     """Divergence of a row above which it gives no gradient; 0 for none."""
     attention_negative_weight: NonNegativeFloat = 1.0

@@ -94,9 +94,8 @@ def setting(config: RunConfig, key: str) -> Any:
 
 
 def changed(config: RunConfig, key: str) -> bool:
-    """Return True if the setting at `section.name` differs from its default."""
-    section, _, name = key.partition(".")
-    return setting(config, key) != getattr(type(getattr(config, section))(), name)
+    """Return True if the setting at a dotted key differs from its default."""
+    return setting(config, key) != setting(type(config)(), key)
 
 
 def without_effect(keys: str, applies: Callable[[RunConfig], bool], reason: Text) -> Iterator[Rule]:

@@ -126,6 +126,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ERROR,
+        "rollout.attention_noise.layers",
+        lambda c: _has_repeats(c.rollout.attention_noise.layers),
+        "must name each layer only once",
+    ),
+    Rule(
+        ERROR,
+        "loss.attention_target",
+        lambda c: c.distills and c.distill.teacher_rollouts > 0 and _target(c).needs is TargetPass.ROLLOUT,
+        "reads the policy's own decoding, and with {distill.teacher_rollouts} the teacher answers some prompts; set old",
+    ),
+    Rule(
+        ERROR,
         "distill.teacher_rollouts",
         lambda c: c.distills and c.distill.teacher_rollouts > 0 and (c.loss.policy_coef > 0 or c.attention_acts),
         "is not possible with {loss.policy_coef} and {loss.attention_coef}, because responses of the teacher are not "
@@ -201,6 +213,23 @@ RULES: tuple[Rule, ...] = (
             "loss.attention_target = "
             + next(name for name, rules in TARGETS.items() if rules.needs is TargetPass.REFERENCE)
         ),
+    ),
+    Rule(
+        WARNING,
+        "loss.attention_target",
+        lambda c: _is_rl(c) and c.attention_acts and _target(c).needs_noise and c.rollout.attention_noise.sigma == 0,
+        "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly differ in "
+        "where they look; set it to 6, for instance",
+    ),
+    *without_effect(
+        "loss attention_rows",
+        lambda c: _is_rl(c) and c.loss.attention_target == "hindsight",
+        "with {loss.attention_target}, whose only row is the prompt's last one",
+    ),
+    *without_effect(
+        "rollout.attention_noise layers grid decay",
+        lambda c: _is_rl(c) and c.rollout.attention_noise.sigma == 0,
+        "with {rollout.attention_noise.sigma}",
     ),
     *without_effect(
         "loss attention_coef attention_coef_warmup_steps attention_coef_decay",

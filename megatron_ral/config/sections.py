@@ -107,6 +107,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class AttentionNoiseConfig:
+    """Noise on attention while responses are sampled, one draw per response, layer and cell of the picture. Attention
+    moves inside the picture only. The update reads the model without noise."""
+
+    sigma: NonNegativeFloat = 0.0
+    """Standard deviation of the noise on attention scores; 0 for none. Scores of visual tokens differ by some units, so
+    that useful values lie between 1 and 10."""
+    layers: tuple[int, ...] = ()
+    """Layers with noise, 0-based, negative from the last; empty for all."""
+    grid: NonNegativeInt = 0
+    """Cells along each side of an image or video frame, each with one draw for all its visual tokens; 0 for one draw
+    per visual token, which averages out where an object covers many."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule by which `sigma` falls to 0 over the rollouts of the run."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
     """Sampling of responses before each round of updates."""
 
@@ -128,6 +145,8 @@ class RolloutConfig:
     """Temperature of sampling. Log-probabilities in the losses use it as well."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass of the most likely tokens to sample from; 1 for all tokens."""
+    attention_noise: AttentionNoiseConfig = field(default_factory=AttentionNoiseConfig)
+    """Exploration of attention while sampling."""
 
 
 @dataclass(frozen=True, config=STRICT)

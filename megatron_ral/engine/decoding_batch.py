@@ -9,14 +9,18 @@ finished rows since the last drop (k finished rows add k per step), and drops th
 number of running rows. Neither finished rows nor copies can then cost much more than the cheaper of the two would have.
 
 Prompts whose responses have all finished are counted separately, because their keys are the larger part to copy.
+
+With exploration the prompt's last token is fed again as the first token of each row. Its row predicts the first
+response token, and without this all responses of a prompt would share it, whatever their noise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.exploration import AttentionNoise, ExplorationSettings
 from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
@@ -46,6 +50,8 @@ class SamplingSettings:
     num_tokens: int = 0
     """Number of token ids, counted from 0, that may be sampled. 0 allows all. Models of one tokenizer may pad their
     vocabulary differently."""
+    exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
+    """Noise on the attention of each response, and layers whose attention rows are recorded."""
 
 
 class DecodingBatch:
@@ -84,6 +90,13 @@ class DecodingBatch:
         self._fed: Optional[Tensor] = None
         self._next_position = inputs.next_position.repeat_interleave(settings.group_size)
         self._cache: Optional[GroupKVCache] = GroupKVCache(inputs.prompt_lengths, settings.group_size)
+        self._first_pass, self._feeds_prompt_end = True, settings.exploration.is_on
+        if settings.exploration.is_noisy:
+            noise = AttentionNoise.draw(prompts, settings.group_size, settings.exploration, *identity)
+            self._cache.noise = noise.to(self.device)
+        self.attention: dict[int, Tensor] = {}
+        """0-based recorded layer of this stage -> attention rows that predict each response token, [B G, R, P + R]
+        float32: over the prompt, then over the response. They are summed over this rank's heads alone."""
         self._set_rows(torch.arange(count))
         self._rows_wasted = self._prompts_wasted = 0
         self.tokens = torch.full((count, R), settings.pad_token_id)
@@ -115,7 +128,7 @@ class DecodingBatch:
         """Sequence length and batch size of the hidden states that the next pass sends between stages: (P, B) in the
         pass over the prompts, (1, N) in later ones."""
         B, P = self.prompts.input_ids.shape
-        return (P, B) if self.step == 0 else (1, len(self.rows))
+        return (P, B) if self._first_pass else (1, len(self.rows))
 
     def forward(self, stage: MultimodalStage) -> Tensor:
         """Run this stage's part of a pass: the first one over the prompts, each later one over one token of each row.
@@ -127,12 +140,17 @@ class DecodingBatch:
         lengths = self._cache.prompt_lengths
         no_responses = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
         attention = AttentionPass(
-            GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0), cache=self._cache
+            GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0),
+            self.settings.exploration.recorded_layers,
+            cache=self._cache,
         )
-        if self.step > 0:
+        if not self._first_pass:
             assert self._fed is not None
-            attention.decode_step = self.step - 1
-            return stage.decode(self._fed, self._next_position[self._device_rows] + attention.decode_step, attention)
+            attention.decode_step = self.step - 1 + int(self._feeds_prompt_end)
+            output = stage.decode(self._fed, self._next_position[self._device_rows] + self.step - 1, attention)
+            for layer, rows in attention.decoded_rows.items():
+                self._record(layer, *rows)
+            return output
         assert self._inputs is not None
         output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, attention), None
         return output.repeat_interleave(self.settings.group_size, 0) if stage.layout.is_last_stage else output
@@ -151,6 +169,8 @@ class DecodingBatch:
             Token ids [N] int64, the same on every tensor-parallel rank.
         """
         settings = self.settings
+        if self._first_pass and self._feeds_prompt_end:
+            return self._prompt_ends().to(self.device)
         assert self._uniforms is not None, "only the last stage samples"
         token = vocab_parallel_sample(
             logits_Nv,
@@ -170,6 +190,13 @@ class DecodingBatch:
         Args:
             token_N: Token ids [N] int64 of the rows that were fed.
         """
+        if self._first_pass:
+            self._first_pass = False
+            if self._feeds_prompt_end:
+                assert self._cache is not None
+                self._cache.hide_last_prompt_token()
+                self._fed = token_N
+                return
         tokens, running = token_N.cpu(), ~self.finished[self.rows]
         rows, tokens = self.rows[running], tokens[running]
         self.tokens[rows, self.step] = tokens
@@ -182,6 +209,29 @@ class DecodingBatch:
             self.is_finished, self._cache, self._fed, self._uniforms = True, None, None, None
         else:
             self._drop_finished(running)
+
+    def _prompt_ends(self) -> Tensor:
+        """Return the last token of each row's prompt, [B G] int64 in host memory."""
+        ends = self.prompts.input_ids.gather(1, self.prompts.prompt_lengths[:, None] - 1)[:, 0]
+        return ends.repeat_interleave(self.settings.group_size)
+
+    def _record(self, layer: int, over_prompt_NP: Tensor, over_own_NS: Tensor) -> None:
+        """Store the rows that predict the token of this step.
+
+        Args:
+            layer: 0-based layer.
+            over_prompt_NP: Attention of the fed tokens over the prompt without its last token.
+            over_own_NS: Attention over the tokens that were fed: the prompt's last one, then the response.
+        """
+        P, R = self.prompts.input_ids.shape[1], self.settings.max_response_length
+        if layer not in self.attention:
+            self.attention[layer] = torch.zeros(len(self.lengths), R, P + R, device=self.device)
+        row = torch.zeros(len(over_own_NS), P + R, device=self.device)
+        row[:, : over_prompt_NP.shape[1]] = over_prompt_NP
+        end = self.prompts.prompt_lengths.repeat_interleave(self.settings.group_size)[self.rows].to(self.device) - 1
+        row.scatter_(1, end[:, None], over_own_NS[:, :1])
+        row[:, P : P + over_own_NS.shape[1] - 1] = over_own_NS[:, 1:]
+        self.attention[layer][self._device_rows, self.step] = row
 
     def _drop_finished(self, running_N: Tensor) -> None:
         """Drop finished rows and prompts once they have cost as much as the copy would (see the module's docstring).
@@ -211,6 +261,7 @@ class DecodingBatch:
             logprobs: Log-probabilities [B G, R] of the last stage.
         """
         longest, shape = int(self.lengths.max()), (len(self.prompts), self.settings.group_size)
+        P = self.prompts.input_ids.shape[1]
         is_response = torch.arange(longest) < self.lengths[:, None]
         logprobs = logprobs[:, :longest].cpu().masked_fill(~is_response, 0.0)
         return ResponseBatch(
@@ -219,4 +270,8 @@ class DecodingBatch:
             self.lengths.view(shape),
             logprobs.view(*shape, longest),
             self.finished.view(shape),
+            {
+                layer: rows[:, :longest, : P + longest].reshape(*shape, longest, P + longest)
+                for layer, rows in self.attention.items()
+            },
         )

@@ -12,16 +12,22 @@ Nothing is sent over the data-parallel process group.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Iterable, Iterator, Optional, Sequence
+from typing import Iterable, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_ral.engine.decoding_batch import DecodingBatch, SamplingSettings
 from megatron_ral.engine.stage import StageEngine
-from megatron_ral.parallel.collectives import broadcast_from_stage_, receive_from_stage, send_to_stage, wait
+from megatron_ral.parallel.collectives import (
+    all_reduce_sum_,
+    broadcast_from_stage_,
+    receive_from_stage,
+    send_to_stage,
+    wait,
+)
 from megatron_ral.runtime.progress import tick
 from megatron_ral.types import Prompt, PromptBatch, ResponseBatch, pad_prompts
 
@@ -38,12 +44,22 @@ class PromptResponses:
     """[G, R] float32."""
     finished: Tensor
     """[G] bool."""
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> [G, R, P + R] float32, P the length of the prompt."""
 
     @classmethod
     def split(cls, batch: ResponseBatch) -> list["PromptResponses"]:
         """Return copies of each prompt's part of a batch, in order."""
         parts = (batch.response_ids, batch.response_lengths, batch.rollout_logprobs, batch.finished)
-        return [cls(*(part[b].clone() for part in parts)) for b in range(len(batch.prompts))]
+        padded = batch.prompts.input_ids.shape[1]
+        result = []
+        for b, length in enumerate(batch.prompts.prompt_lengths.tolist()):
+            attention = {
+                layer: torch.cat([rows[b, ..., :length], rows[b, ..., padded:]], dim=-1)
+                for layer, rows in batch.attention.items()
+            }
+            result.append(cls(*(part[b].clone() for part in parts), attention))
+        return result
 
     @staticmethod
     def join(prompts: PromptBatch, rows: Sequence["PromptResponses"], pad_token_id: int) -> ResponseBatch:
@@ -65,7 +81,21 @@ class PromptResponses:
             torch.stack([row.response_lengths for row in rows]),
             torch.stack([pad(row.rollout_logprobs, 0.0) for row in rows]),
             torch.stack([row.finished for row in rows]),
+            {layer: _join_attention(prompts, rows, layer, longest) for layer in rows[0].attention},
         )
+
+
+def _join_attention(prompts: PromptBatch, rows: Sequence[PromptResponses], layer: int, longest: int) -> Tensor:
+    """Return the rows of a layer of all prompts, [B, G, R, P + R], padded as `PromptResponses.join` pads."""
+    P, parts = prompts.input_ids.shape[1], []
+    for length, row in zip(prompts.prompt_lengths.tolist(), rows):
+        own = row.attention[layer]
+        kept = min(longest, own.shape[1])
+        joined = own.new_zeros(own.shape[0], longest, P + longest)
+        joined[:, :kept, :length] = own[:, :kept, :length]
+        joined[:, :kept, P : P + kept] = own[:, :kept, length : length + kept]
+        parts.append(joined)
+    return torch.stack(parts)
 
 
 def generate(
@@ -181,6 +211,8 @@ class PipelinedDecoder:
 
     def result(self, batch: DecodingBatch) -> ResponseBatch:
         """Return the responses of a finished batch on every rank of the model. All stages must call this together."""
+        for rows in batch.attention.values():
+            all_reduce_sum_(rows, self.process_groups.tensor)
         return batch.result(broadcast_from_stage_(batch.logprobs, -1, self.process_groups))
 
     def start_pass(self, batch: DecodingBatch) -> None:

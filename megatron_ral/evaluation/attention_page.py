@@ -32,6 +32,8 @@ class PageSample:
     reward: float
     components: Mapping[str, float]
     tokens: Sequence[str]
+    deciding_token: int
+    """Index of the token whose row predicts the first token of the answer. -1: there is none."""
     masses: Mapping[int, np.ndarray]
     """Layer -> share of each token's attention, [tokens, visual tokens]."""
     target: np.ndarray
@@ -48,6 +50,10 @@ class PageSample:
     def visual_mass(self, layer: int) -> np.ndarray:
         """Return each token's attention mass on all visual tokens, [tokens]."""
         return self.masses[layer].sum(axis=1)
+
+    def target_share(self, layer: int) -> np.ndarray:
+        """Return each token's attention on the target divided by its attention on all visual tokens, [tokens]."""
+        return self.target_mass(layer) / np.maximum(self.visual_mass(layer), 1e-30)
 
 
 def page(samples: Sequence[PageSample], title: str, notes: Sequence[str]) -> str:
@@ -84,16 +90,17 @@ def _overview(samples: Sequence[PageSample]) -> str:
         cells = f"<th>{layer}</th><td>{visual:.4f}</td>"
         if annotated:
             mass = np.mean([sample.target_mass(layer).mean() for sample in annotated])
-            share = np.mean(
-                [
-                    (sample.target_mass(layer) / np.maximum(sample.visual_mass(layer), 1e-30)).mean()
-                    for sample in annotated
-                ]
-            )
+            share = np.mean([sample.target_share(layer).mean() for sample in annotated])
+            peak = np.mean([sample.target_share(layer).max() for sample in annotated])
             chance = np.mean([sample.target.mean() for sample in annotated])
-            cells += f"<td>{mass:.4f}</td><td>{share:.4f}</td><td>{chance:.4f}</td>"
+            decided = [sample for sample in annotated if sample.deciding_token >= 0]
+            deciding = "–"
+            if decided:
+                deciding = f"{np.mean([sample.target_share(layer)[sample.deciding_token] for sample in decided]):.4f}"
+            cells += f"<td>{mass:.4f}</td><td>{share:.4f}</td><td>{deciding}</td><td>{peak:.4f}</td>"
+            cells += f"<td>{chance:.4f}</td>"
         else:
-            cells += "<td>–</td>" * 3
+            cells += "<td>–</td>" * 5
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<table class="rewards"><caption>Mean over {len(samples)} samples</caption><tr><th>reward</th>'
@@ -101,13 +108,18 @@ def _overview(samples: Sequence[PageSample]) -> str:
         + f"</tr><tr>{rewards}</tr></table>\n"
         '<table class="overview"><caption>Attention, mean over response tokens, then over samples (target: over the '
         f"{len(annotated)} annotated)</caption><tr><th>layer</th><th>visual mass</th><th>target mass</th>"
-        "<th>target / visual</th><th>target's share of visual tokens</th></tr>" + "".join(rows) + "</table>\n"
+        "<th>target / visual</th><th>at deciding tokens</th><th>largest of a response</th>"
+        "<th>target's share of visual tokens</th></tr>" + "".join(rows) + "</table>\n"
     )
 
 
 def _section(number: int, sample: PageSample) -> str:
     components = "".join(f"<dt>{escape(name)}</dt><dd>{value:g}</dd>" for name, value in sample.components.items())
-    tokens = "".join(f'<span class="token" tabindex="0">{escape(_visible(token))}</span>' for token in sample.tokens)
+    tokens = "".join(
+        f'<span class="token{" deciding" * (index == sample.deciding_token)}" tabindex="0">'
+        f"{escape(_visible(token))}</span>"
+        for index, token in enumerate(sample.tokens)
+    )
     last = max(sample.masses)
     options = "".join(f"<option{' selected' * (layer == last)}>{layer}</option>" for layer in sample.masses)
     side = ONE_SIDE if sample.num_panels == 1 else MANY_SIDE
@@ -208,6 +220,7 @@ table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:
 caption{text-align:left;color:#666}.wide{overflow-x:auto}
 .tokens{line-height:2}
 .token{font-family:monospace;border:1px solid #ccc;border-radius:3px;padding:.1em .2em;margin:1px;cursor:pointer}
+.token.deciding{border:3px solid #1b1b1b}
 .token.chosen{outline:2px solid #06c}
 .panels{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0}figcaption{text-align:center;color:#666;font-size:12px}
 figure.asked figcaption{color:#000;font-weight:bold}

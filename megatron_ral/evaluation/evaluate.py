@@ -5,6 +5,7 @@ from typing import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from megatron_ral.attention.deciding import TargetShares
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
 from megatron_ral.data.processor import PromptProcessor
@@ -15,7 +16,7 @@ from megatron_ral.evaluation.generation import EvaluationSettings, greedy_batche
 from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.rewards.score import ERROR, UNPARSED
 from megatron_ral.rollout.scoring import ScoringIssueLog, score_responses, scoring_issues
-from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Score
+from megatron_ral.types import GroupBatch, Prompt, PromptBatch, ResponseBatch, Score
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Evaluation:
     response rows of annotated samples."""
     target_attention_by_layer: tuple[float, ...]
     """`target_attention` of every layer."""
+    target_deciding_by_layer: tuple[float, ...]
+    """Same share at deciding rows alone: those that predict the first token of the answer (`attention/deciding.py`)."""
+    target_peak_by_layer: tuple[float, ...]
+    """Largest such share among the rows of a response, mean over responses."""
+    target_chance: float
+    """Share of the visual tokens that are the target's, mean over annotated samples: that of attention without aim."""
     visual_mass: float
     """Attention mass on all visual tokens in the measured layer, mean over response rows."""
     num_prompts: int
@@ -68,7 +75,7 @@ def evaluate_prompts(
             score = score_responses(responses, processor, settings.reward, engine)
             if engine.layout.is_last_stage:
                 counts = {name: score.components[name].sum() for name in ("accuracy", "format", UNPARSED, ERROR)}
-                _add(sums, {"prompts": len(score.rewards), **counts})
+                _add(sums, {"prompts": len(score.rewards), **counts, **_chance_sums(responses.prompts)})
                 if engine.layout.tensor_rank == 0:
                     issues.write(scoring_issues(score, responses.prompts.prompts, unparsed=False))
             for index, values in attention.items():
@@ -80,14 +87,20 @@ def evaluate_prompts(
     def mean(name: str, count: str) -> float:
         return total.get(name, 0.0) / max(total.get(count, 0.0), 1.0)
 
-    by_layer = tuple(mean(f"target/{index}", f"annotated/{index}") for index in layers)
+    def by_layer(name: str) -> tuple[float, ...]:
+        return tuple(mean(f"{name}/{index}", f"{name}_count/{index}") for index in layers)
+
+    target_attention = by_layer("target_mass")
     return Evaluation(
         accuracy=mean("accuracy", "prompts"),
         format_rate=mean("format", "prompts"),
         unparsed_rate=mean(UNPARSED, "prompts"),
         error_rate=mean(ERROR, "prompts"),
-        target_attention=by_layer[layer],
-        target_attention_by_layer=by_layer,
+        target_attention=target_attention[layer],
+        target_attention_by_layer=target_attention,
+        target_deciding_by_layer=by_layer("target_deciding"),
+        target_peak_by_layer=by_layer("target_peak"),
+        target_chance=mean("chance", "annotated"),
         visual_mass=mean(f"visual/{layer}", f"rows/{layer}"),
         num_prompts=int(total.get("prompts", 0)),
     )
@@ -133,16 +146,19 @@ def sample_prompts(
 
 
 def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
-    """Return sums over response rows: their number, their mass on visual tokens, and the same for annotated samples."""
+    """Return sums over response rows: their number, their mass on visual tokens, and the shares on the target."""
     prompts, mask = groups.prompts, groups.response_mask
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    annotated = mask & prompts.target_mask.any(dim=-1)[:, None, None]
-    return {
-        "rows": mask.sum(),
-        "visual": (mass.visual * mask).sum(),
-        "annotated": annotated.sum(),
-        "target": (mass.target_share * annotated).sum(),
-    }
+    sums = {"rows": mask.sum(), "visual": (mass.visual * mask).sum()}
+    for name, (total, count) in TargetShares.of(mass.target_share, groups, mask).named().items():
+        sums |= {name: total, f"{name}_count": count}
+    return sums
+
+
+def _chance_sums(prompts: PromptBatch) -> dict[str, Tensor]:
+    """Return the number of annotated prompts, and the sum of the shares of their visual tokens that are the target."""
+    share = prompts.target_mask.sum(dim=-1) / prompts.visual_mask.sum(dim=-1).clamp(min=1)
+    return {"annotated": prompts.is_annotated.sum(), "chance": share.sum()}
 
 
 def _add(sums: dict[str, float], values: Mapping[str, Tensor | float]) -> None:

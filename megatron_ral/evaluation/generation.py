@@ -10,6 +10,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import sample_responses
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.rollout.scoring import answer_tokens
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 
 
@@ -71,5 +72,11 @@ def greedy_batches(
         1, settings.max_response_length, processor.end_token_id, processor.pad_token_id, temperature=0.0
     )
     for responses, embeds in sample_responses(engine, prompts, sampling, settings.generation_batch_size):
-        groups = GroupBatch(responses.prompts, responses.response_ids, responses.response_lengths, embeds)
+        groups = GroupBatch(
+            responses.prompts,
+            responses.response_ids,
+            responses.response_lengths,
+            embeds,
+            answer_tokens(responses, processor),
+        )
         yield responses, groups, engine.forward([groups], layers, store=reduce_rows)[0].attention

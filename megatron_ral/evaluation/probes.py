@@ -6,7 +6,9 @@ from typing import Iterable, Iterator, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.deciding import deciding_rows
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.types import QueryPosition
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
@@ -25,6 +27,8 @@ class ProbeView:
     """Decoded response."""
     visual_attention: Tensor
     """[visual tokens] float32: attention mass on each visual token, mean over response rows."""
+    deciding_attention: Optional[Tensor] = None
+    """`visual_attention` of the deciding row alone (`attention/deciding.py`). None: the response has none."""
     teacher_attention: Optional[Tensor] = None
     """`visual_attention` of the teacher's layer at the same depth while it reads the same response."""
 
@@ -36,6 +40,8 @@ class TokenViews:
     prompt: Prompt
     token_ids: Tensor
     """[R] int64, end-of-turn token included."""
+    deciding_token: int
+    """Index of the token whose row predicts the first token of the answer. -1: there is none."""
     text: str
     """Decoded response."""
     reward: float
@@ -66,23 +72,36 @@ def view_probes(
     views = []
     owner = engine.layout.stage_of_layer(layer, engine.shape.num_layers)
 
-    def share(rows_BP: Optional[Tensor], groups: GroupBatch) -> Tensor:
-        """Return the [B, P] tensor of the stage that owns the layer on every stage."""
-        if rows_BP is None:
-            rows_BP = torch.zeros(len(groups), groups.prompts.input_ids.shape[1])
-        on_device = rows_BP.to(engine.process_groups.device).contiguous()
+    def share(rows_BKP: Optional[Tensor], groups: GroupBatch, count: int) -> Tensor:
+        """Return the tensor [B, count, P] of the stage that owns the layer on every stage."""
+        if rows_BKP is None:
+            rows_BKP = torch.zeros(len(groups), count, groups.prompts.input_ids.shape[1])
+        on_device = rows_BKP.to(engine.process_groups.device).contiguous()
         return broadcast_from_stage_(on_device, owner, engine.process_groups).cpu()
 
     with engine.resident():
-        for responses, groups, attention in greedy_batches(engine, prompts, processor, settings, [layer], _mean_row):
-            batch, masses = responses.prompts, [share(attention.get(layer), groups)]
+        for responses, groups, attention in greedy_batches(
+            engine, prompts, processor, settings, [layer], _mean_and_deciding
+        ):
+            batch, masses, read_rows = responses.prompts, share(attention.get(layer), groups, 2), None
             if teacher is not None:
                 [read] = teacher.read([groups], [layer], store=lambda rows, _: rows.distribution(), hidden_states=False)
                 rows = read.attention.get(layer)
-                masses.append(share(None if rows is None else _mean_distribution(rows, groups), groups))
+                if rows is not None:
+                    rows = rows[..., : groups.prompts.input_ids.shape[1]]
+                read_rows = share(None if rows is None else _mean(rows, groups.response_mask), groups, 1)
             texts = decode_responses(responses, processor)
             for b, prompt in enumerate(batch.prompts):
-                views.append(ProbeView(prompt, texts[b][0], *(mass[b][batch.visual_mask[b]] for mass in masses)))
+                mean, deciding = masses[b][:, batch.visual_mask[b]]
+                views.append(
+                    ProbeView(
+                        prompt,
+                        texts[b][0],
+                        mean,
+                        deciding if bool(deciding_rows(groups, QueryPosition.RESPONSE)[b].any()) else None,
+                        None if read_rows is None else read_rows[b, 0][batch.visual_mask[b]],
+                    )
+                )
     return views
 
 
@@ -111,13 +130,16 @@ def view_tokens(
         return rows.distribution()[:, 0, :, : groups.prompts.input_ids.shape[1]].cpu()
 
     with engine.resident():
-        for responses, _, attention in greedy_batches(engine, prompts, processor, settings, layers, over_prompt):
+        for responses, groups, attention in greedy_batches(engine, prompts, processor, settings, layers, over_prompt):
+            assert groups.answer_tokens is not None
+            answers = groups.answer_tokens
             score, batch = score_responses(responses, processor, settings.reward, engine), responses.prompts
             for b, prompt in enumerate(batch.prompts):
                 length = int(responses.response_lengths[b, 0])
                 yield TokenViews(
                     prompt,
                     responses.response_ids[b, 0, :length],
+                    int(answers[b, 0]) - 1 if answers[b, 0] > 0 else -1,
                     score.texts[b][0],
                     float(score.rewards[b, 0]),
                     {name: float(values[b, 0]) for name, values in score.components.items()},
@@ -125,12 +147,14 @@ def view_tokens(
                 )
 
 
-def _mean_row(rows: AttentionRows, groups: GroupBatch) -> Tensor:
-    return _mean_distribution(rows.distribution(), groups)
+def _mean_and_deciding(rows: AttentionRows, groups: GroupBatch) -> Tensor:
+    """Return [B, 2, P]: the distribution over the prompt averaged over response rows, and that of the deciding row."""
+    distribution = rows.distribution()[..., : groups.prompts.input_ids.shape[1]]
+    deciding = deciding_rows(groups, QueryPosition.RESPONSE)
+    return torch.cat([_mean(distribution, groups.response_mask), _mean(distribution, deciding)], dim=1)
 
 
-def _mean_distribution(distribution_BGRS: Tensor, groups: GroupBatch) -> Tensor:
-    """Return [B, P]: the attention distribution over the prompt's keys, averaged over response rows."""
-    mask = groups.response_mask.to(distribution_BGRS.device)[..., None]
-    over_prompt = distribution_BGRS[..., : groups.prompts.input_ids.shape[1]]
-    return (over_prompt * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
+def _mean(distribution_BGRS: Tensor, mask_BGR: Tensor) -> Tensor:
+    """Return the mean of the chosen rows, [B, 1, S]. Zeros where none is chosen."""
+    mask = mask_BGR.to(distribution_BGRS.device)[..., None]
+    return ((distribution_BGRS * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1))[:, None]

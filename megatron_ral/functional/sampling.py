@@ -12,9 +12,17 @@ from torch import Tensor
 
 def uniform_stream(length: int, *identity: object) -> Tensor:
     """Return `length` uniform float64 numbers in [0, 1) that depend on `identity` alone, hashed with BLAKE2."""
+    return torch.rand(length, generator=_generator(identity), dtype=torch.float64)
+
+
+def normal_stream(length: int, *identity: object) -> Tensor:
+    """Return `length` standard normal float64 numbers that depend on `identity` alone, hashed with BLAKE2."""
+    return torch.randn(length, generator=_generator(identity), dtype=torch.float64)
+
+
+def _generator(identity: tuple[object, ...]) -> torch.Generator:
     digest = hashlib.blake2b("\x1f".join(map(str, identity)).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(length, generator=generator, dtype=torch.float64)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

@@ -53,5 +53,9 @@ class AttentionPass:
     """True to make the last stage return the input of its LM head instead of logits."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)
     """0-based layer -> its recorded attention, filled by the layers of this stage."""
+    decoded_rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """0-based layer -> attention of the fed tokens of a decoding pass, filled by the recorded layers: over the prompt
+    [N, P] and over the row's own tokens [N, step + 1], float32, summed over this rank's heads and divided by the heads
+    of all ranks."""
     deepstack: dict[int, VisualFeatures] = field(default_factory=dict)
     """0-based layer -> features that it adds to its output, filled by the first stage."""

@@ -20,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ral.attention.exploration import VisualGains, move_inside_picture
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.models.attention_pass import AttentionPass
 
@@ -52,6 +53,8 @@ class InstrumentedAttention(torch.nn.Module):
         assert config.attention_dropout == 0.0, "attention dropout would make p_theta differ from itself"
         self.layer = layer_number - 1
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(cast(int, config.kv_channels))
+        self.num_heads = config.num_attention_heads
+        """Number of heads of all tensor-parallel ranks."""
 
     def forward(
         self,
@@ -128,22 +131,33 @@ class InstrumentedAttention(torch.nn.Module):
         prompt_key, prompt_value = cache.prompt[self.layer]
         k = prompt_key.shape[1]
         query = query[:, 0].unflatten(1, (k, -1)) * self.softmax_scale  # [N, k, heads / k, D]
-        own = _attend(query, own_key, own_value, None)
+        own = _attend(query, own_key, own_value)
         grouped = cache.by_prompt(query)  # [B, width, k, heads / k, D]
         prompt = _attend(
             grouped.transpose(1, 2).flatten(2, 3),
             prompt_key,
             prompt_value,
             cache.hidden_keys(prompt_key.shape[2])[:, None, None],
+            cache.gains(self.layer),
         )
+        *prompt, prompt_weights = prompt
         prompt = tuple(cache.by_row(part.unflatten(2, grouped.shape[1:4:2]).transpose(1, 2)) for part in prompt)
         maximum = torch.maximum(own[1], prompt[1])
-        parts = [(output, total, (top - maximum).exp()) for output, top, total in (own, prompt)]
-        output = sum(output * share for output, _, share in parts) / sum(total * share for _, total, share in parts)
-        return cast(Tensor, output).to(value.dtype).flatten(1, 2)[:, None]
+        parts = [(output, total, (top - maximum).exp()) for output, top, total in (own[:3], prompt)]
+        total = cast(Tensor, sum(total * share for _, total, share in parts))
+        output = cast(Tensor, sum(output * share for output, _, share in parts)) / total
+        if self.layer in pass_.recorded_layers:
+            own_share, prompt_share = (share / (total * self.num_heads) for _, _, share in parts)  # [N, k, m, 1]
+            over_own = (own[3] * own_share).sum(dim=(1, 2))
+            weights = prompt_weights.unflatten(2, grouped.shape[1:4:2])  # [B, k, width, m, P]
+            over_prompt = torch.einsum("bkwmp,bwkm->bwp", weights, cache.by_prompt(prompt_share[..., 0]))
+            pass_.decoded_rows[self.layer] = cache.by_row(over_prompt), over_own
+        return output.to(value.dtype).flatten(1, 2)[:, None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor] = None, gains: Optional[VisualGains] = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return attention before the division by the sum of the softmax.
 
     Args:
@@ -151,13 +165,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor])
         key: [X, k, S, D].
         value: [X, k, S, D].
         hidden: Bool that broadcasts to [X, k, L, S], True at keys that are not seen; None if all are seen.
+        gains: Noise of X prompts with W rows each, L = W m. None: there is none.
 
     Returns:
-        (sum of exp(score - maximum) value [X, k, L, D], maximum [X, k, L, 1], sum of exp(score - maximum)), float32.
+        (sum of weight value [X, k, L, D], maximum [X, k, L, 1], sum of weights [X, k, L, 1], weights [X, k, L, S]),
+        float32, where a weight is exp(score - maximum), moved inside the picture by the noise.
     """
     scores = torch.matmul(query, key.transpose(2, 3)).float()
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
     maximum = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(maximum).exp_()
-    return torch.matmul(weights.to(value.dtype), value).float(), maximum, weights.sum(dim=-1, keepdim=True)
+    if gains is not None:
+        weights = move_inside_picture(weights.unflatten(2, (gains.gain_BWP.shape[1], -1)), gains).flatten(2, 3)
+    return torch.matmul(weights.to(value.dtype), value).float(), maximum, weights.sum(dim=-1, keepdim=True), weights

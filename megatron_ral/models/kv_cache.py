@@ -9,6 +9,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.exploration import AttentionNoise, VisualGains
+
 
 class GroupKVCache:
     """Cache of one batch on one pipeline stage. Every layer stores its own keys and values.
@@ -28,6 +30,8 @@ class GroupKVCache:
         """0-based layer -> keys and values of the prompts [B, k, P, D]."""
         self.response: dict[int, tuple[Tensor, Tensor]] = {}
         """0-based layer -> keys and values of the responses [N, k, capacity, D], valid up to the current step."""
+        self.noise: Optional[AttentionNoise] = None
+        """Noise of the rows, on the device of the keys. None: they have none."""
         self._arrange(torch.arange(len(prompt_lengths)).repeat_interleave(group_size))
 
     def _arrange(self, row_prompt: Tensor) -> None:
@@ -40,6 +44,7 @@ class GroupKVCache:
         full = bool((counts == self.width).all())
         self._places = None if full else (row_prompt * self.width + within).to(self.prompt_lengths.device)
         self._hidden: Optional[Tensor] = None
+        self._gains: dict[int, Optional[VisualGains]] = {}
 
     def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
         """Store a layer's prompt keys and values.
@@ -78,7 +83,7 @@ class GroupKVCache:
             prompts: Ascending indices of prompts, which must include those of `rows`. None leaves all prompts in the
                 cache, so that their keys need not be copied.
         """
-        row_prompt = self.row_prompt[rows]
+        row_prompt, longest = self.row_prompt[rows], None
         rows = rows.to(self.prompt_lengths.device)
         for layer, (keys, values) in self.response.items():
             self.response[layer] = keys.index_select(0, rows), values.index_select(0, rows)
@@ -92,7 +97,24 @@ class GroupKVCache:
                     keys[:, :, :longest].index_select(0, prompts),
                     values[:, :, :longest].index_select(0, prompts),
                 )
+        if self.noise is not None:
+            length = self.noise.cells_BP.shape[1] if longest is None else longest
+            self.noise = self.noise.select(rows, prompts, length)
         self._arrange(row_prompt)
+
+    def hide_last_prompt_token(self) -> None:
+        """Hide the last key of every prompt, because its token is fed again as the first of each row."""
+        self.prompt_lengths = self.prompt_lengths - 1
+        self._hidden = None
+
+    def gains(self, layer: int) -> Optional[VisualGains]:
+        """Return the factors of a layer's attention weights towards the prompt. None: the layer has no noise."""
+        if self.noise is None:
+            return None
+        if layer not in self._gains:
+            values = self.noise.of_layer(layer)
+            self._gains[layer] = None if values is None else self.noise.gains(self.by_prompt(values))
+        return self._gains[layer]
 
     def by_prompt(self, rows: Tensor) -> Tensor:
         """Arrange values of rows by prompt: [N, ...] to [B, width, ...]. Places without a row are zero."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.deciding import TargetShares, deciding_rows
+from megatron_ral.attention.distribution import key_mass
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
@@ -76,18 +78,23 @@ class AttentionTerm(Term):
         with torch.set_grad_enabled(self.is_active and torch.is_grad_enabled()):
             loss, measured = self._loss(layer, rows, batch)
         loss = self.coefficient * loss
-        return loss, {**attention_metrics(rows, batch), **measured, "loss/attention": loss.detach()}
+        return loss, {**attention_metrics(layer, rows, batch), **measured, "loss/attention": loss.detach()}
 
     def _loss(self, layer: int, rows: AttentionRows, batch: RlBatch) -> tuple[Tensor, Metrics]:
         """Return the loss of one layer at coefficient 1, and its metrics."""
         settings, totals = self.settings, batch.totals
         keys = self._keys(rows, batch.groups.prompts)
         target = self._target_distribution(layer, rows, keys, batch)
-        divergence = rows.divergence(target, keys, settings.attention_divergence)
-        capped = divergence.clamp(max=settings.attention_row_cap) if settings.attention_row_cap else divergence
+        divergence = rows.divergence(target, keys, self.target.divergence or settings.attention_divergence)
+        has_cap = settings.attention_row_cap > 0 and self.target.divergence is None
+        capped = divergence.clamp(max=settings.attention_row_cap) if has_cap else divergence
         mask = self._mask(batch) & (target.sum(dim=-1) > 0)
-        rows_in_step = totals.num_tokens if settings.attention_normalizer == "token_mean" else totals.num_sequences
+        deciding = settings.attention_rows == "deciding" and self.position is not QueryPosition.LAST_PROMPT
+        one_row = deciding or settings.attention_normalizer == "sequence_sum"
+        rows_in_step = totals.num_sequences if one_row else totals.num_tokens
         weights = self.target.weights(batch, settings.attention_negative_weight)
+        if settings.attention_rows == "visual" and self.position is not QueryPosition.LAST_PROMPT:
+            weights = weights * key_mass(rows.attention, rows.named_keys("visual", batch.groups.prompts, False))
         loss = (capped * weights * mask).sum() / (rows_in_step * len(self.layers))
         floor = PRECISION_FLOOR[rows.record.query_BGRnD.dtype]
         return loss, self._divergence_metrics(divergence.detach(), batch, mask, floor)
@@ -99,6 +106,8 @@ class AttentionTerm(Term):
         """Return distributions over the same keys, which broadcast to the rows' map."""
         if self.target_pass is TargetPass.NONE:
             stored = None
+        elif self.target_pass is TargetPass.ROLLOUT:
+            stored = batch.target_attention[layer]
         elif self.target_pass is TargetPass.ROLLOUT_POLICY and batch.is_on_policy:
             # A pass of the rollout's policy would give what this pass gives.
             own = rows.at(self.stored_position)
@@ -113,6 +122,8 @@ class AttentionTerm(Term):
     def _mask(self, batch: RlBatch) -> Tensor:
         """Return the mask of rows that count."""
         if self.position is not QueryPosition.LAST_PROMPT:
+            if self.settings.attention_rows == "deciding":
+                return batch.loss_mask & deciding_rows(batch.groups, self.position)
             return batch.loss_mask
         return batch.loss_mask.any(dim=-1).any(dim=-1)[:, None, None]
 
@@ -131,20 +142,21 @@ class AttentionTerm(Term):
 
 
 @torch.no_grad()
-def attention_metrics(rows: AttentionRows, batch: RlBatch) -> dict[str, Tensor]:
+def attention_metrics(layer: int, rows: AttentionRows, batch: RlBatch) -> dict[str, Tensor]:
     """Return where the response tokens' rows look under the paper's distribution (all keys but the own), whatever the
     term's settings.
 
-    The values are sums and counts over rows. `attention/target_mass` is the mass on the annotated cells divided by the
-    mass on all visual tokens, over the rows of prompts that have an annotation.
+    The values are sums and counts. `attention/target_mass` is the mass on the annotated cells divided by the mass on
+    all visual tokens, over all rows of prompts that have an annotation. `attention/target_deciding` is the same over
+    deciding rows, `attention/target_peak` the largest over the rows of a response. Each is given over all recorded
+    layers, and with the suffix `/layer_N` for this one.
     """
     rows, mask, prompts = rows.at(QueryPosition.RESPONSE), batch.loss_mask, batch.groups.prompts
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    annotated = mask & prompts.is_annotated[:, None, None]
-    metrics = {
-        "attention/target_mass:sum": (mass.target_share * annotated).sum(),
-        "attention/target_mass:count": annotated.sum(),
-    }
+    metrics = {}
+    for name, (total, count) in TargetShares.of(mass.target_share, batch.groups, mask).named().items():
+        for tag in (f"attention/{name}", f"attention/{name}/layer_{layer}"):
+            metrics |= {f"{tag}:sum": total, f"{tag}:count": count}
     for name, values in (
         ("visual_mass", mass.visual),
         ("prompt_mass", mass.prompt),

@@ -1,3 +1,5 @@
+# As torch.distributed lists no exports:
+# pyright: reportPrivateImportUsage=false
 """Process groups: created once per process and layout, and passed down as one object."""
 
 import os

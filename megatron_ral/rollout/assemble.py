@@ -5,6 +5,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.targets.registry import TargetPass
 from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.objectives.attention import AttentionTerm
@@ -104,7 +105,7 @@ def assemble_minibatches(
                     compares_sampler=False,
                     old_logprobs=_logprobs(before),
                     ref_logprobs=_logprobs(reference[index] if reference is not None else None),
-                    target_attention=_target_attention(target, index, term, scored.attention_advantages),
+                    target_attention=_target_attention(target, index, term, scored),
                 )
             )
         minibatches.append(step)
@@ -116,9 +117,12 @@ def _logprobs(output: Optional[ForwardOutput]) -> Optional[Tensor]:
 
 
 def _target_attention(
-    target: Optional[Passes], index: int, term: AttentionTerm, advantages: Tensor
+    target: Optional[Passes], index: int, term: AttentionTerm, scored: RolloutBatch
 ) -> Mapping[int, Any]:
+    if term.target_pass is TargetPass.ROLLOUT:
+        return scored.explored_attention
     output = target[index] if target is not None else None
     if output is None:
         return {}
-    return {layer: term.target.combine(stored, advantages) for layer, stored in output.attention.items()}
+    weights = scored.attention_advantages
+    return {layer: term.target.combine(stored, weights) for layer, stored in output.attention.items()}

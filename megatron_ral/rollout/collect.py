@@ -1,22 +1,28 @@
 """Collection of a rollout: sample groups, score them, form advantages, cut them into micro-batches."""
 
-from dataclasses import dataclass
-from typing import Optional, Sequence, cast
+from dataclasses import dataclass, field, replace
+from typing import Mapping, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
 
-from megatron_ral.config.sections import RewardConfig, RunConfig
+from megatron_ral.attention.exploration import ExplorationSettings
+from megatron_ral.attention.targets.base import AttentionTarget
+from megatron_ral.attention.targets.load import load_target
+from megatron_ral.attention.targets.registry import TARGETS, TargetPass
+from megatron_ral.config.sections import AttentionNoiseConfig, RewardConfig, RunConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses
+from megatron_ral.engine.settings import schedule_factor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
+from megatron_ral.models.shape import ModelShape
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.rollout.sampler import Sampler
-from megatron_ral.rollout.scoring import score_responses
+from megatron_ral.rollout.scoring import answer_tokens, score_responses
 from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
 
 
@@ -36,6 +42,13 @@ class RolloutSettings:
     reward: RewardConfig
     advantage_scale: str
     """Scale of `group_advantages`."""
+    target: AttentionTarget
+    """Target of the attention term, which weights the responses."""
+    recorded_layers: tuple[int, ...]
+    """Layers whose attention rows decoding records, 0-based or negative from the last."""
+    noise: AttentionNoiseConfig
+    num_steps: int
+    """Number of rollouts of the run, over which the noise is scheduled."""
     shuffles_attention_advantages: bool
     """True if the attention term gets the advantages of each group in a random order (a control)."""
     teacher_rollouts: float
@@ -43,7 +56,7 @@ class RolloutSettings:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "RolloutSettings":
-        rollout = config.rollout
+        rollout, needs = config.rollout, TARGETS[config.loss.attention_target].needs
         return cls(
             seed=config.seed,
             group_size=rollout.group_size,
@@ -54,8 +67,27 @@ class RolloutSettings:
             num_minibatches=rollout.num_minibatches,
             reward=config.reward,
             advantage_scale=config.loss.advantage_scale,
+            target=load_target(config.loss.attention_target),
+            recorded_layers=config.loss.attention_layers if needs is TargetPass.ROLLOUT else (),
+            noise=rollout.attention_noise,
+            num_steps=config.train.num_steps,
             shuffles_attention_advantages=config.loss.attention_advantages == "shuffled",
             teacher_rollouts=config.distill.teacher_rollouts if config.distills else 0.0,
+        )
+
+    def exploration(self, shape: ModelShape, step: int) -> ExplorationSettings:
+        """Return noise and recording of one rollout.
+
+        Args:
+            shape: Shape of the policy.
+            step: 0-based rollout number.
+        """
+        noise = self.noise
+        return ExplorationSettings(
+            noise.sigma * schedule_factor(step, self.num_steps, 0, noise.decay),
+            frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or range(shape.num_layers)),
+            noise.grid,
+            frozenset(shape.layer_indices(self.recorded_layers)),
         )
 
 
@@ -68,13 +100,16 @@ class RolloutBatch:
     advantages: Tensor
     """[B, G] float32."""
     attention_advantages: Tensor
-    """Advantages of the attention term, [B, G] float32 (see loss.attention_advantages)."""
+    """Weights of the responses in the attention term, [B, G] float32: advantages, or what the target makes of them and
+    of the accuracy, in a control in another order (see loss.attention_advantages)."""
     rollout_logprobs: Tensor
     """Log-probabilities under the sampler, [B, G, R] float32."""
     finished: Tensor
     """Mask of the responses that ended by themselves, [B, G] bool."""
     from_teacher: Tensor
     """Mask of the groups whose responses are the teacher's, [B] bool."""
+    explored_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    """Recorded layer -> attention rows that decoding saw, see ResponseBatch.attention."""
 
 
 def collect_rollout(
@@ -115,7 +150,8 @@ def collect_rollout(
     prompts, rows = [prompts[index] for index in order], [rows[index] for index in order]
     embeds, asked = [embeds[index] for index in order], [asked[index] for index in order]
     pad_token_id = processor.pad_token_id
-    everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), rows, pad_token_id)
+    texts_only = [replace(row, attention={}) for row in rows]
+    everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
     score = score_responses(everything, processor, settings.reward, engine)
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
@@ -127,6 +163,7 @@ def collect_rollout(
             responses.response_ids,
             responses.response_lengths,
             None if own[0] is None else cast(tuple[Tensor, ...], tuple(own)),
+            answer_tokens(responses, processor),
         )
         scored = Score(
             score.rewards[part],
@@ -134,10 +171,11 @@ def collect_rollout(
             score.texts[part],
             score.problems[part],
         )
-        advantages = attention_advantages = group_advantages(scored.rewards, scale=settings.advantage_scale)
+        advantages = group_advantages(scored.rewards, scale=settings.advantage_scale)
+        attention_advantages = settings.target.response_weights(advantages, scored.components["accuracy"])
         if settings.shuffles_attention_advantages:
             shuffle = shuffled_order(groups.prompts.identities, advantages.shape[1], settings.seed, step)
-            attention_advantages = advantages.gather(1, shuffle)
+            attention_advantages = attention_advantages.gather(1, shuffle)
         batches.append(
             RolloutBatch(
                 groups,
@@ -147,6 +185,7 @@ def collect_rollout(
                 responses.rollout_logprobs,
                 responses.finished,
                 torch.tensor(asked[part]),
+                responses.attention,
             )
         )
     return batches
@@ -171,6 +210,7 @@ def _answers(
         settings.temperature,
         settings.top_p,
         min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0,
+        settings.exploration(engine.shape, step),
     )
     size, identity = settings.generation_batch_size, (settings.seed, step)
     rows: dict[int, PromptResponses] = {}
@@ -192,7 +232,8 @@ def _answers(
             chosen = numbers[True][start : start + size]
             add_embeds(chosen, sampler.encode_visual([prompts[index] for index in chosen], processor.pad_token_id))
     if teacher is not None and settings.teacher_rollouts > 0:
-        answers = teacher.answer([prompts[index] for index in numbers[True]], sampling, size, *identity)
+        plain = replace(sampling, exploration=ExplorationSettings())
+        answers = teacher.answer([prompts[index] for index in numbers[True]], plain, size, *identity)
         rows.update(zip(numbers[True], answers))
     return [rows[index] for index in range(len(prompts))], [embeds[index] for index in range(len(prompts))]
 

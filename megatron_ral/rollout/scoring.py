@@ -1,15 +1,18 @@
 """Scores of responses: decoded texts, rewards, and a log of responses that could not be scored as they should be."""
 
+import bisect
 import logging
 from collections import Counter
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.parallel.collectives import from_first_rank
+from megatron_ral.rewards.answer_place import answer_start
 from megatron_ral.rewards.score import UNPARSED, reward_parts, score_response
 from megatron_ral.runtime.progress import tick
 from megatron_ral.types import Prompt, ResponseBatch, Score
@@ -26,6 +29,29 @@ def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tu
         tuple(processor.decode(ids[:length]) for ids, length in zip(group, lengths))
         for group, lengths in zip(responses.response_ids, responses.response_lengths.tolist())
     )
+
+
+def answer_tokens(responses: ResponseBatch, processor: PromptProcessor) -> Tensor:
+    """Return the index of the token with which each response first gives its answer, [B, G] int64; -1: it has none.
+
+    The place in the text is that of `answer_place.answer_start`. A response's text grows with its tokens, so that the
+    token is found by bisection over the lengths of decoded prefixes.
+    """
+    return torch.tensor(
+        [
+            [_answer_token(ids[:length], text, processor) for ids, length, text in zip(group, lengths, texts)]
+            for group, lengths, texts in zip(
+                responses.response_ids, responses.response_lengths.tolist(), decode_responses(responses, processor)
+            )
+        ]
+    )
+
+
+def _answer_token(ids: Tensor, text: str, processor: PromptProcessor) -> int:
+    start = answer_start(text)
+    if start is None:
+        return -1
+    return bisect.bisect_right(range(len(ids)), start, key=lambda last: len(processor.decode(ids[: last + 1])))
 
 
 def score_responses(

@@ -199,7 +199,7 @@ def rl_step(
     for number in range(num_updates):
         index = number % len(minibatches)
         minibatch = minibatches[index]
-        if number == 0:
+        if number == 0 and rollout_settings.noise.sigma == 0:
             minibatch = [replace(batch, compares_sampler=True) for batch in minibatch]
         if engines.teacher is not None:  # per update, so that the teacher's rows of a whole rollout need not be held
             with report.timed("teacher"):
@@ -267,7 +267,7 @@ def _passes(
             if settings.encodes_for_reference:
                 theirs = [replace(batch, visual_embeds=None) for batch in batches]
             reference = run(engines.reference, needs is TargetPass.REFERENCE, theirs)
-    target = {TargetPass.ROLLOUT_POLICY: old, TargetPass.REFERENCE: reference, TargetPass.NONE: None}[needs]
+    target = {TargetPass.ROLLOUT_POLICY: old, TargetPass.REFERENCE: reference}.get(needs)
     return old, reference, target
 
 

@@ -31,6 +31,10 @@ VISUAL = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
 BOX = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
 HEADS = HeadSettings(scale=0.7, num_heads=4, process_group=SimpleNamespace(size=lambda: 1))
 REAL = torch.arange(R) < LENGTHS[..., None]
+ANSWERS = torch.tensor([[2, 1, -1], [0, 3, 1]])
+"""Tokens with which the answers begin; -1: the response has none."""
+RECORDED = ("explored", "contrast")
+"""Targets whose rows decoding recorded; they predict each token."""
 
 
 def rand(*shape, seed):
@@ -48,7 +52,7 @@ def batch(num_tokens, **parts) -> RlBatch:
         visual_mask=VISUAL,
         target_mask=BOX,
     )
-    groups = GroupBatch(prompts, torch.zeros(B, G, R, dtype=torch.int64), LENGTHS)
+    groups = GroupBatch(prompts, torch.zeros(B, G, R, dtype=torch.int64), LENGTHS, None, ANSWERS)
     usual = {
         "group_mask": torch.ones(B, dtype=torch.bool),
         "advantages": ADVANTAGES,
@@ -207,7 +211,7 @@ def slow_success_rows(settings: LossConfig, advantages: torch.Tensor) -> torch.T
 def slow_target(settings: LossConfig, kind: str, advantages: torch.Tensor) -> torch.Tensor:
     """Like the policies, over the same keys."""
     target = settings.attention_target
-    if target in ("old", "reference"):
+    if target in ("old", "reference", *RECORDED):
         return slow_policies(2, kind, settings).detach()
     policy = slow_policies(1, kind, settings).detach()
     row = {
@@ -229,9 +233,24 @@ def slow_weight(settings: LossConfig, advantages: torch.Tensor, b: int, g: int) 
     }.get(settings.attention_target, scaled)
 
 
+def slow_position(settings: LossConfig) -> str:
+    if settings.attention_target in RECORDED:
+        return "predictor"
+    return "last_prompt" if settings.attention_target == "hindsight" else settings.attention_row
+
+
+def slow_row_weight(settings: LossConfig, kind: str, b: int, g: int, r: int) -> float:
+    """Weight of a row by `attention_rows`; 0 where the row does not count."""
+    if kind == "last_prompt" or settings.attention_rows == "all":
+        return 1.0
+    if settings.attention_rows == "deciding":
+        return float(r == int(ANSWERS[b, g]) - (kind == "token"))
+    return float(slow_rows(1, kind)[b, g, r, :P][VISUAL[b]].sum())
+
+
 def slow_attention_term(settings: LossConfig, num_tokens: int, advantages=ADVANTAGES, prompts=range(B)):
     """(loss at coefficient 1 with one layer, [(advantage, divergence)] of the rows that count)."""
-    kind = "last_prompt" if settings.attention_target == "hindsight" else settings.attention_row
+    kind = slow_position(settings)
     policy, target = slow_policies(1, kind, settings), slow_target(settings, kind, advantages)
     loss, seen = 0.0, []
     for b in prompts:
@@ -239,14 +258,24 @@ def slow_attention_term(settings: LossConfig, num_tokens: int, advantages=ADVANT
             for r in range(int(LENGTHS[b, g]) if kind != "last_prompt" else 1):
                 if not target[b, g, r].any():
                     continue  # nothing to compare with: no box, no success
-                divergence = slow_divergence(policy[b, g, r], target[b, g, r], settings.attention_divergence)
+                if not slow_row_weight(settings, kind, b, g, r):
+                    continue
+                if settings.attention_target == "contrast":
+                    wanted = target[b, g, r]
+                    divergence = -(wanted[wanted > 0] * policy[b, g, r][wanted > 0].log()).sum()
+                else:
+                    divergence = slow_divergence(policy[b, g, r], target[b, g, r], settings.attention_divergence)
                 if not policy[b, g, r].any():
                     divergence = 0.0 * divergence
                 seen.append((float(advantages[b, g]), float(divergence)))
-                if settings.attention_row_cap and float(divergence) > settings.attention_row_cap:
+                has_cap = settings.attention_row_cap and settings.attention_target != "contrast"
+                if has_cap and float(divergence) > settings.attention_row_cap:
                     divergence = 0.0 * divergence + settings.attention_row_cap
-                loss = loss + slow_weight(settings, advantages, b, g) * divergence
-    return loss / (num_tokens if settings.attention_normalizer == "token_mean" else 9), seen
+                weight = slow_weight(settings, advantages, b, g) * slow_row_weight(settings, kind, b, g, r)
+                loss = loss + weight * divergence
+    one_row = settings.attention_rows == "deciding" and kind != "last_prompt"
+    per_response = settings.attention_normalizer == "sequence_sum" or one_row
+    return loss / (9 if per_response else num_tokens), seen
 
 
 def train_batch(objective: Objective, num_tokens=16, advantages=ADVANTAGES, other: int = 2, **parts) -> RlBatch:
@@ -254,6 +283,9 @@ def train_batch(objective: Objective, num_tokens=16, advantages=ADVANTAGES, othe
     train, target = batch(num_tokens), term_of(objective).settings.attention_target
     if target == "oracle":
         return batch(num_tokens, attention_advantages=advantages, **parts)
+    if target in RECORDED:
+        recorded = {3: rows(record(other), "predictor").attention}
+        return batch(num_tokens, attention_advantages=advantages, target_attention=recorded, **parts)
     kept = term_of(objective).store(rows(record(other), term_of(objective).settings.attention_row), train.groups)
     kept = term_of(objective).target.combine(kept, advantages)
     return batch(num_tokens, attention_advantages=advantages, target_attention={3: kept}, **parts)
@@ -271,6 +303,10 @@ COMPARED = [(target, keys) for target in ("old", "reference") for keys in ("all"
     ("hindsight", "visual"),
     ("hindsight", "prompt"),
     ("oracle", "visual"),
+    ("explored", "all"),
+    ("explored", "visual"),
+    ("explored", "prompt"),
+    ("contrast", "visual"),
 ]
 EXTRAS = [
     {},
@@ -280,6 +316,8 @@ EXTRAS = [
     {"attention_negative_weight": 0.0, "attention_row_cap": 0.5},
     {"attention_normalizer": "sequence_sum", "attention_negative_weight": 3.0},
     {"attention_row_cap": 5.0},
+    {"attention_rows": "deciding"},
+    {"attention_rows": "visual", "attention_negative_weight": 2.0},
 ]
 
 
@@ -302,7 +340,7 @@ def test_attention_loss_in_every_setting(target, keys, row, exclude_self):
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)
-@pytest.mark.parametrize("target, keys", [("old", "all"), ("hindsight", "prompt")])
+@pytest.mark.parametrize("target, keys", [("old", "all"), ("hindsight", "prompt"), ("contrast", "visual")])
 def test_attention_loss_with_every_weight_and_denominator(target, keys, extra):
     for num_tokens, layers, coef in ((16, (3,), 1.0), (40, (1, 3), 5.0)):
         check_attention_loss({"attention_target": target, "attention_keys": keys, **extra}, num_tokens, layers, coef)
@@ -356,6 +394,10 @@ def test_the_settings_make_a_difference():
         {"attention_target": "hindsight"},
         {"attention_keys": "all", "attention_exclude_self": False},
         {"attention_target": "oracle", "attention_keys": "visual"},
+        {"attention_target": "explored", "attention_keys": "visual"},
+        {"attention_target": "contrast", "attention_keys": "visual"},
+        {"attention_rows": "deciding"},
+        {"attention_rows": "visual"},
     ]
     values = []
     for change in changed:
@@ -712,7 +754,7 @@ def test_supervised_loss():
 
 @pytest.mark.parametrize("store", ["rows", "qk"])
 @pytest.mark.parametrize("row", ["token", "predictor"])
-@pytest.mark.parametrize("target, keys", [case for case in COMPARED if case[0] != "oracle"])
+@pytest.mark.parametrize("target, keys", [case for case in COMPARED if case[0] not in ("oracle", *RECORDED)])
 def test_on_policy_terms_are_those_of_a_pass_just_before(target, keys, row, store):
     """Loss, gradient and metrics with `is_on_policy` equal those with what a pass of the same weights kept."""
     if store == "qk" and target == "hindsight":

@@ -4,7 +4,7 @@ The paper's target is the default of every method. A target is a subclass named 
 one row of `registry.TARGETS`, which says which pass, keys and storage it works with.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from megatron_ral.types import GroupBatch, RlBatch
 
 class AttentionTarget:
     """Target whose rows are those of another pass, weighted by the advantage of their response (RAL paper, eq. 3)."""
+
+    divergence: Optional[str] = None
+    """Name of `divergence.DIVERGENCES` that the target prescribes. None: `loss.attention_divergence` chooses."""
 
     def position(self, setting: QueryPosition) -> QueryPosition:
         """Return the query position whose rows carry the gradient.
@@ -35,6 +38,17 @@ class AttentionTarget:
         """Turn what was stored into what a micro-batch carries, now that advantages are known."""
         return stored
 
+    def response_weights(self, advantages_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
+        """Return the weight of each response in the attention term, [B, G]: here its advantage.
+
+        A control permutes them within each group (`loss.attention_advantages`).
+
+        Args:
+            advantages_BG: Advantages of the rewards.
+            accuracy_BG: Accuracy part of the rewards, in [0, 1].
+        """
+        return advantages_BG
+
     def distribution(self, stored: Any, rows: AttentionRows, keys: RowKeys, batch: RlBatch) -> Tensor:
         """Return the target distributions over `keys`, which broadcast to [B, G, R, S]. No gradient.
 
@@ -50,7 +64,7 @@ class AttentionTarget:
         """Return the weight of every row, which broadcasts to [B, G, R]. A positive weight pulls towards the target.
 
         Args:
-            batch: Micro-batch of the update.
+            batch: Micro-batch of the update. Its `attention_advantages` come from `response_weights`.
             negative_weight: Factor of negative advantages (`loss.attention_negative_weight`).
         """
         advantages = batch.attention_advantages

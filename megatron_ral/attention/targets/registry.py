@@ -16,6 +16,8 @@ class TargetPass(Enum):
     """The policy before the first update of a rollout. In that update its own pass serves."""
     REFERENCE = "reference"
     """The frozen reference model."""
+    ROLLOUT = "rollout"
+    """No pass of its own: decoding recorded the rows, under each response's own noise."""
     NONE = "none"
     """The target needs no pass."""
 
@@ -33,11 +35,14 @@ class TargetRules:
     """Values of `loss.attention_store` that it allows."""
     is_zero_on_policy: bool = False
     """Value and gradient are exactly 0 as long as the policy is the one that made the rollout."""
+    needs_noise: bool = False
+    """Without `rollout.attention_noise` it has next to no signal, because responses hardly look at other places."""
     unused_settings: Mapping[str, str] = field(default_factory=dict)
     """Setting of section `loss` -> why it has no effect with this target."""
 
 
 _NO_SIGN = "its rows have no negative weight"
+_PREDICTING = "its rows are those that predict each token"
 
 TARGETS: Mapping[str, TargetRules] = {
     "old": TargetRules(TargetPass.ROLLOUT_POLICY, is_zero_on_policy=True),
@@ -48,6 +53,24 @@ TARGETS: Mapping[str, TargetRules] = {
         keys_reason="it compares different responses over the keys they share",
         stores=("rows",),
         unused_settings={"attention_negative_weight": _NO_SIGN},
+    ),
+    "explored": TargetRules(
+        TargetPass.ROLLOUT,
+        stores=("rows",),
+        needs_noise=True,
+        unused_settings={"attention_row": _PREDICTING},
+    ),
+    "contrast": TargetRules(
+        TargetPass.ROLLOUT,
+        keys=("visual",),
+        keys_reason="it compares where responses looked in the picture",
+        stores=("rows",),
+        needs_noise=True,
+        unused_settings={
+            "attention_row": _PREDICTING,
+            "attention_divergence": "it is a cross-entropy",
+            "attention_row_cap": "a cross-entropy of two signs has no bound",
+        },
     ),
     "oracle": TargetRules(
         TargetPass.NONE,

@@ -36,4 +36,13 @@ def evaluation_scalars(result: Evaluation) -> dict[str, float]:
         "eval/error_rate": result.error_rate,
         "eval/target_attention": result.target_attention,
         "eval/visual_mass": result.visual_mass,
+        **{
+            f"eval/{name}/layer_{layer}": share
+            for name, shares in (
+                ("target_attention", result.target_attention_by_layer),
+                ("target_deciding", result.target_deciding_by_layer),
+                ("target_peak", result.target_peak_by_layer),
+            )
+            for layer, share in enumerate(shares)
+        },
     }

@@ -15,7 +15,8 @@ LAYOUT = {
             "Multiline",
             [r"^attention/grad_ratio$", r"^distill/attention_grad_ratio$"],
         ],
-        "mass on the target": ["Multiline", [r"^attention/target_mass$", r"^distill/.*_target_mass$"]],
+        "mass on the target": ["Multiline", [r"^attention/target_(mass|deciding|peak)$", r"^distill/.*_target_mass$"]],
+        "mass on the target at deciding rows": ["Multiline", [r"^attention/target_deciding/layer_.*"]],
         "where rows look": ["Multiline", [r"^attention/(visual|prompt|sink|self)_mass$"]],
     },
     "policy": {
@@ -39,6 +40,7 @@ LAYOUT = {
         "accuracy": ["Multiline", [r"^eval/(accuracy|format_rate)$"]],
         "unscored": ["Multiline", [r"^eval/(unparsed|error)_rate$"]],
         "attention": ["Multiline", [r"^eval/(target_attention|visual_mass)$"]],
+        "attention on the target at deciding rows": ["Multiline", [r"^eval/target_deciding/layer_.*"]],
     },
 }
 """Category -> chart -> its curves, as regular expressions over tags."""

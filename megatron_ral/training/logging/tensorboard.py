@@ -2,7 +2,7 @@
 
 import html
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
@@ -111,12 +111,19 @@ class TensorBoardLogger:
         self.scalars(evaluation_scalars(result), step)
 
     def probes(self, views: Sequence[ProbeView], video: VideoSettings, step: int) -> None:
-        """Write the attention over the images or video of each probe as a picture, and its response as text."""
+        """Write the attention over the images or video of each probe as pictures, and its response as text.
+
+        One picture shows the mean over all response tokens, the other the deciding row alone, where there is one.
+        """
         for index, view in enumerate(views):
             if len(view.prompt.grid_thw):
-                self._writer.add_image(
-                    f"attention/probe_{index}", attention_picture(view, video), step, dataformats="HWC"
-                )
+                shown = {f"attention/probe_{index}": view}
+                if view.deciding_attention is not None:
+                    shown[f"attention/probe_{index}_deciding"] = replace(
+                        view, visual_attention=view.deciding_attention, teacher_attention=None
+                    )
+                for tag, picture in shown.items():
+                    self._writer.add_image(tag, attention_picture(picture, video), step, dataformats="HWC")
             self._writer.add_text(
                 f"probes/{index}",
                 f"**{html.escape(view.prompt.sample.problem)}** — "

@@ -1,0 +1,65 @@
+"""Deciding rows: the row of a response that predicts the first token of its answer.
+
+An average over all rows of a response hides the one row at which the model decides, so attention is reported at that
+row too. `rollout/scoring.py` finds the tokens, as `GroupBatch.answer_tokens`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ral.attention.types import QueryPosition
+from megatron_ral.types import GroupBatch
+
+
+def deciding_rows(groups: GroupBatch, position: QueryPosition) -> Tensor:
+    """Return the mask of the deciding rows among the rows of a query position, [B, G, R] bool.
+
+    A response has one deciding row or none. It has none without an answer. At `RESPONSE` it has none either where the
+    answer begins with the first token, which the prompt's last row predicts.
+
+    Args:
+        groups: Groups. `answer_tokens` None gives no deciding row.
+        position: `RESPONSE` or `PREDICTING`.
+    """
+    mask = groups.response_mask
+    if groups.answer_tokens is None:
+        return torch.zeros_like(mask)
+    steps = torch.arange(mask.shape[2], device=mask.device)
+    row = groups.answer_tokens - int(position is QueryPosition.RESPONSE)
+    return (steps == row[..., None]) & mask
+
+
+@dataclass(frozen=True)
+class TargetShares:
+    """Sums of the share of visual attention on the target, each with the number of values, and all without gradient."""
+
+    all_rows: tuple[Tensor, Tensor]
+    """Over all response rows of annotated prompts."""
+    deciding: tuple[Tensor, Tensor]
+    """Over deciding rows of annotated prompts."""
+    peak: tuple[Tensor, Tensor]
+    """Over responses of annotated prompts: the largest share among the rows of the response."""
+
+    @classmethod
+    def of(cls, share_BGR: Tensor, groups: GroupBatch, mask_BGR: Tensor) -> "TargetShares":
+        """Sum the shares.
+
+        Args:
+            share_BGR: Share of each row at `QueryPosition.RESPONSE` (`mass.row_mass`).
+            groups: Groups of the rows.
+            mask_BGR: Mask of the rows that count.
+        """
+        annotated = mask_BGR & groups.prompts.is_annotated[:, None, None]
+        deciding = annotated & deciding_rows(groups, QueryPosition.RESPONSE)
+        peaks = share_BGR.masked_fill(~annotated, 0.0).amax(dim=-1)
+        return cls(
+            ((share_BGR * annotated).sum(), annotated.sum()),
+            ((share_BGR * deciding).sum(), deciding.sum()),
+            (peaks.sum(), annotated.any(dim=-1).sum()),
+        )
+
+    def named(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return (sum, count) by the name in logs and tables."""
+        return {"target_mass": self.all_rows, "target_deciding": self.deciding, "target_peak": self.peak}

@@ -1,0 +1,172 @@
+"""Exploration of attention while sampling: noise that moves the attention of a response inside the picture.
+
+Each response gets noise of its own for every explored layer: one normal number per cell of the picture, equal for all
+heads and all rows of the response. It is added to the scores towards visual keys, after which every head and
+row gets the attention mass back that it had on the picture before:
+
+    weight'(k) = weight(k) exp(sigma eps(k)) * M / M',   M = sum_k weight(k),   M' = sum_k weight(k) exp(sigma eps(k))
+
+over the visual keys k. All other weights stay what they were, so that a response looks elsewhere in the picture and
+keeps its format. Added without this, the noise takes attention from the text and breaks the format.
+
+The noise depends on seed, rollout, prompt, response, layer and cell alone. It is therefore the same on every rank and
+in every layout, and is drawn again where it is needed. Source: this project.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_ral.functional.sampling import normal_stream
+from megatron_ral.types import Prompt, PromptBatch
+
+
+@dataclass(frozen=True)
+class ExplorationSettings:
+    """Noise and recording of attention while responses are sampled."""
+
+    sigma: float = 0.0
+    """Standard deviation of the noise on attention scores. 0: none."""
+    noisy_layers: frozenset[int] = frozenset()
+    """0-based layers with noise."""
+    grid: int = 0
+    """Cells along each side of an image or frame. 0: every visual token is a cell."""
+    recorded_layers: frozenset[int] = frozenset()
+    """0-based layers whose attention rows are recorded while decoding."""
+
+    @property
+    def is_noisy(self) -> bool:
+        """Say whether any layer has noise."""
+        return self.sigma > 0 and bool(self.noisy_layers)
+
+    @property
+    def is_on(self) -> bool:
+        """Say whether decoding differs from plain decoding: with noise, or with rows to record."""
+        return self.is_noisy or bool(self.recorded_layers)
+
+
+class VisualGains(NamedTuple):
+    """Factors of attention weights in one layer."""
+
+    gain_BWP: Tensor
+    """exp(sigma eps) / its maximum for each key of each row of a prompt, float32. 1 at keys that are not visual."""
+    visual_BP: Tensor
+    """Mask of the visual keys as float32, 0 or 1."""
+
+
+@dataclass(frozen=True)
+class AttentionNoise:
+    """Noise of the responses to some prompts, by cell."""
+
+    layers: tuple[int, ...]
+    """0-based layers, in the order of `values_NLC`."""
+    values_NLC: Tensor
+    """sigma * eps of each response, layer and cell, float32; C is the largest number of cells of a prompt."""
+    cells_BP: Tensor
+    """Cell of each prompt token, int64; -1 where it is not visual."""
+
+    @classmethod
+    def draw(
+        cls, prompts: PromptBatch, group_size: int, settings: ExplorationSettings, *identity: object
+    ) -> "AttentionNoise":
+        """Draw the noise of `group_size` responses to each prompt, in host memory.
+
+        Args:
+            prompts: B prompts.
+            group_size: Number G of responses of each prompt; N = B G, prompt by prompt.
+            settings: Noise.
+            identity: Key of the random streams, such as seed and rollout.
+        """
+        layers = tuple(sorted(settings.noisy_layers))
+        cells = torch.full(prompts.input_ids.shape, -1)
+        counts = []
+        for b, prompt in enumerate(prompts.prompts):
+            own = visual_cells(prompt, settings.grid)
+            cells[b, prompts.visual_mask[b]] = own
+            counts.append(torch.bincount(own, minlength=1).double())
+        values = torch.zeros(len(prompts) * group_size, len(layers), max(len(count) for count in counts))
+        for b, key in enumerate(prompts.identities):
+            count = counts[b]
+            for g in range(group_size):
+                for index, layer in enumerate(layers):
+                    eps = normal_stream(len(count), "attention noise", *identity, key, g, layer)
+                    eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
+                    values[b * group_size + g, index, : len(count)] = settings.sigma * eps
+        return cls(layers, values, cells)
+
+    def to(self, device: torch.device) -> "AttentionNoise":
+        """Return the same noise on a device."""
+        return AttentionNoise(self.layers, self.values_NLC.to(device), self.cells_BP.to(device))
+
+    def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":
+        """Return the noise of some responses.
+
+        Args:
+            rows: Indices of responses.
+            prompts: Indices of the prompts that are left. None: all.
+            length: Number of prompt tokens that are left.
+        """
+        cells = self.cells_BP if prompts is None else self.cells_BP.index_select(0, prompts)
+        return AttentionNoise(self.layers, self.values_NLC.index_select(0, rows), cells[:, :length])
+
+    def of_layer(self, layer: int) -> Optional[Tensor]:
+        """Return the noise of a layer by cell, [N, C]. None: the layer has none."""
+        return self.values_NLC[:, self.layers.index(layer)] if layer in self.layers else None
+
+    def gains(self, values_BWC: Tensor) -> VisualGains:
+        """Return the factors of every key.
+
+        Args:
+            values_BWC: Noise of a layer (`of_layer`), arranged by prompt, with W responses of each.
+        """
+        visual = self.cells_BP >= 0
+        index = self.cells_BP.clamp(min=0)[:, None].expand(-1, values_BWC.shape[1], -1)
+        gain = (values_BWC - values_BWC.amax(dim=-1, keepdim=True)).exp().gather(2, index)
+        return VisualGains(torch.where(visual[:, None], gain, 1.0), visual.float())
+
+
+def move_inside_picture(weights_BKWMP: Tensor, gains: VisualGains) -> Tensor:
+    """Multiply attention weights by the factors, and give the picture the mass that it had. Works in place.
+
+    Args:
+        weights_BKWMP: exp(score - maximum) of each prompt, key head, response, query head of the key head, and key.
+        gains: Factors.
+
+    Returns:
+        The weights. Where the picture has no mass, they stay without any.
+    """
+    visual = gains.visual_BP[:, None, None, :, None]
+    before = torch.matmul(weights_BKWMP, visual)
+    weights_BKWMP.mul_(gains.gain_BWP[:, None, :, None])
+    after = torch.matmul(weights_BKWMP, visual)
+    scale = before / after.clamp(min=torch.finfo(after.dtype).tiny)
+    return weights_BKWMP.mul_(torch.where(gains.visual_BP[:, None, None, None] > 0, scale, 1.0))
+
+
+def visual_cells(prompt: Prompt, grid: int) -> Tensor:
+    """Return the cell of each visual token of a prompt, [visual tokens] int64, counted over all images and frames.
+
+    Each image, and each temporal patch of a video, is divided into `grid` x `grid` cells, or into as many as it has
+    visual tokens along a side if these are fewer.
+
+    Args:
+        prompt: Prompt.
+        grid: Cells along each side. 0: every visual token is a cell.
+    """
+    if not len(prompt.grid_thw):
+        return torch.zeros(0, dtype=torch.int64)
+    patches, tokens = int(prompt.grid_thw.prod(dim=-1).sum()), int(prompt.visual_mask.sum())
+    merge = math.isqrt(patches // tokens)
+    parts, first = [], 0
+    for frames, height, width in prompt.grid_thw.tolist():
+        height, width = height // merge, width // merge
+        tall, wide = (min(grid, side) if grid else side for side in (height, width))
+        row, column = torch.arange(height) * tall // height, torch.arange(width) * wide // width
+        one = row[:, None] * wide + column
+        whole = torch.arange(frames)[:, None, None] * (tall * wide) + one
+        parts.append(first + whole.flatten())
+        first += frames * tall * wide
+    return torch.cat(parts)

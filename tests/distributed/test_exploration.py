@@ -1,0 +1,184 @@
+"""Exploration while sampling: decoding under noise equals a slow pass under the same noise, in every layout.
+
+The slow pass reads one prompt and one response at a time and forms every attention weight in float64: the noise is drawn
+per visual token, added to the scores, and the mass on the picture is put back head by head and row by row.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_ral.attention.exploration import ExplorationSettings
+from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import PromptResponses, generate, sample_responses
+from megatron_ral.functional.sampling import normal_stream
+from megatron_ral.models.attention_pass import AttentionPass
+from megatron_ral.models.instrumented_attention import InstrumentedAttention
+from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.parallel.process_groups import stop_groups
+from megatron_ral.types import GroupBatch, pad_prompts
+from tests.distributed.cases import open_policy
+from tests.distributed.runner import run_ranks
+from tests.distributed.test_generation import read
+
+G, R, LAYERS, SIGMA, IDENTITY = 3, 10, 4, 2.5, (5, 7)
+EVERYWHERE = frozenset(range(LAYERS))
+EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, EVERYWHERE)
+
+
+def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings:
+    return SamplingSettings(G, R, end, 0, 1.0, 1.0, 12, exploration)
+
+
+class SlowNoise:
+    """Takes the place of `InstrumentedAttention._whole`: one prompt whose last token is the first of its response."""
+
+    def __init__(self, prompt, response: int):
+        visual = prompt.visual_mask.nonzero()[:, 0]
+        self.length, self.visual, self.noise, self.rows = len(prompt.input_ids) - 1, visual, {}, {}
+        for layer in EXPLORATION.noisy_layers:
+            eps = normal_stream(len(visual), "attention noise", *IDENTITY, prompt.sample.identity, response, layer)
+            self.noise[layer] = SIGMA * (eps - eps.mean())
+
+    def __call__(self, attention, query, key, value, pass_):
+        query, key, value = (tensor[0].double() for tensor in (query, key, value))
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores = torch.einsum("ind,jnd->nij", query, key) * attention.softmax_scale
+        places = torch.arange(len(query))
+        scores = scores.masked_fill(places > places[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        noise = self.noise.get(attention.layer)
+        if noise is not None and len(self.visual):
+            picture = weights[:, self.length :, self.visual]  # the prompt but for its last token has no noise
+            moved = picture * noise.exp()
+            moved = moved * picture.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True)
+            weights[:, self.length :, self.visual] = moved
+        self.rows[attention.layer] = weights[:, self.length :].mean(0)
+        return torch.einsum("nij,jnd->ind", weights, value)[None].to(torch.float32)
+
+
+def slow(policy, prompt, response: int, ids: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """Return the rows by layer [R, P + R] and the log-probabilities [R] of one response under its noise."""
+    batch = pad_prompts([prompt], 0)
+    groups = GroupBatch(batch, ids[None, None], torch.tensor([[len(ids)]]), policy.encode_visual(batch))
+    noise = SlowNoise(prompt, response)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(InstrumentedAttention, "_whole", lambda self, *arguments: noise(self, *arguments))
+        logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups)))[0, 0].float()
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    return {layer: rows[:-1] for layer, rows in noise.rows.items()}, logprobs  # the last token predicts nothing
+
+
+def expected(path: str):
+    """Draw responses by one process's decoding and read each of them slowly."""
+    policy, prompts = open_policy(path, 1, 1)[3], read(path)
+    with policy.resident():
+        batch = pad_prompts(prompts, 0)
+        drawn = PromptResponses.split(
+            generate(policy, batch, policy.encode_visual(batch), sampling(EXPLORATION), *IDENTITY)
+        )
+        found = [
+            [slow(policy, prompt, g, rows.response_ids[g, : int(rows.response_lengths[g])]) for g in range(G)]
+            for prompt, rows in zip(prompts, drawn)
+        ]
+        without = PromptResponses.split(
+            generate(policy, batch, policy.encode_visual(batch), sampling(ExplorationSettings()), *IDENTITY)
+        )
+        recorded = PromptResponses.split(
+            generate(
+                policy,
+                batch,
+                policy.encode_visual(batch),
+                sampling(ExplorationSettings(recorded_layers=EVERYWHERE)),
+                *IDENTITY,
+            )
+        )
+    stop_groups()
+    return drawn, found, without, recorded, [len(prompt.input_ids) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def wanted(material):
+    return run_ranks(1, expected, str(material["tiny"]))[0]
+
+
+def decoded(path: str, tensor: int, pipeline: int, batch_size: int) -> list[PromptResponses]:
+    policy, prompts = open_policy(path, tensor, pipeline)[3], read(path)
+    layout, rows = policy.layout, []
+    share = -(-len(prompts) // layout.data_size)
+    mine = prompts[layout.data_rank * share : (layout.data_rank + 1) * share]
+    with policy.resident():
+        for batch, _ in sample_responses(policy, mine, sampling(EXPLORATION), batch_size, *IDENTITY):
+            rows += PromptResponses.split(batch)
+    stages = gather_objects([row.attention for row in rows], policy.process_groups.pipeline)
+    rows = [
+        replace(row, attention={layer: rows for stage in stages for layer, rows in stage[index].items()})
+        for index, row in enumerate(rows)
+    ]
+    everything = [row for part in gather_objects(rows, policy.process_groups.data) for row in part]
+    stop_groups()
+    return everything
+
+
+def check(ours: list[PromptResponses], wanted) -> None:
+    drawn, found, _, _, lengths = wanted
+    for row, reference, slow_rows, P in zip(ours, drawn, found, lengths, strict=True):
+        assert set(row.attention) == EVERYWHERE
+        for g, (attention, logprobs) in enumerate(slow_rows):
+            count = int(reference.response_lengths[g])
+            assert int(row.response_lengths[g]) == count
+            assert (row.response_ids[g, :count] == reference.response_ids[g, :count]).all()
+            assert (row.rollout_logprobs[g, :count] - logprobs).abs().max() < 1e-5
+            for layer in EVERYWHERE:
+                own = row.attention[layer][g, :count]
+                own = torch.cat([own[:, :P], own[:, P : P + count - 1]], dim=1)
+                assert (own - attention[layer][:, : P + count - 1]).abs().max() < 1e-5, (layer, g)
+
+
+def test_rows_and_logprobs_are_those_of_the_slow_pass(wanted):
+    drawn, _, without, _, _ = wanted
+    check(drawn, wanted)
+    lengths = torch.stack([row.response_lengths for row in drawn])
+    assert len(lengths.unique()) > 3 and (lengths < R).any(), "rows leave the cache at different steps"
+    assert any(
+        (a.response_ids != b.response_ids).any()
+        for a, b in zip(drawn, without)
+        if a.response_ids.shape == b.response_ids.shape
+    )
+
+
+def test_recording_changes_no_response(wanted):
+    _, _, without, recorded, _ = wanted
+    for row, plain in zip(recorded, without):
+        assert (row.response_ids == plain.response_ids).all() and not plain.attention
+        assert (row.rollout_logprobs - plain.rollout_logprobs).abs().max() < 1e-5
+
+
+def test_responses_of_a_prompt_look_at_different_places(wanted):
+    """Without noise the first rows of a prompt's responses are one row; with it they differ."""
+    drawn, _, _, recorded, lengths = wanted
+    for noisy, plain, P in zip(drawn, recorded, lengths):
+        first = plain.attention[3][:, 0, :P]
+        assert (first - first[:1]).abs().max() < 1e-6
+        if P > 30:  # a prompt with a picture
+            assert (noisy.attention[3][:, 0, :P] - noisy.attention[3][:1, 0, :P]).abs().max() > 1e-3
+
+
+#          world, tensor, pipeline, batch size
+LAYOUTS = {
+    "by two": (1, 1, 1, 2),
+    "TP=2": (2, 2, 1, 6),
+    "PP=2": (2, 1, 2, 2),
+    "TP=2 PP=2": (4, 2, 2, 3),
+    "DP=2": (2, 1, 1, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_decodes_under_the_same_noise(material, wanted, layout):
+    world, *rest = LAYOUTS[layout]
+    for rank in run_ranks(world, decoded, str(material["tiny"]), *rest):
+        check(rank, wanted)

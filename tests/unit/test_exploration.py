@@ -1,0 +1,110 @@
+"""Noise on attention: kept mass, cells of pictures and clips, draws that depend on the response alone."""
+
+import pytest
+import torch
+
+from megatron_ral.attention.exploration import (
+    AttentionNoise,
+    ExplorationSettings,
+    VisualGains,
+    move_inside_picture,
+    visual_cells,
+)
+from megatron_ral.types import PromptBatch
+
+
+class FakePrompt:
+    """What the noise reads of a prompt: grids of patches, two by two to a visual token, and where the tokens stand."""
+
+    def __init__(self, key: str, grids: list, before: int, length: int):
+        self.grid_thw = torch.tensor(grids).reshape(-1, 3)
+        count = int(self.grid_thw.prod(-1).sum()) // 4
+        self.visual_mask = torch.zeros(length, dtype=torch.bool)
+        self.visual_mask[before : before + count] = True
+        self.sample = type("Sample", (), {"identity": key})
+
+
+def batch_of(*prompts: FakePrompt) -> PromptBatch:
+    length = max(len(prompt.visual_mask) for prompt in prompts)
+    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        mask[b, : len(prompt.visual_mask)] = prompt.visual_mask
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    lengths = torch.tensor([len(prompt.visual_mask) for prompt in prompts])
+    return PromptBatch(tuple(prompts), ids, lengths, None, None, mask, torch.zeros_like(mask))
+
+
+PICTURE, CLIP, TEXT = (
+    FakePrompt("a.tar/1", [[1, 8, 12]], 3, 40),
+    FakePrompt("a.tar/2", [[1, 4, 4], [3, 4, 8]], 1, 50),
+    FakePrompt("a.tar/3", [], 0, 9),
+)
+
+
+def test_cells_without_a_grid_are_the_visual_tokens():
+    assert visual_cells(PICTURE, 0).tolist() == list(range(24))
+    assert visual_cells(CLIP, 0).tolist() == list(range(4 + 3 * 8))
+    assert visual_cells(TEXT, 0).tolist() == []
+
+
+def test_cells_of_a_coarse_grid():
+    assert visual_cells(PICTURE, 2).view(4, 6).tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+    assert visual_cells(PICTURE, 5).view(4, 6).tolist() == [
+        [5 * row + column for column in (0, 0, 1, 2, 3, 4)] for row in range(4)
+    ]
+    own = visual_cells(CLIP, 2)
+    assert own[:4].tolist() == [0, 1, 2, 3]
+    assert own[4:].view(3, 2, 4)[1].tolist() == [[8, 8, 9, 9], [10, 10, 11, 11]]
+
+
+def test_noise_is_centred_and_belongs_to_the_response():
+    settings = ExplorationSettings(2.0, frozenset({1, 3}), 2)
+    together = AttentionNoise.draw(batch_of(TEXT, PICTURE, CLIP), 4, settings, 0, 1)
+    alone = AttentionNoise.draw(batch_of(PICTURE), 4, settings, 0, 1)
+    cells = alone.values_NLC.shape[2]
+    assert torch.equal(together.values_NLC[4:8, :, :cells], alone.values_NLC)
+    assert torch.equal(together.cells_BP[1, :40], alone.cells_BP[0])
+    per_key = alone.values_NLC.gather(2, visual_cells(PICTURE, 2).expand(4, 2, -1))
+    assert per_key.mean(-1).abs().max() < 1e-6 and per_key.std() > 0.5
+    flat = alone.values_NLC.flatten(0, 1)
+    assert len({tuple(row.tolist()) for row in flat}) == 8, "responses and layers have noise of their own"
+    other = AttentionNoise.draw(batch_of(PICTURE), 4, settings, 0, 2)
+    assert not torch.equal(other.values_NLC, alone.values_NLC), "the next rollout has other noise"
+    assert alone.of_layer(0) is None and torch.equal(alone.of_layer(3), alone.values_NLC[:, 1])
+
+
+def test_scale_of_the_noise():
+    wide = FakePrompt("w", [[1, 64, 64]], 0, 1024)
+    noise = AttentionNoise.draw(batch_of(wide), 4, ExplorationSettings(3.0, frozenset({0})), 9)
+    assert noise.values_NLC.std() == pytest.approx(3.0, rel=0.05)
+
+
+def test_moved_weights_equal_a_float64_loop_and_keep_the_mass():
+    generator = torch.Generator().manual_seed(0)
+    B, K, W, M, P = 2, 2, 3, 2, 7
+    scores = torch.randn(B, K, W, M, P, generator=generator, dtype=torch.float64) * 3
+    noise = torch.randn(B, W, P, generator=generator, dtype=torch.float64) * 6
+    visual = torch.rand(B, P, generator=generator) < 0.6
+    gain = torch.where(visual[:, None], (noise - noise.amax(-1, keepdim=True)).exp(), 1.0)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    moved = move_inside_picture(weights.float().clone(), VisualGains(gain.float(), visual.float()))
+    for b in range(B):
+        seen = visual[b]
+        for index in torch.cartesian_prod(torch.arange(K), torch.arange(W), torch.arange(M)).tolist():
+            k, w, m = index
+            plain, ours = weights[b, k, w, m], moved[b, k, w, m].double()
+            shifted = scores[b, k, w, m] + torch.where(seen, noise[b, w], 0.0)
+            shift = torch.logsumexp(shifted[seen], 0) - torch.logsumexp(scores[b, k, w, m][seen], 0)
+            wanted = torch.where(seen, shifted - shift, scores[b, k, w, m]).softmax(0) * plain.sum()
+            assert (ours - wanted).abs().max() < 1e-6
+            assert (ours[~seen] == plain[~seen].float()).all()
+            assert ours[seen].sum() == pytest.approx(float(plain[seen].sum()), rel=1e-5)
+
+
+def test_prompt_without_a_picture_and_picture_without_mass_stay():
+    weights = torch.rand(1, 1, 2, 1, 5)
+    blind = VisualGains(torch.ones(1, 2, 5), torch.zeros(1, 5))
+    assert torch.equal(move_inside_picture(weights.clone(), blind), weights)
+    weights[..., :2] = 0.0
+    gains = VisualGains(torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0]).expand(1, 2, 5), torch.tensor([[1.0, 1, 0, 0, 0]]))
+    assert torch.equal(move_inside_picture(weights.clone(), gains), weights)
