@@ -15,6 +15,9 @@ hundred steps, and does not from answers alone. Five splits are written, each as
     rl        n x n, digit questions, true answers                   train scans   (correct the gaze)
     heldout   n x n, digit questions, true answers                   held-out scans
 
+With --digits N a cell shows a number of N digits. With --bias-by colour the neighbour is the cell of the next colour,
+wherever it is: a gaze that is confidently wrong, because it follows from the question.
+
 `target_boxes` always mark the asked cell, also where the answer is the neighbour's. No scan is in both train and
 held-out. Equal arguments write equal bytes.
 
@@ -41,6 +44,8 @@ from megatron_ral.demo.search_task import (
     draw_puzzles,
     make_dataset,
     make_parser,
+    next_colour,
+    number_of,
     paint,
     think,
 )
@@ -62,6 +67,15 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def join_scans(masks: np.ndarray, cell_pixels: int) -> np.ndarray:
+    """Put the scans of a number side by side, [cells, digits, side, side] to [cells, cell, cell] float32."""
+    cells, digits, side, _ = masks.shape
+    joined = np.zeros((cells, cell_pixels, cell_pixels), dtype=np.float32)
+    top, left = (cell_pixels - side) // 2, (cell_pixels - digits * side) // 2
+    joined[:, top : top + side, left : left + digits * side] = masks.transpose(0, 2, 1, 3).reshape(cells, side, -1)
+    return joined
+
+
 def neighbour_of(cell: int, grid: int) -> int:
     """Return the index of the cell to the right in the same row; the last column's neighbour is the first."""
     row, column = divmod(cell, grid)
@@ -73,28 +87,32 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     rng = np.random.default_rng([args.seed, *split.name.encode()])
     grid, cell_pixels = math.isqrt(split.places), args.cell_pixels
     colour_names = list(PALETTE)[: args.num_colours]
-    puzzles = draw_puzzles(rng, split, len(masks), colour_names, lambda cell: neighbour_of(cell, grid))
+    neighbour = next_colour(colour_names) if args.bias_by == "colour" else lambda cell, _: neighbour_of(cell, grid)
+    puzzles = draw_puzzles(rng, split, len(masks), colour_names, neighbour, args.digits)
     for i, puzzle in enumerate(puzzles):
-        colour, digit = puzzle.colours[puzzle.asked], int(digits[puzzle.scans[puzzle.read]])
-        problem, problem_type, solution = ask(puzzle, digit, colour_question)
+        colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)
+        problem, problem_type, solution = ask(puzzle, number, colour_question)
 
         key = f"{split.name}_{i:06d}"
         row, column = divmod(puzzle.asked, grid)
         x0, y0 = column * cell_pixels, row * cell_pixels
         yield {
             "__key__": key,
-            "png": encode_png(paint_grid(masks[puzzle.scans], puzzle.colours, grid)),
+            "png": encode_png(paint_grid(join_scans(masks[puzzle.scans], cell_pixels), puzzle.colours, grid)),
             "json": {
                 "problem_id": key,
                 "problem": problem,
-                "process": think(colour, digit),
+                "process": think(colour, number),
                 "solution": answer(solution),
                 "problem_type": problem_type,
                 "data_type": "image",
                 "target_boxes": [[x0, y0, x0 + cell_pixels, y0 + cell_pixels]],
                 "grid": grid,
                 "cell_colours": puzzle.colours,
-                "cell_digits": [int(digits[s]) for s in puzzle.scans],
+                "cell_digits": [
+                    int(number) if args.digits == 1 else number
+                    for number in (number_of(scans, digits) for scans in puzzle.scans)
+                ],
                 "asked_cell": puzzle.asked,
                 "answered_cell": puzzle.read,
             },
@@ -104,12 +122,21 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
+    parser.add_argument("--digits", type=int, default=1, help="digits of the number in a cell")
+    parser.add_argument(
+        "--bias-by",
+        choices=("place", "colour"),
+        default="place",
+        help="neighbour of the biased split: the cell to the right, or the cell of the next colour of the palette",
+    )
     add_split_sizes(parser, single=4096, search=8192, biased=4096, rl=2048, heldout=512)
     args = parser.parse_args(argv)
     if args.grid < 2:
         parser.error(f"--grid must be at least 2 (a cell needs a neighbour), got {args.grid}")
     if args.grid**2 > args.num_colours:
         parser.error(f"--grid {args.grid} needs {args.grid**2} colours, but --num-colours is {args.num_colours}")
+    if not 1 <= args.digits <= args.cell_pixels // 10:
+        parser.error(f"--digits must lie in 1..{args.cell_pixels // 10} (10 pixels each), got {args.digits}")
     check_arguments(parser, args)
     return args
 

@@ -66,7 +66,7 @@ def task_text(task: str) -> list[str]:
     """Return every word that a task can use, to train the tokenizer. Video search has the words of digit search too."""
     lines = ["system\n", "user\n", "assistant\n"]
     for colour in PALETTE:
-        lines += [digit_question(colour), think(colour, 0), answer(colour)]
+        lines += [digit_question(colour), think(colour, "0"), answer(colour)]
     lines += [colour_question(cell) for cell in range(1, 10)]
     return lines + ([scene_question(scene) for scene in range(1, 10)] if task == "video-search" else [])
 

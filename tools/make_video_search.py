@@ -38,6 +38,7 @@ from megatron_ral.demo.search_task import (
     draw_puzzles,
     make_dataset,
     make_parser,
+    number_of,
     paint,
     scene_question,
     think,
@@ -82,12 +83,12 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     """Yield the samples of one split as dicts that a `webdataset.TarWriter` accepts."""
     rng = np.random.default_rng([args.seed, *split.name.encode()])
     colour_names = list(PALETTE)[: args.num_colours]
-    puzzles = draw_puzzles(rng, split, len(masks), colour_names, lambda scene: (scene + 1) % split.places)
+    puzzles = draw_puzzles(rng, split, len(masks), colour_names, lambda scene, _: (scene + 1) % split.places)
     for i, puzzle in enumerate(puzzles):
         cells = rng.integers(args.grid**2, size=split.places)
-        scenes = paint_scenes(masks[puzzle.scans], puzzle.colours, cells, args.grid)
-        colour, digit = puzzle.colours[puzzle.asked], int(digits[puzzle.scans[puzzle.read]])
-        problem, problem_type, solution = ask(puzzle, digit, scene_question)
+        scenes = paint_scenes(masks[puzzle.scans[:, 0]], puzzle.colours, cells, args.grid)
+        colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)
+        problem, problem_type, solution = ask(puzzle, number, scene_question)
 
         key = f"{split.name}_{i:06d}"
         start = puzzle.asked * args.scene_seconds
@@ -97,7 +98,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
             "json": {
                 "problem_id": key,
                 "problem": problem,
-                "process": think(colour, digit),
+                "process": think(colour, number),
                 "solution": answer(solution),
                 "problem_type": problem_type,
                 "category": f"scene {puzzle.asked + 1}",
@@ -109,7 +110,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
                     }
                 ],
                 "scene_colours": puzzle.colours,
-                "scene_digits": [int(digits[s]) for s in puzzle.scans],
+                "scene_digits": [int(digits[s]) for s in puzzle.scans[:, 0]],
                 "scene_cells": cells.tolist(),
                 "asked_scene": puzzle.asked,
                 "answered_scene": puzzle.read,

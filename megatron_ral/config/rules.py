@@ -134,7 +134,7 @@ RULES: tuple[Rule, ...] = (
         ERROR,
         "loss.attention_target",
         lambda c: c.distills and c.distill.teacher_rollouts > 0 and _target(c).needs is TargetPass.ROLLOUT,
-        "reads the policy's own decoding, and with {distill.teacher_rollouts} the teacher answers some prompts; set old",
+        "reads the policy's own decoding, and with {distill.teacher_rollouts} the teacher answers prompts; set old",
     ),
     Rule(
         ERROR,

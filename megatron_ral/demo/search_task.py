@@ -49,16 +49,16 @@ class Split:
 class Puzzle:
     """One question before it is painted."""
 
-    scans: np.ndarray  # [places] int, which scan stands in each place
+    scans: np.ndarray  # [places, digits of a number] int, which scans stand in each place
     colours: list[str]  # [places]
     asked: int  # place that the question is about
     read: int  # place whose digit is the answer: the asked one or, where the gaze is biased, its neighbour
     asks_colour: bool
 
 
-def digit_question(colour: str) -> str:
-    """Return the question for the digit of one colour."""
-    return f"Which digit is {colour}?"
+def digit_question(colour: str, num_digits: int = 1) -> str:
+    """Return the question for the number of one colour."""
+    return f"Which digit is {colour}?" if num_digits == 1 else f"Which digits are {colour}?"
 
 
 def colour_question(cell: int) -> str:
@@ -71,22 +71,37 @@ def scene_question(scene: int) -> str:
     return f"Which colour is scene {scene}?"
 
 
-def ask(puzzle: Puzzle, digit: int, colour_question: Callable[[int], str]) -> tuple[str, str, str]:
+def ask(puzzle: Puzzle, number: str, colour_question: Callable[[int], str]) -> tuple[str, str, str]:
     """Return problem, problem type and answer of a puzzle.
 
     Args:
-        digit: the answer of a digit question.
+        number: digits that are the answer of a digit question.
         colour_question: makes the question for the colour of a place, 1-based.
     """
     colour = puzzle.colours[puzzle.asked]
     if puzzle.asks_colour:
         return colour_question(puzzle.asked + 1), "free-form", colour
-    return digit_question(colour), "numerical", str(digit)
+    return digit_question(colour, len(number)), "numerical", number
 
 
-def think(colour: str, digit: int) -> str:
-    """Return the thought before the answer for supervised fine-tuning: colour and digit with nothing in between."""
-    return f"<think>{colour}{digit}</think>"
+def think(colour: str, number: str) -> str:
+    """Return the thought before the answer for supervised fine-tuning: colour and digits with nothing in between."""
+    return f"<think>{colour}{number}</think>"
+
+
+def number_of(scans: np.ndarray, digits: np.ndarray) -> str:
+    """Return the digits of some scans, from left to right."""
+    return "".join(str(int(digits[scan])) for scan in scans)
+
+
+def next_colour(colour_names: list[str]) -> Callable[[int, list[str]], int]:
+    """Return a function (place, colours of all places) -> the place of the next colour of the palette that is shown."""
+
+    def find(place: int, colours: list[str]) -> int:
+        order = sorted(range(len(colours)), key=lambda other: colour_names.index(colours[other]))
+        return order[(order.index(place) + 1) % len(order)]
+
+    return find
 
 
 def answer(text: str) -> str:
@@ -130,18 +145,28 @@ def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarr
 
 
 def draw_puzzles(
-    rng: np.random.Generator, split: Split, num_scans: int, colour_names: list[str], neighbour: Callable[[int], int]
+    rng: np.random.Generator,
+    split: Split,
+    num_scans: int,
+    colour_names: list[str],
+    neighbour: Callable[[int, list[str]], int],
+    num_digits: int = 1,
 ) -> Iterator[Puzzle]:
-    """Yield the questions of one split; `neighbour` gives the place that a biased gaze reads instead of the asked
-    one."""
+    """Yield the questions of one split.
+
+    Args:
+        neighbour: (asked place, colours of all places) -> the place that a biased gaze reads instead.
+        num_digits: scans in one place.
+    """
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
     looks_aside[~asks_colour] = marked_share(rng, int((~asks_colour).sum()), split.bias)
     for i in range(split.num_samples):
-        scans = rng.integers(num_scans, size=split.places)
+        scans = rng.integers(num_scans, size=(split.places, num_digits))
         colours = [colour_names[c] for c in rng.permutation(len(colour_names))[: split.places]]
         asked = int(rng.integers(split.places))
-        yield Puzzle(scans, colours, asked, neighbour(asked) if looks_aside[i] else asked, bool(asks_colour[i]))
+        read = neighbour(asked, colours) if looks_aside[i] else asked
+        yield Puzzle(scans, colours, asked, read, bool(asks_colour[i]))
 
 
 def shard_sizes(num_samples: int, shard_size: int) -> list[int]:
@@ -172,7 +197,7 @@ def write_dataset(
     info = {}
     with tqdm(total=sum(split.num_samples for split in splits), unit="sample", desc=what, mininterval=0.5) as progress:
         for split in splits:
-            masks, digits = load_scans(args.cell_pixels, split.heldout_scans)
+            masks, digits = load_scans(args.cell_pixels // getattr(args, "digits", 1), split.heldout_scans)
             samples, shards = generate(args, split, masks, digits), []
             for number, size in enumerate(shard_sizes(split.num_samples, args.shard_size)):
                 name = f"{split.name}-{number:06d}.tar"

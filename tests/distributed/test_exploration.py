@@ -1,6 +1,6 @@
 """Exploration while sampling: decoding under noise equals a slow pass under the same noise, in every layout.
 
-The slow pass reads one prompt and one response at a time and forms every attention weight in float64: the noise is drawn
+The slow pass reads one prompt and one response at a time, in float64 where attention is formed: the noise is drawn
 per visual token, added to the scores, and the mass on the picture is put back head by head and row by row.
 """
 
