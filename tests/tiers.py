@@ -4,7 +4,9 @@ Without --fast all tests run. The fast tier takes at most four minutes on two co
 that it reaches every folder of the package.
 """
 
+import os
 from pathlib import Path
+from typing import Sequence
 
 SLOW_UNIT = ("tests/unit/test_attention_kernels.py",)
 FAST_ELSEWHERE = (
@@ -19,6 +21,16 @@ FAST_ELSEWHERE = (
     # a run of four steps on two ranks, with its evaluations, checkpoints, log and exported folder
     "tests/integration/test_runs.py::test_run_leaves_summary_resolved_config_and_two_checkpoints",
 )
+
+
+IS_FULL = os.environ.get("MEGATRON_RAL_TEST_TABLE") == "full"
+"""True to run every combination of layouts and settings. The suite runs chosen ones, so that it stays short."""
+
+
+def chosen(everything: Sequence, usual: Sequence) -> Sequence:
+    """Return the cases of a parametrized test: the usual ones, or everything with MEGATRON_RAL_TEST_TABLE=full."""
+    assert all(case in everything for case in usual)
+    return everything if IS_FULL else usual
 
 
 def is_fast(nodeid: str) -> bool:

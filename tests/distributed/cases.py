@@ -232,6 +232,7 @@ def one_step(
     sequence_parallel: bool = False,
     equal_rewards: tuple = (),
     process_groups=None,
+    measures_attention: bool = True,
     **loss,
 ) -> dict:
     """Optimizer steps on fixed rollouts whose old and reference policies are another model, so that every term and
@@ -244,8 +245,10 @@ def one_step(
     history, gradient = [], None
     before = full_weights(policy)
     for _ in range(num_steps):
-        policy.forward_backward(minibatch, objective.only("attention"))
-        attention_shards = policy.gradient_shards()
+        attention_norm = 0.0
+        if measures_attention:
+            policy.forward_backward(minibatch, objective.only("attention"))
+            attention_norm = policy.gradient_norm(policy.gradient_shards())
         metrics = finish_metrics(policy.forward_backward(minibatch, objective))
         norm = policy.gradient_norm(policy.gradient_shards())
         gradient = gradient or full_gradient(policy)
@@ -255,7 +258,7 @@ def one_step(
                 **metrics,
                 "own_norm": norm,
                 "grad_norm": result.grad_norm,
-                "attention_norm": policy.gradient_norm(attention_shards),
+                "attention_norm": attention_norm,
             }
         )
     weights = full_weights(policy)
