@@ -129,12 +129,20 @@ def render() -> str:
 def _section(path: str, name: str, sections: dict[str, tuple[str, list[Setting]]]) -> list[str]:
     """Return the lines of a section, and of the sections in its lists and mappings."""
     about, settings = sections[name]
-    lines = [f"## {path}", "", *_paragraph(about), "", *_list(f"{path}.", settings)]
+    plain = [setting for setting in settings if not isinstance(setting.annotation, ast.Name) or not _inner(setting)]
+    lines = [f"## {path}", "", *_paragraph(about), "", *_list(f"{path}.", plain)]
     for setting in settings:
-        if inner := re.search(r"\w+Config", ast.unparse(setting.annotation)):
-            place = "NAME" if "dict" in ast.unparse(setting.annotation) else "N"
-            lines += _section(f"{path}.{setting.name}.{place}", inner[0], sections)
+        if inner := _inner(setting):
+            text = ast.unparse(setting.annotation)
+            place = ".NAME" if "dict" in text else ".N" if "tuple" in text else ""
+            lines += _section(f"{path}.{setting.name}{place}", inner, sections)
     return lines
+
+
+def _inner(setting: Setting) -> str:
+    """Return the name of the section that a setting holds, empty if it holds none."""
+    found = re.search(r"\w+Config", ast.unparse(setting.annotation))
+    return found[0] if found else ""
 
 
 def _list(prefix: str, settings: list[Setting]) -> list[str]:

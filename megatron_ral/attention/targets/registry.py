@@ -54,6 +54,13 @@ TARGETS: Mapping[str, TargetRules] = {
         stores=("rows",),
         unused_settings={"attention_negative_weight": _NO_SIGN},
     ),
+    "oracle": TargetRules(
+        TargetPass.NONE,
+        keys=("visual",),
+        keys_reason="its target is the annotated box",
+        stores=("rows",),
+        unused_settings={"attention_negative_weight": _NO_SIGN, "attention_advantages": _NO_SIGN},
+    ),
     "explored": TargetRules(
         TargetPass.ROLLOUT,
         stores=("rows",),
@@ -71,13 +78,6 @@ TARGETS: Mapping[str, TargetRules] = {
             "attention_divergence": "it is a cross-entropy",
             "attention_row_cap": "a cross-entropy of two signs has no bound",
         },
-    ),
-    "oracle": TargetRules(
-        TargetPass.NONE,
-        keys=("visual",),
-        keys_reason="its target is the annotated box",
-        stores=("rows",),
-        unused_settings={"attention_negative_weight": _NO_SIGN, "attention_advantages": _NO_SIGN},
     ),
 }
 """By the value of `loss.attention_target`."""
