@@ -149,7 +149,8 @@ def _list(prefix: str, settings: list[Setting]) -> list[str]:
     lines = []
     for setting in settings:
         default = "must be given" if setting.default is None else f"default {shown_default(setting.default)}"
-        lines.append(f"- **`{prefix}{setting.name}`**: {kind(setting.annotation)}; {default}.")
+        head = f"- **`{prefix}{setting.name}`**: {kind(setting.annotation)}; {default}."
+        lines += textwrap.wrap(head, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         lines += _paragraph(setting.meaning, "  ")
     return [*lines, ""]
 

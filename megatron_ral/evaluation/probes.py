@@ -27,10 +27,10 @@ class ProbeView:
     """Decoded response."""
     visual_attention: Tensor
     """[visual tokens] float32: attention mass on each visual token, mean over response rows."""
-    deciding_attention: Optional[Tensor] = None
-    """`visual_attention` of the deciding row alone (`attention/deciding.py`). None: the response has none."""
     teacher_attention: Optional[Tensor] = None
     """`visual_attention` of the teacher's layer at the same depth while it reads the same response."""
+    deciding_attention: Optional[Tensor] = None
+    """`visual_attention` of the deciding row alone (`attention/deciding.py`). None: the response has none."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def view_probes(
                         prompt,
                         texts[b][0],
                         mean,
-                        deciding if bool(deciding_rows(groups, QueryPosition.RESPONSE)[b].any()) else None,
                         None if read_rows is None else read_rows[b, 0][batch.visual_mask[b]],
+                        deciding if bool(deciding_rows(groups, QueryPosition.RESPONSE)[b].any()) else None,
                     )
                 )
     return views

@@ -172,7 +172,9 @@ def collect_rollout(
             score.problems[part],
         )
         advantages = group_advantages(scored.rewards, scale=settings.advantage_scale)
-        attention_advantages = settings.target.response_weights(advantages, scored.components["accuracy"])
+        attention_advantages = settings.target.response_weights(
+            advantages, scored.rewards, scored.components["accuracy"]
+        )
         if settings.shuffles_attention_advantages:
             shuffle = shuffled_order(groups.prompts.identities, advantages.shape[1], settings.seed, step)
             attention_advantages = attention_advantages.gather(1, shuffle)

@@ -4,6 +4,7 @@ The slow pass reads one prompt and one response at a time, in float64 where atte
 per visual token, added to the scores, and the mass on the picture is put back head by head and row by row.
 """
 
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from megatron_ral.attention.exploration import ExplorationSettings
 from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.config.sections import AttentionNoiseConfig
+from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses, generate, sample_responses
 from megatron_ral.functional.sampling import normal_stream
@@ -18,8 +21,12 @@ from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import stop_groups
+from megatron_ral.rewards import score
+from megatron_ral.rollout.collect import RolloutSettings
+from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.training.step import Engines, StepSettings, rl_step
 from megatron_ral.types import GroupBatch, pad_prompts
-from tests.distributed.cases import open_policy
+from tests.distributed.cases import fixed_groups, full_weights, open_policy
 from tests.distributed.runner import run_ranks
 from tests.distributed.test_generation import read
 
@@ -182,3 +189,72 @@ def test_every_layout_decodes_under_the_same_noise(material, wanted, layout):
     world, *rest = LAYOUTS[layout]
     for rank in run_ranks(world, decoded, str(material["tiny"]), *rest):
         check(rank, wanted)
+
+
+def half_are_right(completion: str, solution: str, problem_type: str) -> float:
+    """Stand in for the accuracy, which an untrained model never has."""
+    return float(zlib.crc32(completion.encode()) % 2)
+
+
+def first_update(path: str, data: str, tensor: int, pipeline: int, micro_batch_size: int, target: str) -> dict:
+    """Metrics of a rollout with noise and its only update, and what the update changed."""
+    keys = "all" if target == "old" else "visual"
+    opened = open_policy(
+        path, tensor, pipeline, attention_target=target, attention_keys=keys, attention_layers=(1, 2), kl_coef=0.0
+    )
+    config, _, _, policy, objective = opened
+    noise = AttentionNoiseConfig(sigma=3.0)
+    config = replace(
+        config,
+        rollout=replace(config.rollout, num_minibatches=1, num_epochs=1, attention_noise=noise),
+        train=replace(config.train, micro_batch_size=micro_batch_size),
+    )
+    before, rows = full_weights(policy), fixed_groups(path, data)
+    share = len(rows) // policy.layout.data_size
+    mine = rows[policy.layout.data_rank * share : (policy.layout.data_rank + 1) * share]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "accuracy_reward", half_are_right)
+        report = rl_step(
+            Engines(policy, NativeSampler(policy)),
+            [row[0] for row in mine],
+            PromptProcessor(path, 128),
+            objective,
+            RolloutSettings.from_config(config),
+            StepSettings.from_config(config),
+            0,
+            measure_gradient_ratio=True,
+        )
+    weights = full_weights(policy)
+    stop_groups()
+    return {"metrics": report.metrics, "changes": {name: weights[name] - before[name] for name in weights}}
+
+
+@pytest.fixture(scope="module")
+def alone(material):
+    """One update of one process by target, in one micro-batch."""
+    places = str(material["tiny"]), str(material["data"])
+    return {
+        target: run_ranks(1, first_update, *places, 1, 1, 8, target)[0] for target in ("old", "explored", "contrast")
+    }
+
+
+def test_explored_targets_have_a_signal_in_the_first_update_and_old_has_none(alone):
+    ratio = {target: result["metrics"]["attention/grad_ratio"] for target, result in alone.items()}
+    assert ratio["old"] == 0.0 and ratio["explored"] > 1e-3 and ratio["contrast"] > 1e-3, ratio
+    assert alone["old"]["metrics"]["attention/divergence"] == 0.0 < alone["explored"]["metrics"]["attention/divergence"]
+    assert all("sampling/logprob_difference" not in result["metrics"] for result in alone.values())
+
+
+@pytest.mark.parametrize(
+    "target, world, tensor, pipeline, micro_batch_size",
+    [("contrast", 4, 2, 2, 2), ("explored", 2, 1, 2, 4), ("contrast", 2, 1, 1, 1)],
+)
+def test_an_update_on_explored_rows_depends_on_no_layout(
+    material, alone, target, world, tensor, pipeline, micro_batch_size
+):
+    places, wanted = (str(material["tiny"]), str(material["data"])), alone[target]
+    ours = run_ranks(world, first_update, *places, tensor, pipeline, micro_batch_size, target)[-1]
+    for name in ("reward", "attention/divergence", "attention/grad_ratio", "grad_norm", "attention/target_mass"):
+        assert ours["metrics"][name] == pytest.approx(wanted["metrics"][name], rel=1e-4), name
+    for name, change in wanted["changes"].items():
+        assert (ours["changes"][name] - change).norm() <= 2e-3 * change.norm() + 1e-9, name

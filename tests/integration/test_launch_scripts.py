@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiers import chosen
+
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "launch_scripts"
 ALL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *(PROJECT / "tests").rglob("*.sh")])
@@ -54,8 +56,24 @@ def test_script_reads_well(path):
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("name, ranks", RUNS.items())
-def test_dry_run(name, ranks, tmp_path):
+def check_settings(config, name: str) -> None:
+    """Check what the name of a run promises."""
+    assert (config.train.algorithm == "sft") == (name == "sft_7b")
+    assert name == "sft_7b" or config.attention_acts == name.startswith("ral")
+    assert config.reward.require_think == config.data.include_process == (name != "ral_zero_7b")
+    assert ("<think>" in config.data.prompt_suffix) == (name != "ral_zero_7b")
+    assert config.optimizer.learning_rate == (5e-6 if name == "sft_7b" else 1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_is_what_its_name_says(name):
+    from megatron_ral.config import load_config
+
+    check_settings(load_config(PROJECT / f"pretrained_configs/runs/{name}.yaml", ["model.path=x"]), name)
+
+
+@pytest.mark.parametrize("name", chosen(list(RUNS), ["sft_7b", "distill_32b_to_7b", "ral_70b"]))
+def test_dry_run(name, tmp_path):
     from megatron_ral.config import load_config
 
     done = subprocess.run(
@@ -69,12 +87,8 @@ def test_dry_run(name, ranks, tmp_path):
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(done.stdout.split("\n\n")[0])
     config = load_config(resolved)
-    assert config.seed == 77 and f"{ranks} ranks" in done.stdout, done.stdout
-    assert (config.train.algorithm == "sft") == (name == "sft_7b")
-    assert name == "sft_7b" or config.attention_acts == name.startswith("ral")
-    assert config.reward.require_think == config.data.include_process == (name != "ral_zero_7b")
-    assert ("<think>" in config.data.prompt_suffix) == (name != "ral_zero_7b")
-    assert config.optimizer.learning_rate == (5e-6 if name == "sft_7b" else 1e-5)
+    assert config.seed == 77 and f"{RUNS[name]} ranks" in done.stdout, done.stdout
+    check_settings(config, name)
     assert not (tmp_path / "never").exists()
 
 

@@ -10,6 +10,8 @@ from megatron_ral.attention.exploration import (
     move_inside_picture,
     visual_cells,
 )
+from megatron_ral.attention.targets.contrast import contrast_weights
+from megatron_ral.attention.targets.load import load_target
 from megatron_ral.types import PromptBatch
 
 
@@ -108,3 +110,19 @@ def test_prompt_without_a_picture_and_picture_without_mass_stay():
     weights[..., :2] = 0.0
     gains = VisualGains(torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0]).expand(1, 2, 5), torch.tensor([[1.0, 1, 0, 0, 0]]))
     assert torch.equal(move_inside_picture(weights.clone(), gains), weights)
+
+
+def test_weights_of_contrast_are_success_against_failure():
+    right = torch.tensor([[True, False, False, True], [True] * 4, [False] * 4, [False, True, False, False]])
+    weights = contrast_weights(right)
+    wanted = [[0.5, -0.5, -0.5, 0.5], [0.0] * 4, [0.0] * 4, [-1 / 3, 1.0, -1 / 3, -1 / 3]]
+    assert torch.allclose(weights, torch.tensor(wanted)) and weights.sum(dim=1).abs().max() < 1e-6
+
+
+def test_success_is_the_accuracy_and_never_the_format():
+    advantages, rewards = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.1, 0.0]])  # only the format differs
+    accuracy = torch.zeros(1, 2)
+    assert not load_target("contrast").response_weights(advantages, rewards, accuracy).any()
+    assert torch.equal(load_target("explored").response_weights(advantages, rewards, accuracy), advantages)
+    rewarded = torch.tensor([[0.5, 0.49]])
+    assert load_target("evidence").response_weights(advantages, rewarded, accuracy).tolist() == [[1.0, 0.0]]

@@ -99,7 +99,8 @@ def test_loggers_are_opened_by_settings(tmp_path, tensorboard):
     assert [type(logger) for logger in log.loggers] == [TensorBoardLogger] * tensorboard
     for step in range(1, 13):
         log.scalars({"loss": float(step), "lr": 0.5}, step)
-    log.evaluation(SimpleNamespace(**dict.fromkeys(EVALUATION, 0.25)), 12)
+    by_layer = {f"{name}_by_layer": (0.25, 0.5) for name in BY_LAYER}
+    log.evaluation(SimpleNamespace(**dict.fromkeys(EVALUATION, 0.25), **by_layer), 12)
     log.close(12)
     assert (tmp_path / "tensorboard").exists() == tensorboard
     if not tensorboard:
@@ -109,11 +110,13 @@ def test_loggers_are_opened_by_settings(tmp_path, tensorboard):
     tags = set(events.Tags()["scalars"])
     assert tags == {"loss", "lr", "final/loss", *(f"eval/{name}" for name in EVALUATION)} | {
         f"final/eval/{name}" for name in ("accuracy", "format_rate", "target_attention")
-    }
+    } | {f"eval/{name}/layer_{layer}" for name in BY_LAYER for layer in (0, 1)}
+    assert events.Scalars("eval/target_deciding/layer_1")[0].value == 0.5
     assert [event.value for event in events.Scalars("final/loss")] == [7.5], "the mean of the last ten"
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, step) for step in range(1, 13)]
 
 
+BY_LAYER = ("target_attention", "target_deciding", "target_peak")
 EVALUATION = ("accuracy", "format_rate", "unparsed_rate", "error_rate", "target_attention", "visual_mass")
 
 

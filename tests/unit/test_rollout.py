@@ -26,6 +26,10 @@ from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score,
 G, R = 2, 4
 REWARDS = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.1, 1.0]]
 LENGTHS = [[4, 1], [3, 3], [2, 4], [1, 2]]
+ENGINE = SimpleNamespace(
+    resident=nullcontext, shape=SimpleNamespace(num_layers=2, layer_indices=lambda layers, key="": list(layers))
+)
+PROCESSOR = SimpleNamespace(end_token_id=1, pad_token_id=0, decode=lambda ids: "")
 ALONE = SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
 
 
@@ -153,7 +157,7 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
         tuple(((f"unparsed: {index}",),) * group_size for index in indices),
     )
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
-    engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
+    engine, processor = ENGINE, PROCESSOR
     sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
     settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
     return collect.collect_rollout(engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size)
@@ -164,6 +168,7 @@ def test_scale_of_advantages_reaches_the_rollout(monkeypatch, scale, wanted):
     [scored] = collected(monkeypatch, [0, 1], 2, advantage_scale=scale)
     assert torch.allclose(scored.advantages, torch.tensor(wanted).float(), atol=1e-4)
     assert torch.equal(scored.attention_advantages, scored.advantages)
+    assert scored.groups.answer_tokens.tolist() == [[-1, -1], [-1, -1]]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -312,11 +317,11 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
 
     def score(responses, *rest):
         rewards = torch.tensor([[float(item.sample.key[-1]), 0.0] for item in responses.prompts.prompts])
-        return Score(rewards, {}, tuple(("", "") for _ in rewards), ())
+        return Score(rewards, {"accuracy": rewards}, tuple(("", "") for _ in rewards), ())
 
     sampler = SimpleNamespace(sample=sample)
     monkeypatch.setattr(collect, "score_responses", score)
-    engine, processor = SimpleNamespace(resident=nullcontext), SimpleNamespace(end_token_id=1, pad_token_id=0)
+    engine, processor = ENGINE, PROCESSOR
     batches = collect.collect_rollout(
         engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, 2
     )

@@ -64,6 +64,30 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= false has no effect with distill.attention_keys = visual",
     ),
     ([TEACHER, "loss={policy_coef: 0.0, clip_low: 0.1}"], "loss.clip_low", "has no effect with loss.policy_coef = 0.0"),
+    (
+        ["rollout.attention_noise={sigma: 2.0, layers: [1, 1]}"],
+        "rollout.attention_noise.layers",
+        "must name each layer only once",
+    ),
+    (
+        [
+            TEACHER,
+            "distill.teacher_rollouts=0.5",
+            "loss={attention_target: explored, attention_coef: 0.0, policy_coef: 0.0}",
+        ],
+        "loss.attention_target",
+        "reads the policy's own decoding",
+    ),
+    (
+        ["loss={attention_target: contrast, attention_keys: visual}"],
+        "loss.attention_target",
+        "= contrast has next to no signal with rollout.attention_noise.sigma = 0.0",
+    ),
+    (
+        ["rollout.attention_noise={grid: 4}"],
+        "rollout.attention_noise.grid",
+        "= 4 has no effect with rollout.attention_noise.sigma = 0.0",
+    ),
     (["loss.attention_coef=0"], "loss.attention_coef", "this run is GRPO"),
     (["rollout.num_minibatches=1"], "loss.attention_target", "exactly zero"),
     (["loss={attention_grad_ratio: 0.1, attention_coef: 5.0}"], "loss.attention_coef", "= 5.0 has no effect"),
@@ -135,7 +159,7 @@ def test_every_rule_that_says_something_of_its_own_is_among_them():
     rest = [rule for rule in RULES if id(rule) not in fired]
     families = {rule.key.partition(".")[0] for rule in rest}
     assert not [rule for rule in rest if rule.severity is Severity.ERROR]
-    assert families <= {"distill", "teacher", "loss"} and all("has no effect" in str(_say(rule)) for rule in rest)
+    assert families <= {"distill", "teacher", "loss", "rollout"} and all("has no effect" in str(_say(rule)) for rule in rest)
 
 
 def _say(rule) -> str:

@@ -38,13 +38,14 @@ class AttentionTarget:
         """Turn what was stored into what a micro-batch carries, now that advantages are known."""
         return stored
 
-    def response_weights(self, advantages_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
+    def response_weights(self, advantages_BG: Tensor, rewards_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
         """Return the weight of each response in the attention term, [B, G]: here its advantage.
 
         A control permutes them within each group (`loss.attention_advantages`).
 
         Args:
             advantages_BG: Advantages of the rewards.
+            rewards_BG: Rewards.
             accuracy_BG: Accuracy part of the rewards, in [0, 1].
         """
         return advantages_BG

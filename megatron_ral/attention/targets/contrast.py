@@ -19,7 +19,7 @@ class ContrastTarget(ExploredTarget):
 
     divergence = "cross_entropy"
 
-    def response_weights(self, advantages_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
+    def response_weights(self, advantages_BG: Tensor, rewards_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
         return contrast_weights(accuracy_BG >= 0.5).to(advantages_BG)
 
 

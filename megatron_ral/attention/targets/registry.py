@@ -61,6 +61,13 @@ TARGETS: Mapping[str, TargetRules] = {
         stores=("rows",),
         unused_settings={"attention_negative_weight": _NO_SIGN, "attention_advantages": _NO_SIGN},
     ),
+    "evidence": TargetRules(
+        TargetPass.NONE,
+        keys=("visual",),
+        keys_reason="its target is the annotated region",
+        stores=("rows",),
+        unused_settings={"attention_negative_weight": _NO_SIGN},
+    ),
     "explored": TargetRules(
         TargetPass.ROLLOUT,
         stores=("rows",),
