@@ -84,6 +84,15 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= contrast has next to no signal with rollout.attention_noise.sigma = 0.0",
     ),
     (
+        [
+            "rollout.attention_noise={sigma: 2.0}",
+            "loss={attention_target: contrast, attention_keys: visual, attention_divergence: forward_kl,"
+            " attention_row: predictor, attention_row_cap: 1.0}",
+        ],
+        "loss.attention_divergence",
+        "= forward_kl has no effect with loss.attention_target = contrast, because it is a cross-entropy",
+    ),
+    (
         ["rollout.attention_noise={grid: 4}"],
         "rollout.attention_noise.grid",
         "= 4 has no effect with rollout.attention_noise.sigma = 0.0",
@@ -159,7 +168,9 @@ def test_every_rule_that_says_something_of_its_own_is_among_them():
     rest = [rule for rule in RULES if id(rule) not in fired]
     families = {rule.key.partition(".")[0] for rule in rest}
     assert not [rule for rule in rest if rule.severity is Severity.ERROR]
-    assert families <= {"distill", "teacher", "loss", "rollout"} and all("has no effect" in str(_say(rule)) for rule in rest)
+    assert families <= {"distill", "teacher", "loss", "rollout"} and all(
+        "has no effect" in str(_say(rule)) for rule in rest
+    )
 
 
 def _say(rule) -> str:
