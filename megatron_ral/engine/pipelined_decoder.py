@@ -58,7 +58,7 @@ class PromptResponses:
                 layer: torch.cat([rows[b, ..., :length], rows[b, ..., padded:]], dim=-1)
                 for layer, rows in batch.attention.items()
             }
-            result.append(cls(*(part[b].clone() for part in parts), attention))
+            result.append(cls(*(part[b].clone() for part in parts), attention=attention))
         return result
 
     @staticmethod
