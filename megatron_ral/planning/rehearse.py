@@ -200,6 +200,7 @@ def _count_memory(report: RankReport, plan: LaunchPlan, shape: ModelShape, teach
         else 0
     )  # a supervised step makes them in the update
     rows = sum(int(phase.held * (phase.count - 1)) for name, phase in phases.items() if name in PASSES)
+    rows += report.rank.recorded_bytes
     waiting = Counter({"visual features": features * work.num_prompts, "attention rows": rows})
 
     def memory(name: str, gathered: int, phase: Optional[Phase] = None, *more: Counter, scale: int = 1) -> None:

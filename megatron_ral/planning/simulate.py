@@ -1,11 +1,12 @@
 """Simulation of one rank of a job that does not exist, through the phases of one step, without memory."""
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.targets.registry import TargetPass
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PipelinedDecoder
 from megatron_ral.models.shape import ModelShape
@@ -54,6 +55,8 @@ class SimulatedRank:
     """Phases by name, in the order of a step."""
     cache_bytes: int = 0
     """Bytes of the KV cache of one batch at its largest."""
+    recorded_bytes: int = 0
+    """Bytes of the attention rows that decoding records, of all micro-batches but one."""
 
     @property
     def numel(self) -> int:
@@ -155,7 +158,17 @@ class _Simulator:
             if is_recorded:
                 target = output.attention
                 self.result.phases[name].held = engine.watched.live["attention rows"] - before
-        return target
+        return target if term.target_pass is not TargetPass.ROLLOUT else self._recorded(sorted(term.layers))
+
+    def _recorded(self, layers: Sequence[int]) -> Mapping[int, Any]:
+        """Return the rows of one micro-batch that decoding recorded in this stage's layers, and count the others."""
+        work, before = self.work, self.engine.watched.live["attention rows"]
+        shape = work.micro_batch, work.group_size, work.response_length, work.prompt_length + work.response_length
+        with self.engine.watched.kind("attention rows"):
+            rows = {layer: torch.empty(shape) for layer in self.engine.local_layers(layers)}
+        one = self.engine.watched.live["attention rows"] - before
+        self.result.recorded_bytes = one * (work.passes - 1)
+        return rows
 
     def update(self, target: Mapping[int, Any]) -> None:
         """Run as many micro-batches of an update as this stage holds at a time, and one more."""

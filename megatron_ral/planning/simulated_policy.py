@@ -58,6 +58,7 @@ class SimulatedBatch(DecodingBatch):
     def go_to_last_growth(self) -> None:
         """Go to the last step at which the cache grows, because memory is largest then."""
         held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
+        self._first_pass = False
         self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
         if held:
             cache = cast(_NamedCache, self._cache)
