@@ -259,7 +259,7 @@ def test_memory_and_bytes_are_those_of_real_processes(material, tensor, pipeline
         assert abs(mine["peak"] - rank["peak"]) <= 0.15 * rank["peak"], (rank["stage"], mine["peak"], rank["peak"])
         for key in rank["sent"].keys() | mine["sent"].keys():
             ours, theirs = mine["sent"].get(key, 0), rank["sent"].get(key, 0)
-            if max(ours, theirs) > 4096:  # scalars of the log are not rehearsed
+            if max(ours, theirs) > 8192:  # scalars of the log are not rehearsed
                 assert abs(ours - theirs) <= 0.15 * theirs, (rank["stage"], key, ours, theirs)
         held = rank["held"]
         assert mine["shard"] == held["parameters"] and mine["trained"] == held["gradients"] == held["master weights"]

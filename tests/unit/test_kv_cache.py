@@ -15,7 +15,7 @@ LENGTHS, P, G, HEADS, KV, D, LAYER = torch.tensor([5, 2, 7, 4]), 7, 3, 6, 2, 8, 
 
 
 def attention():
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=D)
+    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=D, num_attention_heads=HEADS)
     return InstrumentedAttention(config, LAYER + 1, AttnMaskType.causal, "self")
 
 
