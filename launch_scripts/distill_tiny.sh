@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distillation at 1.4 million parameters on a bare CPU machine: trains a larger tiny teacher and students that cannot search
-# yet, then compares ways to learn from the teacher, with reinforcement learning and without.
+# Distillation at 1.4 million parameters on a bare CPU machine: trains a larger tiny teacher and students that cannot
+# search yet, then compares ways to learn from the teacher, with reinforcement learning and without.
 #
 #   bash launch_scripts/distill_tiny.sh [--seeds 0 1 2 3 4] [--arms ARM ...] [--num-rollouts N]
 #

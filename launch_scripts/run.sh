@@ -12,8 +12,8 @@
 #                  rehearse); --search tries layouts, --OPTION=VALUE passes other options of that command
 #   --preflight    compare all nodes and what they see, and end; start it on every node
 #
-# --dry-run and --rehearse need no weights: without MODEL_DIR they read the config.json that model.path of the run names.
-# From the environment (relative paths: to the current folder):
+# --dry-run and --rehearse need no weights: without MODEL_DIR they read the config.json that model.path of the run
+# names. From the environment (relative paths: to the current folder):
 #
 #   MODEL_DIR       Hugging Face or Megatron folder of the model
 #   TEACHER_DIR     folder of the teacher, for a run that has one

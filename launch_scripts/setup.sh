@@ -5,8 +5,8 @@
 #   PYTHON_BASE               Python 3.11, 3.12 or 3.13 to make the environment with; default: the one .venv was made
 #                             with, else the first found of these versions
 #   MEGATRON_RAL_VENV         folder of the environment, default .venv in the project
-#   MEGATRON_RAL_CONTAINER    1: use the torch, Triton and numpy that PYTHON_BASE (default python3) has, and never replace
-#                             them, as the images of NVIDIA's catalogue (NGC) want it; default: 1 inside such an image
+#   MEGATRON_RAL_CONTAINER    1: use the torch, Triton and numpy that PYTHON_BASE (default python3) has, and never
+#                             replace them, as the images of NVIDIA's catalogue (NGC) want it; default: 1 inside one
 PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MEGATRON_RAL_VENV:-$PROJECT/.venv}"
 PYTHON="$VENV/bin/python"
