@@ -42,14 +42,9 @@ def answer_prompts(model: Path, arguments: argparse.Namespace) -> list[PageSampl
     return make_samples(report)[0]
 
 
-def deciding_row(sample: PageSample) -> int:
-    """Return the index of the token before the first digit; -1 where there is none."""
-    return next((index for index, token in enumerate(sample.tokens) if token.strip().isdigit()), 0) - 1
-
-
 def picture_shares(sample: PageSample, layer: int) -> np.ndarray:
     """Return [visual tokens] shares, sum 1, of the deciding row's attention to the picture."""
-    row = sample.masses[layer][deciding_row(sample)]
+    row = sample.masses[layer][sample.deciding_token]
     return row / row.sum()
 
 
@@ -101,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     choose_deepspeed_accelerator()
     both = [answer_prompts(arguments.output_dir / name / "hf", arguments) for name in ("sft", "rl")]
-    pairs = [pair for pair in zip(*both, strict=True) if min(map(deciding_row, pair)) >= 0]
+    pairs = [pair for pair in zip(*both, strict=True) if min(sample.deciding_token for sample in pair) >= 0]
     names = ["picture"]
     for name, samples in zip(("before RL", "after RL"), zip(*pairs, strict=True), strict=True):
         share = np.mean([picture_shares(sample, arguments.layer)[sample.target].sum() for sample in samples])

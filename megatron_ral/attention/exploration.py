@@ -97,10 +97,6 @@ class AttentionNoise:
                     values[b * group_size + g, index, : len(count)] = settings.sigma * eps
         return cls(layers, values, cells)
 
-    def to(self, device: torch.device) -> "AttentionNoise":
-        """Return the same noise on a device."""
-        return AttentionNoise(self.layers, self.values_NLC.to(device), self.cells_BP.to(device))
-
     def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":
         """Return the noise of some responses.
 

@@ -93,7 +93,9 @@ class DecodingBatch:
         self._first_pass, self._feeds_prompt_end = True, settings.exploration.is_on
         if settings.exploration.is_noisy:
             noise = AttentionNoise.draw(prompts, settings.group_size, settings.exploration, *identity)
-            self._cache.noise = noise.to(self.device)
+            self._cache.noise = to_device(noise, self.device)
+        self._prompt_end = (inputs.prompt_lengths - 1).repeat_interleave(settings.group_size)
+        """Place of the last prompt token of each response, [B G] int64."""
         self.attention: dict[int, Tensor] = {}
         """0-based recorded layer of this stage -> attention rows that predict each response token, [B G, R, P + R]
         float32: over the prompt, then over the response. They are summed over this rank's heads alone."""
@@ -228,8 +230,7 @@ class DecodingBatch:
             self.attention[layer] = torch.zeros(len(self.lengths), R, P + R, device=self.device)
         row = torch.zeros(len(over_own_NS), P + R, device=self.device)
         row[:, : over_prompt_NP.shape[1]] = over_prompt_NP
-        end = self.prompts.prompt_lengths.repeat_interleave(self.settings.group_size)[self.rows].to(self.device) - 1
-        row.scatter_(1, end[:, None], over_own_NS[:, :1])
+        row.scatter_(1, self._prompt_end[self._device_rows, None], over_own_NS[:, :1])
         row[:, P : P + over_own_NS.shape[1] - 1] = over_own_NS[:, 1:]
         self.attention[layer][self._device_rows, self.step] = row
 

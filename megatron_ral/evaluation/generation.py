@@ -10,7 +10,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import sample_responses
 from megatron_ral.engine.stage import StageEngine
-from megatron_ral.rollout.scoring import answer_tokens
+from megatron_ral.rollout.scoring import answer_tokens, decode_responses
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch
 
 
@@ -77,6 +77,6 @@ def greedy_batches(
             responses.response_ids,
             responses.response_lengths,
             embeds,
-            answer_tokens(responses, processor),
+            answer_tokens(responses, decode_responses(responses, processor), processor),
         )
         yield responses, groups, engine.forward([groups], layers, store=reduce_rows)[0].attention

@@ -68,6 +68,12 @@ class AttentionTerm(Term):
         """Query position whose rows carry the gradient."""
         return self.target.position(self.stored_position)
 
+    @property
+    def row_weighting(self) -> str:
+        """Weighting of the rows of a response: `loss.attention_rows`, or `all` where the prompt's last row is the only
+        one."""
+        return "all" if self.position is QueryPosition.LAST_PROMPT else self.settings.attention_rows
+
     def store(self, rows: AttentionRows, groups: GroupBatch) -> Any:
         """Return what is stored of the target's pass until the update: rows, or queries and keys (attention_store)."""
         if self.settings.attention_store == "qk":
@@ -89,11 +95,10 @@ class AttentionTerm(Term):
         has_cap = settings.attention_row_cap > 0 and self.target.divergence is None
         capped = divergence.clamp(max=settings.attention_row_cap) if has_cap else divergence
         mask = self._mask(batch) & (target.sum(dim=-1) > 0)
-        deciding = settings.attention_rows == "deciding" and self.position is not QueryPosition.LAST_PROMPT
-        one_row = deciding or settings.attention_normalizer == "sequence_sum"
+        one_row = self.row_weighting == "deciding" or settings.attention_normalizer == "sequence_sum"
         rows_in_step = totals.num_sequences if one_row else totals.num_tokens
         weights = self.target.weights(batch, settings.attention_negative_weight)
-        if settings.attention_rows == "visual" and self.position is not QueryPosition.LAST_PROMPT:
+        if self.row_weighting == "visual":
             weights = weights * key_mass(rows.attention, rows.named_keys("visual", batch.groups.prompts, False))
         loss = (capped * weights * mask).sum() / (rows_in_step * len(self.layers))
         floor = PRECISION_FLOOR[rows.record.query_BGRnD.dtype]
@@ -106,8 +111,6 @@ class AttentionTerm(Term):
         """Return distributions over the same keys, which broadcast to the rows' map."""
         if self.target_pass is TargetPass.NONE:
             stored = None
-        elif self.target_pass is TargetPass.ROLLOUT:
-            stored = batch.target_attention[layer]
         elif self.target_pass is TargetPass.ROLLOUT_POLICY and batch.is_on_policy:
             # A pass of the rollout's policy would give what this pass gives.
             own = rows.at(self.stored_position)
@@ -122,7 +125,7 @@ class AttentionTerm(Term):
     def _mask(self, batch: RlBatch) -> Tensor:
         """Return the mask of rows that count."""
         if self.position is not QueryPosition.LAST_PROMPT:
-            if self.settings.attention_rows == "deciding":
+            if self.row_weighting == "deciding":
                 return batch.loss_mask & deciding_rows(batch.groups, self.position)
             return batch.loss_mask
         return batch.loss_mask.any(dim=-1).any(dim=-1)[:, None, None]

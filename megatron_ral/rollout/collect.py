@@ -163,7 +163,7 @@ def collect_rollout(
             responses.response_ids,
             responses.response_lengths,
             None if own[0] is None else cast(tuple[Tensor, ...], tuple(own)),
-            answer_tokens(responses, processor),
+            answer_tokens(responses, score.texts[part], processor),
         )
         scored = Score(
             score.rewards[part],

@@ -31,18 +31,21 @@ def decode_responses(responses: ResponseBatch, processor: PromptProcessor) -> tu
     )
 
 
-def answer_tokens(responses: ResponseBatch, processor: PromptProcessor) -> Tensor:
+def answer_tokens(responses: ResponseBatch, texts: Sequence[Sequence[str]], processor: PromptProcessor) -> Tensor:
     """Return the index of the token with which each response first gives its answer, [B, G] int64; -1: it has none.
 
     The place in the text is that of `answer_place.answer_start`. A response's text grows with its tokens, so that the
     token is found by bisection over the lengths of decoded prefixes.
+
+    Args:
+        responses: Responses.
+        texts: Their texts (`decode_responses`).
+        processor: Decoder of token ids.
     """
     return torch.tensor(
         [
-            [_answer_token(ids[:length], text, processor) for ids, length, text in zip(group, lengths, texts)]
-            for group, lengths, texts in zip(
-                responses.response_ids, responses.response_lengths.tolist(), decode_responses(responses, processor)
-            )
+            [_answer_token(ids[:length], text, processor) for ids, length, text in zip(group, lengths, row)]
+            for group, lengths, row in zip(responses.response_ids, responses.response_lengths.tolist(), texts)
         ]
     )
 

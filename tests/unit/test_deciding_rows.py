@@ -63,7 +63,7 @@ def test_token_is_the_one_that_the_answer_begins_with(processor):
         "no answer",
     ]
     responses = responses_of(texts, processor)
-    [found] = answer_tokens(responses, processor).tolist()
+    [found] = answer_tokens(responses, [texts], processor).tolist()
     assert found[-1] == -1
     for text, ids, token in zip(texts[:3], responses.response_ids[0], found):
         assert len(processor.decode(ids[:token])) <= answer_start(text) < len(processor.decode(ids[: token + 1]))
