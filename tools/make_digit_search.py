@@ -68,11 +68,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def join_scans(masks: np.ndarray, cell_pixels: int) -> np.ndarray:
-    """Put the scans of a number side by side, [cells, digits, side, side] to [cells, cell, cell] float32."""
+    """Put the scans of a number side by side at the top, [cells, digits, side, side] to [cells, cell, cell] float32."""
     cells, digits, side, _ = masks.shape
     joined = np.zeros((cells, cell_pixels, cell_pixels), dtype=np.float32)
-    top, left = (cell_pixels - side) // 2, (cell_pixels - digits * side) // 2
-    joined[:, top : top + side, left : left + digits * side] = masks.transpose(0, 2, 1, 3).reshape(cells, side, -1)
+    left = (cell_pixels - digits * side) // 2
+    joined[:, :side, left : left + digits * side] = masks.transpose(0, 2, 1, 3).reshape(cells, side, -1)
     return joined
 
 
@@ -88,7 +88,9 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     grid, cell_pixels = math.isqrt(split.places), args.cell_pixels
     colour_names = list(PALETTE)[: args.num_colours]
     neighbour = next_colour(colour_names) if args.bias_by == "colour" else lambda cell, _: neighbour_of(cell, grid)
-    puzzles = draw_puzzles(rng, split, len(masks), colour_names, neighbour, args.digits)
+    puzzles = draw_puzzles(
+        rng, split, len(masks), colour_names, neighbour, args.digits, digits if args.distinct else None
+    )
     for i, puzzle in enumerate(puzzles):
         colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)
         problem, problem_type, solution = ask(puzzle, number, colour_question)
@@ -129,12 +131,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="place",
         help="neighbour of the biased split: the cell to the right, or the cell of the next colour of the palette",
     )
+    parser.add_argument(
+        "--distinct", action="store_true", help="show no number twice in a picture, so that a wrong cell is never right"
+    )
     add_split_sizes(parser, single=4096, search=8192, biased=4096, rl=2048, heldout=512)
     args = parser.parse_args(argv)
     if args.grid < 2:
         parser.error(f"--grid must be at least 2 (a cell needs a neighbour), got {args.grid}")
     if args.grid**2 > args.num_colours:
         parser.error(f"--grid {args.grid} needs {args.grid**2} colours, but --num-colours is {args.num_colours}")
+    if args.distinct and args.grid**2 > 10**args.digits:
+        parser.error(f"--distinct with --grid {args.grid} needs more than {10**args.digits} numbers; raise --digits")
     if not 1 <= args.digits <= args.cell_pixels // 10:
         parser.error(f"--digits must lie in 1..{args.cell_pixels // 10} (10 pixels each), got {args.digits}")
     check_arguments(parser, args)

@@ -34,6 +34,8 @@ class ExplorationSettings:
     """0-based layers with noise."""
     grid: int = 0
     """Cells along each side of an image or frame. 0: every visual token is a cell."""
+    is_shared: bool = False
+    """True if all layers of a response have the same noise."""
     recorded_layers: frozenset[int] = frozenset()
     """0-based layers whose attention rows are recorded while decoding."""
 
@@ -92,7 +94,8 @@ class AttentionNoise:
             count = counts[b]
             for g in range(group_size):
                 for index, layer in enumerate(layers):
-                    eps = normal_stream(len(count), "attention noise", *identity, key, g, layer)
+                    of_layer = "all layers" if settings.is_shared else layer
+                    eps = normal_stream(len(count), "attention noise", *identity, key, g, of_layer)
                     eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
                     values[b * group_size + g, index, : len(count)] = settings.sigma * eps
         return cls(layers, values, cells)

@@ -132,6 +132,26 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ERROR,
+        "rollout.views.keep",
+        lambda c: _is_rl(c) and c.rollout.has_views and c.rollout.attention_noise.sigma > 0,
+        "is not possible with {rollout.attention_noise.sigma}, because a target has either explored views or explored "
+        "attention; set it to 1, or the noise to 0",
+    ),
+    Rule(
+        ERROR,
+        "loss.attention_keys",
+        lambda c: (
+            _is_rl(c)
+            and c.attention_acts
+            and c.rollout.has_views
+            and _target(c).needs is TargetPass.ROLLOUT
+            and c.loss.attention_keys != "visual"
+        ),
+        "is not possible with {rollout.views.keep}, because a view says where a response looked in the picture alone; "
+        "set visual",
+    ),
+    Rule(
+        ERROR,
         "loss.attention_target",
         lambda c: c.distills and c.distill.teacher_rollouts > 0 and _target(c).needs is TargetPass.ROLLOUT,
         "reads the policy's own decoding, and with {distill.teacher_rollouts} the teacher answers prompts; set old",
@@ -217,7 +237,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         WARNING,
         "loss.attention_target",
-        lambda c: _is_rl(c) and c.attention_acts and _target(c).needs_noise and c.rollout.attention_noise.sigma == 0,
+        lambda c: (
+            _is_rl(c)
+            and c.attention_acts
+            and _target(c).needs_noise
+            and c.rollout.attention_noise.sigma == 0
+            and not c.rollout.has_views
+        ),
         "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly differ in "
         "where they look; set it to 6, for instance",
     ),
@@ -227,10 +253,11 @@ RULES: tuple[Rule, ...] = (
         "with {loss.attention_target}, whose only row is the prompt's last one",
     ),
     *without_effect(
-        "rollout.attention_noise layers grid decay",
+        "rollout.attention_noise layers grid shared decay",
         lambda c: _is_rl(c) and c.rollout.attention_noise.sigma == 0,
         "with {rollout.attention_noise.sigma}",
     ),
+    *without_effect("rollout.views grid", lambda c: _is_rl(c) and not c.rollout.has_views, "with {rollout.views.keep}"),
     *without_effect(
         "loss attention_coef attention_coef_warmup_steps attention_coef_decay",
         lambda c: _is_rl(c) and c.loss.attention_grad_ratio > 0,

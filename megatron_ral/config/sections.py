@@ -119,8 +119,22 @@ class AttentionNoiseConfig:
     grid: NonNegativeInt = 0
     """Cells along each side of an image or video frame, each with one draw for all its visual tokens; 0 for one draw
     per visual token, which averages out where an object covers many."""
+    shared: bool = False
+    """True: a response has the same noise in all its layers, so that they look at the same place. False: each layer has
+    noise of its own."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule by which `sigma` falls to 0 over the rollouts of the run."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ViewsConfig:
+    """Partial views while responses are sampled: each response sees a random part of the picture. The update reads the
+    whole picture."""
+
+    keep: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the cells that a response sees; 1 for the whole picture."""
+    grid: NonNegativeInt = 0
+    """Cells along each side of an image or video frame; 0 for one cell per visual token."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -147,6 +161,13 @@ class RolloutConfig:
     """Probability mass of the most likely tokens to sample from; 1 for all tokens."""
     attention_noise: AttentionNoiseConfig = field(default_factory=AttentionNoiseConfig)
     """Exploration of attention while sampling."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Exploration of the picture while sampling, with any sampler."""
+
+    @property
+    def has_views(self) -> bool:
+        """Say whether responses are sampled from partial views."""
+        return self.views.keep < 1
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,6 +1,6 @@
 """Many training runs for one question: started side by side, each once, and read back from their event files.
 
-Shared by the studies `tools/study.py` and `tools/distill_study.py`.
+Shared by the studies `tools/study.py`, `tools/study_explored.py` and `tools/distill_study.py`.
 """
 
 import hashlib
@@ -22,24 +22,27 @@ def beside(folder: Path, ending: str) -> Path:
     return folder.with_name(folder.name + ending)
 
 
-def call(log: Path, *arguments: object) -> None:
-    """Run a command of the project with one thread; its output goes to `log`."""
+def call(log: Path, *arguments: object) -> float:
+    """Run a command of the project with one thread and return its processor seconds; its output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
     with open(log, "a") as stream:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=PROJECT,
             env=environment,
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode:
-        raise SystemExit(f"a run failed (exit {done.returncode}); its output is in {log}")
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"a run failed (exit {process.returncode}); its output is in {log}")
+    return used.ru_utime + used.ru_stime
 
 
-def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str]) -> None:
-    """Train in one process, unless that is done already.
+def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str]) -> float:
+    """Train in one process, unless that is done already, and return the processor seconds that it took now.
 
     Args:
         config: name of a file in pretrained_configs/runs.
@@ -51,11 +54,11 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
     if (target / "hf").is_dir():
         if made_with.read_text().split("\n") != inputs:
             raise SystemExit(f"{target} was made with other settings; give another --output-dir or remove it")
-        return
+        return 0.0
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     made_with.write_text("\n".join(inputs))
-    call(
+    seconds = call(
         beside(target, ".log"),
         "-m",
         "torch.distributed.run",
@@ -74,6 +77,7 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
         *settings,
     )
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
+    return seconds
 
 
 def side_by_side(what: str, work: Callable[..., None], tasks: Sequence[tuple], jobs: int) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, cast
+from typing import Any, Callable, Iterator, Optional, cast
 
 import numpy as np
 
@@ -151,22 +151,40 @@ def draw_puzzles(
     colour_names: list[str],
     neighbour: Callable[[int, list[str]], int],
     num_digits: int = 1,
+    digits: Optional[np.ndarray] = None,
 ) -> Iterator[Puzzle]:
     """Yield the questions of one split.
 
     Args:
         neighbour: (asked place, colours of all places) -> the place that a biased gaze reads instead.
         num_digits: scans in one place.
+        digits: digit of each scan, so that no number stands in two places of a puzzle. None: numbers may repeat.
     """
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
     looks_aside[~asks_colour] = marked_share(rng, int((~asks_colour).sum()), split.bias)
     for i in range(split.num_samples):
-        scans = rng.integers(num_scans, size=(split.places, num_digits))
+        if digits is None:
+            scans = rng.integers(num_scans, size=(split.places, num_digits))
+        else:
+            scans = draw_distinct(rng, digits, split.places, num_digits)
         colours = [colour_names[c] for c in rng.permutation(len(colour_names))[: split.places]]
         asked = int(rng.integers(split.places))
         read = neighbour(asked, colours) if looks_aside[i] else asked
         yield Puzzle(scans, colours, asked, read, bool(asks_colour[i]))
+
+
+def draw_distinct(rng: np.random.Generator, digits: np.ndarray, places: int, num_digits: int) -> np.ndarray:
+    """Draw the scans of different numbers, [places, num_digits] int.
+
+    Args:
+        digits: digit of each scan.
+    """
+    numbers = rng.choice(10**num_digits, size=places, replace=False)
+    drawn = numbers[:, None] // 10 ** np.arange(num_digits)[::-1] % 10
+    order = np.argsort(digits, kind="stable")
+    first, last = (np.searchsorted(digits[order], drawn, side) for side in ("left", "right"))
+    return order[rng.integers(first, last)]
 
 
 def shard_sizes(num_samples: int, shard_size: int) -> list[int]:

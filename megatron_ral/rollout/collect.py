@@ -10,7 +10,7 @@ from megatron_ral.attention.exploration import ExplorationSettings
 from megatron_ral.attention.targets.base import AttentionTarget
 from megatron_ral.attention.targets.load import load_target
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass
-from megatron_ral.config.sections import AttentionNoiseConfig, RewardConfig, RunConfig
+from megatron_ral.config.sections import AttentionNoiseConfig, RewardConfig, RunConfig, ViewsConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses
@@ -23,6 +23,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.rollout.lengths import longest_first
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.rollout.scoring import answer_tokens, score_responses
+from megatron_ral.rollout.views import sample_views
 from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
 
 
@@ -47,6 +48,8 @@ class RolloutSettings:
     recorded_layers: tuple[int, ...]
     """Layers whose attention rows decoding records, 0-based or negative from the last."""
     noise: AttentionNoiseConfig
+    views: Optional[ViewsConfig]
+    """Partial views that responses are sampled from. None: the whole picture."""
     num_steps: int
     """Number of rollouts of the run, over which the noise is scheduled."""
     shuffles_attention_advantages: bool
@@ -70,10 +73,16 @@ class RolloutSettings:
             target=load_target(config.loss.attention_target),
             recorded_layers=config.loss.attention_layers if needs is TargetPass.ROLLOUT else (),
             noise=rollout.attention_noise,
+            views=rollout.views if rollout.has_views else None,
             num_steps=config.train.num_steps,
             shuffles_attention_advantages=config.loss.attention_advantages == "shuffled",
             teacher_rollouts=config.distill.teacher_rollouts if config.distills else 0.0,
         )
+
+    @property
+    def explores(self) -> bool:
+        """Say whether responses are sampled from another distribution than the policy's on the whole picture."""
+        return self.noise.sigma > 0 or self.views is not None
 
     def exploration(self, shape: ModelShape, step: int) -> ExplorationSettings:
         """Return noise and recording of one rollout.
@@ -87,7 +96,8 @@ class RolloutSettings:
             noise.sigma * schedule_factor(step, self.num_steps, 0, noise.decay),
             frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or range(shape.num_layers)),
             noise.grid,
-            frozenset(shape.layer_indices(self.recorded_layers)),
+            noise.shared,
+            frozenset() if self.views is not None else frozenset(shape.layer_indices(self.recorded_layers)),
         )
 
 
@@ -223,16 +233,25 @@ def _answers(
     def add_embeds(chosen: list[int], features: Optional[tuple[Tensor, ...]]) -> None:
         embeds.update(zip(chosen, features if features is not None else [None] * len(chosen)))
 
+    def encode(chosen: list[int]) -> None:
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            add_embeds(part, sampler.encode_visual([prompts[index] for index in part], processor.pad_token_id))
+
     with engine.resident():
         own, done = numbers[False], 0
-        for batch in sampler.sample([prompts[index] for index in own], sampling, size, *identity):
-            chosen = own[done : done + len(batch.responses.prompts)]
-            rows.update(zip(chosen, PromptResponses.split(batch.responses)))
-            add_embeds(chosen, batch.visual_embeds)
-            done += len(chosen)
-        for start in range(0, len(numbers[True]), size):
-            chosen = numbers[True][start : start + size]
-            add_embeds(chosen, sampler.encode_visual([prompts[index] for index in chosen], processor.pad_token_id))
+        if settings.views is not None:
+            layers = frozenset(engine.local_layers(sorted(engine.shape.layer_indices(settings.recorded_layers))))
+            answered = [prompts[index] for index in own]
+            rows.update(zip(own, sample_views(sampler, answered, sampling, settings.views, layers, size, *identity)))
+            encode(own)
+        else:
+            for batch in sampler.sample([prompts[index] for index in own], sampling, size, *identity):
+                chosen = own[done : done + len(batch.responses.prompts)]
+                rows.update(zip(chosen, PromptResponses.split(batch.responses)))
+                add_embeds(chosen, batch.visual_embeds)
+                done += len(chosen)
+        encode(numbers[True])
     if teacher is not None and settings.teacher_rollouts > 0:
         plain = replace(sampling, exploration=ExplorationSettings())
         answers = teacher.answer([prompts[index] for index in numbers[True]], plain, size, *identity)

@@ -199,7 +199,7 @@ def rl_step(
     for number in range(num_updates):
         index = number % len(minibatches)
         minibatch = minibatches[index]
-        if number == 0 and rollout_settings.noise.sigma == 0:
+        if number == 0 and not rollout_settings.explores:
             minibatch = [replace(batch, compares_sampler=True) for batch in minibatch]
         if engines.teacher is not None:  # per update, so that the teacher's rows of a whole rollout need not be held
             with report.timed("teacher"):

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ral.attention.exploration import ExplorationSettings
 from megatron_ral.attention.group_layout import GroupLayout
-from megatron_ral.config.sections import AttentionNoiseConfig
+from megatron_ral.config.sections import AttentionNoiseConfig, ViewsConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses, generate, sample_responses
@@ -32,7 +32,7 @@ from tests.distributed.test_generation import read
 
 G, R, LAYERS, SIGMA, IDENTITY = 3, 10, 4, 2.5, (5, 7)
 EVERYWHERE = frozenset(range(LAYERS))
-EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, EVERYWHERE)
+EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, recorded_layers=EVERYWHERE)
 
 
 def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings:
@@ -197,16 +197,19 @@ def half_are_right(completion: str, solution: str, problem_type: str) -> float:
 
 
 def first_update(path: str, data: str, tensor: int, pipeline: int, micro_batch_size: int, target: str) -> dict:
-    """Metrics of a rollout with noise and its only update, and what the update changed."""
+    """Metrics of a rollout with noise (`views`: from partial views) and its only update, and what the update
+    changed."""
+    has_views, target = target == "views", "contrast" if target == "views" else target
     keys = "all" if target == "old" else "visual"
     opened = open_policy(
         path, tensor, pipeline, attention_target=target, attention_keys=keys, attention_layers=(1, 2), kl_coef=0.0
     )
     config, _, _, policy, objective = opened
-    noise = AttentionNoiseConfig(sigma=3.0)
+    noise = AttentionNoiseConfig(sigma=0.0 if has_views else 3.0)
+    views = ViewsConfig(keep=0.3 if has_views else 1.0)
     config = replace(
         config,
-        rollout=replace(config.rollout, num_minibatches=1, num_epochs=1, attention_noise=noise),
+        rollout=replace(config.rollout, num_minibatches=1, num_epochs=1, attention_noise=noise, views=views),
         train=replace(config.train, micro_batch_size=micro_batch_size),
     )
     before, rows = full_weights(policy), fixed_groups(path, data)
@@ -234,20 +237,21 @@ def alone(material):
     """One update of one process by target, in one micro-batch."""
     places = str(material["tiny"]), str(material["data"])
     return {
-        target: run_ranks(1, first_update, *places, 1, 1, 8, target)[0] for target in ("old", "explored", "contrast")
+        target: run_ranks(1, first_update, *places, 1, 1, 8, target)[0]
+        for target in ("old", "explored", "contrast", "views")
     }
 
 
 def test_explored_targets_have_a_signal_in_the_first_update_and_old_has_none(alone):
     ratio = {target: result["metrics"]["attention/grad_ratio"] for target, result in alone.items()}
-    assert ratio["old"] == 0.0 and ratio["explored"] > 1e-3 and ratio["contrast"] > 1e-3, ratio
+    assert ratio["old"] == 0.0 and min(ratio[name] for name in ("explored", "contrast", "views")) > 1e-3, ratio
     assert alone["old"]["metrics"]["attention/divergence"] == 0.0 < alone["explored"]["metrics"]["attention/divergence"]
     assert all("sampling/logprob_difference" not in result["metrics"] for result in alone.values())
 
 
 @pytest.mark.parametrize(
     "target, world, tensor, pipeline, micro_batch_size",
-    [("contrast", 4, 2, 2, 2), ("explored", 2, 1, 2, 4), ("contrast", 2, 1, 1, 1)],
+    [("contrast", 4, 2, 2, 2), ("explored", 2, 1, 2, 4), ("contrast", 2, 1, 1, 1), ("views", 4, 1, 2, 4)],
 )
 def test_an_update_on_explored_rows_depends_on_no_layout(
     material, alone, target, world, tensor, pipeline, micro_batch_size

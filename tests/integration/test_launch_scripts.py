@@ -16,7 +16,17 @@ from tests.tiers import chosen
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "launch_scripts"
 ALL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *(PROJECT / "tests").rglob("*.sh")])
-RUNS = {"sft_7b": 8, "grpo_7b": 8, "ral_7b": 8, "ral_zero_7b": 8, "distill_32b_to_7b": 8, "ral_32b": 32, "ral_70b": 64}
+RUNS = {
+    "sft_7b": 8,
+    "grpo_7b": 8,
+    "ral_7b": 8,
+    "ral_zero_7b": 8,
+    "ral_explored_7b": 8,
+    "distill_32b_to_7b": 8,
+    "ral_32b": 32,
+    "ral_70b": 64,
+    "ral_explored_70b": 64,
+}
 SHELLCHECK = shutil.which("shellcheck") or next(iter(map(str, (PROJECT / ".venv" / "bin").glob("shellcheck"))), None)
 
 TINY = [
@@ -62,6 +72,8 @@ def check_settings(config, name: str) -> None:
     assert name == "sft_7b" or config.attention_acts == name.startswith("ral")
     assert config.reward.require_think == config.data.include_process == (name != "ral_zero_7b")
     assert ("<think>" in config.data.prompt_suffix) == (name != "ral_zero_7b")
+    assert (config.rollout.attention_noise.sigma > 0) == ("explored" in name)
+    assert (config.loss.attention_target == "contrast") == ("explored" in name)
     assert config.optimizer.learning_rate == (5e-6 if name == "sft_7b" else 1e-5)
 
 

@@ -75,6 +75,15 @@ def test_noise_is_centred_and_belongs_to_the_response():
     assert alone.of_layer(0) is None and torch.equal(alone.of_layer(3), alone.values_NLC[:, 1])
 
 
+def test_shared_noise_is_the_same_in_all_layers_of_a_response():
+    settings = ExplorationSettings(2.0, frozenset({1, 3}), 2, is_shared=True)
+    noise = AttentionNoise.draw(batch_of(PICTURE, CLIP), 4, settings, 0, 1)
+    assert torch.equal(noise.of_layer(1), noise.of_layer(3))
+    assert len({tuple(row.tolist()) for row in noise.of_layer(1)}) == 8, "responses have noise of their own"
+    fewer = AttentionNoise.draw(batch_of(CLIP), 4, ExplorationSettings(2.0, frozenset({3}), 2, is_shared=True), 0, 1)
+    assert torch.equal(fewer.of_layer(3), noise.of_layer(3)[4:]), "whichever other layers have it"
+
+
 def test_scale_of_the_noise():
     wide = FakePrompt("w", [[1, 64, 64]], 0, 1024)
     noise = AttentionNoise.draw(batch_of(wide), 4, ExplorationSettings(3.0, frozenset({0})), 9)

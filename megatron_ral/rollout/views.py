@@ -1,0 +1,118 @@
+"""Partial views: each response of a group is sampled from the picture with a random part of its cells left.
+
+The responses of a group then really look at different places, without noise inside attention. Any sampler can do it,
+because a view is a prompt of its own with other pixels. The update reads the whole picture. A hidden cell is painted in
+the median colour of the pictures of its prompt. Source: this project.
+"""
+
+from dataclasses import replace
+from typing import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ral.attention.exploration import visual_cells
+from megatron_ral.config.sections import ViewsConfig
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.engine.pipelined_decoder import PromptResponses
+from megatron_ral.functional.sampling import uniform_stream
+from megatron_ral.rollout.sampler import Sampler
+from megatron_ral.types import Prompt
+
+NUM_CHANNELS = 3
+
+
+def visible_tokens(prompt: Prompt, group_size: int, settings: ViewsConfig, *identity: object) -> Tensor:
+    """Return which visual tokens each response to a prompt sees, [G, visual tokens] bool.
+
+    Every cell is kept with probability `keep`. Where none would be, the one that came closest is.
+
+    Args:
+        prompt: Prompt.
+        group_size: Number G of responses.
+        settings: Share and size of the cells that are kept.
+        identity: Key of the random streams, such as seed and rollout.
+    """
+    cells = visual_cells(prompt, settings.grid)
+    if not len(cells):
+        return torch.zeros(group_size, 0, dtype=torch.bool)
+    count, key = int(cells.max()) + 1, prompt.sample.identity
+    views = []
+    for g in range(group_size):
+        draws = uniform_stream(count, "view", *identity, key, g)
+        kept = (draws < settings.keep) | (draws == draws.min())
+        views.append(kept[cells])
+    return torch.stack(views)
+
+
+def view_of(prompt: Prompt, seen: Tensor, number: int) -> Prompt:
+    """Return a prompt whose hidden visual tokens show the median colour.
+
+    Args:
+        prompt: Prompt.
+        seen: Mask of the visual tokens that stay, [visual tokens] bool.
+        number: Number of the view, part of the identity of the new prompt.
+    """
+    sample = replace(prompt.sample, key=f"{prompt.sample.key}/view{number}")
+    if not len(seen):
+        return replace(prompt, sample=sample)
+    # The patches of a visual token stand together, and the values of a patch are ordered by channel first.
+    patches = prompt.pixel_values.view(len(seen), -1, NUM_CHANNELS, prompt.pixel_values.shape[1] // NUM_CHANNELS)
+    median = patches.transpose(0, 2).flatten(1).median(dim=1).values
+    pixels = torch.where(seen[:, None, None, None], patches, median[:, None])
+    return replace(prompt, sample=sample, pixel_values=pixels.view_as(prompt.pixel_values))
+
+
+def sample_views(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    views: ViewsConfig,
+    recorded_layers: frozenset[int],
+    batch_size: int,
+    *identity: object,
+) -> Iterator[PromptResponses]:
+    """Sample the responses of each group, each from a view of its own.
+
+    Args:
+        sampler: Source of responses.
+        prompts: Prompts of this rank.
+        sampling: Settings of the draws, for whole groups.
+        views: Settings of the views.
+        recorded_layers: Layers whose attention rows stand in the result: uniform over what a response saw.
+        batch_size: Largest number of views in one batch.
+        identity: Key of the random streams.
+
+    Yields:
+        Responses to each prompt, in order.
+    """
+    size, length = sampling.group_size, sampling.max_response_length
+    seen = [visible_tokens(prompt, size, views, *identity) for prompt in prompts]
+    singles = [view_of(prompt, own[g], g) for prompt, own in zip(prompts, seen) for g in range(size)]
+    done: list[PromptResponses] = []
+    for batch in sampler.sample(singles, replace(sampling, group_size=1), batch_size, *identity):
+        done += PromptResponses.split(batch.responses)
+        while len(done) >= size:
+            prompt, own, group, done = prompts[0], seen[0], done[:size], done[size:]
+            prompts, seen = prompts[1:], seen[1:]
+            rows = _rows_of_views(prompt, own, length)
+            attention: Mapping[int, Tensor] = {layer: rows for layer in recorded_layers}
+            yield PromptResponses(
+                torch.cat([_widen(row.response_ids, length, sampling.pad_token_id) for row in group]),
+                torch.cat([row.response_lengths for row in group]),
+                torch.cat([_widen(row.rollout_logprobs, length, 0.0) for row in group]),
+                torch.cat([row.finished for row in group]),
+                attention,
+            )
+
+
+def _widen(rows: Tensor, length: int, value: float) -> Tensor:
+    return F.pad(rows, (0, length - rows.shape[1]), value=value)
+
+
+def _rows_of_views(prompt: Prompt, seen: Tensor, length: int) -> Tensor:
+    """Return rows that are uniform over what each response saw, [G, R, P + R] float32."""
+    rows = torch.zeros(len(seen), len(prompt.input_ids) + length)
+    rows[:, : len(prompt.input_ids)][:, prompt.visual_mask] = seen / seen.sum(dim=1, keepdim=True).clamp(min=1)
+    return rows[:, None].expand(-1, length, -1)

@@ -1,0 +1,430 @@
+"""Find out whether explored attention teaches a model to look: contrast, its controls and GRPO from one wrong start.
+
+    python tools/study_explored.py --output-dir DIR [--seeds 2 3 4 5] [--tasks tokens-9 ...] [--arms ARM ...] [--jobs 2]
+
+The task is digit search with 3 x 3 cells and two digits in each (100 answers). A base model learns to read and to search.
+Each seed then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number
+of the next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and
+its order of prompts. The tuning seeds have one base model, all other seeds two others in turn.
+
+A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
+are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the
+seeds 0 and 1 (--tune), which the report leaves out. Writes DIR/explored.md and DIR/explored_*.png.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
+
+TUNING_SEEDS = (0, 1)
+BASE = (
+    "loss.kl_coef=0.0",
+    "loss.attention_layers=[1,2]",
+    "optimizer.decay=constant",
+    "optimizer.learning_rate=3.0e-4",
+)
+OFF = ("loss.attention_coef=0.0",)
+DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding", "loss.attention_grad_ratio=1.0")
+NOISE = (
+    "rollout.attention_noise.sigma=16.0",
+    "rollout.attention_noise.shared=true",
+    "rollout.attention_noise.decay=linear",
+)
+PULL = ("loss.attention_negative_weight=0.0",)  # towards where right responses looked, and nowhere away from
+VIEWS = ("rollout.views.keep=0.3", "rollout.generation_batch_size=128")
+SHUFFLED = ("loss.attention_advantages=shuffled",)
+LITERAL = ("loss.attention_layers=[-1]", "loss.attention_coef=1.0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train from the start."""
+
+    title: str
+    settings: tuple[str, ...]
+    tuning: bool = False
+    """Tried on the tuning seeds alone."""
+
+
+def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"loss.attention_target={name}", *DECIDING, *(setting for part in more for setting in part))
+
+
+_ORACLE = ("loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
+ARMS = {
+    "grpo": Arm("GRPO", OFF),
+    "grpo_warm": Arm("GRPO, temperature 1.5", (*OFF, "rollout.temperature=1.5")),
+    "contrast": Arm("contrast of explored attention", _target("contrast", NOISE, PULL)),
+    "contrast_shuffled": Arm("contrast, success shuffled", _target("contrast", NOISE, PULL, SHUFFLED)),
+    "noise": Arm("noise alone", (*OFF, *NOISE)),
+    "explored": Arm("explored attention in the paper's loss", _target("explored", NOISE, PULL)),
+    "oracle": Arm("annotated cell (control)", _target("oracle", _ORACLE)),
+    "explored_shuffled": Arm("explored, advantages shuffled", _target("explored", NOISE, PULL, SHUFFLED)),
+    "contrast_quiet": Arm("contrast without noise", _target("contrast", PULL)),
+    "literal": Arm("RAL as published", LITERAL),
+    "views": Arm("contrast of partial views", _target("contrast", VIEWS, PULL)),
+    "views_shuffled": Arm("partial views, success shuffled", _target("contrast", VIEWS, PULL, SHUFFLED)),
+    "evidence": Arm("annotated cell after success (EASE)", _target("evidence", ("loss.attention_row=predictor",))),
+}
+for _name, _of, _changed in (
+    ("grpo@lr=6e-4", "grpo", "optimizer.learning_rate=6.0e-4"),
+    ("grpo@lr=1.5e-4", "grpo", "optimizer.learning_rate=1.5e-4"),
+    ("grpo_warm@lr=6e-4", "grpo_warm", "optimizer.learning_rate=6.0e-4"),
+    ("grpo@temperature=2", "grpo", "rollout.temperature=2.0"),
+    ("contrast@lr=6e-4", "contrast", "optimizer.learning_rate=6.0e-4"),
+    ("contrast@lr=1.5e-4", "contrast", "optimizer.learning_rate=1.5e-4"),
+    ("contrast@sigma=8", "contrast", "rollout.attention_noise.sigma=8.0"),
+    ("contrast@sigma=24", "contrast", "rollout.attention_noise.sigma=24.0"),
+    ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
+    ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
+    ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
+    ("contrast@ratio=0.5", "contrast", "loss.attention_grad_ratio=0.5"),
+    ("contrast@ratio=2", "contrast", "loss.attention_grad_ratio=2.0"),
+    ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
+    ("contrast@layers=all", "contrast", "loss.attention_layers=[0,1,2,3]"),
+    ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
+    ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
+    ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
+):
+    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, _changed), tuning=True)
+
+REPORTED = tuple(name for name, arm in ARMS.items() if not arm.tuning)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One size of the pictures."""
+
+    title: str
+    cell_pixels: int
+    single: int
+    """Samples of single cells. 32 samples are a step of supervised training."""
+    search: int
+    """Samples of right searches."""
+    biased: int
+    """Samples of wrong searches."""
+    settings: tuple[str, ...] = ()
+    """Settings of all arms."""
+
+
+TASKS = {
+    "tokens-9": Task("9 visual tokens", 28, 16000, 19200, 11200),
+    "tokens-36": Task("36 visual tokens", 56, 16000, 22400, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-144": Task("144 visual tokens", 112, 16000, 22400, 11200, ("rollout.attention_noise.grid=3",)),
+}
+CURVES = {
+    "accuracy": "eval/accuracy",
+    "gaze": "eval/target_deciding/layer_1",
+    "equal": "frac_reward_zero_std",
+    "ratio": "attention/grad_ratio",
+    "format": "eval/format_rate",
+}
+
+
+class Results:
+    """Lines of finished runs.
+
+    Args:
+        file: JSON lines. Made where it is missing.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self._lock = file, threading.Lock()
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.lines: list[dict] = [json.loads(line) for line in lines if line]
+
+    def find(self, task: str, seed: int, arm: str) -> dict | None:
+        """Return the line of a run, or None. A line with other settings is refused."""
+        for line in self.lines:
+            if (line["task"], line["seed"], line["arm"]) == (task, seed, arm):
+                if arm in ARMS and line["settings"] != list(settings_of(task, arm)):
+                    raise SystemExit(f"{self.file}: {arm} of seed {seed} on {task} was run with other settings")
+                return line
+        return None
+
+    def add(self, line: dict) -> None:
+        """Append the line of a run."""
+        with self._lock:
+            self.lines.append(line)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+def base_of(seed: int) -> int:
+    """Return the number of the base model of a seed: one for the tuning seeds, two others for all others in turn."""
+    return 0 if seed in TUNING_SEEDS else 1 + seed % 2
+
+
+def settings_of(task: str, arm: str) -> tuple[str, ...]:
+    """Return the settings of an arm, later ones before earlier ones of the same key."""
+    noisy = any("attention_noise" in setting for setting in ARMS[arm].settings)
+    everything = (*BASE, *ARMS[arm].settings, *(TASKS[task].settings if noisy else ()))
+    by_key = {setting.split("=")[0]: setting for setting in everything}
+    return tuple(by_key.values())
+
+
+@dataclass(frozen=True)
+class Study:
+    """Folder of the study, and its runs."""
+
+    root: Path
+    results: Results
+    num_rollouts: int
+    eval_interval: int
+
+    def data(self, task: str) -> Path:
+        return self.root / task / "data"
+
+    def make_data(self, task: str) -> None:
+        if not (self.data(task) / "dataset_info.json").is_file():
+            call(
+                self.data(task).parent / "data.log",
+                *("tools/make_digit_search.py", "--output", self.data(task), "--force", "--grid", 3, "--digits", 2),
+                *("--num-colours", 9, "--cell-pixels", TASKS[task].cell_pixels, "--distinct", "--bias", 0.99),
+                *("--bias-by", "colour", "--num-single", 9600, "--num-search", 19200, "--num-biased", 12800),
+                *("--num-rl", 4096, "--num-heldout", 1024),
+            )
+            model = self.data(task).parent / "model"
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
+            call(beside(model, ".log"), "tools/index_shards.py", f"{self.data(task)}/*.tar", "--model", model)
+
+    def base(self, task: str, number: int) -> Path:
+        """Train a model that reads and searches, and return its folder."""
+        model, target = self.root / task / f"base_{number}" / "model", self.root / task / f"base_{number}" / "search"
+        if not (model / "config.json").is_file():
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--seed", number)
+        self.supervise(task, model, target, number, {"single": TASKS[task].single, "search": TASKS[task].search})
+        return target / "hf"
+
+    def start(self, task: str, seed: int) -> Path:
+        """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
+        target = self.root / task / f"seed_{seed}" / "start"
+        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, {"biased": TASKS[task].biased})
+        if self.results.find(task, seed, "start") is None:
+            curves = {name: curve(target, tag) for name, tag in CURVES.items()}
+            self.results.add({"task": task, "seed": seed, "arm": "start", "seconds": seconds, "curves": curves})
+        return target / "hf"
+
+    def supervise(self, task: str, model: Path, target: Path, seed: int, stages: dict[str, int]) -> float:
+        """Train on some splits one after the other, and return the processor seconds."""
+        sources = ", ".join(
+            f"{{shards: '{self.data(task)}/{name}-*.tar', num_samples: {count}}}" for name, count in stages.items()
+        )
+        return train_once(
+            "sft_tiny",
+            model,
+            target,
+            seed,
+            [
+                f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
+                f"data.train=[{sources}]",
+                f"train.num_steps={sum(stages.values()) // 32}",
+                "train.micro_batch_size=32",
+                "optimizer.learning_rate=6.0e-4",
+                "optimizer.decay=constant",
+                "logging.eval_interval=100",
+                "logging.num_eval_prompts=256",
+            ],
+        )
+
+    def arm(self, task: str, seed: int, name: str) -> None:
+        """Train one arm, unless its line is there."""
+        if self.results.find(task, seed, name) is not None:
+            return
+        target, settings = self.root / task / f"seed_{seed}" / name, settings_of(task, name)
+        seconds = train_once(
+            "ral_tiny",
+            self.start(task, seed),
+            target,
+            seed,
+            [
+                f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
+                f"data.train=[{{shards: '{self.data(task)}/rl-*.tar'}}]",
+                f"train.num_steps={self.num_rollouts}",
+                f"logging.eval_interval={self.eval_interval}",
+                "logging.num_eval_prompts=512",
+                *settings,
+            ],
+        )
+        curves = {key: curve(target, tag) for key, tag in CURVES.items()}
+        line = {"task": task, "seed": seed, "arm": name, "settings": settings, "seconds": seconds, "curves": curves}
+        self.results.add({**line, "settings": list(settings)})
+
+
+def missing(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequence[str]) -> Iterator[tuple]:
+    """Yield the runs that have no line yet, seed by seed, so that an unfinished study has whole pairs."""
+    for task in tasks:
+        for seed in seeds:
+            for arm in arms:
+                if study.results.find(task, seed, arm) is None:
+                    yield task, seed, arm
+
+
+def run_all(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequence[str], jobs: int) -> None:
+    """Make data, starts and runs that are missing."""
+    left = list(missing(study, tasks, seeds, arms))
+    for task in sorted({task for task, _, _ in left}):
+        study.make_data(task)
+    seeds_left = sorted({(task, seed) for task, seed, _ in left})
+    side_by_side("base models", study.base, sorted({(task, base_of(seed)) for task, seed in seeds_left}), jobs)
+    side_by_side("starts", study.start, seeds_left, jobs)
+    side_by_side("arms", study.arm, left, jobs)
+
+
+def points(values: Sequence[float]) -> str:
+    """Return mean and standard error in points of 100."""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f} +- {100 * error:.1f}"
+
+
+def value_at(line: dict, rollout: int, name: str = "accuracy") -> float:
+    """Return the value of a curve after some rollouts."""
+    return dict(map(tuple, line["curves"][name]))[rollout]
+
+
+def rollouts_to(line: dict, level: float) -> float:
+    """Return after how many rollouts the accuracy reaches a level, between two evaluations by interpolation; infinity
+    where it never does."""
+    before: tuple[float, float] | None = None
+    for rollout, value in line["curves"]["accuracy"]:
+        if value >= level:
+            if before is None or value == before[1]:
+                return rollout
+            return before[0] + (rollout - before[0]) * (level - before[1]) / (value - before[1])
+        before = rollout, value
+    return float("inf")
+
+
+def table(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
+    """Return the Markdown table of one task: accuracy on held-out prompts in points, mean and standard error."""
+    lines = {arm: {seed: results.find(task, seed, arm) for seed in seeds} for arm in arms}
+    lines = {arm: {seed: line for seed, line in found.items() if line} for arm, found in lines.items()}
+    lines = {arm: found for arm, found in lines.items() if found}
+    if "grpo" not in lines:
+        return []
+    steps = [rollout for rollout, _ in next(iter(lines["grpo"].values()))["curves"]["accuracy"]]
+    shown = [step for step in steps if step]
+    text = [
+        f"## {TASKS[task].title}",
+        "",
+        f"| arm | seeds | accuracy after {' / '.join(map(str, shown))} rollouts | minus GRPO | standard errors | "
+        "rollouts to GRPO's last | asked cell at deciding rows, layer 1 | gradient ratio | processor seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, found in lines.items():
+        both = [seed for seed in found if seed in lines["grpo"]]
+        curve_text = " / ".join(
+            f"{100 * statistics.fmean(value_at(line, s) for line in found.values()):.1f}" for s in shown
+        )
+        difference, errors, reach = "", "", ""
+        if both and arm != "grpo":
+            gaps = [value_at(found[s], shown[-1]) - value_at(lines["grpo"][s], shown[-1]) for s in both]
+            difference = points(gaps)
+            mean, error = mean_and_error(gaps)
+            errors = f"{mean / error:+.1f}" if error > 0 else ""
+            needed = [rollouts_to(found[s], value_at(lines["grpo"][s], shown[-1])) for s in both]
+            reach = f"{statistics.median(needed):.0f}"
+        ratios = [value for line in found.values() for _, value in line["curves"]["ratio"]]
+        gaze = points([value_at(line, shown[-1], "gaze") for line in found.values()])
+        seconds = statistics.median(line["seconds"] for line in found.values())
+        text.append(
+            f"| {ARMS[arm].title} | {len(found)} | {curve_text} | {difference} | {errors} | {reach} | {gaze} | "
+            f"{statistics.median(ratios) if ratios else 0:.2g} | {seconds:.0f} |"
+        )
+    starts = [line for seed in seeds if (line := results.find(task, seed, "start"))]
+    first = [line["curves"]["accuracy"][0][1] for line in lines["grpo"].values()]
+    best = [max(value for _, value in line["curves"]["accuracy"]) for line in starts]
+    mixed = [1 - value for line in lines["grpo"].values() for step, value in line["curves"]["equal"] if step <= 5]
+    return [
+        *text,
+        "",
+        f"Start: accuracy {points(first)}, before the wrong lessons at most {points(best) if best else '?'}; "
+        f"{100 * statistics.fmean(mixed):.0f} % of GRPO's groups are mixed in its first five rollouts.",
+        "",
+    ]
+
+
+def plot(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str], folder: Path) -> None:
+    """Draw accuracy and gaze over rollouts, mean over seeds with its standard error; shuffled controls dotted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {arm: [line for seed in seeds if (line := results.find(task, seed, arm))] for arm in arms}
+    found = {arm: lines for arm, lines in found.items() if lines}
+    if not found:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5.2))
+    for axis, name, label in zip(
+        axes,
+        ("accuracy", "gaze"),
+        (
+            "accuracy on held-out pictures",
+            "attention on the asked cell\n(row that decides, layer 1; share of the picture)",
+        ),
+    ):
+        for index, (arm, lines) in enumerate(found.items()):
+            style = ":" if "shuffled" in arm else "--" if arm in ("oracle", "evidence") else "-"
+            curves = [[tuple(point) for point in line["curves"][name]] for line in lines]
+            draw_curves(axis, curves, color=plt.get_cmap("tab20")(index), linestyle=style, label=ARMS[arm].title)
+        axis.set(xlabel="rollouts (32 prompts, 8 responses each)", ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(f"{TASKS[task].title}, {max(map(len, found.values()))} seeds: mean and standard error")
+    figure.tight_layout()
+    figure.savefig(folder / f"explored_{task}.png", dpi=90)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Run what is missing and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="JSON lines of finished runs (default: OUTPUT_DIR/results.jsonl)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument("--tasks", nargs="+", default=["tokens-9"], choices=list(TASKS))
+    parser.add_argument(
+        "--arms", nargs="+", default=list(REPORTED), choices=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}"
+    )
+    parser.add_argument("--tune", action="store_true", help="run all candidates on the tuning seeds instead")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; write the report of what is there")
+    parser.add_argument("--num-rollouts", type=int, default=30)
+    parser.add_argument("--eval-interval", type=int, default=10, help="rollouts between evaluations")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one core")
+    arguments = parser.parse_args()
+    root = arguments.output_dir.absolute()
+    results = Results((arguments.results or root / "results.jsonl").absolute())
+    study = Study(root, results, arguments.num_rollouts, arguments.eval_interval)
+    seeds, arms = arguments.seeds, arguments.arms
+    if arguments.tune:
+        seeds = list(TUNING_SEEDS)
+        arms = [
+            "grpo",
+            "grpo_warm",
+            "contrast",
+            "noise",
+            "explored",
+            *(name for name, arm in ARMS.items() if arm.tuning),
+        ]
+    if not arguments.report_only:
+        run_all(study, arguments.tasks, seeds, arms, arguments.jobs)
+    root.mkdir(parents=True, exist_ok=True)
+    text = [line for task in arguments.tasks for line in table(results, task, seeds, arms)]
+    (root / "explored.md").write_text("\n".join(text) + "\n")
+    for task in arguments.tasks:
+        plot(results, task, seeds, arms, root)
+    print("\n".join(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
