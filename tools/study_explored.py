@@ -2,10 +2,10 @@
 
     python tools/study_explored.py --output-dir DIR [--seeds 2 3 4 5] [--tasks tokens-9 ...] [--arms ARM ...] [--jobs 2]
 
-The task is digit search with 3 x 3 cells and two digits in each (100 answers). A base model learns to read and to search.
-Each seed then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number
-of the next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and
-its order of prompts. The tuning seeds have one base model, all other seeds two others in turn.
+The task is digit search with 3 x 3 cells and two digits in each (100 answers). A base model learns to read and to
+search. Each seed then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the
+number of the next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its
+start and its order of prompts. The tuning seeds have one base model, all other seeds two others in turn.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the

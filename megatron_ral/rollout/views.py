@@ -97,7 +97,7 @@ def sample_views(
             prompt, own, group, done = prompts[0], seen[0], done[:size], done[size:]
             prompts, seen = prompts[1:], seen[1:]
             rows = _rows_of_views(prompt, own, length)
-            attention: Mapping[int, Tensor] = {layer: rows for layer in recorded_layers}
+            attention: Mapping[int, Tensor] = dict.fromkeys(recorded_layers, rows)
             yield PromptResponses(
                 torch.cat([_widen(row.response_ids, length, sampling.pad_token_id) for row in group]),
                 torch.cat([row.response_lengths for row in group]),
