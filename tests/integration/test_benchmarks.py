@@ -144,8 +144,9 @@ def small_run(name: str, *arguments: str) -> list[str]:
 def test_ral_over_grpo_extrapolates_what_it_prints():
     lines = small_run("ral_over_grpo", "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
     rows = [re.split(r"\s{2,}", line)[:2] for line in lines]
-    for layers, sides in ((1, ["grpo", "bare grpo", "ral"]), (2, ["grpo", "bare grpo", "ral", "ral all layers"])):
-        assert [name for name, *rest in rows if rest == [str(layers)]] == [*sides, "adamw", "rollout"]
+    one = ["grpo", "bare grpo", "ral", "contrast"]
+    for layers, sides in ((1, one), (2, [*one, "ral all layers", "contrast two"])):
+        assert [name for name, *rest in rows if rest == [str(layers)]] == [*sides, "adamw", "rollout", "noisy rollout"]
     [formula] = [line for line in lines if line.startswith("step(L, recorded)")]
     part = {name: float(value) for name, value in re.findall(r"(fixed|layer|term|measured) (-?\d+\.\d+)", formula)}
     every = float(re.search(r"([-\d.]+) \(each of all\)", formula)[1])
@@ -156,7 +157,7 @@ def test_ral_over_grpo_extrapolates_what_it_prints():
         "_all_layers": (bare + 28 * every) / (bare + part["measured"]),
     }
     ratios = dict(line.split()[1:] for line in lines if line.startswith("ratio "))
-    assert lines[-1] == f"ratio ral_over_grpo {ratios['ral_over_grpo']}" and len(ratios) == 5
+    assert lines[-1] == f"ratio ral_over_grpo {ratios['ral_over_grpo']}" and len(ratios) == 9
     for name, value in wanted.items():
         assert float(ratios[f"ral_over_grpo{name}"]) == pytest.approx(value, abs=0.01)
 

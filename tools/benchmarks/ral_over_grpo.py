@@ -8,6 +8,8 @@ A step is the pass for the old log-probabilities and the gradients of one update
     bare grpo       the same without recorded attention, which no setting gives: it shows the cost of logging
     ral             ral_7b.yaml: one recorded layer
     ral all layers  ral_7b.yaml with every layer recorded
+    contrast        ral_explored_7b.yaml: one layer, whose explored rows decoding recorded, so that no pass records them
+    contrast two    the same on two layers
 
 Widths and vocabulary are those of Qwen2.5-VL-7B divided by --scale (see step_material.py). The term falls with the
 number of heads and therefore weighs --scale times more against the layers than in the 7B. Three things are not part of
@@ -28,11 +30,16 @@ includes generation and rewards, which are the same on both sides. Its vision to
 cheap.
 
 Ratios use processor seconds of all threads, because the machine may do other work; they are medians of --rounds. Wall
-seconds are printed beside them. The last lines, for 28 layers:
+seconds are printed beside them. A rollout with noise has it in all layers and records the rows of one. The last lines,
+for 28 layers:
     ratio ral_over_grpo_bare               ral over bare grpo
     ratio ral_over_grpo_with_rollout       ral over grpo, rollout included
     ratio ral_over_grpo_all_layers_bare    ral all layers over bare grpo
     ratio ral_over_grpo_all_layers         ral all layers over grpo
+    ratio noise_over_plain_rollout         rollout with noise in all layers over one without
+    ratio contrast_over_grpo               contrast over grpo, step alone
+    ratio contrast_two_over_grpo           contrast on two layers over grpo, step alone
+    ratio contrast_over_grpo_with_rollout  contrast over grpo, rollout included
     ratio ral_over_grpo                    ral over grpo
 """
 
@@ -56,7 +63,7 @@ from tools.benchmarks.step_material import (
     with_advantages,
 )
 
-SIDES = ("grpo", "bare grpo", "ral", "ral all layers")
+SIDES = ("grpo", "bare grpo", "ral", "contrast", "ral all layers", "contrast two")
 
 
 class Depth:
@@ -67,7 +74,7 @@ class Depth:
         from megatron_ral.training.build import build_objective, build_policy
 
         self.num_layers, self.process_groups, self.clock = num_layers, process_groups, clock
-        self.sides = SIDES if num_layers > 1 else SIDES[:-1]  # with one layer, all layers are one layer
+        self.sides = SIDES if num_layers > 1 else SIDES[:4]  # with one layer, all layers are one layer
         model = make_model(folder / f"{num_layers}", args.scale, num_layers, args.vocab_size)
         lengths = [
             f"rollout.num_prompts={args.prompts}",
@@ -81,7 +88,12 @@ class Depth:
             "grpo": settings_of("grpo_7b", model, lengths),
             "ral": settings_of("ral_7b", model, lengths),
             "ral all layers": settings_of("ral_7b", model, every),
+            "contrast": settings_of("ral_explored_7b", model, [*lengths, "loss.attention_layers=[-1]"]),
         }
+        if num_layers > 1:
+            self.configs["contrast two"] = settings_of(
+                "ral_explored_7b", model, [*lengths, "loss.attention_layers=[-2,-1]"]
+            )
         self.configs["bare grpo"] = self.configs["grpo"]
         shape = read_shape(model)
         self.policy = build_policy(self.configs["grpo"], shape, process_groups)
@@ -90,33 +102,39 @@ class Depth:
         }
         self.objectives["bare grpo"] = self.objectives["grpo"].without("attention")
         self.num_parameters = sum(parameter.ds_numel for parameter in self.policy.stage.parameters())
-        self.rollout, self.old = None, {}
+        self.rollouts, self.old = {}, {}
 
     def sample(self) -> None:
-        """Sample a rollout. All steps of all sides use the first one."""
+        """Sample rollouts without noise and with it. All steps of a side use its first one."""
         from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
         from megatron_ral.rollout.native_sampler import NativeSampler
 
-        with self.clock.measure(f"{self.num_layers} rollout"):
-            settings = RolloutSettings.from_config(self.configs["grpo"])
-            sampler = NativeSampler(self.policy)
-            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
-        self.rollout = self.rollout or with_advantages(rollout)
+        for name, side in (("rollout", "grpo"), ("noisy rollout", "contrast"), ("", "contrast two")):
+            if side not in self.configs or (not name and side in self.rollouts):
+                continue
+            with self.clock.measure(f"{self.num_layers} {name or 'unreported rollout'}"):
+                settings = RolloutSettings.from_config(self.configs[side])
+                sampler = NativeSampler(self.policy)
+                rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
+            self.rollouts.setdefault(side, with_advantages(rollout))
 
     def step(self, side: str) -> None:
         """Run the part of `rl_step` after the rollout, for a later minibatch, because the first needs no old pass."""
+        from megatron_ral.attention.targets.registry import TargetPass
         from megatron_ral.rollout.assemble import assemble_minibatches
         from megatron_ral.training.gradients import accumulate_gradients
 
         config, objective, policy = self.configs[side], self.objectives[side], self.policy
         term = objective.term("attention") or self.objectives["grpo"].term("attention")
-        batches = [scored.groups for scored in self.rollout]
+        rollout = self.rollouts.get(side, self.rollouts["grpo"])
+        batches = [scored.groups for scored in rollout]
+        recorded = sorted(objective.recorded_layers) if term.target_pass is TargetPass.ROLLOUT_POLICY else []
         with self.clock.measure(f"{self.num_layers} {side}"):
             with self.clock.measure(f"{self.num_layers} {side} old"):
-                old = policy.forward(batches, sorted(objective.recorded_layers), store=term.store)
+                old = policy.forward(batches, recorded, store=term.store)
             before = self.old.get(side, old)  # off policy except in the first round, because AdamW ran in between
             [minibatch] = assemble_minibatches(
-                self.rollout,
+                rollout,
                 before,
                 None,
                 before,
@@ -152,7 +170,7 @@ def report(depths: list[Depth], clock: Clock) -> None:
                 f"{side:16}{L:8}{old:13.3f}{gradients:14.3f}{step:10.3f}{ratio:11.3f}"
                 f"{clock.median(f'{L} {side}', 'wall'):21.3f}"
             )
-        for name in ("adamw", "rollout"):
+        for name in ("adamw", "rollout", "noisy rollout"):
             print(
                 f"{name:16}{L:8}{'':27}{clock.median(f'{L} {name}', 'cpu'):10.3f}{'':11}"
                 f"{clock.median(f'{L} {name}', 'wall'):21.3f}"
@@ -165,9 +183,15 @@ def report(depths: list[Depth], clock: Clock) -> None:
         slope = (high - low) / (many - few)
         return low - few * slope, slope
 
-    def more(side: str, recorded) -> float:
-        """Return the seconds per recorded layer above bare GRPO, mean of both depths."""
-        sides = {depth.num_layers: side if side in depth.sides else "ral" for depth in depths}
+    def more(side: str, recorded, otherwise: str = "ral") -> float:
+        """Return the seconds per recorded layer above bare GRPO, mean of both depths.
+
+        Args:
+            side: side of the step.
+            recorded: number of layers -> number of them that the side records.
+            otherwise: side that stands in at a depth that does not have `side`.
+        """
+        sides = {depth.num_layers: side if side in depth.sides else otherwise for depth in depths}
         return (
             sum(
                 (clock.median(f"{L} {name}", "cpu") - clock.median(f"{L} bare grpo", "cpu")) / recorded(L)
@@ -178,10 +202,13 @@ def report(depths: list[Depth], clock: Clock) -> None:
 
     fixed, layer = line("bare grpo")
     first, decoding = line("rollout")
+    first_noisy, decoding_noisy = line("noisy rollout")
     terms = {
         "grpo": more("grpo", lambda L: 1),
         "ral": more("ral", lambda L: 1),
         "ral all layers": more("ral all layers", lambda L: L),
+        "contrast": more("contrast", lambda L: 1),
+        "contrast two": more("contrast two", lambda L: min(L, 2), "contrast"),
     }
     print(
         f"step(L, recorded) = fixed + L * layer + recorded * term, processor seconds: fixed {fixed:.3f}, layer "
@@ -199,6 +226,12 @@ def report(depths: list[Depth], clock: Clock) -> None:
     print(f"ratio ral_over_grpo_with_rollout {(rollout + one) / (rollout + grpo):.3f}")
     print(f"ratio ral_over_grpo_all_layers_bare {every / bare:.3f}")
     print(f"ratio ral_over_grpo_all_layers {every / grpo:.3f}")
+    noisy = first_noisy + REAL_LAYERS * decoding_noisy
+    contrast, two = bare + terms["contrast"], bare + 2 * terms["contrast two"]
+    print(f"ratio noise_over_plain_rollout {noisy / rollout:.3f}")
+    print(f"ratio contrast_over_grpo {contrast / grpo:.3f}")
+    print(f"ratio contrast_two_over_grpo {two / grpo:.3f}")
+    print(f"ratio contrast_over_grpo_with_rollout {(noisy + contrast) / (rollout + grpo):.3f}")
     print(f"ratio ral_over_grpo {one / grpo:.3f}")
 
 
