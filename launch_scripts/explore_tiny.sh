@@ -54,8 +54,8 @@ train launch start sft_tiny model train.num_steps=650 train.micro_batch_size=16 
 rl=("data.train=[{shards: '$DATA_DIR/rl-*.tar'}]")
 alone() { "$PYTHON" -m "$@"; }
 echo "30 rollouts of GRPO and of contrast side by side; their output is in $OUTPUT_DIR/*.log"
-train alone grpo explore_tiny start/hf "${rl[@]}" loss.attention_coef=0 loss.attention_grad_ratio=0 \
-    rollout.attention_noise.sigma=0 > "$OUTPUT_DIR/grpo.log" 2>&1 &
+train alone grpo explore_tiny start/hf "${rl[@]}" loss.attention_coef=0 rollout.attention_noise.sigma=0 \
+    > "$OUTPUT_DIR/grpo.log" 2>&1 &
 train alone contrast explore_tiny start/hf "${rl[@]}" > "$OUTPUT_DIR/contrast.log" 2>&1 \
     || { cat "$OUTPUT_DIR/contrast.log" >&2 && exit 1; }
 wait "$!" || { cat "$OUTPUT_DIR/grpo.log" >&2 && exit 1; }

@@ -31,7 +31,9 @@ BASE = (
     "optimizer.learning_rate=3.0e-4",
 )
 OFF = ("loss.attention_coef=0.0",)
-DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding", "loss.attention_grad_ratio=1.0")
+DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding")
+RATIO = ("loss.attention_grad_ratio=1.0",)
+WEIGHT = ("loss.attention_coef=5.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
 NOISE = (
     "rollout.attention_noise.sigma=16.0",
     "rollout.attention_noise.shared=true",
@@ -57,21 +59,21 @@ def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
     return (f"loss.attention_target={name}", *DECIDING, *(setting for part in more for setting in part))
 
 
-_ORACLE = ("loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
+_ORACLE = (*RATIO, "loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
 ARMS = {
     "grpo": Arm("GRPO", OFF),
     "grpo_warm": Arm("GRPO, temperature 1.5", (*OFF, "rollout.temperature=1.5")),
-    "contrast": Arm("contrast of explored attention", _target("contrast", NOISE, PULL)),
-    "contrast_shuffled": Arm("contrast, success shuffled", _target("contrast", NOISE, PULL, SHUFFLED)),
+    "contrast": Arm("contrast of explored attention", _target("contrast", WEIGHT, NOISE, PULL)),
+    "contrast_shuffled": Arm("contrast, success shuffled", _target("contrast", WEIGHT, NOISE, PULL, SHUFFLED)),
     "noise": Arm("noise alone", (*OFF, *NOISE)),
-    "explored": Arm("explored attention in the paper's loss", _target("explored", NOISE, PULL)),
+    "explored": Arm("explored attention in the paper's loss", _target("explored", RATIO, NOISE, PULL)),
     "oracle": Arm("annotated cell (control)", _target("oracle", _ORACLE)),
-    "explored_shuffled": Arm("explored, advantages shuffled", _target("explored", NOISE, PULL, SHUFFLED)),
-    "contrast_quiet": Arm("contrast without noise", _target("contrast", PULL)),
+    "explored_shuffled": Arm("explored, advantages shuffled", _target("explored", RATIO, NOISE, PULL, SHUFFLED)),
+    "contrast_quiet": Arm("contrast without noise", _target("contrast", WEIGHT, PULL)),
     "literal": Arm("RAL as published", LITERAL),
-    "views": Arm("contrast of partial views", _target("contrast", VIEWS, PULL)),
-    "views_shuffled": Arm("partial views, success shuffled", _target("contrast", VIEWS, PULL, SHUFFLED)),
-    "evidence": Arm("annotated cell after success (EASE)", _target("evidence", ("loss.attention_row=predictor",))),
+    "views": Arm("contrast of partial views", _target("contrast", WEIGHT, VIEWS, PULL)),
+    "views_shuffled": Arm("partial views, success shuffled", _target("contrast", WEIGHT, VIEWS, PULL, SHUFFLED)),
+    "evidence": Arm("annotated cell after success (EASE)", _target("evidence", RATIO, ("loss.attention_row=predictor",))),
 }
 for _name, _of, _changed in (
     ("grpo@lr=6e-4", "grpo", "optimizer.learning_rate=6.0e-4"),
@@ -85,8 +87,9 @@ for _name, _of, _changed in (
     ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
     ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
     ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
-    ("contrast@ratio=0.5", "contrast", "loss.attention_grad_ratio=0.5"),
-    ("contrast@ratio=2", "contrast", "loss.attention_grad_ratio=2.0"),
+    ("contrast@ratio=1", "contrast", "loss.attention_grad_ratio=1.0"),
+    ("contrast@coef=2", "contrast", "loss.attention_coef=2.0"),
+    ("contrast@coef=15", "contrast", "loss.attention_coef=15.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
     ("contrast@layers=all", "contrast", "loss.attention_layers=[0,1,2,3]"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
