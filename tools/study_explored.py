@@ -73,7 +73,9 @@ ARMS = {
     "literal": Arm("RAL as published", LITERAL),
     "views": Arm("contrast of partial views", _target("contrast", WEIGHT, VIEWS, PULL)),
     "views_shuffled": Arm("partial views, success shuffled", _target("contrast", WEIGHT, VIEWS, PULL, SHUFFLED)),
-    "evidence": Arm("annotated cell after success (EASE)", _target("evidence", RATIO, ("loss.attention_row=predictor",))),
+    "evidence": Arm(
+        "annotated cell after success (EASE)", _target("evidence", RATIO, ("loss.attention_row=predictor",))
+    ),
 }
 for _name, _of, _changed in (
     ("grpo@lr=6e-4", "grpo", "optimizer.learning_rate=6.0e-4"),
@@ -254,6 +256,7 @@ class Study:
                 f"train.num_steps={self.num_rollouts}",
                 f"logging.eval_interval={self.eval_interval}",
                 "logging.num_eval_prompts=512",
+                "logging.gradient_ratio_interval=10",
                 *settings,
             ],
         )

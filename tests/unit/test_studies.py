@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ral.demo import runs
-from tools import distill_study, study
+from tools import distill_study, explore_tiny, study, study_explored
 
 
 def finished(run: Path, **curves) -> None:
@@ -111,3 +111,84 @@ def test_every_arm_of_the_studies_is_a_configuration():
         assert config.distills == arm.teaches and (config.loss.policy_coef == 1.0) == arm.rl
         if arm.teaches:
             assert not setting_warnings(config), name
+
+
+def explored_line(seed: int, arm: str, last: float, task: str = "tokens-9") -> dict:
+    points = {"accuracy": [[0, 0.0], [10, last / 2], [20, last]], "gaze": [[0, 0.1], [10, 0.2], [20, 0.3]]}
+    curves = {**points, "equal": [[1, 0.9], [2, 0.8]], "ratio": [[1, 0.5]], "format": [[0, 1.0]]}
+    line = {"task": task, "seed": seed, "arm": arm, "seconds": 60.0, "curves": curves}
+    return line if arm == "start" else {**line, "settings": list(study_explored.settings_of(task, arm))}
+
+
+def test_table_of_the_study_of_explored_attention(tmp_path):
+    """Two seeds; contrast is 30 and 50 points above GRPO, and reaches GRPO's 20 and 30 after 8 and 7.5 rollouts."""
+    results = study_explored.Results(tmp_path / "results.jsonl")
+    for seed, base, gain in ((2, 0.2, 0.3), (3, 0.3, 0.5)):
+        for arm, last in (("start", 0.9), ("grpo", base), ("contrast", base + gain)):
+            results.add(explored_line(seed, arm, last))
+    again = study_explored.Results(tmp_path / "results.jsonl")
+    assert again.lines == results.lines
+    text = study_explored.table(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])
+    [row] = [line for line in text if line.startswith("| contrast of explored attention")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells == ["2", "32.5 / 65.0", "40.0 +- 10.0", "+4.0", "8", "30.0 +- 0.0", "0.5", "60"]
+    assert not any("noise alone" in line for line in text), "an arm without runs has no row"
+    assert text[-2] == (
+        "Start: accuracy 0.0 +- 0.0, before the wrong lessons at most 90.0 +- 0.0; 15 % of GRPO's groups are mixed in "
+        "its first five rollouts."
+    )
+    study_explored.plot(again, "tokens-9", [2, 3], ["grpo", "contrast"], tmp_path)
+    assert (tmp_path / "explored_tokens-9.png").stat().st_size > 10_000
+
+
+def test_rollouts_to_a_level():
+    line = {"curves": {"accuracy": [[0, 0.1], [10, 0.1], [20, 0.5]]}}
+    assert study_explored.rollouts_to(line, 0.1) == 0
+    assert study_explored.rollouts_to(line, 0.3) == 15
+    assert study_explored.rollouts_to(line, 0.6) == float("inf")
+
+
+def test_explored_study_repeats_no_run_and_refuses_other_settings(tmp_path):
+    study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
+    for seed, arm in ((2, "grpo"), (2, "contrast"), (3, "grpo")):
+        study_of.results.add(explored_line(seed, arm, 0.5))
+    left = study_explored.missing(study_of, ["tokens-9"], [2, 3], ["grpo", "contrast"])
+    assert list(left) == [("tokens-9", 3, "contrast")]
+    study_of.results.add({**explored_line(4, "grpo", 0.5), "settings": ["loss.kl_coef=0.1"]})
+    with pytest.raises(SystemExit, match="grpo of seed 4 on tokens-9 was run with other settings"):
+        study_of.results.find("tokens-9", 4, "grpo")
+
+
+def test_no_report_on_a_seed_or_base_model_that_chose():
+    chose = {study_explored.base_of(seed) for seed in study_explored.TUNING_SEEDS}
+    assert all(study_explored.base_of(seed) not in chose for seed in range(2, 20))
+    assert {study_explored.base_of(seed) for seed in range(2, 6)} == {1, 2}
+
+
+@pytest.mark.parametrize("arm", study_explored.ARMS)
+def test_settings_of_every_arm_are_a_configuration(arm):
+    from megatron_ral.config import load_config
+
+    for task in study_explored.TASKS:
+        config = load_config(
+            runs.PROJECT / "pretrained_configs/runs/ral_tiny.yaml",
+            ["model.path=m", *study_explored.settings_of(task, arm)],
+        )
+        assert config.loss.kl_coef == 0 and config.optimizer.decay == "constant"
+        assert (config.rollout.attention_noise.sigma > 0) == any(
+            word in arm for word in ("noise", "explored", "contrast")
+        ) or "quiet" in arm
+        assert config.attention_acts == (not arm.startswith(("grpo", "noise")))
+
+
+def test_table_of_the_tiny_comparison(tmp_path):
+    for name, last in (("grpo", 0.2), ("contrast", 0.7)):
+        finished(
+            tmp_path / name, **{"accuracy": [(0, 0.01), (10, last)], "target_deciding/layer_0": [(0, 0.1), (10, last)]}
+        )
+    lines = explore_tiny.table(tmp_path, ["grpo", "contrast"], 0).splitlines()
+    assert lines[1] == "accuracy on held-out pictures" and lines[2].split() == ["after", "rollouts", "0", "10"]
+    assert lines[3].split() == ["GRPO", "0.010", "0.200"] and lines[4].split()[-2:] == ["0.010", "0.700"]
+    assert lines[6] == "attention on the asked cell (layer 0)" and lines[9].split()[-2:] == ["0.100", "0.700"]
+    explore_tiny.plot(tmp_path, ["grpo", "contrast"], 0, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
