@@ -21,7 +21,7 @@
 #   EVAL_SHARDS     glob of held-out shards, or empty
 #   OUTPUT_DIR      default: outputs/NAME in the project; on a disk that all nodes share
 #   NPROC_PER_NODE  GPUs of a node, 8
-#   NNODES          number of nodes; default: 8 for ral_70b, 4 for ral_32b, else 1
+#   NNODES          number of nodes; default: 8 for ral_70b and ral_explored_70b, 4 for ral_32b, else 1
 #   NODE_RANK       number of this node, 0
 #   MASTER_ADDR, MASTER_PORT    address of the first node, and a port on it (29500; on one node a free one)
 #
@@ -39,7 +39,7 @@ if [ -z "$name" ] || [ ! -f "$PROJECT/$config" ]; then
 fi
 shift
 case "$name" in
-    ral_70b) nodes=8 ;;
+    ral_70b | ral_explored_70b) nodes=8 ;;
     ral_32b) nodes=4 ;;
     *) nodes=1 ;;
 esac

@@ -26,7 +26,7 @@ from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_er
 TUNING_SEEDS = (0, 1)
 BASE = (
     "loss.kl_coef=0.0",
-    "loss.attention_layers=[1,2]",
+    "loss.attention_layers=[0,1,2,3]",  # a base model may search in any of them
     "optimizer.decay=constant",
     "optimizer.learning_rate=3.0e-4",
 )
@@ -93,7 +93,6 @@ for _name, _of, _changed in (
     ("contrast@coef=2", "contrast", "loss.attention_coef=2.0"),
     ("contrast@coef=15", "contrast", "loss.attention_coef=15.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
-    ("contrast@layers=all", "contrast", "loss.attention_layers=[0,1,2,3]"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
@@ -126,7 +125,7 @@ TASKS = {
 }
 CURVES = {
     "accuracy": "eval/accuracy",
-    "gaze": "eval/target_deciding/layer_1",
+    **{f"gaze_{layer}": f"eval/target_deciding/layer_{layer}" for layer in range(4)},
     "equal": "frac_reward_zero_std",
     "ratio": "attention/grad_ratio",
     "format": "eval/format_rate",
@@ -296,6 +295,12 @@ def value_at(line: dict, rollout: int, name: str = "accuracy") -> float:
     return dict(map(tuple, line["curves"][name]))[rollout]
 
 
+def gaze_of(results: Results, line: dict) -> str:
+    """Return the name of the curve of the layer in which the base model of a run looks at the asked cell."""
+    start = results.find(line["task"], line["seed"], "start") or line
+    return max((f"gaze_{layer}" for layer in range(4)), key=lambda name: start["curves"][name][0][1])
+
+
 def rollouts_to(line: dict, level: float) -> float:
     """Return after how many rollouts the accuracy reaches a level, between two evaluations by interpolation; infinity
     where it never does."""
@@ -322,7 +327,7 @@ def table(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]
         f"## {TASKS[task].title}",
         "",
         f"| arm | seeds | accuracy after {' / '.join(map(str, shown))} rollouts | minus GRPO | standard errors | "
-        "rollouts to GRPO's last | asked cell at deciding rows, layer 1 | gradient ratio | processor seconds |",
+        "rollouts to GRPO's last | asked cell at deciding rows | gradient ratio | processor seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, found in lines.items():
@@ -339,7 +344,7 @@ def table(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]
             needed = [rollouts_to(found[s], value_at(lines["grpo"][s], shown[-1])) for s in both]
             reach = f"{statistics.median(needed):.0f}"
         ratios = [value for line in found.values() for _, value in line["curves"]["ratio"]]
-        gaze = points([value_at(line, shown[-1], "gaze") for line in found.values()])
+        gaze = points([value_at(line, shown[-1], gaze_of(results, line)) for line in found.values()])
         seconds = statistics.median(line["seconds"] for line in found.values())
         text.append(
             f"| {ARMS[arm].title} | {len(found)} | {curve_text} | {difference} | {errors} | {reach} | {gaze} | "
@@ -375,12 +380,13 @@ def plot(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str],
         ("accuracy", "gaze"),
         (
             "accuracy on held-out pictures",
-            "attention on the asked cell\n(row that decides, layer 1; share of the picture)",
+            "attention on the asked cell\n(row that decides, layer that searches; share of the picture)",
         ),
     ):
         for index, (arm, lines) in enumerate(found.items()):
             style = ":" if "shuffled" in arm else "--" if arm in ("oracle", "evidence") else "-"
-            curves = [[tuple(point) for point in line["curves"][name]] for line in lines]
+            names = [gaze_of(results, line) if name == "gaze" else name for line in lines]
+            curves = [[tuple(point) for point in line["curves"][own]] for own, line in zip(names, lines)]
             draw_curves(axis, curves, color=plt.get_cmap("tab20")(index), linestyle=style, label=ARMS[arm].title)
         axis.set(xlabel="rollouts (32 prompts, 8 responses each)", ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)

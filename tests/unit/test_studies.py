@@ -114,7 +114,11 @@ def test_every_arm_of_the_studies_is_a_configuration():
 
 
 def explored_line(seed: int, arm: str, last: float, task: str = "tokens-9") -> dict:
-    points = {"accuracy": [[0, 0.0], [10, last / 2], [20, last]], "gaze": [[0, 0.1], [10, 0.2], [20, 0.3]]}
+    points = {
+        "accuracy": [[0, 0.0], [10, last / 2], [20, last]],
+        "gaze_2": [[0, 0.9 if arm == "start" else 0.1], [20, 0.3]],
+    }
+    points |= {f"gaze_{layer}": [[0, 0.2], [20, 0.9]] for layer in (0, 1, 3)}
     curves = {**points, "equal": [[1, 0.9], [2, 0.8]], "ratio": [[1, 0.5]], "format": [[0, 1.0]]}
     line = {"task": task, "seed": seed, "arm": arm, "seconds": 60.0, "curves": curves}
     return line if arm == "start" else {**line, "settings": list(study_explored.settings_of(task, arm))}
