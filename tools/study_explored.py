@@ -33,7 +33,7 @@ BASE = (
 OFF = ("loss.attention_coef=0.0",)
 DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding")
 RATIO = ("loss.attention_grad_ratio=1.0",)
-WEIGHT = ("loss.attention_coef=5.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
+WEIGHT = ("loss.attention_coef=10.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
 NOISE = (
     "rollout.attention_noise.sigma=16.0",
     "rollout.attention_noise.shared=true",
@@ -90,8 +90,8 @@ for _name, _of, _changed in (
     ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
     ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
     ("contrast@ratio=1", "contrast", "loss.attention_grad_ratio=1.0"),
-    ("contrast@coef=2", "contrast", "loss.attention_coef=2.0"),
-    ("contrast@coef=15", "contrast", "loss.attention_coef=15.0"),
+    ("contrast@coef=4", "contrast", "loss.attention_coef=4.0"),
+    ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
