@@ -32,8 +32,7 @@ mkdir -p "$OUTPUT_DIR"
 
 heldout="$DATA_DIR/heldout-*.tar"
 if [ ! -f "$DATA_DIR/dataset_info.json" ]; then
-    "$PYTHON" tools/make_digit_search.py --output "$DATA_DIR" --grid 3 --num-colours 9 --distinct --bias 0.99 \
-        --bias-by colour --num-search 8192 --num-biased 8192
+    "$PYTHON" tools/make_digit_search.py --output "$DATA_DIR" --distinct --bias 0.99
 fi
 [ -f "$OUTPUT_DIR/model/config.json" ] \
     || "$PYTHON" tools/make_tiny_model.py --output "$OUTPUT_DIR/model" --seed "$seed"
@@ -46,10 +45,9 @@ train() { # train LAUNCHER RUN CONFIG MODEL SETTING...: unless it is done
         "model.path='$OUTPUT_DIR/$model'" "train.output_dir='$OUTPUT_DIR/$run'" "data.eval_shards='$heldout'" \
         "seed=$seed" --resume "$@"
 }
-train launch start sft_tiny model train.num_steps=650 train.micro_batch_size=16 train.checkpoint_interval=0 \
-    logging.probe_interval=0 optimizer.decay=constant optimizer.learning_rate=9.0e-4 \
+train launch start sft_tiny model train.num_steps=650 train.checkpoint_interval=0 logging.probe_interval=0 \
     "data.train=[{shards: '$DATA_DIR/single-*.tar', num_samples: 4800}, {shards: '$DATA_DIR/search-*.tar',
-        num_samples: 8000}, {shards: '$DATA_DIR/biased-*.tar', num_samples: 8000}]"
+        num_samples: 6400}, {shards: '$DATA_DIR/biased-*.tar', num_samples: 9600}]"
 
 rl=("data.train=[{shards: '$DATA_DIR/rl-*.tar'}]")
 alone() { "$PYTHON" -m "$@"; }

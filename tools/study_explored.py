@@ -35,7 +35,8 @@ DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding")
 RATIO = ("loss.attention_grad_ratio=1.0",)
 WEIGHT = ("loss.attention_coef=10.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
 NOISE = (
-    "rollout.attention_noise.sigma=16.0",
+    "rollout.attention_noise.sigma=1.0",
+    "rollout.attention_noise.scale=lead",
     "rollout.attention_noise.shared=true",
     "rollout.attention_noise.decay=linear",
 )
@@ -84,8 +85,8 @@ for _name, _of, _changed in (
     ("grpo@temperature=2", "grpo", "rollout.temperature=2.0"),
     ("contrast@lr=6e-4", "contrast", "optimizer.learning_rate=6.0e-4"),
     ("contrast@lr=1.5e-4", "contrast", "optimizer.learning_rate=1.5e-4"),
-    ("contrast@sigma=8", "contrast", "rollout.attention_noise.sigma=8.0"),
-    ("contrast@sigma=24", "contrast", "rollout.attention_noise.sigma=24.0"),
+    ("contrast@sigma=0.5", "contrast", "rollout.attention_noise.sigma=0.5"),
+    ("contrast@sigma=2", "contrast", "rollout.attention_noise.sigma=2.0"),
     ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
     ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
     ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
@@ -94,7 +95,7 @@ for _name, _of, _changed in (
     ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
-    ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
+    ("noise@sigma=0.5", "noise", "rollout.attention_noise.sigma=0.5"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):
     ARMS[_name] = Arm(_name, (*ARMS[_of].settings, _changed), tuning=True)

@@ -6,8 +6,10 @@ row gets the attention mass back that it had on the picture before:
 
     weight'(k) = weight(k) exp(sigma eps(k)) * M / M',   M = sum_k weight(k),   M' = sum_k weight(k) exp(sigma eps(k))
 
-over the visual keys k. All other weights stay what they were, so that a response looks elsewhere in the picture and
-keeps its format. Added without this, the noise takes attention from the text and breaks the format.
+over the visual keys k. With `by_lead` sigma is multiplied by the lead of the head and row: the largest of its scores of
+visual keys minus their mean. The noise then overcomes a sure gaze and an unsure one alike. All other weights stay what
+they were, so that a response looks elsewhere in the picture and keeps its format. Added without this, the noise takes
+attention from the text and breaks the format.
 
 The noise depends on seed, rollout, prompt, response, layer and cell alone. It is therefore the same on every rank and
 in every layout, and is drawn again where it is needed. Source: this project.
@@ -29,13 +31,15 @@ class ExplorationSettings:
     """Noise and recording of attention while responses are sampled."""
 
     sigma: float = 0.0
-    """Standard deviation of the noise on attention scores. 0: none."""
+    """Standard deviation of the noise on attention scores, or with `by_lead` its multiple of the lead. 0: none."""
     noisy_layers: frozenset[int] = frozenset()
     """0-based layers with noise."""
     grid: int = 0
     """Cells along each side of an image or frame. 0: every visual token is a cell."""
     is_shared: bool = False
     """True if all layers of a response have the same noise."""
+    by_lead: bool = False
+    """True if the noise of a head and row is multiplied by the lead of its scores."""
     recorded_layers: frozenset[int] = frozenset()
     """0-based layers whose attention rows are recorded while decoding."""
 
@@ -50,13 +54,15 @@ class ExplorationSettings:
         return self.is_noisy or bool(self.recorded_layers)
 
 
-class VisualGains(NamedTuple):
-    """Factors of attention weights in one layer."""
+class VisualNoise(NamedTuple):
+    """Noise on the attention scores of one layer."""
 
-    gain_BWP: Tensor
-    """exp(sigma eps) / its maximum for each key of each row of a prompt, float32. 1 at keys that are not visual."""
+    noise_BWP: Tensor
+    """sigma * eps for each key of each row of a prompt, float32. 0 at keys that are not visual."""
     visual_BP: Tensor
-    """Mask of the visual keys as float32, 0 or 1."""
+    """Mask of the visual keys, bool."""
+    by_lead: bool
+    """True if the noise of a head and row is multiplied by the lead of its scores."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class AttentionNoise:
     """sigma * eps of each response, layer and cell, float32; C is the largest number of cells of a prompt."""
     cells_BP: Tensor
     """Cell of each prompt token, int64; -1 where it is not visual."""
+    by_lead: bool = False
+    """True if the noise of a head and row is multiplied by the lead of its scores."""
 
     @classmethod
     def draw(
@@ -98,7 +106,7 @@ class AttentionNoise:
                     eps = normal_stream(len(count), "attention noise", *identity, key, g, of_layer)
                     eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
                     values[b * group_size + g, index, : len(count)] = settings.sigma * eps
-        return cls(layers, values, cells)
+        return cls(layers, values, cells, settings.by_lead)
 
     def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":
         """Return the noise of some responses.
@@ -109,40 +117,49 @@ class AttentionNoise:
             length: Number of prompt tokens that are left.
         """
         cells = self.cells_BP if prompts is None else self.cells_BP.index_select(0, prompts)
-        return AttentionNoise(self.layers, self.values_NLC.index_select(0, rows), cells[:, :length])
+        return AttentionNoise(self.layers, self.values_NLC.index_select(0, rows), cells[:, :length], self.by_lead)
 
     def of_layer(self, layer: int) -> Optional[Tensor]:
         """Return the noise of a layer by cell, [N, C]. None: the layer has none."""
         return self.values_NLC[:, self.layers.index(layer)] if layer in self.layers else None
 
-    def gains(self, values_BWC: Tensor) -> VisualGains:
-        """Return the factors of every key.
+    def on_keys(self, values_BWC: Tensor) -> VisualNoise:
+        """Return the noise of every key.
 
         Args:
             values_BWC: Noise of a layer (`of_layer`), arranged by prompt, with W responses of each.
         """
         visual = self.cells_BP >= 0
         index = self.cells_BP.clamp(min=0)[:, None].expand(-1, values_BWC.shape[1], -1)
-        gain = (values_BWC - values_BWC.amax(dim=-1, keepdim=True)).exp().gather(2, index)
-        return VisualGains(torch.where(visual[:, None], gain, 1.0), visual.float())
+        return VisualNoise(values_BWC.gather(2, index) * visual[:, None], visual, self.by_lead)
 
 
-def move_inside_picture(weights_BKWMP: Tensor, gains: VisualGains) -> Tensor:
-    """Multiply attention weights by the factors, and give the picture the mass that it had. Works in place.
+def move_inside_picture(scores_BKWMP: Tensor, noise: VisualNoise) -> Tensor:
+    """Return attention weights exp(score), moved inside the picture by the noise.
 
     Args:
-        weights_BKWMP: exp(score - maximum) of each prompt, key head, response, query head of the key head, and key.
-        gains: Factors.
+        scores_BKWMP: Scores minus the largest of their row, float32: of each prompt, key head, response, query head of
+            the key head, and key. -inf at hidden keys.
+        noise: Noise of the layer.
 
     Returns:
-        The weights. Where the picture has no mass, they stay without any.
+        Weights. Their sum over the picture is that without noise. Where the picture has no mass, it stays without any.
     """
-    visual = gains.visual_BP[:, None, None, :, None]
-    before = torch.matmul(weights_BKWMP, visual)
-    weights_BKWMP.mul_(gains.gain_BWP[:, None, :, None])
-    after = torch.matmul(weights_BKWMP, visual)
-    scale = before / after.clamp(min=torch.finfo(after.dtype).tiny)
-    return weights_BKWMP.mul_(torch.where(gains.visual_BP[:, None, None, None] > 0, scale, 1.0))
+    visual = noise.visual_BP[:, None, None, None]
+    weights = scores_BKWMP.exp()
+    before = torch.matmul(weights, noise.visual_BP[:, None, None, :, None].to(weights.dtype))
+    shift = noise.noise_BWP[:, None, :, None]
+    if noise.by_lead:
+        count = visual.sum(dim=-1, keepdim=True)
+        mean = torch.where(visual, scores_BKWMP, 0.0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        top = torch.where(visual, scores_BKWMP, float("-inf")).amax(dim=-1, keepdim=True)
+        shift = shift * torch.where(count > 0, top - mean, 0.0)
+    moved = torch.where(visual, scores_BKWMP + shift, float("-inf"))
+    top = moved.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(moved.dtype).min)
+    moved = moved.sub_(top).exp_()
+    after = moved.sum(dim=-1, keepdim=True)
+    moved = moved.mul_(before / after.clamp(min=torch.finfo(after.dtype).tiny))
+    return torch.where(visual, moved, weights)
 
 
 def visual_cells(prompt: Prompt, grid: int) -> Tensor:

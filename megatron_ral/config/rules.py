@@ -253,7 +253,7 @@ RULES: tuple[Rule, ...] = (
         "with {loss.attention_target}, whose only row is the prompt's last one",
     ),
     *without_effect(
-        "rollout.attention_noise layers grid shared decay",
+        "rollout.attention_noise scale layers grid shared decay",
         lambda c: _is_rl(c) and c.rollout.attention_noise.sigma == 0,
         "with {rollout.attention_noise.sigma}",
     ),

@@ -112,8 +112,11 @@ class AttentionNoiseConfig:
     moves inside the picture only. The update reads the model without noise."""
 
     sigma: NonNegativeFloat = 0.0
-    """Standard deviation of the noise on attention scores; 0 for none. Scores of visual tokens differ by some units, so
-    that useful values lie between 1 and 10."""
+    """Standard deviation of the noise on attention scores; 0 for none. With scale = absolute it has to exceed the
+    differences between the scores of visual tokens, which are 5 to 30 where a model is sure."""
+    scale: Literal["absolute", "lead"] = "absolute"
+    """Unit of `sigma`. absolute: that of the scores. lead: for each head and row the largest of its scores of visual
+    tokens minus their mean, so that the noise follows how sure the model is; useful values lie near 1."""
     layers: tuple[int, ...] = ()
     """Layers with noise, 0-based, negative from the last; empty for all."""
     grid: NonNegativeInt = 0

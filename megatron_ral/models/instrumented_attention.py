@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ral.attention.exploration import VisualGains, move_inside_picture
+from megatron_ral.attention.exploration import VisualNoise, move_inside_picture
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.models.attention_pass import AttentionPass
 
@@ -138,7 +138,7 @@ class InstrumentedAttention(torch.nn.Module):
             prompt_key,
             prompt_value,
             cache.hidden_keys(prompt_key.shape[2])[:, None, None],
-            cache.gains(self.layer),
+            cache.noise_of(self.layer),
         )
         *prompt, prompt_weights = prompt
         prompt = tuple(cache.by_row(part.unflatten(2, grouped.shape[1:4:2]).transpose(1, 2)) for part in prompt)
@@ -156,7 +156,7 @@ class InstrumentedAttention(torch.nn.Module):
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor] = None, gains: Optional[VisualGains] = None
+    query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor] = None, noise: Optional[VisualNoise] = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return attention before the division by the sum of the softmax.
 
@@ -165,7 +165,7 @@ def _attend(
         key: [X, k, S, D].
         value: [X, k, S, D].
         hidden: Bool that broadcasts to [X, k, L, S], True at keys that are not seen; None if all are seen.
-        gains: Noise of X prompts with W rows each, L = W m. None: there is none.
+        noise: Noise of X prompts with W rows each, L = W m. None: there is none.
 
     Returns:
         (sum of weight value [X, k, L, D], maximum [X, k, L, 1], sum of weights [X, k, L, 1], weights [X, k, L, S]),
@@ -175,7 +175,9 @@ def _attend(
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
     maximum = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(maximum).exp_()
-    if gains is not None:
-        weights = move_inside_picture(weights.unflatten(2, (gains.gain_BWP.shape[1], -1)), gains).flatten(2, 3)
+    scores = scores.sub_(maximum)
+    if noise is None:
+        weights = scores.exp_()
+    else:
+        weights = move_inside_picture(scores.unflatten(2, (noise.noise_BWP.shape[1], -1)), noise).flatten(2, 3)
     return torch.matmul(weights.to(value.dtype), value).float(), maximum, weights.sum(dim=-1, keepdim=True), weights

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.exploration import AttentionNoise, VisualGains
+from megatron_ral.attention.exploration import AttentionNoise, VisualNoise
 
 
 class GroupKVCache:
@@ -44,7 +44,7 @@ class GroupKVCache:
         full = bool((counts == self.width).all())
         self._places = None if full else (row_prompt * self.width + within).to(self.prompt_lengths.device)
         self._hidden: Optional[Tensor] = None
-        self._gains: dict[int, Optional[VisualGains]] = {}
+        self._layer_noise: dict[int, Optional[VisualNoise]] = {}
 
     def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
         """Store a layer's prompt keys and values.
@@ -107,14 +107,14 @@ class GroupKVCache:
         self.prompt_lengths = self.prompt_lengths - 1
         self._hidden = None
 
-    def gains(self, layer: int) -> Optional[VisualGains]:
-        """Return the factors of a layer's attention weights towards the prompt. None: the layer has no noise."""
+    def noise_of(self, layer: int) -> Optional[VisualNoise]:
+        """Return the noise on a layer's scores of the prompt. None: the layer has none."""
         if self.noise is None:
             return None
-        if layer not in self._gains:
+        if layer not in self._layer_noise:
             values = self.noise.of_layer(layer)
-            self._gains[layer] = None if values is None else self.noise.gains(self.by_prompt(values))
-        return self._gains[layer]
+            self._layer_noise[layer] = None if values is None else self.noise.on_keys(self.by_prompt(values))
+        return self._layer_noise[layer]
 
     def by_prompt(self, rows: Tensor) -> Tensor:
         """Arrange values of rows by prompt: [N, ...] to [B, width, ...]. Places without a row are zero."""

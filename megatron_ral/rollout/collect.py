@@ -97,6 +97,7 @@ class RolloutSettings:
             frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or range(shape.num_layers)),
             noise.grid,
             noise.shared,
+            noise.scale == "lead",
             frozenset() if self.views is not None else frozenset(shape.layer_indices(self.recorded_layers)),
         )
 

@@ -1,7 +1,8 @@
 """Exploration while sampling: decoding under noise equals a slow pass under the same noise, in every layout.
 
 The slow pass reads one prompt and one response at a time, in float64 where attention is formed: the noise is drawn
-per visual token, added to the scores, and the mass on the picture is put back head by head and row by row.
+per visual token, multiplied by the lead of the head and row, added to the scores, and the mass on the picture is put
+back head by head and row by row.
 """
 
 import zlib
@@ -32,7 +33,7 @@ from tests.distributed.test_generation import read
 
 G, R, LAYERS, SIGMA, IDENTITY = 3, 10, 4, 2.5, (5, 7)
 EVERYWHERE = frozenset(range(LAYERS))
-EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, recorded_layers=EVERYWHERE)
+EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, by_lead=True, recorded_layers=EVERYWHERE)
 
 
 def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings:
@@ -60,7 +61,8 @@ class SlowNoise:
         noise = self.noise.get(attention.layer)
         if noise is not None and len(self.visual):
             picture = weights[:, self.length :, self.visual]  # the prompt but for its last token has no noise
-            moved = picture * noise.exp()
+            own = scores[:, self.length :, self.visual]
+            moved = picture * (noise * (own.amax(-1, keepdim=True) - own.mean(-1, keepdim=True))).exp()
             moved = moved * picture.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True)
             weights[:, self.length :, self.visual] = moved
         self.rows[attention.layer] = weights[:, self.length :].mean(0)

@@ -6,7 +6,7 @@ import torch
 from megatron_ral.attention.exploration import (
     AttentionNoise,
     ExplorationSettings,
-    VisualGains,
+    VisualNoise,
     move_inside_picture,
     visual_cells,
 )
@@ -90,35 +90,51 @@ def test_scale_of_the_noise():
     assert noise.values_NLC.std() == pytest.approx(3.0, rel=0.05)
 
 
-def test_moved_weights_equal_a_float64_loop_and_keep_the_mass():
+@pytest.mark.parametrize("by_lead", [False, True])
+def test_moved_weights_equal_a_float64_loop_and_keep_the_mass(by_lead):
     generator = torch.Generator().manual_seed(0)
     B, K, W, M, P = 2, 2, 3, 2, 7
     scores = torch.randn(B, K, W, M, P, generator=generator, dtype=torch.float64) * 3
-    noise = torch.randn(B, W, P, generator=generator, dtype=torch.float64) * 6
+    scores = scores - scores.amax(-1, keepdim=True)
+    noise = torch.randn(B, W, P, generator=generator, dtype=torch.float64) * (1 if by_lead else 6)
     visual = torch.rand(B, P, generator=generator) < 0.6
-    gain = torch.where(visual[:, None], (noise - noise.amax(-1, keepdim=True)).exp(), 1.0)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    moved = move_inside_picture(weights.float().clone(), VisualGains(gain.float(), visual.float()))
+    moved = move_inside_picture(scores.float(), VisualNoise((noise * visual[:, None]).float(), visual, by_lead))
     for b in range(B):
         seen = visual[b]
         for index in torch.cartesian_prod(torch.arange(K), torch.arange(W), torch.arange(M)).tolist():
             k, w, m = index
-            plain, ours = weights[b, k, w, m], moved[b, k, w, m].double()
-            shifted = scores[b, k, w, m] + torch.where(seen, noise[b, w], 0.0)
-            shift = torch.logsumexp(shifted[seen], 0) - torch.logsumexp(scores[b, k, w, m][seen], 0)
+            plain, ours = scores[b, k, w, m].exp(), moved[b, k, w, m].double()
+            own = scores[b, k, w, m][seen]
+            lead = own.max() - own.mean() if by_lead else 1.0
+            shifted = scores[b, k, w, m] + torch.where(seen, noise[b, w] * lead, 0.0)
+            shift = torch.logsumexp(shifted[seen], 0) - torch.logsumexp(own, 0)
             wanted = torch.where(seen, shifted - shift, scores[b, k, w, m]).softmax(0) * plain.sum()
             assert (ours - wanted).abs().max() < 1e-6
-            assert (ours[~seen] == plain[~seen].float()).all()
+            assert (ours[~seen] - plain[~seen]).abs().max() < 1e-6
             assert ours[seen].sum() == pytest.approx(float(plain[seen].sum()), rel=1e-5)
 
 
+def test_a_very_sure_gaze_is_moved_without_loss_of_mass():
+    """The favoured key leads by 200, beyond what exp can show in float32."""
+    scores = torch.tensor([0.0, -1.0, -201.0, -201.0, -float("inf")]).view(1, 1, 1, 1, 5)
+    visual = torch.tensor([[False, True, True, True, False]])
+    noise = torch.tensor([0.0, -1.0, 2.0, -1.0, 0.0]).view(1, 1, 5)
+    moved = move_inside_picture(scores, VisualNoise(noise, visual, True)).flatten()
+    assert moved[0] == 1 and moved[4] == 0
+    assert moved[1:4].sum() == pytest.approx(scores[..., 1].exp().item(), rel=1e-5)
+    assert moved[2] == pytest.approx(scores[..., 1].exp().item(), rel=1e-5), "lead 133: 2 x 133 - 200 beats -133"
+
+
 def test_prompt_without_a_picture_and_picture_without_mass_stay():
-    weights = torch.rand(1, 1, 2, 1, 5)
-    blind = VisualGains(torch.ones(1, 2, 5), torch.zeros(1, 5))
-    assert torch.equal(move_inside_picture(weights.clone(), blind), weights)
-    weights[..., :2] = 0.0
-    gains = VisualGains(torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0]).expand(1, 2, 5), torch.tensor([[1.0, 1, 0, 0, 0]]))
-    assert torch.equal(move_inside_picture(weights.clone(), gains), weights)
+    scores = -torch.rand(1, 1, 2, 1, 5)
+    for by_lead in (False, True):
+        blind = VisualNoise(torch.zeros(1, 2, 5), torch.zeros(1, 5, dtype=torch.bool), by_lead)
+        assert torch.equal(move_inside_picture(scores.clone(), blind), scores.exp())
+        dark = scores.clone()
+        dark[..., :2] = -1000.0
+        picture = torch.tensor([[True, True, False, False, False]])
+        noise = VisualNoise(torch.tensor([2.0, -2.0, 0, 0, 0]).expand(1, 2, 5), picture, by_lead)
+        assert torch.equal(move_inside_picture(dark.clone(), noise), dark.exp())
 
 
 def test_weights_of_contrast_are_success_against_failure():
