@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ral.demo import runs
-from tools import distill_study, explore_tiny, study, study_explored
+from tools import distill_study, study, study_explored
 
 
 def finished(run: Path, **curves) -> None:
@@ -183,16 +183,3 @@ def test_settings_of_every_arm_are_a_configuration(arm):
             word in arm for word in ("noise", "explored", "contrast")
         ) or "quiet" in arm
         assert config.attention_acts == (not arm.startswith(("grpo", "noise")))
-
-
-def test_table_of_the_tiny_comparison(tmp_path):
-    for name, last in (("grpo", 0.2), ("contrast", 0.7)):
-        finished(
-            tmp_path / name, **{"accuracy": [(0, 0.01), (10, last)], "target_deciding/layer_0": [(0, 0.1), (10, last)]}
-        )
-    lines = explore_tiny.table(tmp_path, ["grpo", "contrast"], 0).splitlines()
-    assert lines[1] == "accuracy on held-out pictures" and lines[2].split() == ["after", "rollouts", "0", "10"]
-    assert lines[3].split() == ["GRPO", "0.010", "0.200"] and lines[4].split()[-2:] == ["0.010", "0.700"]
-    assert lines[6] == "attention on the asked cell (layer 0)" and lines[9].split()[-2:] == ["0.100", "0.700"]
-    explore_tiny.plot(tmp_path, ["grpo", "contrast"], 0, tmp_path / "accuracy.png")
-    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
