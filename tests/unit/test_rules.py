@@ -70,6 +70,16 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "must name each layer only once",
     ),
     (
+        ["rollout={views: {keep: 0.3}, attention_noise: {sigma: 2.0}}"],
+        "rollout.views.keep",
+        "= 0.3 is not possible with rollout.attention_noise.sigma = 2.0",
+    ),
+    (
+        ["rollout.views={keep: 0.3}", "loss.attention_target=explored"],
+        "loss.attention_keys",
+        "= all is not possible with rollout.views.keep = 0.3",
+    ),
+    (
         [
             TEACHER,
             "distill.teacher_rollouts=0.5",
@@ -96,6 +106,11 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         ["rollout.attention_noise={grid: 4}"],
         "rollout.attention_noise.grid",
         "= 4 has no effect with rollout.attention_noise.sigma = 0.0",
+    ),
+    (
+        ["rollout.views={grid: 4}"],
+        "rollout.views.grid",
+        "= 4 has no effect with rollout.views.keep = 1.0",
     ),
     (["loss.attention_coef=0"], "loss.attention_coef", "this run is GRPO"),
     (["rollout.num_minibatches=1"], "loss.attention_target", "exactly zero"),
