@@ -15,9 +15,9 @@ hundred steps, and does not from answers alone. Five splits are written, each as
     rl        n x n, digit questions, true answers                   train scans   (correct the gaze)
     heldout   n x n, digit questions, true answers                   held-out scans
 
-With --digits N a cell shows a number of N digits, at its top. With --bias-by colour the neighbour is the cell of the next colour,
-wherever it is: a gaze that is confidently wrong, because it follows from the question. With --distinct no number stands
-twice in a picture, so that a wrong cell is never right.
+With --digits N a cell shows a number of N digits, at its top. With --bias-by colour the neighbour is the cell of the
+next colour, wherever it is: a gaze that is confidently wrong, because it follows from the question. With --distinct
+no number stands twice in a picture, so that a wrong cell is never right.
 
 `target_boxes` always mark the asked cell, also where the answer is the neighbour's. No scan is in both train and
 held-out. Equal arguments write equal bytes.
