@@ -42,16 +42,6 @@ def answer_prompts(model: Path, arguments: argparse.Namespace) -> list[PageSampl
     return make_samples(report)[0]
 
 
-def by_prompt(models: Sequence[Path], arguments: argparse.Namespace) -> list[tuple[PageSample, ...]]:
-    """Return the samples of each prompt by every model, of the prompts that all of them answer."""
-    quiet_third_parties()
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
-    answered = [answer_prompts(model, arguments) for model in models]
-    return [group for group in zip(*answered, strict=True) if min(sample.deciding_token for sample in group) >= 0]
-
-
 def picture_shares(sample: PageSample, layer: int) -> np.ndarray:
     """Return [visual tokens] shares, sum 1, of the deciding row's attention to the picture."""
     row = sample.masses[layer][sample.deciding_token]
@@ -64,18 +54,10 @@ def given_answer(sample: PageSample) -> str:
     return found[1] if found else "?"
 
 
-def draw(groups: Sequence[tuple[PageSample, ...]], layer: int, row_names: Sequence[str], output: Path) -> None:
-    """Write one column per prompt: the picture, then the attention of each model, with the asked cell framed.
-
-    Args:
-        groups: Samples of one prompt by each model.
-        layer: 0-based layer whose attention is drawn.
-        row_names: Names of the rows of maps: `picture`, then one per model.
-        output: PNG file to write.
-    """
-    height = 2.65 * len(row_names) + 1.05
-    figure, axes = plt.subplots(len(row_names), len(groups), figsize=(2.35 * len(groups) + 0.7, height), squeeze=False)
-    for column, pair in zip(axes.T, groups, strict=True):
+def draw(pairs: Sequence[tuple[PageSample, PageSample]], layer: int, row_names: Sequence[str], output: Path) -> None:
+    """Write one column per prompt: picture, attention before, attention after, with the asked cell framed."""
+    figure, axes = plt.subplots(3, len(pairs), figsize=(2.35 * len(pairs) + 0.7, 9), squeeze=False)
+    for column, pair in zip(axes.T, pairs, strict=True):
         panel = pair[0].panels[0]
         extent, grey = (0, panel.image.width, panel.image.height, 0), panel.image.convert("L")
         for axis, sample in zip(column, (None, *pair), strict=True):
@@ -89,32 +71,32 @@ def draw(groups: Sequence[tuple[PageSample, ...]], layer: int, row_names: Sequen
             cells = panel.tokens(picture_shares(sample, layer))
             axis.imshow(grey, extent=extent, cmap="gray")
             heat = axis.imshow(cells, extent=extent, cmap="inferno", vmin=0, vmax=1, alpha=0.75)
-            size = 12 if cells.shape[0] < 3 else 8
             for (y, x), share in np.ndenumerate(cells):
                 place = ((x + 0.5) * extent[1] / cells.shape[1], (y + 0.9) * extent[2] / cells.shape[0])
                 colour = "black" if share > 0.7 else "white"
-                axis.text(*place, f"{share:.0%}", color=colour, ha="center", fontsize=size, fontweight="bold")
+                axis.text(*place, f"{share:.0%}", color=colour, ha="center", fontsize=12, fontweight="bold")
             right = given_answer(sample) == sample.reference
             verdict = f"answers {given_answer(sample)}: {'right' if right else 'wrong'}"
             axis.set_xlabel(verdict, fontsize=12, color="tab:green" if right else "tab:red")
     for axis, name in zip(axes[:, 0], row_names, strict=True):
         axis.set_ylabel(name, fontsize=10.5)
     figure.suptitle(f"Where layer {layer} looks at the token that predicts the digit (asked cell framed)", fontsize=13)
-    figure.tight_layout(rect=(0, 0.54 / height, 1, 0.995))
-    bar = figure.colorbar(
-        heat, cax=figure.add_axes((0.25, 0.47 / height, 0.5, 0.11 / height)), orientation="horizontal"
-    )
+    figure.tight_layout(rect=(0, 0.06, 1, 0.995))
+    bar = figure.colorbar(heat, cax=figure.add_axes((0.25, 0.052, 0.5, 0.012)), orientation="horizontal")
     bar.set_label("share of this token's attention to the picture", fontsize=9, labelpad=1)
-    chance = 1 / cells.size
-    bar.set_ticks([0, chance, 0.5, 0.75, 1], labels=["0", f"{chance:.0%} (chance)", "50%", "75%", "100%"], fontsize=8)
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25% (chance)", "50%", "75%", "100%"], fontsize=8)
     figure.savefig(output, dpi=90)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture and print the mean share on the asked cell before and after."""
     arguments = read_arguments(argv)
-    pairs = by_prompt([arguments.output_dir / name / "hf" for name in ("sft", "rl")], arguments)
+    quiet_third_parties()
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
+    both = [answer_prompts(arguments.output_dir / name / "hf", arguments) for name in ("sft", "rl")]
+    pairs = [pair for pair in zip(*both, strict=True) if min(sample.deciding_token for sample in pair) >= 0]
     names = ["picture"]
     for name, samples in zip(("before RL", "after RL"), zip(*pairs, strict=True), strict=True):
         share = np.mean([picture_shares(sample, arguments.layer)[sample.target].sum() for sample in samples])

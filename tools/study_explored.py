@@ -169,7 +169,7 @@ def base_of(seed: int) -> int:
 
 
 def settings_of(task: str, arm: str) -> tuple[str, ...]:
-    """Return the settings of an arm, later ones before earlier ones of the same key."""
+    """Return the settings of an arm. Of two for one key the later one holds."""
     noisy = any("attention_noise" in setting for setting in ARMS[arm].settings)
     everything = (*BASE, *ARMS[arm].settings, *(TASKS[task].settings if noisy else ()))
     by_key = {setting.split("=")[0]: setting for setting in everything}
@@ -214,9 +214,13 @@ class Study:
         target = self.root / task / f"seed_{seed}" / "start"
         seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, {"biased": TASKS[task].biased})
         if self.results.find(task, seed, "start") is None:
-            curves = {name: curve(target, tag) for name, tag in CURVES.items()}
-            self.results.add({"task": task, "seed": seed, "arm": "start", "seconds": seconds, "curves": curves})
+            self.record(task, seed, "start", target, seconds)
         return target / "hf"
+
+    def record(self, task: str, seed: int, arm: str, target: Path, seconds: float, **more: object) -> None:
+        """Add the line of a finished run."""
+        curves = {name: curve(target, tag) for name, tag in CURVES.items()}
+        self.results.add({"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": curves})
 
     def supervise(self, task: str, model: Path, target: Path, seed: int, stages: dict[str, int]) -> float:
         """Train on some splits one after the other, and return the processor seconds."""
@@ -241,9 +245,7 @@ class Study:
         )
 
     def arm(self, task: str, seed: int, name: str) -> None:
-        """Train one arm, unless its line is there."""
-        if self.results.find(task, seed, name) is not None:
-            return
+        """Train one arm."""
         target, settings = self.root / task / f"seed_{seed}" / name, settings_of(task, name)
         seconds = train_once(
             "ral_tiny",
@@ -260,9 +262,7 @@ class Study:
                 *settings,
             ],
         )
-        curves = {key: curve(target, tag) for key, tag in CURVES.items()}
-        line = {"task": task, "seed": seed, "arm": name, "settings": settings, "seconds": seconds, "curves": curves}
-        self.results.add({**line, "settings": list(settings)})
+        self.record(task, seed, name, target, seconds, settings=list(settings))
 
 
 def missing(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequence[str]) -> Iterator[tuple]:

@@ -96,9 +96,11 @@ class RolloutSettings:
             noise.sigma * schedule_factor(step, self.num_steps, 0, noise.decay),
             frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or range(shape.num_layers)),
             noise.grid,
-            noise.shared,
-            noise.scale == "lead",
-            frozenset() if self.views is not None else frozenset(shape.layer_indices(self.recorded_layers)),
+            is_shared=noise.shared,
+            by_lead=noise.scale == "lead",
+            recorded_layers=frozenset()
+            if self.views is not None
+            else frozenset(shape.layer_indices(self.recorded_layers)),
         )
 
 

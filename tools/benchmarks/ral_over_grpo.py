@@ -30,8 +30,8 @@ includes generation and rewards, which are the same on both sides. Its vision to
 cheap.
 
 Ratios use processor seconds of all threads, because the machine may do other work; they are medians of --rounds. Wall
-seconds are printed beside them. A rollout with noise has it in all layers and records the rows of one. The last lines,
-for 28 layers:
+seconds are printed beside them. A rollout with noise has it in all layers and records the rows of two at most. The last
+lines, for 28 layers:
     ratio ral_over_grpo_bare               ral over bare grpo
     ratio ral_over_grpo_with_rollout       ral over grpo, rollout included
     ratio ral_over_grpo_all_layers_bare    ral all layers over bare grpo
@@ -105,18 +105,16 @@ class Depth:
         self.rollouts, self.old = {}, {}
 
     def sample(self) -> None:
-        """Sample rollouts without noise and with it. All steps of a side use its first one."""
+        """Sample rollouts without noise and with it. All steps use the first ones."""
         from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
         from megatron_ral.rollout.native_sampler import NativeSampler
 
-        for name, side in (("rollout", "grpo"), ("noisy rollout", "contrast"), ("", "contrast two")):
-            if side not in self.configs or (not name and side in self.rollouts):
-                continue
-            with self.clock.measure(f"{self.num_layers} {name or 'unreported rollout'}"):
+        for name, side in (("rollout", "grpo"), ("noisy rollout", self.sides[-1])):  # the last records most layers
+            with self.clock.measure(f"{self.num_layers} {name}"):
                 settings = RolloutSettings.from_config(self.configs[side])
                 sampler = NativeSampler(self.policy)
                 rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
-            self.rollouts.setdefault(side, with_advantages(rollout))
+            self.rollouts.setdefault(name, with_advantages(rollout))
 
     def step(self, side: str) -> None:
         """Run the part of `rl_step` after the rollout, for a later minibatch, because the first needs no old pass."""
@@ -126,7 +124,7 @@ class Depth:
 
         config, objective, policy = self.configs[side], self.objectives[side], self.policy
         term = objective.term("attention") or self.objectives["grpo"].term("attention")
-        rollout = self.rollouts.get(side, self.rollouts["grpo"])
+        rollout = self.rollouts["noisy rollout" if side.startswith("contrast") else "rollout"]
         batches = [scored.groups for scored in rollout]
         recorded = sorted(objective.recorded_layers) if term.target_pass is TargetPass.ROLLOUT_POLICY else []
         with self.clock.measure(f"{self.num_layers} {side}"):
