@@ -202,6 +202,26 @@ class Score:
     problems: tuple[tuple[tuple[str, ...], ...], ...] = ()
     """Failures in scoring [B][G], each as `kind: detail`."""
 
+    def select(self, rows: Sequence[int]) -> "Score":
+        """Return the score of some groups, in the given order."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return Score(
+            self.rewards[index],
+            {name: values[index] for name, values in self.components.items()},
+            tuple(self.texts[row] for row in rows),
+            tuple(self.problems[row] for row in rows) if self.problems else (),
+        )
+
+    @staticmethod
+    def join(scores: Sequence["Score"]) -> "Score":
+        """Return the score of the groups of several scores, one after the other."""
+        return Score(
+            torch.cat([score.rewards for score in scores]),
+            {name: torch.cat([score.components[name] for score in scores]) for name in scores[0].components},
+            tuple(group for score in scores for group in score.texts),
+            tuple(group for score in scores for group in score.problems),
+        )
+
 
 @dataclass(frozen=True)
 class GroupBatch:

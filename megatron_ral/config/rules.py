@@ -120,6 +120,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ERROR,
+        "rollout.refill_rounds",
+        lambda c: c.distills and c.rollout.refill_rounds > 0,
+        "is not possible with a teacher: it would replace the groups that failed throughout, which have most to learn "
+        "from one; set it to 0",
+    ),
+    Rule(
+        ERROR,
         "distill.attention_layers",
         lambda c: _has_repeats(c.distill.attention_layers),
         "must name each layer only once",

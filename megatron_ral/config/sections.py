@@ -148,6 +148,10 @@ class RolloutConfig:
     """Number of prompts per rollout over all data-parallel ranks."""
     group_size: Annotated[int, Ge(2)] = 8
     """Number of responses per prompt (G)."""
+    refill_rounds: NonNegativeInt = 0
+    """Maximum number of further rounds of sampling in a rollout, in each of which every prompt whose responses have
+    equal rewards is replaced by a new one (dynamic sampling of DAPO, arXiv 2503.14476); 0 for none. A rollout may then
+    read up to 1 + refill_rounds times `num_prompts` prompts."""
     num_minibatches: PositiveInt = 4
     """Number of optimizer updates per pass over a rollout. With one update per rollout, RAL with target `old` is
     exactly GRPO."""

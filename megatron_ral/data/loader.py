@@ -165,9 +165,16 @@ class PromptLoader:
         return Counter(fault.reason for fault in self._faults.values())
 
     def take(self, count: int) -> list[Prompt]:
-        """Return this rank's share of the next `count` usable prompts.
+        """Return this rank's share of the next `count` usable prompts (see `fill`)."""
+        mine = self.fill(range(count))
+        self._prefetch(count)
+        return [mine[slot] for slot in sorted(mine)]
 
-        Every rank of the exchange has to call it with the same count.
+    def fill(self, slots: Sequence[int]) -> dict[int, Prompt]:
+        """Return the next usable prompts for this rank's slots of a batch. Slot i belongs to rank i % dp_size.
+
+        Args:
+            slots: Ascending slots of all ranks. Every rank of the exchange has to pass the same.
 
         Raises:
             DataError: the sources are used up, a whole epoch held no usable sample, a shard can no longer be read, or
@@ -175,7 +182,7 @@ class PromptLoader:
         """
         self._agree()
         mine: dict[int, Prompt] = {}
-        pending, fruitless_epochs = list(range(count)), 0
+        pending, fruitless_epochs = list(slots), 0
         while pending:
             places, self.position, ended = self._draw(self.position, len(pending))
             fruitless_epochs += ended
@@ -202,8 +209,7 @@ class PromptLoader:
                 fruitless_epochs = 0
             self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))
             pending = sorted(failed) + pending[len(drawn) :]
-        self._prefetch(count)
-        return [mine[slot] for slot in sorted(mine)]
+        return mine
 
     def _agree(self) -> None:
         """Raise DataError on all ranks if they found different samples or orders; compared once."""

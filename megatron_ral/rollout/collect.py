@@ -21,6 +21,7 @@ from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.refill import DrawPrompts, ScoredGroups, refill
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.rollout.scoring import answer_tokens, score_responses
 from megatron_ral.rollout.views import sample_views
@@ -40,6 +41,8 @@ class RolloutSettings:
     """Largest number of prompts that are generated together."""
     num_minibatches: int
     """Number of optimizer updates per pass over the rollout."""
+    refill_rounds: int
+    """Maximum number of rounds in which groups without signal are replaced."""
     reward: RewardConfig
     advantage_scale: str
     """Scale of `group_advantages`."""
@@ -68,6 +71,7 @@ class RolloutSettings:
             top_p=rollout.top_p,
             generation_batch_size=rollout.generation_batch_size,
             num_minibatches=rollout.num_minibatches,
+            refill_rounds=rollout.refill_rounds,
             reward=config.reward,
             advantage_scale=config.loss.advantage_scale,
             target=load_target(config.loss.attention_target),
@@ -125,6 +129,16 @@ class RolloutBatch:
     """Recorded layer -> attention rows that decoding saw, see ResponseBatch.attention."""
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """Result of the sampling before a step."""
+
+    batches: list[RolloutBatch]
+    """Micro-batches to train on."""
+    scores: list[Score]
+    """Scores of all groups that were sampled, also of those that were replaced."""
+
+
 def collect_rollout(
     engine: StageEngine,
     sampler: Sampler,
@@ -134,7 +148,8 @@ def collect_rollout(
     step: int,
     micro_batch_size: int,
     teacher: Optional[TeacherEngine] = None,
-) -> list[RolloutBatch]:
+    draw: Optional[DrawPrompts] = None,
+) -> Rollout:
     """Sample and score this rank's prompts, and cut them into micro-batches of similar lengths (`longest_first`).
 
     Args:
@@ -146,67 +161,86 @@ def collect_rollout(
         step: Rollout number, part of every random stream.
         micro_batch_size: Prompt groups per micro-batch. It divides the prompts of one optimizer step.
         teacher: Model that answers the share `teacher_rollouts` of the prompts.
+        draw: Source of the prompts that replace groups without signal. None: no group is replaced.
     """
-    share = settings.teacher_rollouts
+
+    def answer(prompts: Sequence[Prompt]) -> ScoredGroups:
+        return _answer(engine, sampler, prompts, processor, settings, step, teacher)
+
+    with engine.resident():
+        groups = answer(prompts)
+        scores = [groups.score]
+        if draw is not None:
+            groups, replaced = refill(groups, answer, draw, settings.refill_rounds, engine.process_groups)
+            scores += replaced
+    order = longest_first(
+        [
+            len(prompt.input_ids) + row.response_lengths.numel() * int(row.response_lengths.max())
+            for prompt, row in zip(groups.prompts, groups.responses)
+        ],
+        len(groups.prompts) // settings.num_minibatches,
+    )
+    batches = [
+        _micro_batch(groups.select(order[start : start + micro_batch_size]), processor, settings, step)
+        for start in range(0, len(order), micro_batch_size)
+    ]
+    return Rollout(batches, scores)
+
+
+def _micro_batch(
+    groups: ScoredGroups, processor: PromptProcessor, settings: RolloutSettings, step: int
+) -> RolloutBatch:
+    """Return some groups as one micro-batch, with the advantages of both terms."""
+    pad_token_id, score, embeds = processor.pad_token_id, groups.score, groups.visual_embeds
+    responses = PromptResponses.join(pad_prompts(groups.prompts, pad_token_id), groups.responses, pad_token_id)
+    batch = GroupBatch(
+        responses.prompts,
+        responses.response_ids,
+        responses.response_lengths,
+        None if embeds[0] is None else cast(tuple[Tensor, ...], tuple(embeds)),
+        answer_tokens(responses, score.texts, processor),
+    )
+    advantages = group_advantages(score.rewards, scale=settings.advantage_scale)
+    attention_advantages = settings.target.response_weights(advantages, score.rewards, score.components["accuracy"])
+    if settings.shuffles_attention_advantages:
+        shuffle = shuffled_order(batch.prompts.identities, advantages.shape[1], settings.seed, step)
+        attention_advantages = attention_advantages.gather(1, shuffle)
+    return RolloutBatch(
+        batch,
+        score,
+        advantages,
+        attention_advantages,
+        responses.rollout_logprobs,
+        responses.finished,
+        torch.tensor(groups.from_teacher),
+        responses.attention,
+    )
+
+
+def _answer(
+    engine: StageEngine,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    settings: RolloutSettings,
+    step: int,
+    teacher: Optional[TeacherEngine],
+) -> ScoredGroups:
+    """Sample and score groups of responses. Every rank of the job has to call it together, with one prompt or more."""
+    share, pad_token_id = settings.teacher_rollouts, processor.pad_token_id
     asked = [
         share > 0 and float(uniform_stream(1, "teacher", settings.seed, step, prompt.sample.identity)) < share
         for prompt in prompts
     ]
-    rows, embeds = _answers(engine, sampler, prompts, asked, processor, settings, step, teacher)
-    order = longest_first(
-        [
-            len(prompt.input_ids) + row.response_lengths.numel() * int(row.response_lengths.max())
-            for prompt, row in zip(prompts, rows)
-        ],
-        len(prompts) // settings.num_minibatches,
-    )
-    prompts, rows = [prompts[index] for index in order], [rows[index] for index in order]
-    embeds, asked = [embeds[index] for index in order], [asked[index] for index in order]
-    pad_token_id = processor.pad_token_id
+    rows, embeds = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher)
     texts_only = [replace(row, attention={}) for row in rows]
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
-    score = score_responses(everything, processor, settings.reward, engine)
-    batches = []
-    for start in range(0, len(prompts), micro_batch_size):
-        part = slice(start, start + micro_batch_size)
-        own = embeds[part]
-        responses = PromptResponses.join(pad_prompts(prompts[part], pad_token_id), rows[part], pad_token_id)
-        groups = GroupBatch(
-            responses.prompts,
-            responses.response_ids,
-            responses.response_lengths,
-            None if own[0] is None else cast(tuple[Tensor, ...], tuple(own)),
-            answer_tokens(responses, score.texts[part], processor),
-        )
-        scored = Score(
-            score.rewards[part],
-            {name: values[part] for name, values in score.components.items()},
-            score.texts[part],
-            score.problems[part],
-        )
-        advantages = group_advantages(scored.rewards, scale=settings.advantage_scale)
-        attention_advantages = settings.target.response_weights(
-            advantages, scored.rewards, scored.components["accuracy"]
-        )
-        if settings.shuffles_attention_advantages:
-            shuffle = shuffled_order(groups.prompts.identities, advantages.shape[1], settings.seed, step)
-            attention_advantages = attention_advantages.gather(1, shuffle)
-        batches.append(
-            RolloutBatch(
-                groups,
-                scored,
-                advantages,
-                attention_advantages,
-                responses.rollout_logprobs,
-                responses.finished,
-                torch.tensor(asked[part]),
-                responses.attention,
-            )
-        )
-    return batches
+    return ScoredGroups(
+        list(prompts), rows, embeds, asked, score_responses(everything, processor, settings.reward, engine)
+    )
 
 
-def _answers(
+def _responses(
     engine: StageEngine,
     sampler: Sampler,
     prompts: Sequence[Prompt],

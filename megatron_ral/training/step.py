@@ -27,6 +27,7 @@ from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.rollout.assemble import Passes, assemble_minibatches, global_totals, num_on_policy_updates
 from megatron_ral.rollout.collect import RolloutBatch, RolloutSettings, collect_rollout
 from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.refill import DrawPrompts
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.runtime.progress import progress
 from megatron_ral.training.gradients import accumulate_gradients
@@ -161,6 +162,7 @@ def rl_step(
     settings: StepSettings,
     step: int,
     measure_gradient_ratio: bool,
+    draw: Optional[DrawPrompts] = None,
 ) -> StepReport:
     """Collect one rollout and make its optimizer steps.
 
@@ -173,14 +175,16 @@ def rl_step(
         settings: Settings of the step.
         step: 0-based rollout number, part of the random streams.
         measure_gradient_ratio: Whether to measure |grad attention| / |grad tokens| on the last optimizer step.
+        draw: Source of the prompts that replace groups without signal. None: no group is replaced.
     """
     report, policy = StepReport(), engines.policy
     micro_batch_size = min(settings.micro_batch_size, len(prompts) // settings.num_minibatches)
 
     with report.timed("rollout"):
-        report.rollout = collect_rollout(
-            policy, engines.sampler, prompts, processor, rollout_settings, step, micro_batch_size, engines.teacher
+        rollout = collect_rollout(
+            policy, engines.sampler, prompts, processor, rollout_settings, step, micro_batch_size, engines.teacher, draw
         )
+        report.rollout = rollout.batches
     old, reference, target = _passes(engines, [batch.groups for batch in report.rollout], objective, settings, report)
     minibatches = assemble_minibatches(
         report.rollout,
@@ -193,6 +197,8 @@ def rl_step(
         process_groups=policy.process_groups,
     )
     report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
+    if draw is not None:
+        report.metrics.update(refill_metrics(rollout.scores, policy))
 
     updates: list[dict[str, float]] = []
     num_updates = settings.num_epochs * len(minibatches)
@@ -321,3 +327,19 @@ def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, disti
     if not distills:
         del total["distill/teacher_rollouts"]
     return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}
+
+
+def refill_metrics(scores: Sequence[Score], policy: PolicyEngine) -> dict[str, float]:
+    """Return figures of everything that a rollout sampled, the same on every rank. Those of `rollout_metrics` are of
+    the groups that are trained on."""
+    sums = {"num_prompts": 0.0, "frac_reward_zero_std": 0.0, "reward": 0.0}
+    if policy.layout.is_last_stage:
+        for score in scores:
+            sums["num_prompts"] += len(score.rewards)
+            sums["frac_reward_zero_std"] += float((~has_signal(score.rewards)).sum())
+            sums["reward"] += float(score.rewards.mean(dim=1).sum())
+    total = sum_metrics(sums, policy.process_groups)
+    num_prompts = total.pop("num_prompts")
+    return {"refill/num_prompts": num_prompts} | {
+        f"refill/{name}": value / num_prompts for name, value in total.items()
+    }

@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ from megatron_ral.training.logging.loggers import Loggers
 from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
 from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
+from megatron_ral.types import Prompt
 from megatron_ral.weights.stage_weights import export_stage
 
 logger = logging.getLogger(__name__)
@@ -237,8 +238,16 @@ class Trainer:
             self.step_settings,
             step,
             measure,
+            self._draw if config.rollout.refill_rounds else None,
         )
         return replace(report, seconds={"data": waited, **report.seconds})
+
+    def _draw(self, slots: Sequence[int]) -> Mapping[int, Prompt]:
+        """Read the prompts that replace groups without signal."""
+        with progress.within("data"):
+            prompts = self.loader.fill(slots)
+            progress.tick([prompt.sample.identity for prompt in prompts.values()])
+        return prompts
 
     def _log_step(self, log: Loggers, report: StepReport, step: int, bar: tqdm) -> None:
         seconds = sum(report.seconds.values())

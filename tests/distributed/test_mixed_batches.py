@@ -93,7 +93,7 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     start = process_groups.layout.data_rank * share
     prompts = [processor(sample) for sample in samples()[start : start + share]]
     settings = RolloutSettings.from_config(config)
-    rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2)
+    rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2).batches
     widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]
     assert len(set(widths)) > 1, widths  # micro-batches of different shapes in one pass, also between stages
     old = policy.forward([scored.groups for scored in rollout], [3])

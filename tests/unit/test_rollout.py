@@ -160,7 +160,10 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
     engine, processor = ENGINE, PROCESSOR
     sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
     settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
-    return collect.collect_rollout(engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size)
+    rollout = collect.collect_rollout(
+        engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size
+    )
+    return rollout.batches
 
 
 @pytest.mark.parametrize("scale, wanted", [("none", [[0.5, -0.5], [0, 0]]), ("std", [[0.7071, -0.7071], [0, 0]])])
@@ -324,7 +327,7 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
     engine, processor = ENGINE, PROCESSOR
     batches = collect.collect_rollout(
         engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, 2
-    )
+    ).batches
     keys = [item.sample.key for scored in batches for item in scored.groups.prompts.prompts]
     assert keys == ["prompt 1", "prompt 3", "prompt 0", "prompt 2"]  # P + G * longest = 12, 12, 7, 7
     assert [scored.groups.prompts.input_ids.shape[1] for scored in batches] == [6, 5]

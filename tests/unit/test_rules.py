@@ -40,6 +40,11 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= 3.0 has no effect with loss.policy_loss = cispo",
     ),
     ([TEACHER, "loss.filter_equal_rewards=true"], "loss.filter_equal_rewards", "= true is not possible with a teacher"),
+    (
+        [TEACHER, "rollout.refill_rounds=3"],
+        "rollout.refill_rounds",
+        "= 3 is not possible with a teacher: it would replace",
+    ),
     (["distill.attention_layers=[2, 2]"], "distill.attention_layers", "= [2, 2] must name each layer only once"),
     ([TEACHER, "distill.teacher_rollouts=0.5"], "distill.teacher_rollouts", "loss.policy_coef = 1.0"),
     ([TEACHER, "distill.token_divergence=cross_entropy"], "distill.token_divergence", "teacher_rollouts = 1, not"),

@@ -151,7 +151,7 @@ class Bench:
 
         sampler, settings = NativeSampler(self.policy), RolloutSettings.from_config(self.config)
         with counted(self.policy.stage.visual) as counts:
-            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
+            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1).batches
             found = with_advantages(rollout)
             self.step("whole", found)
         return found, counts

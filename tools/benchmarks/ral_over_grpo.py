@@ -113,7 +113,7 @@ class Depth:
             with self.clock.measure(f"{self.num_layers} {name}"):
                 settings = RolloutSettings.from_config(self.configs[side])
                 sampler = NativeSampler(self.policy)
-                rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1)
+                rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1).batches
             self.rollouts.setdefault(name, with_advantages(rollout))
 
     def step(self, side: str) -> None:
