@@ -35,8 +35,7 @@ DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding")
 RATIO = ("loss.attention_grad_ratio=1.0",)
 WEIGHT = ("loss.attention_coef=10.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
 NOISE = (
-    "rollout.attention_noise.sigma=1.0",
-    "rollout.attention_noise.scale=lead",
+    "rollout.attention_noise.sigma=16.0",
     "rollout.attention_noise.shared=true",
     "rollout.attention_noise.decay=linear",
 )
@@ -78,15 +77,15 @@ ARMS = {
         "annotated cell after success (EASE)", _target("evidence", RATIO, ("loss.attention_row=predictor",))
     ),
 }
-for _name, _of, _changed in (
+for _name, _of, *_changed in (
     ("grpo@lr=6e-4", "grpo", "optimizer.learning_rate=6.0e-4"),
     ("grpo@lr=1.5e-4", "grpo", "optimizer.learning_rate=1.5e-4"),
     ("grpo_warm@lr=6e-4", "grpo_warm", "optimizer.learning_rate=6.0e-4"),
     ("grpo@temperature=2", "grpo", "rollout.temperature=2.0"),
     ("contrast@lr=6e-4", "contrast", "optimizer.learning_rate=6.0e-4"),
     ("contrast@lr=1.5e-4", "contrast", "optimizer.learning_rate=1.5e-4"),
-    ("contrast@sigma=0.5", "contrast", "rollout.attention_noise.sigma=0.5"),
-    ("contrast@sigma=2", "contrast", "rollout.attention_noise.sigma=2.0"),
+    ("contrast@sigma=8", "contrast", "rollout.attention_noise.sigma=8.0"),
+    ("contrast@lead=1", "contrast", "rollout.attention_noise.sigma=1.0", "rollout.attention_noise.scale=lead"),
     ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
     ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
     ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
@@ -95,10 +94,10 @@ for _name, _of, _changed in (
     ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
-    ("noise@sigma=0.5", "noise", "rollout.attention_noise.sigma=0.5"),
+    ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):
-    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, _changed), tuning=True)
+    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, *_changed), tuning=True)
 
 REPORTED = tuple(name for name, arm in ARMS.items() if not arm.tuning)
 
@@ -120,9 +119,9 @@ class Task:
 
 
 TASKS = {
-    "tokens-9": Task("9 visual tokens", 28, 16000, 19200, 11200),
-    "tokens-36": Task("36 visual tokens", 56, 16000, 22400, 11200, ("rollout.attention_noise.grid=3",)),
-    "tokens-144": Task("144 visual tokens", 112, 16000, 22400, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-9": Task("9 visual tokens", 28, 19200, 25600, 11200),
+    "tokens-36": Task("36 visual tokens", 56, 19200, 25600, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-144": Task("144 visual tokens", 112, 19200, 25600, 11200, ("rollout.attention_noise.grid=3",)),
 }
 CURVES = {
     "accuracy": "eval/accuracy",
@@ -201,18 +200,22 @@ class Study:
             call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
             call(beside(model, ".log"), "tools/index_shards.py", f"{self.data(task)}/*.tar", "--model", model)
 
+    def reader(self, task: str) -> Path:
+        """Train the model that reads the number of a single cell, and return its folder."""
+        target = self.root / task / "reader"
+        self.supervise(task, self.data(task).parent / "model", target, 0, "single")
+        return target / "hf"
+
     def base(self, task: str, number: int) -> Path:
-        """Train a model that reads and searches, and return its folder."""
-        model, target = self.root / task / f"base_{number}" / "model", self.root / task / f"base_{number}" / "search"
-        if not (model / "config.json").is_file():
-            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--seed", number)
-        self.supervise(task, model, target, number, {"single": TASKS[task].single, "search": TASKS[task].search})
+        """Train the reader to search, and return its folder."""
+        target = self.root / task / f"base_{number}"
+        self.supervise(task, self.reader(task), target, number, "search")
         return target / "hf"
 
     def start(self, task: str, seed: int) -> Path:
         """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
         target = self.root / task / f"seed_{seed}" / "start"
-        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, {"biased": TASKS[task].biased})
+        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, "biased")
         if self.results.find(task, seed, "start") is None:
             self.record(task, seed, "start", target, seconds)
         return target / "hf"
@@ -222,11 +225,9 @@ class Study:
         curves = {name: curve(target, tag) for name, tag in CURVES.items()}
         self.results.add({"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": curves})
 
-    def supervise(self, task: str, model: Path, target: Path, seed: int, stages: dict[str, int]) -> float:
-        """Train on some splits one after the other, and return the processor seconds."""
-        sources = ", ".join(
-            f"{{shards: '{self.data(task)}/{name}-*.tar', num_samples: {count}}}" for name, count in stages.items()
-        )
+    def supervise(self, task: str, model: Path, target: Path, seed: int, split: str) -> float:
+        """Train on a split of the data, and return the processor seconds."""
+        count = getattr(TASKS[task], split)
         return train_once(
             "sft_tiny",
             model,
@@ -234,8 +235,8 @@ class Study:
             seed,
             [
                 f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
-                f"data.train=[{sources}]",
-                f"train.num_steps={sum(stages.values()) // 32}",
+                f"data.train=[{{shards: '{self.data(task)}/{split}-*.tar', num_samples: {count}}}]",
+                f"train.num_steps={count // 32}",
                 "train.micro_batch_size=32",
                 "optimizer.learning_rate=6.0e-4",
                 "optimizer.decay=constant",
@@ -280,6 +281,8 @@ def run_all(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequ
     for task in sorted({task for task, _, _ in left}):
         study.make_data(task)
     seeds_left = sorted({(task, seed) for task, seed, _ in left})
+    for task in sorted({task for task, _ in seeds_left}):
+        study.reader(task)
     side_by_side("base models", study.base, sorted({(task, base_of(seed)) for task, seed in seeds_left}), jobs)
     side_by_side("starts", study.start, seeds_left, jobs)
     side_by_side("arms", study.arm, left, jobs)

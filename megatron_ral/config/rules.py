@@ -251,8 +251,10 @@ RULES: tuple[Rule, ...] = (
             and c.rollout.attention_noise.sigma == 0
             and not c.rollout.has_views
         ),
-        "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly differ in "
-        "where they look; set it to 6, for instance",
+        lambda c: (
+            "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly differ "
+            f"in where they look; set it to {1 if c.rollout.attention_noise.scale == 'lead' else 6}, for instance"
+        ),
     ),
     *without_effect(
         "loss attention_rows",

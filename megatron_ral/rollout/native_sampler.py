@@ -1,6 +1,6 @@
 """Sampler on the policy's own pipeline stages: one copy of the weights, the same code as training."""
 
-from typing import Iterator, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class NativeSampler:
         self.engine = engine
 
     def sample(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+        self, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
     ) -> Iterator[SampledBatch]:
         with self.engine.resident():
             for responses, visual_embeds in sample_responses(self.engine, prompts, settings, batch_size, *identity):

@@ -1,7 +1,7 @@
 """Protocol of a sampler: prompts in, groups of responses out."""
 
 from dataclasses import dataclass
-from typing import Iterator, Optional, Protocol, Sequence
+from typing import Iterable, Iterator, Optional, Protocol, Sequence
 
 from torch import Tensor
 
@@ -22,12 +22,12 @@ class Sampler(Protocol):
     """Source of responses. Every rank of a model copy makes the same calls and gets the same responses."""
 
     def sample(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+        self, prompts: Iterable[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
     ) -> Iterator[SampledBatch]:
         """Sample `settings.group_size` responses to each prompt.
 
         Args:
-            prompts: Prompts of this rank.
+            prompts: Prompts of this rank, read as they are needed.
             settings: Settings of the draws.
             batch_size: Largest number of prompts in one batch. It bounds memory and never changes the result.
             identity: Key of the random streams. Prompt identity and response number are added.

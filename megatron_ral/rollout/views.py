@@ -89,13 +89,14 @@ def sample_views(
     """
     size, length = sampling.group_size, sampling.max_response_length
     seen = [visible_tokens(prompt, size, views, *identity) for prompt in prompts]
-    singles = [view_of(prompt, own[g], g) for prompt, own in zip(prompts, seen) for g in range(size)]
-    done: list[PromptResponses] = []
+    # A generator, because the pixels of all views together would be `group_size` times those of the rollout.
+    singles = (view_of(prompt, own[g], g) for prompt, own in zip(prompts, seen) for g in range(size))
+    whole, done = iter(zip(prompts, seen)), list[PromptResponses]()
     for batch in sampler.sample(singles, replace(sampling, group_size=1), batch_size, *identity):
         done += PromptResponses.split(batch.responses)
         while len(done) >= size:
-            prompt, own, group, done = prompts[0], seen[0], done[:size], done[size:]
-            prompts, seen = prompts[1:], seen[1:]
+            group, done = done[:size], done[size:]
+            prompt, own = next(whole)
             rows = _rows_of_views(prompt, own, length)
             attention: Mapping[int, Tensor] = dict.fromkeys(recorded_layers, rows)
             yield PromptResponses(

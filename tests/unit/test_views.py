@@ -1,6 +1,7 @@
 """Partial views: what each response sees, and that it is asked the same question about it."""
 
 import dataclasses
+from itertools import islice
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from megatron_ral.config.load import load_config
 from megatron_ral.config.sections import ViewsConfig
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.errors import ConfigError
+from megatron_ral.rollout import views
 from megatron_ral.rollout.sampler import SampledBatch
 from megatron_ral.rollout.views import sample_views, view_of, visible_tokens
 from megatron_ral.types import Prompt, ResponseBatch, Sample, pad_prompts
@@ -94,8 +96,8 @@ class EchoSampler:
 
     def sample(self, prompts, settings, batch_size, *identity):
         assert settings.group_size == 1
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
+        remaining = iter(prompts)
+        while part := list(islice(remaining, batch_size)):
             self.batches.append([prompt.sample.identity for prompt in part])
             ids, lengths = torch.zeros(len(part), 1, 30, dtype=torch.int64), []
             for row, prompt in zip(ids[:, 0], part):
@@ -118,10 +120,15 @@ class EchoSampler:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_groups_come_back_in_order_with_rows_over_what_they_saw(batch_size):
+def test_groups_come_back_in_order_with_rows_over_what_they_saw(batch_size, monkeypatch):
+    made = []
+    monkeypatch.setattr(views, "view_of", lambda *arguments: made.append(1) or view_of(*arguments))
     sampler, prompts = EchoSampler(), [PICTURE, TEXT, prompt_of("another", [[1, 4, 4]])]
     sampling = SamplingSettings(5, 32, 3, 0)
-    groups = list(sample_views(sampler, prompts, sampling, VIEWS, frozenset({2}), batch_size, 0, 1))
+    stream = sample_views(sampler, prompts, sampling, VIEWS, frozenset({2}), batch_size, 0, 1)
+    groups = [next(stream)]
+    assert len(made) == min(15, -(-5 // batch_size) * batch_size), "views are made as they are needed"
+    groups += stream
     assert [len(batch) for batch in sampler.batches[:-1]] == [batch_size] * (len(sampler.batches) - 1)
     for prompt, group in zip(prompts, groups, strict=True):
         seen = visible_tokens(prompt, 5, VIEWS, 0, 1)
