@@ -252,8 +252,8 @@ RULES: tuple[Rule, ...] = (
             and not c.rollout.has_views
         ),
         lambda c: (
-            "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly differ "
-            f"in where they look; set it to {1 if c.rollout.attention_noise.scale == 'lead' else 6}, for instance"
+            "has next to no signal with {rollout.attention_noise.sigma}, because the responses of a group hardly "
+            f"differ in where they look; set it to {1 if c.rollout.attention_noise.scale == 'lead' else 6}, say"
         ),
     ),
     *without_effect(
