@@ -59,7 +59,8 @@ def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
     return (f"loss.attention_target={name}", *DECIDING, *(setting for part in more for setting in part))
 
 
-_ORACLE = (*RATIO, "loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
+# A coefficient, because a ratio to the gradient of the tokens is 0 where no group is mixed.
+_ORACLE = ("loss.attention_coef=0.3", "loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
 ARMS = {
     "grpo": Arm("GRPO", OFF),
     "grpo_warm": Arm("GRPO, temperature 1.5", (*OFF, "rollout.temperature=1.5")),
@@ -89,6 +90,8 @@ for _name, _of, *_changed in (
     ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
     ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
     ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
+    ("oracle@ratio=1", "oracle", "loss.attention_grad_ratio=1.0"),
+    ("oracle@coef=3", "oracle", "loss.attention_coef=3.0"),
     ("contrast@ratio=1", "contrast", "loss.attention_grad_ratio=1.0"),
     ("contrast@coef=4", "contrast", "loss.attention_coef=4.0"),
     ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
