@@ -2,10 +2,11 @@
 
     python tools/study_explored.py --output-dir DIR [--seeds 2 3 4 5] [--tasks tokens-9 ...] [--arms ARM ...] [--jobs 2]
 
-The task is digit search with 3 x 3 cells and two digits in each (100 answers). A base model learns to read and to
-search. Each seed then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the
-number of the next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its
-start and its order of prompts. The tuning seeds have one base model, all other seeds two others in turn.
+The task is digit search with 3 x 3 cells and two digits in each (100 answers). A model learns to read a single cell,
+and then to search; seeds below 6 share this base model, later ones have an own order of its second lesson. Each seed
+then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number of the
+next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and its
+order of prompts.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the
@@ -122,9 +123,9 @@ class Task:
 
 
 TASKS = {
-    "tokens-9": Task("9 visual tokens", 28, 19200, 25600, 11200),
-    "tokens-36": Task("36 visual tokens", 56, 19200, 25600, 11200, ("rollout.attention_noise.grid=3",)),
-    "tokens-144": Task("144 visual tokens", 112, 19200, 25600, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-9": Task("9 visual tokens", 28, 19200, 19200, 11200),
+    "tokens-36": Task("36 visual tokens", 56, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-144": Task("144 visual tokens", 112, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
 }
 CURVES = {
     "accuracy": "eval/accuracy",
@@ -166,8 +167,8 @@ class Results:
 
 
 def base_of(seed: int) -> int:
-    """Return the number of the base model of a seed: one for the tuning seeds, two others for all others in turn."""
-    return 0 if seed in TUNING_SEEDS else 1 + seed % 2
+    """Return the number of the base model of a seed: 0 below seed 6, one of its own for each seed from there on."""
+    return 0 if seed < 6 else seed
 
 
 def settings_of(task: str, arm: str) -> tuple[str, ...]:
@@ -190,35 +191,42 @@ class Study:
     def data(self, task: str) -> Path:
         return self.root / task / "data"
 
+    def lessons(self, task: str) -> Path:
+        """Return the folder of the samples of the base models. Numbers may repeat in a picture."""
+        return self.root / task / "lessons"
+
     def make_data(self, task: str) -> None:
-        if not (self.data(task) / "dataset_info.json").is_file():
+        model = self.root / task / "model"
+        if not (model / "config.json").is_file():
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
+        for folder, options in ((self.data(task), ("--distinct",)), (self.lessons(task), ())):
+            if (folder / "dataset_info.json").is_file():
+                continue
             call(
-                self.data(task).parent / "data.log",
-                *("tools/make_digit_search.py", "--output", self.data(task), "--force", "--grid", 3, "--digits", 2),
-                *("--num-colours", 9, "--cell-pixels", TASKS[task].cell_pixels, "--distinct", "--bias", 0.99),
+                beside(folder, ".log"),
+                *("tools/make_digit_search.py", "--output", folder, "--force", "--grid", 3, "--digits", 2),
+                *("--num-colours", 9, "--cell-pixels", TASKS[task].cell_pixels, "--bias", 0.99, *options),
                 *("--bias-by", "colour", "--num-single", 9600, "--num-search", 19200, "--num-biased", 12800),
                 *("--num-rl", 4096, "--num-heldout", 1024),
             )
-            model = self.data(task).parent / "model"
-            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
-            call(beside(model, ".log"), "tools/index_shards.py", f"{self.data(task)}/*.tar", "--model", model)
+            call(beside(folder, ".log"), "tools/index_shards.py", f"{folder}/*.tar", "--model", model)
 
     def reader(self, task: str) -> Path:
         """Train the model that reads the number of a single cell, and return its folder."""
         target = self.root / task / "reader"
-        self.supervise(task, self.data(task).parent / "model", target, 0, "single")
+        self.supervise(task, self.root / task / "model", target, 0, self.lessons(task), "single")
         return target / "hf"
 
     def base(self, task: str, number: int) -> Path:
         """Train the reader to search, and return its folder."""
         target = self.root / task / f"base_{number}"
-        self.supervise(task, self.reader(task), target, number, "search")
+        self.supervise(task, self.reader(task), target, number, self.lessons(task), "search")
         return target / "hf"
 
     def start(self, task: str, seed: int) -> Path:
         """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
         target = self.root / task / f"seed_{seed}" / "start"
-        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, "biased")
+        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, self.data(task), "biased")
         if self.results.find(task, seed, "start") is None:
             self.record(task, seed, "start", target, seconds)
         return target / "hf"
@@ -228,8 +236,8 @@ class Study:
         curves = {name: curve(target, tag) for name, tag in CURVES.items()}
         self.results.add({"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": curves})
 
-    def supervise(self, task: str, model: Path, target: Path, seed: int, split: str) -> float:
-        """Train on a split of the data, and return the processor seconds."""
+    def supervise(self, task: str, model: Path, target: Path, seed: int, data: Path, split: str) -> float:
+        """Train on a split of a data set, and return the processor seconds."""
         count = getattr(TASKS[task], split)
         return train_once(
             "sft_tiny",
@@ -238,7 +246,7 @@ class Study:
             seed,
             [
                 f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
-                f"data.train=[{{shards: '{self.data(task)}/{split}-*.tar', num_samples: {count}}}]",
+                f"data.train=[{{shards: '{data}/{split}-*.tar', num_samples: {count}}}]",
                 f"train.num_steps={count // 32}",
                 "train.micro_batch_size=32",
                 "optimizer.learning_rate=6.0e-4",
