@@ -49,7 +49,7 @@ def placed(text: str, num_images: int, num_videos: int, *, is_text: bool) -> str
         lost = None if is_text else _LOST.search(text)
         if lost:
             kind = "image" if "<image>" in lost[0] else "video"
-            raise _wrong_count(kind, _count(text, kind), 0)
+            raise _wrong_count(kind, _count(text, kind), 0, ", or give the record data_type 'text'")
         return unescaped(text)
     for kind, count in (("image", num_images), ("video", num_videos)):
         text = _numbered(text, kind, count)
@@ -71,8 +71,7 @@ def _count(text: str, kind: str) -> int:
     return len(re.findall(rf"(?<!\\)<{kind}>", text))
 
 
-def _wrong_count(kind: str, named: int, count: int) -> SampleError:
-    way = "" if count else ", or give the record data_type 'text'"
+def _wrong_count(kind: str, named: int, count: int, way: str = "") -> SampleError:
     return SampleError(
         f"the text has <{kind}> {named} times but there are {count}; write \\<{kind}> where none is meant{way}",
         "missing_media",

@@ -16,7 +16,7 @@ def verl(record: dict) -> Draft:
         raise SampleError("no field 'ground_truth' in 'reward_model'", "missing_field")
     if not is_empty(truth):
         record = {**record, "ground_truth": truth}
-    return _prompt(record, (), ("ground_truth", *REFERENCES), ("prompt", "reward_model", "extra_info"))
+    return _prompt(record, None, ("ground_truth", *REFERENCES), ("prompt", "reward_model", "extra_info"))
 
 
 def trl(record: dict) -> Draft:

@@ -3,7 +3,7 @@
 import math
 import re
 from decimal import Decimal
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, cast
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.shards import option_letter
@@ -78,7 +78,7 @@ def answer_of(record: dict, *names: str) -> Answer:
                 raise SampleError(f"'{name}' must be a list of texts", "wrong_field")
             value = several[0] if len(several) == 1 else "".join(map(solution_text, several))
         if _is_answer(value):
-            return value
+            return cast(Answer, value)
     raise SampleError(f"no field '{names[0]}'", "missing_field")
 
 
