@@ -463,7 +463,7 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
     "cut-llava": (
         llava("<video>What?", video="v.mp4", start_time="00:00:01"),
         "wrong_field",
-        f"the question is about a part of its video ('start_time' = 00:00:01), {_CUT}",
+        f"the question is about a part of its video ('start_time' = '00:00:01'), {_CUT}",
     ),
     "cut-verl": (
         {"prompt": USER, "videos": [{"video": "v.mp4", "video_start": 1}], "reward_model": {"ground_truth": "7"}},
@@ -542,7 +542,7 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
     "turned": (
         chat(parts(image("red.png", rotate=90))),
         "wrong_field",
-        f"'image' has the field 'rotate' = '90', {UNKNOWN}",
+        f"'image' has the field 'rotate' = 90, {UNKNOWN}",
     ),
     # pictures named twice, or nowhere
     "part-and-other-column": (
@@ -589,6 +589,14 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         llava("Picture 1: <img>red.png</img>\nWhat?"),
         "missing_media",
         "the text names a picture in <img>..</img>; name it in 'images'",
+    ),
+    "boxes-of-swift": (
+        chat(
+            "<image>Find <ref-object>.", "<bbox>", images=["red.png"], objects={"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
+        ),
+        "wrong_field",
+        "its text has places of its field 'objects' (<bbox>, <ref-object>), which are not filled in here; write the "
+        "boxes into the text",
     ),
     "lost-picture": (
         llava("<image>\nWhat?"),

@@ -1,11 +1,14 @@
 """Records as other programs write them -> shards, by the tool: the right sample, or the reason and whole message."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from megatron_ral.commands import shards
+from megatron_ral.data.issues import SampleError
+from megatron_ral.data.layouts import read_record
 from megatron_ral.data.shards import parse_sample, shard_entries
 from tests.unit.record_cases import BLUE, JPEG, READ, RED, REFUSED, USER, write_media
 
@@ -257,6 +260,68 @@ def test_sources_that_are_none(options, said, material, tmp_path, capsys):
         status = end.code
     assert status == 2
     assert said.replace("DIR", str(tmp_path)) in " ".join(capsys.readouterr().err.split())
+
+
+JUNK = [
+    None,
+    "",
+    "a",
+    "x.png",
+    "<image>",
+    b"x",
+    0,
+    -1,
+    7.5,
+    float("inf"),
+    10**400,
+    True,
+    [],
+    [None],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+]
+JUNK += [
+    [[]],
+    [{}],
+    [["x.png"]],
+    {"bytes": None},
+    {"url": 5},
+    {"type": "image"},
+    [{"role": "user"}],
+    "\ud800",
+    "data:",
+    "[{",
+]
+
+
+def mutated(value, choose: random.Random):
+    """Return a value with one of its parts replaced, removed or put in another place."""
+    if isinstance(value, dict) and value and choose.random() < 0.8:
+        name = choose.choice(sorted(value))
+        other = choose.choice(("fps", "image", "videos", "options", "answer", "label", "messages", "prompt", name))
+        return {**value, other: mutated(value[name], choose)}
+    if isinstance(value, list) and value and choose.random() < 0.8:
+        place = choose.randrange(len(value))
+        return [*value[:place], mutated(value[place], choose), *value[place + choose.randrange(2) :]]
+    return choose.choice(JUNK)
+
+
+def test_whatever_a_record_holds_its_fault_is_one_sentence():
+    choose = random.Random(0)
+    records = [case[0] for case in (*READ.values(), *REFUSED.values())]
+    said = set()
+    for _ in range(6000):
+        record = mutated(choose.choice(records), choose)
+        for _ in range(choose.randrange(3)):
+            record = mutated(record, choose)
+        try:
+            read_record(record)
+        except SampleError as error:
+            said.add(str(error))
+            assert error.reason != "unusable" and "\n" not in str(error) and len(str(error)) < 600, record
+    assert len(said) > 100
 
 
 # --- a mixed folder ---------------------------------------------------------------------------------------------------

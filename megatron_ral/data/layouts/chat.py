@@ -5,6 +5,7 @@ file, or is the place of the next file of the record's columns.
 """
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Sequence
 
@@ -22,7 +23,7 @@ from megatron_ral.data.layouts.media import (
     stated_rate,
 )
 from megatron_ral.data.layouts.places import without_places
-from megatron_ral.data.layouts.values import Answer, answer_of, first, text_of
+from megatron_ral.data.layouts.values import Answer, answer_of, first, shown, text_of
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 REFERENCES = ("solution", "answer", "ground_truth")
@@ -82,7 +83,7 @@ def read_turns(turns: Sequence[Any]) -> Talk:
         name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise SampleError(f"a message has the role {name!r}, none of {', '.join(ROLES)}", "wrong_field")
+            raise SampleError(f"a message has the role {shown(name)}, none of {', '.join(ROLES)}", "wrong_field")
         asked += role == "user"
         if role == "user" and asked > 1:
             raise SampleError("more than one question; only conversations of one turn are read", "wrong_field")
@@ -106,10 +107,12 @@ def _read_content(turn: dict, role: str, talk: Talk) -> None:
         if kind == "text":
             talk.texts[role].append(text_of(part, "text"))
         elif not (isinstance(kind, str) and kind in talk.parts):
-            raise SampleError(f"a part of a message has the type {kind!r}, none of text, image, video", "wrong_field")
+            raise SampleError(
+                f"a part of a message has the type {shown(kind)}, none of text, image, video", "wrong_field"
+            )
         elif role == "assistant":
             raise SampleError(
-                f"the assistant's message has a part of type {kind!r}; only text is learned", "wrong_field"
+                f"the assistant's message has a part of type {shown(kind)}; only text is learned", "wrong_field"
             )
         else:
             talk.parts[kind] += _part_media(part, kind)
@@ -202,6 +205,12 @@ def conversation(record: dict, turns: Sequence[Any], names: Sequence[str], read:
     talk = read_turns(turns)
     question = question_of(talk, record)
     process, answer = reference_of(talk.reply, record, names)
+    if first(record, ("objects",)) is not None and re.search("<(?:bbox|ref-object)>", question + talk.reply):
+        raise SampleError(
+            "its text has places of its field 'objects' (<bbox>, <ref-object>), which are not filled in here; write "
+            "the boxes into the text",
+            "wrong_field",
+        )
     images, videos = (media_of(talk, record, kind) for kind in ("image", "video"))
     for turn in turns:
         for kind, media in (("image", images), ("video", videos)):

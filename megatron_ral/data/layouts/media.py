@@ -13,7 +13,7 @@ from typing import Any, Iterable, Optional, Sequence, cast
 from urllib.parse import unquote_to_bytes
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.layouts.values import ID_FIELDS, OPTION_FIELDS, first, is_empty
+from megatron_ral.data.layouts.values import ID_FIELDS, OPTION_FIELDS, first, is_empty, shown
 from megatron_ral.data.shards import IMAGE_SUFFIXES
 from megatron_ral.data.video import VideoSettings
 
@@ -157,7 +157,7 @@ def stated_rate(entry: dict, kind: str, where: str) -> Optional[float]:
     for name, value in others.items():
         if kind == "image" or not _CUT.fullmatch(name):
             raise SampleError(
-                f"'{where}' has the field '{name}' = {str(value)[:60]!r}, which is not known here and may change the "
+                f"'{where}' has the field '{name}' = {shown(value)}, which is not known here and may change the "
                 f"{kind}; remove it, and change the file itself if it is meant to",
                 "wrong_field",
             )
@@ -195,7 +195,7 @@ def refuse_change(fields: dict, kind: str, where: str) -> None:
 
 
 def _listed(fields: dict) -> str:
-    return ", ".join(f"'{name}' = {str(value)[:60]}" for name, value in fields.items())
+    return ", ".join(f"'{name}' = {shown(value)}" for name, value in fields.items())
 
 
 def _them(fields: dict) -> str:
@@ -212,7 +212,7 @@ def rate_of(record: dict, videos: Sequence[Medium]) -> Optional[float]:
     files = any(isinstance(v.file, bytes) or (isinstance(v.file, str) and _VIDEO_FILE.search(v.file)) for v in videos)
     if files and rate not in (None, VideoSettings.fps):
         raise SampleError(
-            f"'fps' = {str(rate)[:40]} of its video asks for other frames than the {VideoSettings.fps:g} per second "
+            f"'fps' = {shown(rate)} of its video asks for other frames than the {VideoSettings.fps:g} per second "
             "that are read; remove the field, or give the frames as a list of pictures",
             "wrong_field",
         )
@@ -231,7 +231,7 @@ def only_rate(stated: Iterable[Any]) -> Optional[float]:
             rates.append(rate)
     if len(rates) > 1:
         raise SampleError(
-            f"its video has several rates ('fps' = {', '.join(map(str, rates))}); keep one", "wrong_field"
+            f"its video has several rates ('fps' = {', '.join(map(shown, rates))}); keep one", "wrong_field"
         )
     return rates[0] if rates else None
 

@@ -5,7 +5,16 @@ import re
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts.draft import Draft
 from megatron_ral.data.layouts.media import column_media
-from megatron_ral.data.layouts.values import answer_of, corners, first, is_empty, lettered_answer, options_of, text_of
+from megatron_ral.data.layouts.values import (
+    answer_of,
+    corners,
+    first,
+    is_empty,
+    lettered_answer,
+    options_of,
+    shown,
+    text_of,
+)
 
 
 def video_r1(record: dict) -> Draft:
@@ -15,7 +24,7 @@ def video_r1(record: dict) -> Draft:
     """
     kind = record.get("data_type") or ("image" if not is_empty(record.get("path")) else "text")
     if kind not in ("image", "video", "text"):
-        raise SampleError(f"data_type {kind!r} is none of image, video, text", "wrong_field")
+        raise SampleError(f"data_type {shown(kind)} is none of image, video, text", "wrong_field")
     has_path = not is_empty(record.get("path"))
     if record.get("data_type") == "text" and has_path:
         raise SampleError("data_type is 'text' but 'path' names media", "wrong_field")

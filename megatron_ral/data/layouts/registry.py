@@ -6,7 +6,7 @@ from typing import Any, Callable
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts import chat, questions, trainers
 from megatron_ral.data.layouts.draft import Draft, RawSample, finished
-from megatron_ral.data.layouts.values import is_empty, plain
+from megatron_ral.data.layouts.values import is_empty, plain, shown
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ def read_record(record: Any) -> RawSample:
             return finished(layout.read(record))
     raise SampleError(
         f"the record has none of the fields of a layout that is read ({'; '.join(layout.name for layout in LAYOUTS)}); "
-        f"its fields are {', '.join(map(repr, sorted(record)[:12])) or 'none'}",
+        f"its fields are {', '.join(map(shown, sorted(record)[:12])) or 'none'}",
         "missing_field",
     )

@@ -13,6 +13,7 @@ Answer = str | int | float | bool
 ID_FIELDS = ("problem_id", "id", "question_id")
 OPTION_FIELDS = ("options", "candidates", "choices")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SHOWN = 60
 _LARGEST_WHOLE = 2**53
 """Whole floats below it are integers without loss."""
 _YES_OR_NO = ("yes no", "mme")
@@ -37,6 +38,12 @@ def plain(value: Any) -> Any:
 def is_empty(value: Any) -> bool:
     """Return True for a field that is there and says nothing, as all fields of all rows are in a column store."""
     return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it stands in a message: at most 60 characters of one line."""
+    text = repr(value) if isinstance(value, str) else " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 2] + ".."
 
 
 def first(record: dict, names: Sequence[str]) -> Any:
@@ -149,17 +156,17 @@ def settled(answer: Answer, options: list[str], problem_type: str) -> str | int 
         return _WORDS[answer][rule_name(problem_type) in _YES_OR_NO]
     if not options or isinstance(answer, str):
         return answer
-    number = int(answer) if float(answer).is_integer() else None
-    named = [LETTERS[place] for place, text in enumerate(bare(options)) if _as_number(text) == float(answer)]
+    number = int(answer) if isinstance(answer, int) or answer.is_integer() else None
+    named = [LETTERS[place] for place, text in enumerate(bare(options)) if _as_number(text) == answer]
     counted = LETTERS[number] if number is not None and 0 <= number < len(options) else None
     if counted is not None and named and named != [counted]:
         raise SampleError(
-            f"the answer {answer} is the text of option {named[0]} and, counted from 0, the number of option "
+            f"the answer {shown(answer)} is the text of option {named[0]} and, counted from 0, the number of option "
             f"{counted}; write it as a letter, or as text in quotes",
             "wrong_field",
         )
     if counted is None and not named:
-        raise SampleError(f"answer {answer} is none of the {len(options)} options", "answer_not_in_options")
+        raise SampleError(f"answer {shown(answer)} is none of the {len(options)} options", "answer_not_in_options")
     return counted or named[0]
 
 
