@@ -439,6 +439,17 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         "wrong_field",
         "'video' mixes pictures and other files; a list of pictures is one video, a list of video files several",
     ),
+    "frame-outside": (asked(video=["f/1.png", "../a.png"]), "refused_path", "'../a.png' leads out of --media"),
+    "frame-of-a-url": (
+        asked(video=["f/1.png", "http://host/a.png"]),
+        "refused_path",
+        f"'http://host/a.png' {NOT_LOCAL}",
+    ),
+    "frame-that-is-not-there": (
+        asked(video=["f/1.png", "f/3.png"]),
+        "missing_media",
+        "'3.png' cannot be read (No such file or directory)",
+    ),
     "two-lists-of-frames": (
         asked(videos=[["f/1.png"], ["f/2.png"]]),
         "wrong_field",

@@ -213,6 +213,13 @@ def test_a_saved_hugging_face_data_set_gives_the_shards_of_its_records(material,
     assert solutions == ["<answer>no</answer>", "<answer>yes</answer>"] * 4 + ["<answer>no</answer>"]
 
 
+def test_a_path_without_a_media_folder_is_refused(material, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "What?", "answer": "7", "image": "red.png"}]))
+    assert make(tmp_path / "a.json", tmp_path / "out", material) == 0
+    text = "sample '00000000': 'red.png' is a path; give the folder that it is in as --media"
+    assert rejects(tmp_path / "out") == {"00000000": ("refused_path", text)}
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -33,7 +33,7 @@ _TURN_FIELDS = ("role", "content", "from", "value")
 
 @dataclass
 class Talk:
-    """What the turns of a conversation hold, in their order."""
+    """Texts and media of a conversation, in the order of its turns."""
 
     texts: dict[str, list[str]] = field(default_factory=lambda: {"system": [], "user": [], "assistant": []})
     """Texts of each role."""

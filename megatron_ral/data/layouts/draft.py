@@ -42,7 +42,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a layout reads in a record."""
+    """Question, answer and media that a layout finds in a record."""
 
     record: dict
     """The record, for the fields that mean the same in all layouts."""

@@ -17,7 +17,7 @@ _LOST = re.compile(
     rf"|(?:\n[A-Z]\. {_PLACE}\s*){{2}}",  # as two of the options
     re.MULTILINE,
 )
-"""Where data sets put a place."""
+"""Position in which data sets put a place."""
 _NAMED = re.compile(r"<img>[^<>\s]+\.\w+</img>")
 
 

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.layouts import chat, questions, trainers
+from megatron_ral.data.layouts.chat import conversations, messages, turns_of
 from megatron_ral.data.layouts.draft import Draft, RawSample, finished
+from megatron_ral.data.layouts.questions import benchmark, video_r1
+from megatron_ral.data.layouts.trainers import alpaca, swift, trl, verl
 from megatron_ral.data.layouts.values import is_empty, plain, shown
 
 
@@ -35,22 +37,22 @@ def _is_swift(record: dict) -> bool:
 
 
 LAYOUTS = (
-    Layout("chat 'messages'", lambda r: bool(chat.turns_of(r.get("messages"))), chat.messages),
-    Layout("Video-R1 'problem'", lambda r: _has(r, "problem"), questions.video_r1),
+    Layout("chat 'messages'", lambda r: bool(turns_of(r.get("messages"))), messages),
+    Layout("Video-R1 'problem'", lambda r: _has(r, "problem"), video_r1),
     Layout(
         "LLaVA and ShareGPT 'conversations'",
-        lambda r: bool(chat.turns_of(r.get("conversations") or r.get("conversation"))),
-        chat.conversations,
+        lambda r: bool(turns_of(r.get("conversations") or r.get("conversation"))),
+        conversations,
     ),
     Layout(
         "verl 'prompt', 'reward_model'",
         lambda r: _has(r, "prompt") and isinstance(r.get("reward_model"), dict),
-        trainers.verl,
+        verl,
     ),
-    Layout("TRL 'prompt', 'completion' or 'solution'", lambda r: _has(r, "prompt") and not _asks(r), trainers.trl),
-    Layout("ms-swift 'query', 'response'", _is_swift, trainers.swift),
-    Layout("alpaca 'instruction', 'output'", lambda r: _has(r, "instruction", "output"), trainers.alpaca),
-    Layout("benchmarks 'question' (or 'text', 'query'), 'answer'", _asks, questions.benchmark),
+    Layout("TRL 'prompt', 'completion' or 'solution'", lambda r: _has(r, "prompt") and not _asks(r), trl),
+    Layout("ms-swift 'query', 'response'", _is_swift, swift),
+    Layout("alpaca 'instruction', 'output'", lambda r: _has(r, "instruction", "output"), alpaca),
+    Layout("benchmarks 'question' (or 'text', 'query'), 'answer'", _asks, benchmark),
 )
 """Layouts in the order in which they are tried. The first that fits reads the record."""
 
