@@ -1,6 +1,7 @@
 """Make WebDataset shards from records, and indexes of shards.
 
     megatron-ral shards make --input train.json --media DIR --output DIR --model HF_DIR [--config RUN.yaml]
+    megatron-ral shards make --hf-dataset DIR --split train --output DIR --model HF_DIR
     megatron-ral shards index 'DIR/*.tar' --model HF_DIR [--config RUN.yaml] [--force]
 
 An index holds the place of each sample in its shard and the length of its prompt, for the tokenizer and processor of
@@ -18,20 +19,23 @@ from megatron_ral.commands.common import Arguments, add_prompt_suffix, command, 
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.index import index_of_scan, open_index, write_index
 from megatron_ral.data.issues import REASONS, SampleError, printable
+from megatron_ral.data.records import SUFFIXES, is_saved_dataset, saved_split, source_files
 from megatron_ral.data.shard_maker import REJECTS, ShardSettings, make_dataset
 from megatron_ral.data.shards import find_shards, parse_sample, read_entry
-from megatron_ral.errors import ConfigError
+from megatron_ral.errors import ConfigError, DataError
 
-MAKE = """Make WebDataset shards and their indexes from a JSON, JSONL or parquet file and a folder of media.
+MAKE = """Make WebDataset shards and their indexes from JSON, JSONL or parquet files and a folder of media.
 
     megatron-ral shards make --input train.json --media DIR --output DIR --model HF_DIR [--config RUN.yaml]
+    megatron-ral shards make --hf-dataset DIR --split train --output DIR --model HF_DIR
 
-The layout of records is recognised by their fields: Video-R1, chat `messages`, or V*-style questions with boxes
-(megatron_ral/data/layouts.py). Every sample is decoded once and made into a prompt by the real processor of --model.
-Samples that cannot be used are listed in `rejects.jsonl` with their key and the reason. Shard k holds the usable
-samples of records k * --shard-size onwards, so that workers share nothing. A run that was killed continues when it is
-started again with the same arguments: finished shards are reused, and the result equals that of one run. Media paths
-must stay inside --media; URLs are refused."""
+The layout of records is recognised by their fields: chat `messages`, Video-R1, LLaVA and ShareGPT `conversations`,
+verl, TRL, ms-swift, alpaca, or the questions of benchmarks (megatron_ral/data/layouts). Every sample is decoded once
+and made into a prompt by the real processor of --model. Samples that cannot be used are listed in `rejects.jsonl` with
+their key and the reason. Shard k holds the usable samples of records k * --shard-size onwards, so that workers share
+nothing. A run that was killed continues when it is started again with the same arguments: finished shards are reused,
+and the result equals that of one run. Media paths must stay inside --media. Media inside the records (bytes, data:
+URLs, base64 text) are read, and other URLs are refused."""
 INDEX = """Write the index beside each shard that has none, a stale one, or one made for another model.
 
     megatron-ral shards index 'DIR/*.tar' --model HF_DIR [--config RUN.yaml] [--force]
@@ -56,8 +60,11 @@ def main(argv: Arguments = None) -> int:
 def make_arguments(argv: Arguments) -> argparse.Namespace:
     """Parse and check the command line of `make`. Every error names the option and its value."""
     parser = argparse.ArgumentParser(description=MAKE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help=".json, .jsonl or .parquet file of records")
-    parser.add_argument("--media", type=Path, required=True, help="folder that the paths in --input are relative to")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help=".json, .jsonl or .parquet file of records, or a folder of them")
+    source.add_argument("--hf-dataset", type=Path, help="folder of a Hugging Face data set, written by save_to_disk")
+    parser.add_argument("--split", default="", help="split of --hf-dataset, where it has several")
+    parser.add_argument("--media", type=Path, help="folder that paths in the records are relative to, if there are any")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; an unfinished one is continued")
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--shard-size", type=int, default=512, help="records per shard (default: %(default)s)")
@@ -97,9 +104,11 @@ def make_arguments(argv: Arguments) -> argparse.Namespace:
         args.prompt_suffix = prompt_suffix(args)
     except ConfigError as error:
         parser.error(f"--config: {error}")
-    if args.input.suffix not in (".json", ".jsonl", ".parquet") or not args.input.is_file():
-        parser.error(f"--input {args.input} is not a .json, .jsonl or .parquet file")
-    if not args.media.is_dir():
+    try:
+        args.input = _source(args)
+    except DataError as error:
+        parser.error(str(error))
+    if args.media is not None and not args.media.is_dir():
         parser.error(f"--media {args.media} is not a folder")
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
@@ -110,6 +119,26 @@ def make_arguments(argv: Arguments) -> argparse.Namespace:
     return args
 
 
+def _source(args: argparse.Namespace) -> Path:
+    """Return the file or folder that the records are read from.
+
+    Raises:
+        DataError: it is none, or of another kind than the option says.
+    """
+    if args.hf_dataset is not None:
+        found = saved_split(args.hf_dataset, args.split)
+    elif args.split:
+        raise DataError("--split", args.split, "is a split of --hf-dataset, which is not given")
+    elif args.input.is_dir() and is_saved_dataset(args.input):
+        raise DataError("--input", args.input, "is a saved Hugging Face data set; give it as --hf-dataset")
+    elif not args.input.is_dir() and (args.input.suffix not in SUFFIXES or not args.input.is_file()):
+        raise DataError("--input", None, f"{args.input} is not a .json, .jsonl or .parquet file")
+    else:
+        found = args.input
+    source_files(found)
+    return found
+
+
 @command
 def make(argv: Arguments = None) -> int:
     """Make shards, or continue an unfinished folder."""
@@ -117,7 +146,7 @@ def make(argv: Arguments = None) -> int:
     summary = make_dataset(
         ShardSettings(
             input=args.input,
-            media=args.media.resolve(),
+            media=args.media and args.media.resolve(),
             output=args.output,
             model=args.model,
             shard_size=args.shard_size,

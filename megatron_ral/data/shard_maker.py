@@ -15,13 +15,14 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Optional
+from urllib.parse import unquote
 
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.index import open_index, write_index
 from megatron_ral.data.issues import SampleError, printable
-from megatron_ral.data.layouts import Media, RawSample, read_record
-from megatron_ral.data.records import count_records, keyed_records
+from megatron_ral.data.layouts import File, RawSample, read_record
+from megatron_ral.data.records import count_records, keyed_records, source_files
 from megatron_ral.data.shards import IMAGE_SUFFIXES, parse_sample
 from megatron_ral.errors import ConfigError, DataError, UserError
 
@@ -36,9 +37,9 @@ class ShardSettings:
     """Input, output and options of one data set."""
 
     input: Path
-    """File of records (.json, .jsonl or .parquet)."""
-    media: Path
-    """Resolved folder that media paths are relative to, and must stay inside of."""
+    """File of records (.json, .jsonl or .parquet), a folder of them, or a saved Hugging Face data set."""
+    media: Optional[Path]
+    """Resolved folder that media paths are relative to, and must stay inside of; None: all media are in the records."""
     output: Path
     """Folder of the shards."""
     model: str
@@ -143,18 +144,14 @@ class ShardMaker:
         for kind, media in (("image", raw.images), ("video", raw.videos)):
             for number, item in enumerate(media):
                 prefix = f"{number}." if len(media) > 1 else ""
-                path = None if isinstance(item, bytes) else self._inside(item)
-                if path is not None and path.is_dir() and kind == "video":
-                    if len(media) > 1:
-                        raise SampleError("a folder of frames must be the only video of a sample", "wrong_field")
-                    # each is resolved, because a link in the folder may lead out of --media as well
-                    members |= {
-                        f"frames/{file.name.lower()}": _read(self._inside(f"{item}/{file.name}"))
-                        for file in sorted(path.iterdir())
-                        if file.suffix[1:].lower() in IMAGE_SUFFIXES
-                    }
+                frames = self._frames(item) if kind == "video" else None
+                if frames is not None and len(media) > 1:
+                    raise SampleError("frames must be the only video of a sample", "wrong_field")
+                if frames is not None:
+                    members |= frames
                 else:
-                    data = cast(bytes, item) if path is None else _read(path)
+                    assert not isinstance(item, tuple)
+                    data = self._read(item)
                     members[prefix + _suffix(kind, item, data)] = data
         kind = "video" if raw.videos else "image" if raw.images else "text"
         record = {**raw.fields, "data_type": kind}
@@ -163,12 +160,49 @@ class ShardMaker:
         except UnicodeEncodeError as error:
             raise SampleError(f"its text cannot be written in UTF-8 ({error})", "unreadable_text") from None
 
-    def _inside(self, name: str) -> Path:
-        """Return the path of a media file with links resolved."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or "\0" in name:
-            raise SampleError(f"'{name[:200]}' is not a local file; only paths inside --media are read", "refused_path")
+    def _frames(self, item: File | tuple[File, ...]) -> Optional[dict[str, bytes]]:
+        """Return the members of a video that is a list or a folder of pictures, or None for a file."""
+        if isinstance(item, tuple):
+            pictures = [(file, self._read(file)) for file in item]
+            return {
+                f"frames/{number:06d}.{_suffix('image', file, data)}": data
+                for number, (file, data) in enumerate(pictures)
+            }
+        path = None if isinstance(item, bytes) else self._inside(item)
+        if path is None or not path.is_dir():
+            return None
+        # each is resolved, because a link in the folder may lead out of --media as well
+        return {
+            f"frames/{file.name.lower()}": self._read(f"{item}/{file.name}")
+            for file in sorted(path.iterdir())
+            if file.suffix[1:].lower() in IMAGE_SUFFIXES
+        }
+
+    def _read(self, item: File) -> bytes:
+        """Return the content of a file of --media; bytes as they are."""
+        if isinstance(item, bytes):
+            return item
+        path = self._inside(item)
         try:
-            path = (self.settings.media / name).resolve()
+            return path.read_bytes()
+        except OSError as error:
+            raise SampleError(f"'{path.name}' cannot be read ({error.strerror})", "missing_media") from None
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of a media file with links resolved; `file://` before it is dropped."""
+        local = re.sub("^file://(?:localhost(?=/))?", "", name)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", local) or "\0" in name:
+            raise SampleError(
+                f"'{name[:200]}' is not a local file; only paths inside --media are read, so put it there and give its "
+                "path",
+                "refused_path",
+            )
+        if self.settings.media is None:
+            raise SampleError(f"'{name[:200]}' is a path; give the folder that it is in as --media", "refused_path")
+        try:
+            path = (self.settings.media / local).resolve()
+            if local != name and not path.exists():
+                path = (self.settings.media / unquote(local)).resolve()
             path.is_dir()
         except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a name too long or of half characters
             text = " ".join(str(error).split())[:200].encode("ascii", "backslashreplace").decode()
@@ -178,14 +212,7 @@ class ShardMaker:
         return path
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError(f"'{path.name}' cannot be read ({error.strerror})", "missing_media") from None
-
-
-def _suffix(kind: str, item: Media, data: bytes) -> str:
+def _suffix(kind: str, item: File, data: bytes) -> str:
     if isinstance(item, str):
         suffix = item.rpartition(".")[2].lower()
         found = VIDEO_SUFFIX.get(suffix) if kind == "video" else suffix if suffix in IMAGE_SUFFIXES else None
@@ -268,9 +295,10 @@ def build_all(settings: ShardSettings, workers: int) -> int:
 def settings_of(settings: ShardSettings) -> dict[str, Any]:
     """Return everything that decides the bytes of the result."""
     digest = blake2b(digest_size=16)
-    with open(settings.input, "rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
+    for file in source_files(settings.input):
+        with open(file, "rb") as stream:
+            while block := stream.read(2**22):
+                digest.update(block)
     model = {
         name: blake2b((Path(settings.model) / name).read_bytes(), digest_size=16).hexdigest()
         for name in ("config.json", "tokenizer.json", "preprocessor_config.json")
