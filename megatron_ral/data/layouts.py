@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Optional, Sequence, cast
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.shards import option_letter, reference_answer
+from megatron_ral.data.shards import check_reference
+from megatron_ral.rewards.options import option_letter
 
 Media = str | bytes
 _PLACES = re.compile(r"\s*<(image|video)>\s*")
@@ -244,10 +245,7 @@ def _numbered(text: str, kind: str, count: int) -> str:
 
 
 def _fields(record: dict, problem: str, solution: str, options: list[str]) -> dict[str, Any]:
-    if options and option_letter(reference_answer(solution), options) is None:
-        raise SampleError(
-            f"its answer {reference_answer(solution)!r} is none of the {len(options)} options", "answer_not_in_options"
-        )
+    check_reference(solution, record.get("problem_type") or "", options)
     process, kind = (record.get(name) or "" for name in ("process", "problem_type"))
     fields = {
         "problem": problem,

@@ -41,6 +41,8 @@ class RolloutSettings:
     num_minibatches: int
     """Number of optimizer updates per pass over the rollout."""
     reward: RewardConfig
+    reward_time_limit: float
+    """Seconds that one call of a reward function of the user may take."""
     advantage_scale: str
     """Scale of `group_advantages`."""
     target: AttentionTarget
@@ -69,6 +71,7 @@ class RolloutSettings:
             generation_batch_size=rollout.generation_batch_size,
             num_minibatches=rollout.num_minibatches,
             reward=config.reward,
+            reward_time_limit=config.watchdog.reward_time_limit,
             advantage_scale=config.loss.advantage_scale,
             target=load_target(config.loss.attention_target),
             recorded_layers=config.loss.attention_layers if needs is TargetPass.ROLLOUT else (),
@@ -165,7 +168,7 @@ def collect_rollout(
     pad_token_id = processor.pad_token_id
     texts_only = [replace(row, attention={}) for row in rows]
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
-    score = score_responses(everything, processor, settings.reward, engine)
+    score = score_responses(everything, processor, settings.reward, engine, settings.reward_time_limit)
     batches = []
     for start in range(0, len(prompts), micro_batch_size):
         part = slice(start, start + micro_batch_size)
