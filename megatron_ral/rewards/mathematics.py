@@ -1,15 +1,11 @@
-r"""Mathematical answers: their expressions, and their equality by the library math-verify.
+r"""Expressions of mathematical answers, which `math_verifier.py` compares in a process of its own.
 
-The library reads LaTeX and plain expressions: fractions, roots, powers, intervals, sets, equations, matrices. Its own
-time limit is an alarm, which works in the main thread alone and ends no computation in C. It is switched off, and
-`rules.mathematics` calls `equal` in a process.
-
-Departures: a text with a word in it is no expression here, because the library reads "Paris" as p*a*r*i*s; nor is a
-number with an underscore, of which it reads the first digits.
+Departures from the library math-verify: a text with a word in it is no expression here, because the library reads
+"Paris" as p*a*r*i*s; nor is a number with an underscore, of which it reads the first digits.
 """
 
 import re
-from typing import Any, Optional
+from typing import Optional
 
 from megatron_ral.rewards.reading import plain
 
@@ -27,7 +23,7 @@ _WORD_OR_UNDERSCORE = re.compile(r"[^\W\d_]{3,}|\d_")
 
 
 def expression(text: str) -> Optional[str]:
-    """Return a mathematical text in LaTeX, or None if it is too long, has a word in it, or has neither digit nor letter."""
+    """Return a mathematical text in LaTeX, or None if it is too long, has a word in it, or no letter and no digit."""
     text = plain(text) if len(text) <= MAX_EXPRESSION_LENGTH else ""
     for sign, latex in _SIGNS.items():
         text = text.replace(sign, latex)
@@ -35,24 +31,3 @@ def expression(text: str) -> Optional[str]:
     if not re.search(r"[^\W_]", text) or _WORD_OR_UNDERSCORE.search(_COMMANDS.sub(" ", _MATRIX.sub(" ", text))):
         return None
     return text
-
-
-def equal(answer: str, reference: str, problem_type: str = "") -> float:
-    """Return 1.0 if two expressions are the same mathematical object, else 0.0.
-
-    Args:
-        answer: Expression in LaTeX.
-        reference: Expression in LaTeX.
-        problem_type: Unused; it makes the signature that of every function that `FunctionProcess` calls.
-    """
-    from math_verify import verify
-
-    given, wanted = _parsed(answer), _parsed(reference)
-    return float(bool(given and wanted) and verify(wanted, given, timeout_seconds=None))
-
-
-def _parsed(latex: str) -> list[Any]:
-    from math_verify import LatexExtractionConfig, parse
-
-    no_limit: Any = None
-    return parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig()], "no_fallback", parsing_timeout=no_limit)

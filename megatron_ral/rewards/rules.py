@@ -27,7 +27,7 @@ from megatron_ral.rewards.reading import chart_number, first_word, number, plain
 Rule = Callable[[str, str], float]
 
 SMALL_REFERENCE, SMALL_TOLERANCE = 0.01, 0.01
-"""Size of a reference below which numbers are compared relative to it, and the largest error of these."""
+"""Size of a reference below which numbers are compared relative to it, and the largest relative difference of these."""
 MATH_SECONDS = 5.0
 """Time limit of one comparison by math-verify."""
 RELAXED_TOLERANCE = 0.05
@@ -80,7 +80,7 @@ def numerical(answer: str, reference: str) -> float:
     Source: Video-R1. An answer is wrong there if only one side has a point or a comma ("3" against "3.0", "1,000"
     against "1000"), or if `float` does not read it. Departures: units are dropped, and a reference that is no number
     ("1/2") is compared as text. Next to a reference below 0.01 in size, which rounds to 0.00 or 0.01, an answer may
-    differ by 1 % of the reference; next to 0 it has to be 0.
+    differ by 1 %; next to 0 it has to be 0.
     """
     wanted = number(reference)
     if wanted is None:
@@ -89,7 +89,7 @@ def numerical(answer: str, reference: str) -> float:
     if value is None:
         return 0.0
     if abs(wanted) < SMALL_REFERENCE:
-        return float(abs(value - wanted) <= SMALL_TOLERANCE * abs(wanted))
+        return float(math.isclose(value, wanted, rel_tol=SMALL_TOLERANCE))
     return float(round(value, 2) == round(wanted, 2))
 
 
@@ -108,7 +108,7 @@ def mathematics(answer: str, reference: str) -> float:
     given, known = expression(answer), expression(reference)
     if given is None or known is None:
         return 0.0
-    return _MATH.call("megatron_ral.rewards.mathematics:equal", given, known, seconds=MATH_SECONDS)
+    return _MATH.call("megatron_ral.rewards.math_verifier:equal", given, known, seconds=MATH_SECONDS)
 
 
 def regression(answer: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-"""Functions in a process of their own: values, errors, time limits that hold while the interpreter is held, restarts."""
+"""Functions in a process of their own: values, errors, restarts, limits that hold while the interpreter is held."""
 
 import os
 import threading
@@ -122,7 +122,10 @@ def test_a_reward_that_ends_its_process_is_an_error_and_the_run_goes_on():
     assert score.components["error"] == 1.0 and score.components["mine"] == 0.0
     assert score.problems == ("reward 'mine': its process ended with status 5",)
     assert score_response("<answer>8</answer>", "7", "", parts).components == {
-        **{"unparsed": 0.0, "error": 0.0, "accuracy": 0.0, "format": 0.0},
+        "unparsed": 0.0,
+        "error": 0.0,
+        "accuracy": 0.0,
+        "format": 0.0,
         "mine": 1.0,
     }
 
