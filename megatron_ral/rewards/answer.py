@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Optional
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_MARKED = re.compile(r"(?:^|.*\s)####[ \t]*([^\n]*)", re.DOTALL)
+_MARKED = re.compile(r"(?:.*\s)?####[ \t]*([^\n]*)", re.DOTALL)
 _BOX = r"\boxed{"
 _THINK_FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _ANSWER_FORMAT = re.compile(r"\s*<answer>.*?</answer>\s*", re.DOTALL)
