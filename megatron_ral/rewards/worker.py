@@ -27,7 +27,14 @@ def serve(request_end: int, reply_end: int, memory_gib: int) -> None:
     """
     if memory_gib:
         resource.setrlimit(resource.RLIMIT_AS, (memory_gib * 2**30, memory_gib * 2**30))
-    signal.signal(signal.SIGTERM, lambda *_: None)  # a run that is asked to stop needs rewards until its step is done
+    caller = os.getppid()
+
+    def pass_on(number: int, frame: object) -> None:
+        if os.getppid() == caller:
+            os.kill(caller, number)
+
+    for asks_to_stop in (signal.SIGTERM, signal.SIGUSR1):  # for the run, which needs rewards until its step is done
+        signal.signal(asks_to_stop, pass_on)
     os.set_inheritable(request_end, False)
     os.set_inheritable(reply_end, False)
     functions: dict[str, Callable[..., Any]] = {}

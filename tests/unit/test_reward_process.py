@@ -1,6 +1,7 @@
 """Functions in a process of their own: values, errors, restarts, limits that hold while the interpreter is held."""
 
 import os
+import signal
 import threading
 import time
 
@@ -74,6 +75,18 @@ def test_what_fails_is_told(process, path, said):
 
 def test_a_function_may_have_an_alarm_of_its_own(process):
     assert process.call(f"{USER}:has_own_alarm", "", "", "", seconds=60.0) == 1.0
+
+
+def test_a_request_to_stop_is_passed_on_to_the_run(process):
+    """Slurm sends SIGUSR1 to every process of a job, and a user's function may ask for the end of the run."""
+    asked = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        before = signal.signal(number, lambda number, _: asked.append(number))
+        try:
+            assert process.call(f"{USER}:asks_to_stop", str(int(number)), "", "", seconds=60.0) == 1.0
+        finally:
+            signal.signal(number, before)
+    assert asked == [signal.SIGUSR1, signal.SIGTERM]
 
 
 def test_random_numbers_depend_on_the_call_alone(process):

@@ -126,3 +126,8 @@ def prints(completion, solution, problem_type):
 
 def fills_memory(completion, solution, problem_type):
     return float(len(bytearray(2**31)))
+
+
+def asks_to_stop(completion, solution, problem_type):
+    os.kill(os.getpid(), int(completion))
+    return 1.0
