@@ -151,6 +151,12 @@ def free_form(answer: str, reference: str) -> float:
     return sum(scores[name].fmeasure for name in _ROUGE) / len(_ROUGE)
 
 
+def is_rouge_blind(solution: str, problem_type: str) -> bool:
+    """Return True if the rule of a sample is `free_form`, which reads nothing of its reference answers."""
+    is_free_form = RULES.get(rule_name(problem_type)) is free_form
+    return is_free_form and not any(re.search("[a-z0-9]", text.lower()) for text in reference_answers(solution))
+
+
 def relaxed_accuracy(answer: str, reference: str) -> float:
     """Return 1 if numbers differ by at most 5 % of the reference, or other text is the same but for case.
 

@@ -104,7 +104,7 @@ def score_responses(
         components,
         texts,
         tuple(
-            tuple(score.problems + _missing_rule(sample.problem_type, reward.accuracy) for score in row)
+            tuple(score.problems + _missing_rule(sample, reward.accuracy) for score in row)
             for sample, row in zip(samples, scored)
         ),
     )
@@ -124,13 +124,19 @@ def _score_in_time(text: str, sample: Sample, parts: tuple[RewardPart, ...]) -> 
         ) from None
 
 
-def _missing_rule(problem_type: str, accuracy: str) -> tuple[str, ...]:
-    """Return an issue where a problem type should be scored by a rule of its own but has none."""
-    if accuracy == "by_type" and problem_type:
-        from megatron_ral.rewards.rules import has_rule
+def _missing_rule(sample: Sample, accuracy: str) -> tuple[str, ...]:
+    """Return an issue where a sample should be scored by a rule of its problem type but cannot be."""
+    if accuracy != "by_type" or not sample.problem_type:
+        return ()
+    from megatron_ral.rewards.rules import has_rule, is_rouge_blind
 
-        if not has_rule(problem_type):
-            return (f"problem_type '{problem_type}': has no rule, so the answer is matched exactly",)
+    if not has_rule(sample.problem_type):
+        return (f"problem_type '{sample.problem_type}': has no rule, so the answer is matched exactly",)
+    if is_rouge_blind(sample.solution, sample.problem_type):
+        return (
+            f"problem_type '{sample.problem_type}': the solution has no letter a-z and no digit, which is all that "
+            "ROUGE reads, so that every answer gets 0",
+        )
     return ()
 
 

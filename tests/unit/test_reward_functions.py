@@ -270,6 +270,13 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
     }
 
 
+def test_a_reference_that_rouge_cannot_read_is_told(processor):
+    responses = batch(processor, types=("free-form", "exact"), solutions=("红", "红"))
+    score = score_responses(responses, processor, RewardConfig(accuracy="by_type"))
+    kinds = [issue.kind for issue in scoring_issues(score, responses.prompts.prompts, unparsed=False)]
+    assert kinds == ["problem_type 'free-form'"] * 4
+
+
 def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):
     """Two data-parallel ranks that found the same; each tells the first few, and the main rank writes the first few."""
     from megatron_ral.training import trainer
