@@ -8,6 +8,7 @@ Requests and replies are lines of JSON. Nothing is pickled.
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -65,13 +66,16 @@ class FunctionProcess:
         with self._lock:
             self._load(key, path)
 
-    def call(self, path: str, *arguments: str, seconds: Optional[float] = None) -> float:
+    def call(
+        self, path: str, *arguments: str, seconds: Optional[float] = None, cpu_seconds: Optional[float] = None
+    ) -> float:
         """Return what the function at `path` returns, as a float.
 
         Args:
             path: Import path, see `load`.
             arguments: Arguments of the call.
             seconds: Time limit of the call alone; None for no limit.
+            cpu_seconds: Limit of its processor time, which does not depend on the load of the machine; None for none.
 
         Raises:
             CallFailed: The function raised, returned no number, or ended its process.
@@ -79,7 +83,10 @@ class FunctionProcess:
         """
         with self._lock:
             self._load(path, path)
-            reply = self._ask({"call": path, "arguments": arguments, "seconds": seconds}, seconds)
+            request = {"call": path, "arguments": arguments, "seconds": seconds, "cpu_seconds": cpu_seconds}
+            reply = self._ask(request, seconds)
+            if reply.get("status") == -signal.SIGPROF and cpu_seconds is not None:
+                raise CallTimeout(cpu_seconds)
         if "error" in reply:
             raise CallFailed(reply["error"])
         return reply["value"]
@@ -138,6 +145,6 @@ class FunctionProcess:
             status = self._process.wait()
             self._close()
             text = f"its process ended with {f'status {status}' if status >= 0 else f'signal {-status}'}"
-            return {"error": text, "refused": f"cannot be imported: {text}"}
+            return {"status": status, "error": text, "refused": f"cannot be imported: {text}"}
         reply, _, self._rest = self._rest.partition(b"\n")
         return json.loads(reply)

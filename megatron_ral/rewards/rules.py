@@ -28,8 +28,8 @@ Rule = Callable[[str, str], float]
 
 SMALL_REFERENCE, SMALL_TOLERANCE = 0.01, 0.01
 """Size of a reference below which numbers are compared relative to it, and the largest relative difference of these."""
-MATH_SECONDS = 5.0
-"""Time limit of one comparison by math-verify."""
+MATH_SECONDS, MATH_WAIT = 5.0, 30.0
+"""Limits of one comparison by math-verify: its processor time, and the wait for it on a machine under load."""
 RELAXED_TOLERANCE = 0.05
 CONSENSUS = 3
 """Equal answers of other annotators that make an answer right."""
@@ -99,7 +99,7 @@ def mathematics(answer: str, reference: str) -> float:
     The library runs in a process of its own.
 
     Raises:
-        CallTimeout: The comparison takes more than MATH_SECONDS.
+        CallTimeout: The comparison takes more than MATH_SECONDS of processor time.
         CallFailed: The library failed, or needed more than 4 GiB.
     """
     wanted, value = number(reference), number(answer)
@@ -108,7 +108,9 @@ def mathematics(answer: str, reference: str) -> float:
     given, known = expression(answer), expression(reference)
     if given is None or known is None:
         return 0.0
-    return _MATH.call("megatron_ral.rewards.math_verifier:equal", given, known, seconds=MATH_SECONDS)
+    return _MATH.call(
+        "megatron_ral.rewards.math_verifier:equal", given, known, seconds=MATH_WAIT, cpu_seconds=MATH_SECONDS
+    )
 
 
 def regression(answer: str, reference: str) -> float:

@@ -21,7 +21,7 @@ def serve(request_end: int, reply_end: int, memory_gib: int) -> None:
 
     Args:
         request_end: File descriptor with lines of JSON: {"load", "key", "sys_path"} or {"call", "arguments",
-            "seconds"}.
+            "seconds", "cpu_seconds"}.
         reply_end: File descriptor for the replies: {"refused"}, {"value"} or {"error"}.
         memory_gib: Address space in GiB; 0 for no limit.
     """
@@ -63,6 +63,9 @@ def _call(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> 
     if seconds is not None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whoever holds the interpreter
         signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
+    if request["cpu_seconds"] is not None:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
     try:
         return {"value": float(functions[request["call"]](*request["arguments"]))}
     except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
@@ -70,6 +73,8 @@ def _call(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> 
     finally:
         if seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        if request["cpu_seconds"] is not None:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _seed(*texts: str) -> None:

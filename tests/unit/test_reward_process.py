@@ -41,6 +41,12 @@ def test_a_function_that_hangs_is_ended_and_the_next_call_works(process, hangs):
     assert process.call(f"{USER}:process_number", "", "", "") != before
 
 
+def test_processor_time_has_a_limit_of_its_own(process):
+    with pytest.raises(CallTimeout, match=r"did not return within 0\.2 s"):
+        process.call(f"{USER}:backtracks", "7", "", "", seconds=300.0, cpu_seconds=0.2)
+    assert process.call(f"{USER}:judge", "", "", "", seconds=300.0, cpu_seconds=100.0) == 0.25
+
+
 def test_a_caller_in_a_thread_has_the_same_limit(process):
     found = []
 
