@@ -269,10 +269,11 @@ def test_a_comparison_that_takes_too_long_is_wrong_and_counted(monkeypatch):
 
     tower, parts = "9^{9^{9^{9}}}", reward_parts(BY_TYPE)
     response = f"<think>?</think><answer>{tower}</answer>"
+    monkeypatch.setattr(rules, "MATH_SECONDS", 0.5)
     score = score_response(response, "7", "math", parts)
     assert score.components["accuracy"] == 0.0 and score.components["error"] == 1.0
     [problem] = score.problems
-    assert problem in ("reward 'accuracy': did not return within 5 s", "reward 'accuracy': MemoryError: ")
+    assert problem in ("reward 'accuracy': did not return within 0.5 s", "reward 'accuracy': MemoryError: ")
     monkeypatch.setattr(rules, "MATH_WAIT", 0.0)
     assert accuracy_by_type(response, "1/7", "math") == 0.0
     with pytest.raises(rules.CallTimeout):
