@@ -82,6 +82,8 @@ class Sample:
     """Heading under which an evaluation reports the sample, e.g. a task of a benchmark. Empty: problem_type."""
     question_group: str = ""
     """Name of a group of questions that is right where all of them are (MME: the two of a picture). It may be empty."""
+    options: tuple[str, ...] = ()
+    """Contents of the options of a multiple choice in the order of their letters. Empty where they are not known."""
 
     @property
     def identity(self) -> str:

@@ -95,11 +95,14 @@ def main(argv: Arguments = None) -> int:
     with one_sentence():  # an AgreedError
         engine = FrozenEngine(shape, process_groups, EngineSettings(path, config.model.dtype))
     collector, share, settings = ResultCollector(), prompts.size(source), EvaluationSettings.from_config(config)
-    with tqdm(total=share, desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
-        result = evaluate_prompts(engine, prompts, processor, settings, layer, bar.update, collector.add_greedy)
-    if arguments.samples:
-        with tqdm(total=share, desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
-            sample_prompts(engine, prompts, processor, settings, arguments.samples, collector.add_sampled, bar.update)
+    with one_sentence(everywhere=False):  # a reward function that does not return on one rank
+        with tqdm(total=share, desc="evaluate", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+            result = evaluate_prompts(engine, prompts, processor, settings, layer, bar.update, collector.add_greedy)
+        if arguments.samples:
+            with tqdm(total=share, desc="sample", unit="prompt", disable=not is_main, mininterval=5.0) as bar:
+                sample_prompts(
+                    engine, prompts, processor, settings, arguments.samples, collector.add_sampled, bar.update
+                )
     results, left_out = collector.gather(process_groups), left_out_by_reason(source, prompts, process_groups)
     if is_main:
         record = {

@@ -37,8 +37,14 @@ class WatchdogConfig:
 
     timeout_seconds: NonNegativeInt = 60
     """Seconds after which a rank ends the job when it died, was stopped, or its main thread made no progress (no
-    micro-batch, token, sample or phase); 0 for no watchdog. One call of a reward function must take less. With an
-    accelerator a stall counts only from the moment at which no rank makes progress."""
+    micro-batch, token, sample or phase); 0 for no watchdog. With an accelerator a stall counts only from the moment at
+    which no rank makes progress. One call of a reward function may take 70 % of it, in an evaluation as well; without
+    a watchdog it may take long_timeout_seconds."""
     long_timeout_seconds: PositiveInt = 1800
     """The same limit for phases that may be silent for long: start-up, loading, checkpoints, export, and the first
     phase of each kind, in which kernels are compiled. A death is still noticed at once on the same machine."""
+
+    @property
+    def reward_time_limit(self) -> float:
+        """Return the seconds that one call of a reward function may take: it ends before the watchdog ends the job."""
+        return 0.7 * self.timeout_seconds or float(self.long_timeout_seconds)

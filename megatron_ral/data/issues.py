@@ -16,6 +16,7 @@ REASONS = {
     "missing_media": "an image or video is named but not there",
     "refused_path": "a media path that is a URL or leads out of the media folder",
     "answer_not_in_options": "the reference answer is none of the options",
+    "unusable_answer": "a reference answer that no response can match",
     "target_box": "a target box or span that no part of the image or video can be",
     "broken_image": "an image that cannot be decoded or used",
     "image_too_large": "an image whose header declares too many pixels",

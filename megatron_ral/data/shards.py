@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Sequence
 
 from webdataset.tariterators import tar_file_expander
 
@@ -23,6 +23,9 @@ from megatron_ral.data.issues import SampleError, printable
 from megatron_ral.data.targets import parse_boxes, parse_target_frames
 from megatron_ral.errors import DataError
 from megatron_ral.rewards.answer import reference_answers
+from megatron_ral.rewards.options import options_in_question
+from megatron_ral.rewards.problem_types import MULTIPLE_CHOICE, rule_name
+from megatron_ral.rewards.references import outside_options, reference_problem
 from megatron_ral.types import FramePictures, Sample
 
 logger = logging.getLogger(__name__)
@@ -211,8 +214,9 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
                 "leave data_type out for text alone",
                 "missing_media",
             )
-    _check_answer(key, record)
+    options = _options(key, record)
     try:
+        check_reference(record["solution"], record.get("problem_type") or "", options)
         boxes = parse_boxes(record.get("target_boxes"), "target_boxes")
         target_frames = parse_target_frames(record.get("target_frames"))
     except SampleError as error:
@@ -230,6 +234,7 @@ def parse_sample(entry: dict[str, Any]) -> Sample:
         target_frames=target_frames,
         category=record.get("category") or "",
         question_group=record.get("question_group") or "",
+        options=options or _listed_options(record),
     )
 
 
@@ -261,38 +266,36 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]{1,18})", name)]
 
 
-def _check_answer(key: str, record: dict[str, Any]) -> None:
-    """Raise SampleError if the reference answer is none of the question's options, by text or by letter."""
+def _options(key: str, record: dict[str, Any]) -> tuple[str, ...]:
     options = record.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise SampleError(f"sample '{key}': options must be a list of texts", "wrong_field")
-    answer = reference_answer(record["solution"])
-    if options and option_letter(answer, options) is None:
-        raise SampleError(
-            f"sample '{key}': its answer {answer!r} is none of the {len(options)} options", "answer_not_in_options"
-        )
+    return tuple(options)
+
+
+def _listed_options(record: dict[str, Any]) -> tuple[str, ...]:
+    """Return the options that stand in the question of a multiple choice alone, as in V*."""
+    is_choice = rule_name(record.get("problem_type") or "") == MULTIPLE_CHOICE
+    return options_in_question(record["problem"]) if is_choice else ()
+
+
+def check_reference(solution: str, problem_type: str, options: Sequence[str]) -> None:
+    """Check that some response can match a solution.
+
+    Args:
+        solution: `<answer>..</answer>`, once or several times, or the bare answer.
+        problem_type: problem type of the sample; may be empty.
+        options: contents of the sample's options; empty where it has none.
+
+    Raises:
+        SampleError: no response can. The text does not name the sample's key.
+    """
+    if reason := reference_problem(solution, problem_type):
+        raise SampleError(f"field 'solution' {reason}", "unusable_answer")
+    if options and (answer := outside_options(solution, options)) is not None:
+        raise SampleError(f"its answer {answer!r} is none of the {len(options)} options", "answer_not_in_options")
 
 
 def reference_answer(solution: str) -> str:
-    """Return the text in a solution's first answer tag, or the whole solution if it has no tag."""
+    """Return the first reference answer of a solution."""
     return reference_answers(solution)[0]
-
-
-def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:
-    """Return the letter of the option that an answer names, or None.
-
-    An answer may name it by letter (`B`, `(b)`, `B.`), by text, or by both.
-    """
-    letters = [chr(ord("A") + number) for number in range(len(options))]
-    texts = [
-        re.sub(rf"^\(?{letter}[.):]\s*", "", option.strip()).strip().casefold()
-        for letter, option in zip(letters, options)
-    ]
-    named = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer.strip())
-    if named and named[1].upper() in letters:
-        return named[1].upper()
-    whole = answer.strip().casefold()
-    for letter, option, text in zip(letters, options, texts):
-        if whole in (text, option.strip().casefold()):
-            return letter
-    return None

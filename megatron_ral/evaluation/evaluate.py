@@ -72,7 +72,7 @@ def evaluate_prompts(
     layers, issues = range(engine.shape.num_layers), ScoringIssueLog()
     with engine.resident():
         for responses, _, attention in greedy_batches(engine, prompts, processor, settings, layers, _attention_sums):
-            score = score_responses(responses, processor, settings.reward, engine)
+            score = score_responses(responses, processor, settings.reward, engine, settings.reward_time_limit)
             if engine.layout.is_last_stage:
                 counts = {name: score.components[name].sum() for name in ("accuracy", "format", UNPARSED, ERROR)}
                 _add(sums, {"prompts": len(score.rewards), **counts, **_chance_sums(responses.prompts)})
@@ -141,7 +141,9 @@ def sample_prompts(
         for responses, _ in sample_responses(
             engine, prompts, sampling, settings.generation_batch_size, "evaluation", settings.seed
         ):
-            collect(responses, score_responses(responses, processor, settings.reward, engine))
+            collect(
+                responses, score_responses(responses, processor, settings.reward, engine, settings.reward_time_limit)
+            )
             progress(len(responses.prompts))
 
 

@@ -30,6 +30,8 @@ class EvaluationSettings:
     """Seed of sampled responses."""
     reward: RewardConfig
     """Parts of the reward and their weights."""
+    reward_time_limit: float
+    """Seconds that one call of a reward function of the user may take."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "EvaluationSettings":
@@ -41,6 +43,7 @@ class EvaluationSettings:
             top_p=config.rollout.top_p,
             seed=config.seed,
             reward=config.reward,
+            reward_time_limit=config.watchdog.reward_time_limit,
         )
 
 

@@ -133,7 +133,10 @@ def view_tokens(
         for responses, groups, attention in greedy_batches(engine, prompts, processor, settings, layers, over_prompt):
             assert groups.answer_tokens is not None
             answers = groups.answer_tokens
-            score, batch = score_responses(responses, processor, settings.reward, engine), responses.prompts
+            score, batch = (
+                score_responses(responses, processor, settings.reward, engine, settings.reward_time_limit),
+                responses.prompts,
+            )
             for b, prompt in enumerate(batch.prompts):
                 length = int(responses.response_lengths[b, 0])
                 yield TokenViews(

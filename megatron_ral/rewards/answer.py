@@ -6,7 +6,9 @@ first of several tags, so that a tag quoted while thinking is scored in place of
 response with two answers pass. Here each tag may stand once.
 
 A solution may hold several tags. Each is a reference answer, and any of them is right (a question with alternatives, or
-the ten answers of VizWiz, see `rules.consensus`).
+the ten answers of VizWiz, see `rules.consensus`). Of a worked solution only the final answer is the reference: the text
+behind `####` on the last line (GSM8K), or inside the only `\\boxed{..}` (MATH). `references.py` says which solutions
+are refused.
 """
 
 import re
@@ -14,6 +16,8 @@ from collections import Counter
 from typing import Optional
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MARKED = re.compile(r"(?:.*\s)?####[ \t]*([^\n]*)", re.DOTALL)
+_BOX = r"\boxed{"
 _THINK_FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _ANSWER_FORMAT = re.compile(r"\s*<answer>.*?</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -27,22 +31,50 @@ def extract_answer(response: str) -> Optional[str]:
     return found[1].strip() if found else None
 
 
-def reference_answers(solution: str) -> tuple[str, ...]:
-    """Return the stripped content of each answer tag of a solution; a solution without tags is itself the answer."""
+def tagged_texts(solution: str) -> tuple[str, ...]:
+    """Return the stripped content of each answer tag of a solution; a solution without tags is itself the content."""
     return tuple(answer.strip() for answer in _ANSWER.findall(solution)) or (solution.strip(),)
+
+
+def reference_answers(solution: str) -> tuple[str, ...]:
+    """Return the reference answer in each answer tag of a solution; a solution without tags is itself the content."""
+    return tuple(map(_final_answer, tagged_texts(solution)))
+
+
+def _final_answer(text: str) -> str:
+    """Return the text behind `####` on the last line, or inside the only box; another text stays as it is."""
+    marked = _MARKED.fullmatch(text)
+    if marked:
+        text = marked[1].strip()
+    if text.count(_BOX) == 1:
+        text = inside_braces(text, text.index(_BOX) + len(_BOX)).strip()
+    return text
+
+
+def inside_braces(text: str, start: int) -> str:
+    """Return the text from `start` to the brace that closes the one before it, or the whole text if there is none."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return text
 
 
 def taught_solution(solution: str) -> str:
     """Return the text that supervised training teaches.
 
-    It is the solution, or the most frequent of several reference answers (the first of equally frequent ones).
+    It is the solution, the final answer of a worked one, or the most frequent of several reference answers (the first
+    of equally frequent ones).
     """
-    answers = reference_answers(solution)
-    return solution if len(answers) == 1 else f"<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
+    answers, texts = reference_answers(solution), tagged_texts(solution)
+    if len(answers) == 1 and (answers == texts or texts[0] == f"{_BOX}{answers[0]}}}"):
+        return solution
+    return f"<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
 
 
 def accuracy_reward(response: str, solution: str, problem_type: str = "") -> float:
-    """Return 1.0 if the response's answer equals a reference answer as text, else 0.0.
+    """Return 1.0 if the response's answer equals a reference answer, or the whole content of its tag, else 0.0.
 
     Args:
         response: generated text.
@@ -51,7 +83,7 @@ def accuracy_reward(response: str, solution: str, problem_type: str = "") -> flo
 
     Source: RAL (arXiv 2602.04884), for every problem type.
     """
-    return float(extract_answer(response) in reference_answers(solution))
+    return float(extract_answer(response) in (*reference_answers(solution), *tagged_texts(solution)))
 
 
 def format_reward(response: str, require_think: bool = True) -> float:

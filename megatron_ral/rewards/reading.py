@@ -5,6 +5,8 @@ import re
 import unicodedata
 from typing import Optional
 
+from megatron_ral.rewards.answer import inside_braces
+
 MAX_NUMBER_LENGTH = 100
 """Characters of the longest text that is read as a number."""
 
@@ -17,14 +19,16 @@ _LATEX = [
         (r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit)\{([^{}]*)\}", r"\1"),
         (r"\{,\}", ","),
         (r"\\!", ""),
-        (r"(?<=\d)\\[,;:](?=\d)", ""),
         (r"\\[,;: ]|(?<=\S)~", " "),
         (r"\^\{?\\circ\}?|\\degree", "°"),
         (r"\\([%$])", r"\1"),
     )
 ]
+_LATEX_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:\\[,;:]\d{3})+(?!\d)")
 _MARKUP = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'), ("'", "'"), ("`", "`"))
-_NARROW_SPACE = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
+_GROUPED = re.compile("(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_NARROW_GROUPED = re.compile("(?<![0-9.,])[1-9][0-9]{0,2}(?:[\u00a0\u2009\u202f][0-9]{3})+(?![0-9]|,[0-9])")
+_LOOSE_COMMA = re.compile(r"(?<![0-9]),(?![0-9])|,$")
 
 _CURRENCY = "$€£¥₹"
 # Alternatives never begin with the same character, so that no text takes more than linear time.
@@ -63,30 +67,26 @@ def plain(text: str) -> str:
     while True:
         before = text
         if text.count(r"\boxed{") == 1:
-            text = _inside_braces(text, text.index(r"\boxed{") + len(r"\boxed{")).strip()
+            text = inside_braces(text, text.index(r"\boxed{") + len(r"\boxed{")).strip()
         for left, right in _MARKUP:
             inner = text[len(left) : -len(right)]
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right) and left not in inner:
                 text = inner.strip()
         if text == before:
             break
+    text = _LATEX_GROUPED.sub(lambda match: re.sub(r"\\[,;:]", "", match[0]), text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
-def _inside_braces(text: str, start: int) -> str:
-    """Return the text from `start` to the brace that closes the one before it, or the whole text if there is none."""
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end]
-    return text
-
-
 def finite(text: str) -> Optional[float]:
-    """Return Python's reading of a float (digits of any script), or None for infinities, NaN and other text."""
+    """Return Python's reading of a float (digits of any script), or None for infinities, NaN and other text.
+
+    Departure: Python reads "1_5" as 15, which is no number here.
+    """
+    if "_" in text:
+        return None
     try:
         value = float(text)
     except ValueError:
@@ -97,17 +97,30 @@ def finite(text: str) -> Optional[float]:
 def number(text: str) -> Optional[float]:
     """Return the number that an answer is, its unit dropped, or None if it is no number.
 
-    All commas are dropped ("1,000"). A percent sign is a unit ("50%" is 50), and a unit has at most three words ("12
-    km/h", "5 square metres", "$5"). Minus signs, decimal points and digits of other scripts are read. "1/2", "5-6",
-    "10:30", "3 of 4", "5½", "5 million" and "5 and a half" are no numbers.
+    Commas are read between groups of three digits ("1,000"), see `without_group_marks`. A percent sign is a unit ("50%"
+    is 50), and a unit has at most three words ("12 km/h", "5 square metres", "$5"). Minus signs, decimal points and
+    digits of other scripts are read. "3,14", "1_5", "1/2", "5-6", "10:30", "3 of 4", "5½", "5 million" and "5 and a
+    half" are no numbers.
     """
-    text = _NARROW_SPACE.sub("", plain(text).translate(_TYPOGRAPHY)).replace(",", "").strip().rstrip(".;:!").rstrip()
+    text = without_group_marks(plain(text).translate(_TYPOGRAPHY)).strip().rstrip(".;:!").rstrip()
+    text = _LOOSE_COMMA.sub("", text)
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     value = finite(text)
     if value is None and (match := _NUMBER.fullmatch(text)) and not _is_part_of_number(match[3] or ""):
         value = finite((match[1] or "") + match[2])
     return value
+
+
+def without_group_marks(text: str) -> str:
+    """Return the text with digits in ASCII, and without the marks between groups of three digits.
+
+    Marks are commas and narrow or unbreakable spaces, of one kind in a number. "1,000" and "12,345.5" lose theirs.
+    "3,14", "1,2", "0,123", "1234,567" and "1,23,456" keep theirs: whether a comma is a decimal point is never guessed.
+    """
+    text = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text)
+    text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+    return _NARROW_GROUPED.sub(lambda match: "".join(filter(str.isdigit, match[0])), text)
 
 
 def _is_part_of_number(unit: str) -> bool:
@@ -118,9 +131,9 @@ def _is_part_of_number(unit: str) -> bool:
 def chart_number(text: str) -> Optional[float]:
     """Return the number that an answer is, with "50%" as 0.5, or None.
 
-    Commas are dropped. An answer with a unit is no number here.
+    Commas are read as in `number`. An answer with a unit is no number here.
     """
-    text = plain(text).translate(_TYPOGRAPHY).replace(",", "")
+    text = without_group_marks(plain(text).translate(_TYPOGRAPHY))
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     value = finite(text.rstrip("%"))
@@ -135,10 +148,16 @@ def choice(text: str) -> Optional[str]:
     red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second choice on a line of its
     own.
     """
+    found = choice_and_text(text)
+    return found[0] if found else None
+
+
+def choice_and_text(text: str) -> Optional[tuple[str, str]]:
+    """Return the option letter that an answer chooses (`choice`) and the stripped text behind it, or None."""
     match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
     if match is None or _SECOND_CHOICE.match(match[4]):
         return None
-    return (match[1] or match[2] or match[3]).upper()
+    return (match[1] or match[2] or match[3]).upper(), match[4].strip()
 
 
 def first_word(text: str) -> str:

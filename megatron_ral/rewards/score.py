@@ -1,11 +1,11 @@
 """Scores of responses: the parts of the reward, their weighted sum, and the problems in scoring."""
 
 from dataclasses import dataclass
-from typing import Mapping, Protocol
+from typing import Callable, Mapping, Optional, Protocol, Sequence
 
 from megatron_ral.errors import ConfigError
 from megatron_ral.rewards.answer import accuracy_reward, extract_answer, format_reward
-from megatron_ral.rewards.functions import RewardFunction, load_function
+from megatron_ral.rewards.process import CallFailed, CallTimeout, FunctionProcess
 
 UNPARSED, ERROR = "unparsed", "error"
 """Components that count responses without a readable answer and failures of a part; neither has a weight."""
@@ -13,6 +13,23 @@ RESERVED = ("accuracy", "format", UNPARSED, ERROR)
 """Names that a reward function of the user cannot have."""
 LARGEST = 1.0e30
 """Largest value, before or after weighting, that counts as finite, because larger ones overflow float32 in a sum."""
+_OWN = FunctionProcess()
+
+PartFunction = Callable[[str, str, str, Sequence[str]], float]
+"""Function of a response, the solution, the problem type and the options of the sample."""
+
+
+class RewardTimeout(Exception):
+    """A function of the user did not return within its time limit.
+
+    Args:
+        name: Name of the function in `reward.functions`.
+        seconds: Time limit.
+    """
+
+    def __init__(self, name: str, seconds: float):
+        super().__init__(f"reward '{name}' did not return within {seconds:g} s")
+        self.name, self.seconds = name, seconds
 
 
 class FunctionSettings(Protocol):
@@ -64,7 +81,7 @@ class RewardPart:
 
     name: str
     """Name in the log."""
-    function: RewardFunction
+    function: PartFunction
     """Value of a response."""
     weight: float
     """Factor of the value in the reward."""
@@ -82,18 +99,28 @@ class ResponseScore:
     """Problems in scoring, each as `kind: detail`."""
 
 
-def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
+def reward_parts(settings: RewardSettings, time_limit: Optional[float] = None) -> tuple[RewardPart, ...]:
     """Return the parts of the reward that a configuration asks for.
+
+    Functions of the user are imported and called in a process of their own (`process.py`), which all of them share.
+
+    Args:
+        settings: The `reward` section.
+        time_limit: Seconds that one call of a function of the user may take; None for no limit.
 
     Raises:
         ConfigError: a function of the user cannot be used.
     """
-    accuracy = accuracy_reward
-    if settings.accuracy == "by_type":
-        # A late import, because ROUGE's package takes two seconds to load.
-        from megatron_ral.rewards.rules import accuracy_by_type as accuracy
 
-    def format_value(response: str, *_: str) -> float:
+    def accuracy(response: str, solution: str, problem_type: str, options: Sequence[str]) -> float:
+        if settings.accuracy == "exact":
+            return accuracy_reward(response, solution)
+        # A late import, because ROUGE's package takes two seconds to load.
+        from megatron_ral.rewards.rules import decided_accuracy
+
+        return decided_accuracy(response, solution, problem_type, options)
+
+    def format_value(response: str, *_: object) -> float:
         return format_reward(response, settings.require_think)
 
     parts = [
@@ -110,11 +137,24 @@ def reward_parts(settings: RewardSettings) -> tuple[RewardPart, ...]:
                 f": the name '{name}' must be letters, digits and _, and begin with no digit; it becomes the tag "
                 "rewards/<name>/mean",
             )
-        parts.append(RewardPart(name, load_function(f"reward.functions.{name}.path", own.path), own.weight))
+        _OWN.load(f"reward.functions.{name}.path", own.path)
+        parts.append(RewardPart(name, _own_function(name, own.path, time_limit), own.weight))
     return tuple(parts)
 
 
-def score_response(response: str, solution: str, problem_type: str, parts: tuple[RewardPart, ...]) -> ResponseScore:
+def _own_function(name: str, path: str, time_limit: Optional[float]) -> PartFunction:
+    def call(response: str, solution: str, problem_type: str, options: Sequence[str]) -> float:
+        try:
+            return _OWN.call(path, response, solution, problem_type, seconds=time_limit)
+        except CallTimeout as error:
+            raise RewardTimeout(name, error.seconds) from None
+
+    return call
+
+
+def score_response(
+    response: str, solution: str, problem_type: str, parts: tuple[RewardPart, ...], options: Sequence[str] = ()
+) -> ResponseScore:
     """Return the score of one response. The reward is the sum over parts of weight * value.
 
     A part that raises or returns no finite number has the value 0 and counts as an error.
@@ -124,6 +164,10 @@ def score_response(response: str, solution: str, problem_type: str, parts: tuple
         solution: `<answer>..</answer>`, once or several times, or the bare answer.
         problem_type: problem type of the sample; may be empty.
         parts: parts of the reward.
+        options: contents of the sample's options; empty where it has none.
+
+    Raises:
+        RewardTimeout: a function of the user did not return in time.
     """
     values: dict[str, float] = {}
     problems: list[str] = []
@@ -132,7 +176,7 @@ def score_response(response: str, solution: str, problem_type: str, parts: tuple
     values[UNPARSED], values[ERROR] = float(bool(problems)), 0.0
     reward = 0.0
     for part in parts:
-        values[part.name], problem = _value(part, response, solution, problem_type)
+        values[part.name], problem = _value(part, response, solution, problem_type, options)
         reward += part.weight * values[part.name]
         if problem:
             values[ERROR] = 1.0
@@ -140,12 +184,17 @@ def score_response(response: str, solution: str, problem_type: str, parts: tuple
     return ResponseScore(reward, values, tuple(problems))
 
 
-def _value(part: RewardPart, response: str, solution: str, problem_type: str) -> tuple[float, str]:
+def _value(
+    part: RewardPart, response: str, solution: str, problem_type: str, options: Sequence[str]
+) -> tuple[float, str]:
     """Return (value of a part, problem); an empty problem: none."""
     try:
-        returned = part.function(response, solution, problem_type)
-        value = float(returned)
-    except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
+        value = part.function(response, solution, problem_type, options)
+    except RewardTimeout:
+        raise
+    except (CallFailed, CallTimeout) as error:
+        return 0.0, str(error)
+    except Exception as error:  # no failure of a reward may end the run
         return 0.0, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not max(abs(value), abs(value * part.weight)) <= LARGEST:
         return 0.0, f"returned {value}, which with weight {part.weight} is not a finite number of float32"

@@ -44,6 +44,8 @@ class RolloutSettings:
     refill_rounds: int
     """Maximum number of rounds in which groups without signal are replaced."""
     reward: RewardConfig
+    reward_time_limit: float
+    """Seconds that one call of a reward function of the user may take."""
     advantage_scale: str
     """Scale of `group_advantages`."""
     target: AttentionTarget
@@ -73,6 +75,7 @@ class RolloutSettings:
             num_minibatches=rollout.num_minibatches,
             refill_rounds=rollout.refill_rounds,
             reward=config.reward,
+            reward_time_limit=config.watchdog.reward_time_limit,
             advantage_scale=config.loss.advantage_scale,
             target=load_target(config.loss.attention_target),
             recorded_layers=config.loss.attention_layers if needs is TargetPass.ROLLOUT else (),
@@ -226,7 +229,8 @@ def _answer(
     step: int,
     teacher: Optional[TeacherEngine],
 ) -> ScoredGroups:
-    """Sample and score groups of responses. Every rank of the job has to call it together, with one prompt or more."""
+    """Sample and score groups of responses to one prompt or more. The engine must be resident, and every rank of a model
+    copy calls this together."""
     share, pad_token_id = settings.teacher_rollouts, processor.pad_token_id
     asked = [
         share > 0 and float(uniform_stream(1, "teacher", settings.seed, step, prompt.sample.identity)) < share
@@ -235,9 +239,8 @@ def _answer(
     rows, embeds = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher)
     texts_only = [replace(row, attention={}) for row in rows]
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
-    return ScoredGroups(
-        list(prompts), rows, embeds, asked, score_responses(everything, processor, settings.reward, engine)
-    )
+    score = score_responses(everything, processor, settings.reward, engine, settings.reward_time_limit)
+    return ScoredGroups(list(prompts), rows, embeds, asked, score)
 
 
 def _responses(

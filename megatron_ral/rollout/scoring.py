@@ -11,11 +11,12 @@ from torch import Tensor
 from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.errors import UserError
 from megatron_ral.parallel.collectives import from_first_rank
 from megatron_ral.rewards.answer_place import answer_start
-from megatron_ral.rewards.score import UNPARSED, reward_parts, score_response
-from megatron_ral.runtime.progress import tick
-from megatron_ral.types import Prompt, ResponseBatch, Score
+from megatron_ral.rewards.score import UNPARSED, ResponseScore, RewardPart, RewardTimeout, reward_parts, score_response
+from megatron_ral.runtime.progress import progress, tick
+from megatron_ral.types import Prompt, ResponseBatch, Sample, Score
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,11 @@ def _answer_token(ids: Tensor, text: str, processor: PromptProcessor) -> int:
 
 
 def score_responses(
-    responses: ResponseBatch, processor: PromptProcessor, reward: RewardConfig, engine: Optional[StageEngine] = None
+    responses: ResponseBatch,
+    processor: PromptProcessor,
+    reward: RewardConfig,
+    engine: Optional[StageEngine] = None,
+    time_limit: Optional[float] = None,
 ) -> Score:
     """Decode responses and compute their rewards. Scoring is cheap beside a pass of the model.
 
@@ -71,21 +76,25 @@ def score_responses(
         processor: Tokenizer.
         reward: Parts of the reward and their weights.
         engine: Engine whose model copy shares the scores; None computes them on this rank alone.
+        time_limit: Seconds that one call of a user's own function may take; None for no limit.
 
     Raises:
         ConfigError: A user's own function cannot be loaded.
+        UserError: A user's own function did not return in time.
         AgreedError: The first rank of the model copy failed to compute the scores.
     """
     if engine is not None and reward.functions:
-        return from_first_rank(lambda: score_responses(responses, processor, reward), engine.process_groups.model)
-    parts, texts = reward_parts(reward), decode_responses(responses, processor)
+        return from_first_rank(
+            lambda: score_responses(responses, processor, reward, None, time_limit), engine.process_groups.model
+        )
+    parts, texts = reward_parts(reward, time_limit), decode_responses(responses, processor)
     samples = [prompt.sample for prompt in responses.prompts.prompts]
     scored = []
     for sample, group in zip(samples, texts):
         scored.append([])
         for text in group:
             tick([sample.identity])  # a user's own function may take long
-            scored[-1].append(score_response(text, sample.solution, sample.problem_type, parts))
+            scored[-1].append(_score_in_time(text, sample, parts))
     components = {
         name: torch.tensor([[score.components[name] for score in row] for row in scored])
         for name in scored[0][0].components
@@ -95,19 +104,39 @@ def score_responses(
         components,
         texts,
         tuple(
-            tuple(score.problems + _missing_rule(sample.problem_type, reward.accuracy) for score in row)
+            tuple(score.problems + _missing_rule(sample, reward.accuracy) for score in row)
             for sample, row in zip(samples, scored)
         ),
     )
 
 
-def _missing_rule(problem_type: str, accuracy: str) -> tuple[str, ...]:
-    """Return an issue where a problem type should be scored by a rule of its own but has none."""
-    if accuracy == "by_type" and problem_type:
-        from megatron_ral.rewards.rules import has_rule
+def _score_in_time(text: str, sample: Sample, parts: tuple[RewardPart, ...]) -> ResponseScore:
+    try:
+        return score_response(text, sample.solution, sample.problem_type, parts, sample.options)
+    except RewardTimeout as error:
+        step = f" of step {progress.step}" if progress.step else ""
+        raise UserError(
+            f"reward.functions.{error.name}",
+            None,
+            f"did not return within {error.seconds:g} s, in phase '{progress.phase}'{step}, on sample "
+            f"'{sample.identity}'; give it a time limit of its own, or raise watchdog.timeout_seconds. The response: "
+            f"{text[-SHOWN_TEXT:]!r}",
+        ) from None
 
-        if not has_rule(problem_type):
-            return (f"problem_type '{problem_type}': has no rule, so the answer is matched exactly",)
+
+def _missing_rule(sample: Sample, accuracy: str) -> tuple[str, ...]:
+    """Return an issue where a sample should be scored by a rule of its problem type but cannot be."""
+    if accuracy != "by_type" or not sample.problem_type:
+        return ()
+    from megatron_ral.rewards.rules import has_rule, is_rouge_blind
+
+    if not has_rule(sample.problem_type):
+        return (f"problem_type '{sample.problem_type}': has no rule, so the answer is matched exactly",)
+    if is_rouge_blind(sample.solution, sample.problem_type):
+        return (
+            f"problem_type '{sample.problem_type}': the solution has no letter a-z and no digit, which is all that "
+            "ROUGE reads, so that every answer gets 0",
+        )
     return ()
 
 

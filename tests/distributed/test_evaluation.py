@@ -20,14 +20,8 @@ from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
 
-def fails_on_odd_digits(completion: str, solution: str, problem_type: str) -> float:
-    if int(solution.removeprefix("<answer>")[0]) % 2:
-        raise ValueError("odd")
-    return 0.0
-
-
 def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21):
-    own = {"even": RewardFunctionConfig(f"{__name__}:fails_on_odd_digits", 1.0)}
+    own = {"even": RewardFunctionConfig("tests.distributed.user_rewards:fails_on_odd_digits", 1.0)}
     config = replace(make_config(path, tensor=tensor, pipeline=pipeline), reward=RewardConfig(functions=own))
     settings = EvaluationSettings.from_config(config)
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)

@@ -1,7 +1,6 @@
 """The first update of a rollout, which leaves out the pass before it, is the update with that pass."""
 
 import dataclasses
-import zlib
 
 import pytest
 
@@ -13,10 +12,6 @@ from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training import step as steps
 from tests.distributed.cases import fixed_groups, full_weights, open_policy
 from tests.distributed.runner import run_ranks
-
-
-def made_up_reward(completion: str, solution: str, problem_type: str) -> float:
-    return zlib.crc32(completion.encode()) % 5 / 4
 
 
 def one_rollout(path: str, data: str, pipeline: int, num_minibatches: int, target: str, left_out: int) -> dict:
@@ -34,7 +29,9 @@ def one_rollout(path: str, data: str, pipeline: int, num_minibatches: int, targe
     config = dataclasses.replace(
         config,
         rollout=dataclasses.replace(config.rollout, num_minibatches=num_minibatches, num_epochs=1),
-        reward=RewardConfig(functions={"made_up": RewardFunctionConfig(f"{__name__}:made_up_reward", 1.0)}),
+        reward=RewardConfig(
+            functions={"made_up": RewardFunctionConfig("tests.distributed.user_rewards:made_up_reward", 1.0)}
+        ),
     )
     before, passed, forward = full_weights(policy), [], policy.forward
 

@@ -1,6 +1,5 @@
 """Own reward functions: one rank of a model copy calls them, all of its ranks get what it got."""
 
-import os
 from types import SimpleNamespace
 
 import torch
@@ -13,13 +12,9 @@ from megatron_ral.types import ResponseBatch
 from tests.distributed.runner import run_ranks
 
 
-def rank(completion: str, solution: str, problem_type: str) -> float:
-    return 1.0 + int(os.environ["RANK"])
-
-
 def score_on_a_rank(tensor: int, pipeline: int):
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    sample = SimpleNamespace(solution="7", problem_type="", identity="a/b")
+    sample = SimpleNamespace(solution="7", problem_type="", identity="a/b", options=())
     responses = ResponseBatch(
         SimpleNamespace(prompts=[SimpleNamespace(sample=sample)] * 2),
         torch.arange(12).reshape(2, 2, 3),
@@ -28,7 +23,7 @@ def score_on_a_rank(tensor: int, pipeline: int):
         torch.ones(2, 2, dtype=torch.bool),
     )
     processor = SimpleNamespace(decode=lambda ids: str(ids.tolist()))
-    own = {"rank": RewardFunctionConfig(f"{__name__}:rank", 1.0)}
+    own = {"rank": RewardFunctionConfig("tests.distributed.user_rewards:rank", 1.0)}
     score = score_responses(
         responses, processor, RewardConfig(functions=own), SimpleNamespace(process_groups=process_groups)
     )

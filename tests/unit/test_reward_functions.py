@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,66 +16,10 @@ from megatron_ral.rewards.functions import load_function
 from megatron_ral.rewards.score import reward_parts, score_response
 from megatron_ral.rollout.scoring import ScoringIssue, ScoringIssueLog, score_responses, scoring_issues
 from megatron_ral.types import ResponseBatch, Sample, pad_prompts
+from tests.unit import user_rewards
 
-HERE = __name__
+HERE = user_rewards.__name__
 GOOD = "<think>red</think><answer>7</answer>"
-
-
-# --- functions that a user might have, good and bad -------------------------------------------------------------------
-
-
-def brevity(completion: str, solution: str, problem_type: str) -> float:
-    """Return a reward that depends on all three arguments."""
-    return len(completion) + 100 * len(solution) + 10000 * len(problem_type)
-
-
-class Judge:
-    def __call__(self, completion, solution, problem_type="", *, strict=False):
-        return 0.25
-
-    def method(self, completion, solution, problem_type):
-        return 0.5
-
-
-judge = Judge()
-
-
-def with_defaults(completion, *rest):
-    return True
-
-
-def two_arguments(completion, solution):
-    return 0.0
-
-
-def needs_keyword(completion, solution, problem_type, *, model):
-    return 0.0
-
-
-async def asynchronous(completion, solution, problem_type):
-    return 0.0
-
-
-def generator(completion, solution, problem_type):
-    yield 0.0
-
-
-def fails_on_8(completion, solution, problem_type):
-    if "8" in completion:
-        raise RuntimeError("the judge\nis out")
-    return 0.5
-
-
-def returns(value):
-    return lambda completion, solution, problem_type: value
-
-
-def exits(completion, solution, problem_type):
-    raise SystemExit("no judge")
-
-
-NAN, INFINITE, HUGE, NOTHING, TEXT = (returns(value) for value in (math.nan, -math.inf, 1e300, None, "good"))
-TENSOR = returns(torch.tensor(0.75))
 
 
 def settings(**paths_and_weights) -> RewardConfig:
@@ -325,6 +268,13 @@ def test_log_shows_the_first_of_each_kind_with_sample_and_text(processor, caplog
         "problem_type 'multiple choise'",
         "reward 'judge'",
     }
+
+
+def test_a_reference_that_rouge_cannot_read_is_told(processor):
+    responses = batch(processor, types=("free-form", "exact"), solutions=("红", "红"))
+    score = score_responses(responses, processor, RewardConfig(accuracy="by_type"))
+    kinds = [issue.kind for issue in scoring_issues(score, responses.prompts.prompts, unparsed=False)]
+    assert kinds == ["problem_type 'free-form'"] * 4
 
 
 def test_a_step_shows_what_any_rank_found(processor, monkeypatch, caplog):

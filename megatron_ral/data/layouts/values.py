@@ -6,8 +6,8 @@ from decimal import Decimal
 from typing import Any, Optional, Sequence, cast
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.shards import option_letter
-from megatron_ral.rewards.rules import rule_name
+from megatron_ral.rewards.options import option_letter
+from megatron_ral.rewards.problem_types import rule_name
 
 Answer = str | int | float | bool
 ID_FIELDS = ("problem_id", "id", "question_id")
