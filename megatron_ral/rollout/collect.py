@@ -229,8 +229,10 @@ def _answer(
     step: int,
     teacher: Optional[TeacherEngine],
 ) -> ScoredGroups:
-    """Sample and score groups of responses to one prompt or more. The engine must be resident, and every rank of a model
-    copy calls this together."""
+    """Sample and score groups of responses to one prompt or more.
+
+    The engine must be resident, and all ranks of a model copy make the same call.
+    """
     share, pad_token_id = settings.teacher_rollouts, processor.pad_token_id
     asked = [
         share > 0 and float(uniform_stream(1, "teacher", settings.seed, step, prompt.sample.identity)) < share
