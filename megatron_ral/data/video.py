@@ -108,7 +108,7 @@ class DecodedVideo:
     frames: Tensor
     """[T, 3, H, W] uint8, in the clip's size."""
     timestamps: Tensor
-    """[T] float64 seconds after the clip's first frame."""
+    """[T] float64 seconds after the clip's first frame at which each is sampled (`sample_track`)."""
     fps: float
     """Sampled frames per second of the clip."""
 
@@ -204,8 +204,8 @@ def sample_track(track: VideoTrack, settings: VideoSettings) -> tuple[list[int],
     number is as there, and the frames are those on show at evenly spaced times. A frame's time is its own stamp. Where
     a frame is on show for so long that it is sampled again, the repetition has the time at which it is sampled.
 
-    The last frame lasts as long as the others in the mean, or as long as the file says if that is uneven. A lone frame
-    lasts as long as a sampling interval.
+    At an even rate the last frame lasts as long as the others. Otherwise it lasts as long as the one before it, or
+    longer where the file says so. A lone frame lasts as long as a sampling interval.
     """
     places, last = [time - track.times[0] for time in track.times], len(track.times) - 1
     if not last:
@@ -216,8 +216,7 @@ def sample_track(track: VideoTrack, settings: VideoSettings) -> tuple[list[int],
     if is_even and track.hold <= 1.5 * mean:
         indices = sample_indices(len(places), seconds, settings)
         return indices, [places[index] * track.tick for index in indices], seconds
-    if track.hold:
-        seconds = (places[-1] + track.hold) * track.tick
+    seconds = (places[-1] + max(track.hold, places[-1] - places[-2])) * track.tick
     count, starts = len(sample_indices(len(places), seconds, settings)), [place * track.tick for place in places]
     times = [number * seconds / count for number in range(count)]
     indices = [bisect_right(starts, time + CLOCK_TOLERANCE) - 1 for time in times]
