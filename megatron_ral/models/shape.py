@@ -259,6 +259,6 @@ def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path:
         "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
         "rope_parameters.mrope_section, summed": (sum(rope.get("mrope_section") or ()), width // 2),
     }
-    for field, (value, known) in asked.items():
+    for name, (value, known) in asked.items():
         if value != known:
-            raise ConfigError(key, path, f": config.json has text_config.{field} = {value!r}; only {known!r} is known")
+            raise ConfigError(key, path, f": config.json has text_config.{name} = {value!r}; only {known!r} is known")
