@@ -44,7 +44,7 @@ class FramePictures:
 
 
 Box = tuple[float, float, float, float]
-"""(x0, y0, x1, y1) in pixels of the picture as it is stored."""
+"""(x0, y0, x1, y1) in pixels of the upright picture (`data/pictures.py`), before it is resized."""
 
 
 @dataclass(frozen=True)

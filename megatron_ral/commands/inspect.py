@@ -106,9 +106,9 @@ def _picture(sample: Sample) -> Image.Image:
     """Draw up to four images, the first with its boxes, or four frames of the first video, an annotated one among
     them."""
     if sample.images:
-        from megatron_ral.data.pictures import open_image
+        from megatron_ral.data.pictures import read_picture
 
-        images = [open_image(data).convert("RGB") for data in sample.images[:4]]
+        images = [read_picture(data) for data in sample.images[:4]]
         return _tiles(
             [_framed(image, sample.target_boxes if number == 0 else ()) for number, image in enumerate(images)]
         )

@@ -11,6 +11,8 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """TensorBoard event files in <output_dir>/tensorboard, written by rank 0."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the same scalars from rank 0; empty for none. Needs the package wandb."""
     gradient_ratio_interval: NonNegativeInt = 1
     """Steps between measurements of |gradient of the attention term| / |gradient of the token terms|; 0 for none. Each
     measurement costs one more forward and backward pass over the samples of one optimizer step, two with a teacher."""

@@ -26,7 +26,7 @@ from megatron_ral.models.families import VisionTokens, find_family
 from megatron_ral.rewards.answer import taught_solution
 from megatron_ral.types import Prompt, Sample
 
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 3
 
 
 class PromptProcessor:

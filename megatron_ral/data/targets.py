@@ -1,7 +1,7 @@
 """Annotated boxes -> target tokens: the visual tokens of an image or a clip that show the object asked for.
 
 A token is a target if its centre lies in a box. In a video, its temporal patch must also hold a sampled frame inside
-the annotated seconds. Boxes are in pixels of the picture as it is stored, before the processor resizes it.
+the annotated seconds. Boxes are in pixels of the upright picture, before the processor resizes it.
 """
 
 import math

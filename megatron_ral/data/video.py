@@ -5,30 +5,23 @@ it makes the same patches (tests/unit/test_video.py compares them where torchvis
 raises SampleError with the reason `broken_video` and without the sample's key, which the caller adds.
 """
 
-import io
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence, cast
+from typing import Iterable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_ral.data.issues import SampleError
+from megatron_ral.data.pictures import MAX_SIDE, picture_size, read_picture
+from megatron_ral.data.video_file import VideoTrack, broken_video, open_track
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.families import FAMILIES
 from megatron_ral.types import FramePictures
 
-if TYPE_CHECKING:
-    import av
-
-# Only demuxers (mp4, webm and gif with their kin) and picture formats that open no other file and start no program.
-DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif"
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_SIDE = 16384
 MAX_CLIP_BYTES = 4 * 2**30
 MAX_ASPECT_RATIO = 200
 # Some containers tick in milliseconds, and 9.9993 s at one frame per second must still be ten frames.
@@ -115,7 +108,7 @@ class DecodedVideo:
     frames: Tensor
     """[T, 3, H, W] uint8, in the clip's size."""
     timestamps: Tensor
-    """[T] float64 seconds after the clip's first frame."""
+    """[T] float64 seconds after the clip's first frame at which each is sampled (`sample_track`)."""
     fps: float
     """Sampled frames per second of the clip."""
 
@@ -170,7 +163,7 @@ def frames_video(
         SampleError: no picture, an unusable fps, or a sampled picture that is undecodable, huge or of another size.
     """
     if not frames or not 0 < fps < math.inf:
-        raise _broken(f"a video of {len(frames)} frames at {fps} per second cannot be used")
+        raise broken_video(f"a video of {len(frames)} frames at {fps} per second cannot be used")
     seconds = len(frames) / fps
     indices = sample_indices(len(frames), seconds, settings)
     pictures = (_open_picture(frames[index], index, len(indices)) for index in indices)
@@ -182,11 +175,9 @@ def frames_video(
 
 
 def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = False) -> DecodedVideo:
-    """Return the clip of an mp4, webm or gif file.
+    """Return the clip of an mp4, webm or gif file; `video_file.py` says which of several video tracks is read.
 
-    The number of frames and their times are read from the packets, because headers may have no duration or a wrong one.
-    Only the frames between a keyframe and a sampled frame are decoded. The first sampled frame is decoded even to
-    measure the clip, because it says by how much the clip is turned.
+    The first sampled frame is decoded even to measure the clip, because it says by how much the clip is turned.
 
     Args:
         data: bytes of the file.
@@ -195,102 +186,59 @@ def decode_video(data: bytes, settings: VideoSettings, *, measure_only: bool = F
     Raises:
         SampleError: undecodable, without frames, huge, or of changing size.
     """
-    import av
-    from av.error import FFmpegError
-
-    options = {"format_whitelist": DEMUXERS}
-    try:
-        with av.open(io.BytesIO(data), metadata_errors="replace", options=options) as opened:
-            container = cast(Any, opened)  # av's types take it for one that is written
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise _broken("the file has no video stream that can be decoded")
-            packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
-            times = sorted({packet.pts for packet in packets if not packet.is_discard})
-            if not times:
-                raise _broken("the video has no frames")
-            tick, last = float(stream.time_base), len(times) - 1
-            # the last frame lasts as long as the others in the mean, a lone one as long as a sampling interval
-            seconds = (times[-1] - times[0]) * tick * (1 + 1 / last) if last else 1 / settings.fps
-            wanted = [times[index] for index in sample_indices(len(times), seconds, settings)]
-            _check_size(stream.width, stream.height, len(wanted))
-            pictures = map(_to_picture, _frames_at(wanted, packets, stream.codec_context))
-            return DecodedVideo(
-                _stack(pictures, len(wanted), measure_only),
-                (torch.tensor(wanted) - times[0]).double() * tick,
-                len(wanted) / seconds,
-            )
-    except FFmpegError as error:
-        raise _broken(f"the video cannot be decoded ({error.strerror})") from None
+    with open_track(data) as track:
+        indices, timestamps, seconds = sample_track(track, settings)
+        _check_size(track.width, track.height, len(indices))
+        pictures = track.frames([track.times[index] for index in indices])
+        return DecodedVideo(
+            _stack(pictures, len(indices), measure_only),
+            torch.tensor(timestamps, dtype=torch.float64),
+            len(indices) / seconds,
+        )
 
 
-def _frames_at(
-    wanted: list[int], packets: list["av.Packet"], decoder: "av.VideoCodecContext"
-) -> Iterator["av.VideoFrame"]:
-    """Yield the frame shown at each wanted time.
+def sample_track(track: VideoTrack, settings: VideoSettings) -> tuple[list[int], list[float], float]:
+    """Return the frames of a track to sample, their times in seconds after its first frame, and its seconds.
 
-    Decoding starts at the keyframe before it, unless it has already come further.
+    Frames at an even rate, each within half a frame of its place, are chosen by `sample_indices`. Otherwise their
+    number is as there, and the frames are those on show at evenly spaced times. A frame's time is its own stamp. Where
+    a frame is on show for so long that it is sampled again, the repetition has the time at which it is sampled.
 
-    Args:
-        wanted: ascending times in ticks.
+    At an even rate the last frame lasts as long as the others. Otherwise it lasts as long as the one before it, or
+    longer where the file says so. A lone frame lasts as long as a sampling interval.
     """
-    times = [cast(int, packet.pts) for packet in packets]
-    keyframes = [index for index, packet in enumerate(packets) if packet.is_keyframe or not index]
-    place = {packet.pts: index for index, packet in enumerate(packets)}
-    reached, frame, decoded = -1, None, iter(())
-    for time in wanted:
-        nearest = bisect_right(keyframes, place[time]) - 1
-        if nearest and time < times[keyframes[nearest]]:  # shown before the keyframe it follows in the file
-            nearest -= 1
-        if keyframes[nearest] > reached:
-            decoded = _decode_from(keyframes[nearest], packets, decoder, set(wanted))
-        while frame is None or cast(int, frame.pts) < time:
-            reached, frame = next(decoded, (len(packets), None))
-            if frame is None:
-                raise _broken("the video cannot be decoded to its end; it is cut short or damaged")
-        yield frame
-
-
-def _decode_from(
-    start: int, packets: list["av.Packet"], decoder: "av.VideoCodecContext", wanted: set[int]
-) -> Iterator[tuple[int, "av.VideoFrame"]]:
-    """Yield (packet reached, frame) from a keyframe on, passing over frames neither wanted nor referred to."""
-    decoder.flush_buffers()
-    for index in range(start, len(packets)):
-        decoder.skip_frame = "DEFAULT" if packets[index].pts in wanted else "NONREF"
-        for frame in decoder.decode(packets[index]):
-            yield index, frame
-    for frame in decoder.decode(None):
-        yield len(packets), frame
-
-
-def _to_picture(frame: "av.VideoFrame") -> Tensor:
-    """Return [3, H, W] uint8, turned as the file says (phones write such files)."""
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(picture, round(frame.rotation / 90), (1, 2))
+    places, last = [time - track.times[0] for time in track.times], len(track.times) - 1
+    if not last:
+        return [0], [0.0], 1 / settings.fps
+    mean = places[-1] / last
+    seconds = places[-1] * track.tick * (1 + 1 / last)
+    is_even = all(abs(place - index * mean) < mean / 2 for index, place in enumerate(places))
+    if is_even and track.hold <= 1.5 * mean:
+        indices = sample_indices(len(places), seconds, settings)
+        return indices, [places[index] * track.tick for index in indices], seconds
+    seconds = (places[-1] + max(track.hold, places[-1] - places[-2])) * track.tick
+    count, starts = len(sample_indices(len(places), seconds, settings)), [place * track.tick for place in places]
+    times = [number * seconds / count for number in range(count)]
+    indices = [bisect_right(starts, time + CLOCK_TOLERANCE) - 1 for time in times]
+    repeated = [number > 0 and index == indices[number - 1] for number, index in enumerate(indices)]
+    return indices, [time if again else starts[index] for time, again, index in zip(times, repeated, indices)], seconds
 
 
 def _open_picture(data: bytes, index: int, count: int) -> Tensor:
     """Return [3, H, W] uint8."""
+    what = f"frame {index} of the video"
     try:
-        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-        _check_size(*image.size, count)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except SampleError:
-        raise
-    except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
-        raise _broken(f"frame {index} of the video cannot be decoded ({error})") from None
-
-
-def _broken(text: str) -> SampleError:
-    return SampleError(text, "broken_video")
+        _check_size(*picture_size(data, what), count)
+        return torch.from_numpy(np.array(read_picture(data, what))).permute(2, 0, 1)
+    except SampleError as error:
+        raise broken_video(str(error)) from None
 
 
 def _check_size(width: int, height: int, count: int) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise _broken(f"the video's frames of {width} x {height} pixels are not within {MAX_SIDE} on a side")
+        raise broken_video(f"the video's frames of {width} x {height} pixels are not within {MAX_SIDE} on a side")
     if 3 * width * height * count > MAX_CLIP_BYTES:
-        raise _broken(f"{count} frames of {width} x {height} pixels take more than {MAX_CLIP_BYTES / 2**30:g} GiB")
+        raise broken_video(f"{count} frames of {width} x {height} pixels take more than {MAX_CLIP_BYTES / 2**30:g} GiB")
 
 
 def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -> Tensor:
@@ -303,7 +251,7 @@ def _stack(pictures: Iterable[Tensor], count: int, measure_only: bool = False) -
             frames = picture.new_empty(count, *picture.shape)
         if picture.shape != frames.shape[1:]:
             sizes = " and ".join(f"{shape[-1]} x {shape[-2]}" for shape in (frames.shape, picture.shape))
-            raise _broken(f"the video's frames are not of one size: {sizes} pixels")
+            raise broken_video(f"the video's frames are not of one size: {sizes} pixels")
         frames[index] = picture
     assert frames is not None  # a clip has at least one frame
     return frames
@@ -334,7 +282,7 @@ def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings
         num_frames, height, width, temporal_patch_size=patch, token_side=side
     )
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise _broken(
+        raise broken_video(
             f"the video's frames of {width} x {height} pixels are too thin: one side is more than "
             f"{MAX_ASPECT_RATIO} times the other"
         )

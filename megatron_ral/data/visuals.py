@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.pictures import MAX_IMAGE_PIXELS, image_grid, open_image, patchify_image
+from megatron_ral.data.pictures import image_grid, patchify_image, picture_size, read_picture
 from megatron_ral.data.targets import clip_cells, image_cells
 from megatron_ral.data.video import (
-    MAX_SIDE,
     VideoSettings,
     grid_timestamps,
     patchify_video,
@@ -67,11 +66,16 @@ class VisualReader:
         """
         _refuse_stray_targets(sample)
         try:
-            images = [_open_image(data, decode=not measure_only) for data in sample.images]
-            visuals = [self._image(image, measure_only) for image in images]
-            if sample.target_boxes:
-                rows, columns = self.token_grid(visuals[0].grid)[1:]
-                visuals[0].targets = image_cells(sample.target_boxes, *images[0].size, rows, columns).flatten()
+            visuals = []
+            for number, data in enumerate(sample.images):
+                what = f"image {number}" if len(sample.images) > 1 else "image"
+                picture = picture_size(data, what) if measure_only else read_picture(data, what)
+                visual = self._image(picture)
+                if sample.target_boxes and number == 0:
+                    size = picture if isinstance(picture, tuple) else picture.size
+                    rows, columns = self.token_grid(visual.grid)[1:]
+                    visual.targets = image_cells(sample.target_boxes, *size, rows, columns).flatten()
+                visuals.append(visual)
             for number, video in enumerate(sample.videos):
                 visuals.append(self._video(video, sample.target_frames if number == 0 else (), measure_only))
         except SampleError as error:
@@ -92,12 +96,13 @@ class VisualReader:
     def _no_targets(self, grid: Tensor) -> Tensor:
         return torch.zeros(int(grid.prod()) // self.merge_size**2, dtype=torch.bool)
 
-    def _image(self, image: Image.Image, measure_only: bool) -> Visual:
+    def _image(self, picture: Image.Image | tuple[int, int]) -> Visual:
+        """Return the visual of a picture, or that of its width and height alone, without pixels."""
         try:
-            if measure_only:
-                pixels, grid = None, image_grid(image, self.image_processor)
+            if isinstance(picture, tuple):
+                pixels, grid = None, image_grid(*picture, self.image_processor)
             else:
-                pixels, grid = patchify_image(image, self.image_processor)
+                pixels, grid = patchify_image(picture, self.image_processor)
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"image cannot be used ({error})", "broken_image") from None
         return Visual(pixels, grid, self._no_targets(grid))
@@ -115,20 +120,6 @@ class VisualReader:
             targets = clip_cells(target_frames, clip, self.token_grid(grid), depth).flatten()
         stamps = tuple(grid_timestamps(clip, self.video))
         return Visual(pixels, grid, targets, True, seconds_per_grid(clip, self.video), stamps)
-
-
-def _open_image(data: bytes, *, decode: bool) -> Image.Image:
-    """Open an image, its declared size checked before a pixel is decoded."""
-    try:
-        image = open_image(data)
-        return image.convert("RGB") if decode else image
-    except Image.DecompressionBombError as error:
-        raise SampleError(
-            f"image declares too many pixels ({error}); at most {MAX_SIDE} on a side and {MAX_IMAGE_PIXELS} in all",
-            "image_too_large",
-        ) from None
-    except Exception as error:  # PIL raises many types; each of them means this one picture is unusable
-        raise SampleError(f"image cannot be decoded ({error})", "broken_image") from None
 
 
 def _refuse_stray_targets(sample: Sample) -> None:

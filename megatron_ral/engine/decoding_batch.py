@@ -15,7 +15,7 @@ response token, and without this all responses of a prompt would share it, whate
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -157,15 +157,16 @@ class DecodingBatch:
         output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, attention), None
         return output.repeat_interleave(self.settings.group_size, 0) if stage.layout.is_last_stage else output
 
-    def draw(self, logits_Nv: Tensor, process_groups: ProcessGroups) -> Tensor:
+    def draw(self, logits_Nv: Tensor, process_groups: ProcessGroups, forbidden: Sequence[int] = ()) -> Tensor:
         """Sample the next token of each row on the last stage and store its log-probability.
 
-        Log-probabilities are those under softmax(logits / temperature), before top-p. For greedy sampling they are
-        those at temperature 1.
+        Log-probabilities are those under softmax(logits / temperature), before top-p and with forbidden tokens, as the
+        update computes them. For greedy sampling they are those at temperature 1.
 
         Args:
             logits_Nv: This rank's columns of the logits, [N, v].
             process_groups: This rank's process groups.
+            forbidden: Token ids that are never drawn.
 
         Returns:
             Token ids [N] int64, the same on every tensor-parallel rank.
@@ -181,6 +182,7 @@ class DecodingBatch:
             settings.top_p,
             process_groups.tensor,
             num_tokens=settings.num_tokens,
+            forbidden=forbidden,
         )
         scaled = logits_Nv.float() / (settings.temperature or 1.0)
         self.logprobs[self._device_rows, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]

@@ -234,7 +234,7 @@ class PipelinedDecoder:
             stage.set_input_tensor(hidden)
         output = batch.forward(stage)
         if own_rank == last_rank:
-            token = output = batch.draw(output, self.process_groups)
+            token = output = batch.draw(output, self.process_groups, self.engine.shape.visual_token_ids)
             transfers = [send_to_stage(token, other, self.process_groups) for other in range(last_rank)]
         else:
             token = torch.empty(len(batch.rows), dtype=torch.int64, device=self.process_groups.device)

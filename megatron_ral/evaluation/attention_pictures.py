@@ -4,7 +4,6 @@ With a teacher, a third picture shows the teacher's heat map of the same rows. S
 make a contact sheet.
 """
 
-import io
 from dataclasses import dataclass, replace
 from typing import Iterator, Sequence
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from megatron_ral.data.pictures import read_picture
 from megatron_ral.data.targets import in_span
 from megatron_ral.data.video import VideoSettings, read_clip
 from megatron_ral.evaluation.probes import ProbeView
@@ -111,7 +111,7 @@ def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
     for number, (grid, is_video) in enumerate(zip(prompt.grid_thw.tolist(), prompt.is_video.tolist())):
         rows, columns = (value // settings.merge_size for value in grid[1:])
         if not is_video:
-            image = Image.open(io.BytesIO(sample.images[number])).convert("RGB")
+            image = read_picture(sample.images[number])
             yield Panel(image, f"image {number + 1}", () if number else sample.target_boxes, start, rows, columns)
         else:
             clip = read_clip(sample.videos[number - len(sample.images)], settings)

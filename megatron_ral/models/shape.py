@@ -4,7 +4,7 @@ No module is built here, so that a layout can be checked before a run starts.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
@@ -51,6 +51,9 @@ class ModelShape:
     """Token that stands for one visual token of an image."""
     video_token_id: int
     """Token that stands for one visual token of a video."""
+    visual_token_ids: tuple[int, ...] = field(compare=False)
+    """Tokens that stand for visual input or around it, those of images and videos among them. Without pixels they mean
+    nothing, so that sampling never draws one."""
     vision: PretrainedConfig
     """Hugging Face's own configuration of the vision tower."""
 
@@ -103,7 +106,7 @@ class ModelShape:
             ours, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "vision":
                 ours, theirs = ours.to_dict(), theirs.to_dict()
-            if item.name != "path" and ours != theirs:
+            if item.compare and item.name != "path" and ours != theirs:
                 raise ConfigError(
                     key,
                     other.path,
@@ -234,8 +237,15 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
         tie_word_embeddings=config.tie_word_embeddings,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
+        visual_token_ids=_visual_token_ids(config),
         vision=config.vision_config,
     )
+
+
+def _visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    found = (getattr(config, name, None) for name in names)
+    return tuple(sorted({value for value in found if value is not None}))
 
 
 def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path: str) -> None:
@@ -249,6 +259,6 @@ def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path:
         "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
         "rope_parameters.mrope_section, summed": (sum(rope.get("mrope_section") or ()), width // 2),
     }
-    for field, (value, known) in asked.items():
+    for name, (value, known) in asked.items():
         if value != known:
-            raise ConfigError(key, path, f": config.json has text_config.{field} = {value!r}; only {known!r} is known")
+            raise ConfigError(key, path, f": config.json has text_config.{name} = {value!r}; only {known!r} is known")

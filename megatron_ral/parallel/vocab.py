@@ -5,7 +5,7 @@ pure halves are `functional/logprobs.py` and `functional/sampling.py`. Full logi
 rows of `vocab_parallel_sample` whose draw its candidates do not decide.
 """
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,7 @@ def vocab_parallel_sample(
     group: dist.ProcessGroup,
     *,
     num_tokens: int = 0,
+    forbidden: Sequence[int] = (),
     num_candidates: int = 512,
 ) -> Tensor:
     """Sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
@@ -103,15 +104,14 @@ def vocab_parallel_sample(
         top_p: Mass of the most likely tokens to sample from.
         group: Tensor-parallel group. Rank i holds columns [i v, (i + 1) v).
         num_tokens: Number of ids, from the first, that may be drawn; 0 allows all.
+        forbidden: Ids that are never drawn, at any temperature.
         num_candidates: Number of candidates per rank. It does not change the result.
 
     Returns:
         [X] int64 on the device of the logits, equal on all ranks of the group; no gradient.
     """
-    logits, start = logits_Xv.float(), logits_Xv.shape[-1] * dist.get_rank(group)
-    if num_tokens and start + logits.shape[-1] > num_tokens:
-        columns = torch.arange(start, start + logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(columns >= num_tokens, float("-inf"))
+    start = logits_Xv.shape[-1] * dist.get_rank(group)
+    logits = _allowed_logits(logits_Xv, start, num_tokens, forbidden)
     if temperature == 0:
         return vocab_parallel_argmax(logits, group)
     count = min(num_candidates, logits.shape[-1])
@@ -145,3 +145,17 @@ def vocab_parallel_sample(
         if group.size() > 1:
             dist.broadcast(token, src=dist.get_process_group_ranks(group)[0], group=group)
     return token
+
+
+def _allowed_logits(logits_Xv: Tensor, start: int, num_tokens: int, forbidden: Sequence[int]) -> Tensor:
+    """Return the logits in float32, those of tokens that may not be drawn at -inf. The given tensor stays as it is."""
+    logits, width = logits_Xv.float(), logits_Xv.shape[-1]
+    if num_tokens and start + width > num_tokens:
+        columns = torch.arange(start, start + width, device=logits.device)
+        logits = logits.masked_fill(columns >= num_tokens, float("-inf"))
+    own = [token - start for token in forbidden if start <= token < start + width]
+    if own and logits is logits_Xv:
+        logits = logits.clone()
+    for column in own:  # one by one, because a list of columns would be copied to the device at every step
+        logits[:, column] = float("-inf")
+    return logits

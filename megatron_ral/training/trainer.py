@@ -34,7 +34,7 @@ from megatron_ral.training.build import build_objective, build_policy, build_tea
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
-from megatron_ral.training.logging.loggers import Loggers
+from megatron_ral.training.logging.loggers import Loggers, check_packages
 from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
 from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
@@ -64,9 +64,11 @@ class Inputs:
 
         Raises:
             DataError: Shards are missing or hold no sample.
-            ConfigError: Tokenizer or processor cannot be used, or teacher and student disagree.
+            ConfigError: Tokenizer or processor cannot be used, teacher and student disagree, or a logger's package is
+                not installed.
             CheckpointError: The run cannot go on from the checkpoint found, or may not start beside it.
         """
+        check_packages(config.logging)
         sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
         eval_shards: Sequence[str] = ()
         if config.data.eval_shards:

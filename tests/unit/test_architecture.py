@@ -38,6 +38,7 @@ THIRD_PARTIES = {
     "webdataset": ("data/shards.py", "data/shard_maker.py", "demo/"),
     "tensorboard": ("training/logging/tensorboard.py", "demo/"),
     "torch.utils.tensorboard": ("training/logging/tensorboard.py",),
+    "wandb": ("training/logging/wandb.py",),
     "triton": ("attention/triton_kernels.py", "attention/triton_backend.py"),
 }
 

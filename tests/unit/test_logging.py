@@ -1,6 +1,7 @@
 """Loggers of a run: which are opened, what they are given, the settings that runs are compared by; FLOPs of a step."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,15 @@ from megatron_ral.config.distill import TeacherConfig
 from megatron_ral.config.loss import LossConfig
 from megatron_ral.config.sections import TrainConfig
 from megatron_ral.config.watching import LoggingConfig
+from megatron_ral.errors import ConfigError, DataError
 from megatron_ral.models.flops import group_flops, tower_flops_per_patch
 from megatron_ral.models.shape import read_shape
+from megatron_ral.training.logging import loggers
 from megatron_ral.training.logging.base import RunLogger
 from megatron_ral.training.logging.loggers import Loggers, logger_class, logger_names
 from megatron_ral.training.logging.tensorboard import TensorBoardLogger, TensorBoardSettings
 from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings, known_peak_tflops
+from megatron_ral.training.trainer import Inputs
 from tests.distributed.cases import make_config
 
 METHODS = ("scalars", "completions", "evaluation", "probes", "close")
@@ -57,7 +61,8 @@ def test_every_switch_among_the_settings_has_a_logger():
     for name in logger_names():
         logger = logger_class(name)
         assert all(callable(getattr(logger, method)) for method in (*METHODS, "from_config")), name
-    assert all(getattr(LoggingConfig(), name) in (True, False) for name in logger_names())
+        assert logger.packages, name
+    assert [(name, getattr(LoggingConfig(), name)) for name in logger_names()] == [("tensorboard", True), ("wandb", "")]
     assert {field.name for field in fields(LoggingConfig)} > set(logger_names())
     assert all(hasattr(RunLogger, method) and hasattr(Loggers, method) for method in METHODS)
 
@@ -114,6 +119,81 @@ def test_loggers_are_opened_by_settings(tmp_path, tensorboard):
     assert events.Scalars("eval/target_deciding/layer_1")[0].value == 0.5
     assert [event.value for event in events.Scalars("final/loss")] == [7.5], "the mean of the last ten"
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, step) for step in range(1, 13)]
+
+
+def records(file: Path) -> list:
+    """Return the records of a W&B file: LevelDB's log of protocol buffers behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, part, found = file.read_bytes(), 7, b"", []
+    while place < len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+def with_wandb(folder, project="ral"):
+    config = make_config("m")
+    return replace(
+        config,
+        train=replace(config.train, output_dir=str(folder)),
+        logging=replace(config.logging, tensorboard=False, wandb=project),
+    )
+
+
+def test_wandb_gets_the_scalars_offline_and_a_resumed_run_goes_on_under_its_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "my_run"
+    folder.mkdir()
+    ids = []
+    for first in (0, 2, 0):  # a run, its continuation, and another run in the same folder
+        before = set((folder / "wandb").glob("offline-run-*"))
+        log = Loggers.from_config(with_wandb(folder), first)
+        assert len(log.loggers) == 1
+        log.scalars({"loss": 1.5 + first, "attention/divergence": float("nan")}, first + 1)
+        by_layer = {f"{name}_by_layer": (0.25, 0.5) for name in BY_LAYER}
+        log.evaluation(SimpleNamespace(**dict.fromkeys(EVALUATION, 0.25), **by_layer), first + 2)
+        log.completions([], first + 2)
+        log.probes([], None, first + 2)
+        log.close(first + 2)
+        [made] = set((folder / "wandb").glob("offline-run-*")) - before
+        found = records(next(made.glob("*.wandb")))
+        [run] = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+        assert (run.project, run.display_name) == ("ral", "my_run")
+        settings = {item.key: item.value_json for item in run.config.update}
+        assert settings["loss.attention_coef"] == "2.0" and settings["train.algorithm"] == '"ral"'
+        rows = [
+            {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            for record in found
+            if record.WhichOneof("record_type") == "history"
+        ]
+        assert [int(row["step"]) for row in rows] == [first + 1, first + 2]
+        assert rows[0]["loss"] == str(1.5 + first) and rows[0]["attention/divergence"] == "NaN"
+        assert rows[1]["eval/accuracy"] == "0.25" and rows[1]["eval/target_peak/layer_1"] == "0.5"
+        ids.append(run.run_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder named wandb"])
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, spec):
+    monkeypatch.setattr(loggers, "find_spec", lambda name: spec)
+    with pytest.raises(ConfigError) as caught:
+        Inputs.open(with_wandb(tmp_path), False)
+    assert str(caught.value) == (
+        "logging.wandb = ral needs the package wandb, which is not installed; install it, or leave the setting out"
+    )
+    with pytest.raises(DataError, match="data.train"):
+        Inputs.open(with_wandb(tmp_path, ""), False)
 
 
 BY_LAYER = ("target_attention", "target_deciding", "target_peak")

@@ -76,8 +76,8 @@ class Family:
 
         Args:
             num_frames: sampled frames, at least 1.
-            height: pixels of a frame as it is stored.
-            width: pixels of a frame as it is stored.
+            height: pixels of an upright frame.
+            width: pixels of an upright frame.
             temporal_patch_size: frames per temporal patch.
             token_side: pixels per visual token and side.
         """

@@ -60,6 +60,8 @@ class TensorBoardLogger:
             hidden, because the resumed run writes these steps again.
     """
 
+    packages = ("tensorboard",)
+
     def __init__(self, settings: TensorBoardSettings, first_step: int = 0):
         self.settings = settings
         self._recent: dict[str, deque[float]] = defaultdict(deque)
