@@ -159,6 +159,7 @@ def to_hf(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = lambda num_bytes: None,
     weights: Optional[Weights] = None,
+    format_tags: Optional[str] = None,
 ) -> Converted:
     """Write a model folder, Hugging Face or Megatron, as a Hugging Face folder.
 
@@ -168,6 +169,8 @@ def to_hf(
         max_shard_bytes: Bytes after which a new weight file begins.
         progress: Function that is called after each tensor.
         weights: Weights to write instead of those of `source`, which then gives config, tokenizer and processor.
+        format_tags: model.format_tags of the run that the weights are of, by which the tokenizer is edited; None: it is
+            copied as it is.
 
     Raises:
         CheckpointError: `source` is damaged or does not fit its config.json.
@@ -196,7 +199,7 @@ def to_hf(
             for name in names:
                 progress(writer.add(shape.family.hub_name(name), weights[name]))
             writer.close()
-        plan.finish(partial, source)
+        plan.finish(partial, source, format_tags)
     return Converted(plan.num_bytes, time.perf_counter() - started)
 
 

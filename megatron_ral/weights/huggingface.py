@@ -16,11 +16,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_ral.data.format_tags import export_tokenizer
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import ADAPTER, config_folder, foreign_content, read_json
 from megatron_ral.models.shape import read_shape
@@ -147,7 +148,7 @@ class HuggingFaceWeights(Weights):
             raise self._error(
                 f"holds '{HEAD}' with other values than '{EMBEDDING}' although config.json says tie_word_embeddings: "
                 "true (stock transformers warns and uses both, other programs drop the head); set "
-                "tie_word_embeddings to false in config.json to use the head, or remove it from the weights"
+                "tie_word_embeddings to false there, in text_config too, to use the head, or remove it from the weights"
             )
         del where[HEAD], self._dtypes[HEAD]
 
@@ -201,12 +202,20 @@ class HuggingFacePlan:
         """Return the writer of a weight file, numbered from 0."""
         return SafetensorsWriter(folder / self.file_name(number), self.files[number])
 
-    def finish(self, folder: Path, source: str | Path) -> None:
-        """Write the index, and copy everything but the weights from the model folder `source`."""
+    def finish(self, folder: Path, source: str | Path, format_tags: Optional[str] = None) -> None:
+        """Write the index, and copy everything but the weights from a model folder.
+
+        Args:
+            folder: Folder that has the weight files.
+            source: Model folder of either kind.
+            format_tags: model.format_tags of a run, by which the tokenizer is edited; None: it is copied as it is.
+        """
         weight_map = {entry.name: self.file_name(number) for number, file in enumerate(self.files) for entry in file}
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
         copy_config(source, folder)
+        if format_tags is not None:
+            export_tokenizer(config_folder(source), folder, format_tags)
 
 
 def copy_config(source: str | Path, target: Path) -> None:

@@ -238,7 +238,7 @@ REFUSED = [
         head_that_differs,
         "holds 'lm_head.weight' with other values than 'model.embed_tokens.weight' although config.json "
         "says tie_word_embeddings: true (stock transformers warns and uses both, other programs drop the head); set "
-        "tie_word_embeddings to false in config.json to use the head, or remove it from the weights",
+        "tie_word_embeddings to false there, in text_config too, to use the head, or remove it from the weights",
     ),
     (head_of_other_rows, "holds 'lm_head.weight' with other values than 'model.embed_tokens.weight'"),
     (
@@ -333,6 +333,7 @@ def test_a_head_of_its_own_is_used_once_config_says_so(material, tmp_path):
     tensors = copy(material["tiny"], tmp_path / "hf")
     head_that_differs(tmp_path / "hf", tensors)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     weights = HuggingFaceWeights(tmp_path / "hf")
     assert weights["lm_head.weight"][-1, -1] == weights["model.embed_tokens.weight"][-1, -1] + 1
