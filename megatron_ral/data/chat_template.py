@@ -5,8 +5,6 @@ itself (`<think>`, as that of Qwen3-VL-Thinking does). Such *prefilled* text cou
 it is put before decoded text, and taken from the beginning of a reference response.
 """
 
-import json
-from pathlib import Path
 from typing import Any, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -16,19 +14,7 @@ from megatron_ral.errors import ConfigError
 
 PROBE_QUESTION = "How many 7s are in the picture: <0>, 1 or [2]?"
 """Question of the prompt that is tried before a model folder is used."""
-_LEGACY = "chat_template.json"
-"""File in which processors of earlier versions of transformers kept the template."""
 _WAY_OUT = "copy chat_template.jinja from the model that the folder was made from"
-
-
-def use_processor_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Give a tokenizer without a chat template that of the folder's processor, as stock processors do."""
-    file = Path(path) / _LEGACY
-    if tokenizer.chat_template is None and file.is_file():
-        try:
-            tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"'{file}'", None, f"is not readable ({error!r})") from None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], question: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_ral.data.model_inputs import load_tokenizer
+
 FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Tags that the format reward and the answer are read from (`rewards/answer.py`)."""
 AUTO, TEXT, TOKEN = "auto", "text", "token"
@@ -70,7 +72,7 @@ def export_tokenizer(source: str | Path, folder: Path, choice: str) -> None:
         folder: Exported folder, which has the files of `source`.
         choice: model.format_tags of the run.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     tags = choose_tags(tokenizer, choice)
     if needs_edit(tokenizer, tags):
         for name in _STALE:

@@ -6,9 +6,23 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_ral.errors import ConfigError
+from megatron_ral.errors import ConfigError, UserError
 from megatron_ral.models.families import VisionTokens
-from megatron_ral.models.folder import check_fetched
+from megatron_ral.models.folder import check_fetched, read_json
+
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""File in which processors of earlier versions of transformers kept the chat template."""
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the tokenizer of a folder. One without a chat template has that of the processor, as stock processors do.
+
+    Whatever transformers raises passes through.
+    """
+    tokenizer, file = AutoTokenizer.from_pretrained(path), Path(path) / _PROCESSOR_TEMPLATE
+    if tokenizer.chat_template is None and file.is_file():
+        tokenizer.chat_template = read_json(file, "chat_template")["chat_template"]
+    return tokenizer
 
 
 def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
@@ -22,8 +36,9 @@ def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
         check_fetched(path, f"'{path}'")
     try:
         config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        return config, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(path)
+        return config, load_tokenizer(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many types for what these files can hold
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"'{path}'", None, f"holds no usable tokenizer and image processor ({reason})") from None

@@ -17,13 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_ral.config import RunConfig
-from megatron_ral.data.chat_template import (
-    PROBE_QUESTION,
-    prefilled_text,
-    render,
-    use_processor_template,
-    without_prefilled,
-)
+from megatron_ral.data.chat_template import PROBE_QUESTION, prefilled_text, render, without_prefilled
 from megatron_ral.data.format_tags import AUTO, choose_tags, edited_tokenizer
 from megatron_ral.data.index import SampleLengths
 from megatron_ral.data.issues import SampleError
@@ -69,7 +63,6 @@ class PromptProcessor:
     ):
         config, tokenizer, self.image_processor = load_inputs(path)
         self.family = find_family(config.model_type, f"'{path}'")
-        use_processor_template(tokenizer, path)
         self.format_tags = choose_tags(tokenizer, format_tags)
         self.tokenizer: Any = edited_tokenizer(tokenizer, self.format_tags)
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
@@ -211,6 +204,7 @@ class PromptProcessor:
             self.family.timed_video,
             self.image_token_id,
             self.video_token_id,
+            *([self.response_prefix] if self.response_prefix else []),
         ]
         return blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -258,8 +258,8 @@ class Trainer:
         if step == self.first_step and self.is_main and report.metrics.get("rewards/format/mean") == 0.0:
             logger.warning(
                 "step %d: no response of the first rollout has the rewarded format, so that its reward teaches "
-                "nothing: teach it by a cold start (train.algorithm=sft), or ask for it with data.prompt_suffix; the model "
-                "reads and writes its tags as %s (model.format_tags)",
+                "nothing: teach it by a cold start (train.algorithm=sft), or ask for it with data.prompt_suffix; its "
+                "tags are read and written as %s (model.format_tags)",
                 step + 1,
                 {"text": "text", "token": "single tokens"}[self.processor.format_tags],
             )

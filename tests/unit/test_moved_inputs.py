@@ -145,6 +145,6 @@ def test_a_checkpoint_without_a_list_says_how_to_go_on(made):
         check_settings(settings_for(made, model="moved"), made / "step")
     assert str(caught.value).replace("'", "") == (
         f"model.path = {made}/moved but checkpoint {made}/step was made with {made}/model; resume with the same "
-        "setting (it is of a version that listed no files; where they moved, put a link at the old path), or start in another "
-        "train.output_dir"
+        "setting (it is of a version that listed no files; where they moved, put a link at the old path), or start "
+        "in another train.output_dir"
     )
