@@ -114,6 +114,9 @@ def make_arguments(argv: Arguments) -> argparse.Namespace:
 def make(argv: Arguments = None) -> int:
     """Make shards, or continue an unfinished folder."""
     args = make_arguments(argv)
+    from megatron_ral.data.processor import PromptProcessor
+
+    PromptProcessor(args.model, 1)  # a wrong folder is one sentence here, and a broken pool in the workers
     summary = make_dataset(
         ShardSettings(
             input=args.input,

@@ -13,7 +13,7 @@ from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.rewards.answer import format_reward
 from tests.conftest import PROJECT
 from tests.faults.launch import run_command
-from tests.integration.cases import SFT, write_config
+from tests.integration.cases import RL, SFT, write_config
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SHORT = [
@@ -70,3 +70,15 @@ def test_a_model_that_never_saw_the_tokens_learns_the_format_and_stock_agrees(ma
         assert text == line["greedy"]["text"] and format_reward(text) == 1.0
     for tag in TAGS:
         assert len(tokenizer.encode(tag, add_special_tokens=False)) > 1
+
+
+def test_a_first_rollout_without_the_format_is_said(material, tmp_path):
+    model = instruct_folder(material["root"] / "tiny", tmp_path / "model")
+    path, overrides = write_config(tmp_path, RL, model, material["data"], "rl")
+    quiet = ["logging.eval_interval=0", "logging.probe_interval=0", "logging.completions_interval=0"]
+    one_step = ["train.num_steps=1", "train.export=false", "train.checkpoint_interval=0"]
+    _, log = run(
+        "megatron_ral.train", "--config", path, *overrides, *quiet, *one_step, f"train.output_dir={tmp_path}/run"
+    )
+    [line] = [line for line in log.splitlines() if "no response of the first rollout has the rewarded format" in line]
+    assert "step 1: " in line and "its tags are read and written as text (model.format_tags)" in line

@@ -231,10 +231,14 @@ def test_training_and_evaluation_refuse_a_wrong_folder(folder, material, tmp_pat
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_the_index_tool_refuses_a_wrong_folder(folder, material, tmp_path, capsys, kind):
+def test_tools_refuse_a_wrong_folder(folder, material, tmp_path, capsys, kind):
     change, message = FOLDERS[kind]
     change(folder)
     assert message in refused(shards.index, [f"{material['data']}/rl-*.tar", "--model", f"{folder}"], capsys)
+    (tmp_path / "records.json").write_text("[{}]")
+    arguments = ["--input", f"{tmp_path}/records.json", "--media", f"{tmp_path}", "--output", f"{tmp_path}/out"]
+    assert message in refused(shards.make, [*arguments, "--model", f"{folder}", "--workers", "2"], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
