@@ -16,6 +16,10 @@ ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs"
 """Begin of the small file that Git LFS leaves in place of a large one that was not fetched."""
 _FOREIGN = (
+    (
+        "model-*-of-*.safetensors",
+        "is one of several weight files, but model.safetensors.index.json is missing; copy it",
+    ),
     ("*.gguf", "is a GGUF file, made for inference alone; give the safetensors folder that it was made from"),
     (
         "*model*.bin",
@@ -24,10 +28,6 @@ _FOREIGN = (
     ),
     ("*.pt", "is a pickle, which can run code and is never opened here; write the model as safetensors"),
     ("*.pth", "is a pickle, which can run code and is never opened here; write the model as safetensors"),
-    (
-        "model-*-of-*.safetensors",
-        "is one of several weight files, but model.safetensors.index.json is missing; copy it",
-    ),
     ("rank_00000.safetensors", "is the state of a run; write a model folder with tools/convert_checkpoint.py from-run"),
     (
         "checkpoints",
