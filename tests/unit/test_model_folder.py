@@ -117,8 +117,7 @@ FOLDERS = {
     ),
     "a template that prefills an empty thought": (
         write(template(end=END + "<think>\n\n</think>\n\n")),
-        BEGINS
-        + "'<think>\\n\\n</think>\\n\\n'; only '<think>' can be prefilled, so take a template (or the default of "
+        BEGINS + "'<think>\\n\\n</think>\\n'; only '<think>' can be prefilled, so take a template (or the default of "
         "an option in it) that leaves the rest to the model",
     ),
     "a template that prefills the answer": (
