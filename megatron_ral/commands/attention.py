@@ -109,15 +109,13 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
     from megatron_ral.evaluation.generation import EvaluationSettings
     from megatron_ral.evaluation.probes import view_tokens
     from megatron_ral.evaluation.prompt_set import read_prompts
-    from megatron_ral.models.folder import config_folder
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from megatron_ral.weights.conversion import check_weights, open_weights
 
     config, shape = read_settings(arguments), read_shape(arguments.checkpoint, "CHECKPOINT")
     layers = shape.layer_indices(arguments.layers, "--layers")
-    processor = PromptProcessor(
-        str(config_folder(arguments.checkpoint)), config.data.max_prompt_length, prompt_suffix=config.data.prompt_suffix
-    )
+    processor = PromptProcessor.from_config(config, training=False)
     prompts = read_prompts(find_shards(arguments.shards, "SHARDS"), processor, arguments.num_samples)
     if not prompts:
         raise DataError(
@@ -125,6 +123,7 @@ def make_samples(arguments: argparse.Namespace) -> tuple[list, list[int]]:
             arguments.shards,
             f": none of the first {arguments.num_samples} samples can be used; the warnings above say why",
         )
+    check_weights(open_weights(arguments.checkpoint), shape)
     process_groups, samples = start_groups(tensor_size=1, pipeline_size=1, seed=config.seed), []
     engine = FrozenEngine(shape, process_groups, EngineSettings(arguments.checkpoint, config.model.dtype))
     for view in view_tokens(engine, prompts, processor, EvaluationSettings.from_config(config), layers):

@@ -83,7 +83,9 @@ def convert(arguments: argparse.Namespace) -> int:
             done = conversion.to_hf(arguments.source, arguments.output, arguments.max_shard_bytes, bar.update)
         elif arguments.command == "from-run":
             weights = TrainedWeights(arguments.source, arguments.model)
-            done = conversion.to_hf(weights.source, arguments.output, arguments.max_shard_bytes, bar.update, weights)
+            done = conversion.to_hf(
+                weights.source, arguments.output, arguments.max_shard_bytes, bar.update, weights, weights.format_tags
+            )
         else:
             done = conversion.to_megatron(
                 arguments.source, arguments.output, arguments.tensor_parallel, arguments.pipeline_parallel, bar.update

@@ -41,7 +41,6 @@ def main(argv: Arguments = None) -> int:
         completions = Path(arguments.completions) if arguments.completions else output.with_suffix(".jsonl")
         if completions == output:
             raise ConfigError("--completions", completions, "is the same file as --output; give two files")
-        from megatron_ral.models.folder import config_folder
         from megatron_ral.models.shape import read_shape
 
         path = config.model.path
@@ -56,13 +55,13 @@ def main(argv: Arguments = None) -> int:
     choose_deepspeed_accelerator()
     from megatron_ral.data.loader import open_sources
     from megatron_ral.data.processor import PromptProcessor
+    from megatron_ral.weights.conversion import check_weights, open_weights
 
     # the first process of each node speaks: a disk may be missing on one of them
     with one_sentence(os.environ.get("RANK", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0"):
         source = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0]
-        processor = PromptProcessor(
-            str(config_folder(path)), config.data.max_prompt_length, prompt_suffix=config.data.prompt_suffix
-        )
+        processor = PromptProcessor.from_config(config, training=False)
+        check_weights(open_weights(path), shape)
 
     from tqdm import tqdm
 
@@ -70,7 +69,7 @@ def main(argv: Arguments = None) -> int:
     from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.evaluation.evaluate import evaluate_prompts, sample_prompts
     from megatron_ral.evaluation.generation import EvaluationSettings
-    from megatron_ral.evaluation.prompt_set import PromptSet, left_out_by_reason, warn_about_prompts
+    from megatron_ral.evaluation.prompt_set import PromptSet, check_any_prompt, left_out_by_reason, warn_about_prompts
     from megatron_ral.evaluation.tables import BenchmarkTable, ResultCollector, write_completions
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
 
@@ -93,6 +92,7 @@ def main(argv: Arguments = None) -> int:
         num_readers=layout.world_size,
     )
     with one_sentence():  # an AgreedError
+        check_any_prompt(prompts, process_groups)
         engine = FrozenEngine(shape, process_groups, EngineSettings(path, config.model.dtype))
     collector, share, settings = ResultCollector(), prompts.size(source), EvaluationSettings.from_config(config)
     with one_sentence(everywhere=False):  # a reward function that does not return on one rank
@@ -119,10 +119,9 @@ def main(argv: Arguments = None) -> int:
                 "top_p": config.rollout.top_p,
                 "seed": config.seed,
             }
-        if results:
-            table = BenchmarkTable.of(results)
-            record |= table.record()
-            print(f"\n{table}\n", flush=True)
+        table = BenchmarkTable.of(results)
+        record |= table.record()
+        print(f"\n{table}\n", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2))
         write_completions(completions, results)

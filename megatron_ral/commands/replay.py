@@ -28,7 +28,7 @@ def main(argv: Arguments = None) -> int:
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.models.folder import config_folder, read_json
+    from megatron_ral.models.folder import read_json
     from megatron_ral.models.shape import read_shape
     from megatron_ral.objectives.supervised import supervised_objective
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
@@ -58,13 +58,7 @@ def main(argv: Arguments = None) -> int:
     if config.train.algorithm == "ral":
         teacher = None
         if teacher_shape is not None:
-            processor = PromptProcessor(
-                str(config_folder(config.model.path)),
-                config.data.max_prompt_length,
-                config.data.include_process,
-                config.data.max_visual_tokens,
-                config.data.prompt_suffix,
-            )
+            processor = PromptProcessor.from_config(config)
             teacher = build_teacher(config, teacher_shape, shape, process_groups, processor)
         objective = build_objective(config, shape, process_groups, teacher)
         term = objective.term("attention")

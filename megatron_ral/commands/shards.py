@@ -143,6 +143,9 @@ def _source(args: argparse.Namespace) -> Path:
 def make(argv: Arguments = None) -> int:
     """Make shards, or continue an unfinished folder."""
     args = make_arguments(argv)
+    from megatron_ral.data.processor import PromptProcessor
+
+    PromptProcessor(args.model, 1)  # a wrong folder is one sentence here, and a broken pool in the workers
     summary = make_dataset(
         ShardSettings(
             input=args.input,

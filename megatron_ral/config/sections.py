@@ -32,6 +32,11 @@ class ModelConfig:
     """Precision of parameters and activations. Optimizer state and reductions are always float32."""
     train_vision: bool = False
     """Training of the vision tower and its projector. Possible in SFT only, because the paper freezes them in RL."""
+    format_tags: Literal["auto", "text", "token"] = "auto"
+    """Form of `<think>`, `<answer>` and their ends where the tokenizer has tokens of these names. text: the names are
+    cut into ordinary pieces, for a model that was not trained on the tokens (Qwen3-VL-Instruct). token: one token each.
+    auto: token where the chat template writes such a tag (Qwen3-VL-Thinking) or all four are ordinary added tokens,
+    otherwise text. The exported tokenizer does the same."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,9 +1,11 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target mask.
 
 `visuals.py` makes the patches with the settings of Hugging Face's Qwen2-VL image processor. The tokenizer is the one of
-the checkpoint folder. Visual tokens are counted here, where the sample's key is known for the error.
+the checkpoint folder (`format_tags.py` says where it is edited). Visual tokens are counted here, where the sample's key
+is known for the error. A model folder is tried on one image and one video before any sample is read.
 """
 
+import io
 import json
 import threading
 from dataclasses import asdict
@@ -11,20 +13,24 @@ from hashlib import blake2b
 from typing import Any, Optional, Sequence, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_ral.config import RunConfig
+from megatron_ral.data.chat_template import PROBE_QUESTION, prefilled_text, render, without_prefilled
+from megatron_ral.data.format_tags import AUTO, choose_tags, edited_tokenizer
 from megatron_ral.data.index import SampleLengths
 from megatron_ral.data.issues import SampleError
+from megatron_ral.data.model_inputs import load_inputs, vision_tokens
 from megatron_ral.data.same_inputs import check_same_patches, check_same_tokenizer
 from megatron_ral.data.video import VideoSettings
 from megatron_ral.data.visuals import Visual, VisualReader
 from megatron_ral.errors import ConfigError
 from megatron_ral.functional.positions import multimodal_positions
-from megatron_ral.models.families import VisionTokens, find_family
+from megatron_ral.models.families import find_family
+from megatron_ral.models.folder import config_folder
 from megatron_ral.rewards.answer import taught_solution
-from megatron_ral.types import Prompt, Sample
+from megatron_ral.types import FramePictures, Prompt, Sample
 
 FINGERPRINT_VERSION = 3
 
@@ -38,9 +44,12 @@ class PromptProcessor:
         include_process: reasoning before the answer as part of the reference response.
         max_visual_tokens: most visual tokens of a prompt, likewise; 0: as many as `max_prompt_length` allows.
         prompt_suffix: text after every question.
+        format_tags: form of the format's tags, `auto`, `text` or `token`; see `format_tags.choose_tags`.
 
     Raises:
-        ConfigError: an unknown family, or no usable tokenizer or image processor in the folder.
+        ConfigError: an unknown family, no usable tokenizer, chat template or image processor in the folder, or files
+            that do not fit each other.
+        CheckpointError: files of the folder were not fetched.
     """
 
     def __init__(
@@ -50,21 +59,17 @@ class PromptProcessor:
         include_process: bool = True,
         max_visual_tokens: int = 0,
         prompt_suffix: str = "",
+        format_tags: str = AUTO,
     ):
-        try:
-            config = AutoConfig.from_pretrained(path)
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"'{path}'", None, f"holds no usable tokenizer and image processor ({reason})") from None
+        config, tokenizer, self.image_processor = load_inputs(path)
         self.family = find_family(config.model_type, f"'{path}'")
+        self.format_tags = choose_tags(tokenizer, format_tags)
+        self.tokenizer: Any = edited_tokenizer(tokenizer, self.format_tags)
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
         self.prompt_suffix = prompt_suffix
+        self.vision_tokens = vision_tokens(path, config, self.tokenizer)
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
-        names = (self.image_token_id, self.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-        self.vision_tokens = VisionTokens(*self.tokenizer.convert_ids_to_tokens(names))
         self.vision = config.vision_config
         self.merge_size = self.vision.spatial_merge_size
         self.reader = VisualReader(self.image_processor, self.family, self.merge_size)
@@ -72,6 +77,42 @@ class PromptProcessor:
         self.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         if self.end_token_id is None or self.end_token_id == self.tokenizer.unk_token_id:
             raise ConfigError(f"'{path}'", None, f"holds a tokenizer without the token {self.family.end_of_turn}")
+        placeholders = {
+            "image": self.vision_tokens.image,
+            "video": self.family.video_placeholder(self.vision_tokens),
+        }
+        self.response_prefix = prefilled_text(self.tokenizer, path, placeholders, self.family.end_of_turn)
+        """Text that the chat template writes of every response (`<think>`), among the prompt's tokens; mostly none."""
+        self._try_visuals(path)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, training: bool = True) -> "PromptProcessor":
+        """Return the processor of a run.
+
+        Args:
+            config: settings of the run.
+            training: False: the limit of visual tokens, which is one of training, does not apply.
+
+        Raises:
+            ConfigError: the folder cannot be used, or its chat template contradicts the format that is rewarded.
+            CheckpointError: files of the folder were not fetched.
+        """
+        processor = cls(
+            str(config_folder(config.model.path)),
+            config.data.max_prompt_length,
+            config.data.include_process,
+            config.data.max_visual_tokens if training else 0,
+            config.data.prompt_suffix,
+            config.model.format_tags,
+        )
+        if processor.response_prefix and not config.reward.require_think:
+            raise ConfigError(
+                "reward.require_think",
+                False,
+                f"asks for responses without a thought, but the chat template of '{config.model.path}' begins "
+                "each with <think>; take true, or a template that does not",
+            )
+        return processor
 
     @property
     def video(self) -> VideoSettings:
@@ -86,6 +127,10 @@ class PromptProcessor:
                 box or span lies outside the image or video. The text names the sample's key.
         """
         self._refuse_control_tokens(sample)
+        return self._prompt(sample)
+
+    def _prompt(self, sample: Sample, limited: bool = True) -> Prompt:
+        """Return the prompt of a sample, within the limits of this processor or (False) of any length."""
         visuals = self.reader.read(sample)
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
@@ -96,7 +141,7 @@ class PromptProcessor:
                 f"{num_features} visual features",
                 "token_mismatch",
             )
-        passed = self.limit_passed(len(input_ids), num_features)
+        passed = self.limit_passed(len(input_ids), num_features) if limited else None
         if passed is not None:
             raise SampleError(f"sample '{sample.key}': {passed[1]}", passed[0])
         runs = [self.reader.run_grids(visual) for visual in visuals]
@@ -107,7 +152,6 @@ class PromptProcessor:
         )
         target_mask = torch.zeros_like(visual_mask)
         target_mask[visual_mask] = torch.cat([target_mask[:0], *(visual.targets for visual in visuals)])
-        reference = (sample.process if self.include_process else "") + taught_solution(sample.solution)
         return Prompt(
             sample=sample,
             input_ids=input_ids,
@@ -119,7 +163,7 @@ class PromptProcessor:
             seconds_per_grid=torch.tensor([visual.seconds for visual in visuals]),
             visual_mask=visual_mask,
             target_mask=target_mask,
-            response_ids=torch.tensor(self._token_ids(reference) + [self.end_token_id]),
+            response_ids=torch.tensor(self._reference_ids(sample, self.include_process)),
         )
 
     def lengths(self, sample: Sample) -> SampleLengths:
@@ -136,7 +180,7 @@ class PromptProcessor:
         return SampleLengths(
             prompt_length=len(self._tokenize(sample, visuals)),
             visual_tokens=sum(int(visual.grid.prod()) for visual in visuals) // self.merge_size**2,
-            response_length=len(self._token_ids(sample.process + taught_solution(sample.solution))) + 1,
+            response_length=len(self._reference_ids(sample, include_process=True)),
             num_images=len(sample.images),
             num_videos=len(sample.videos),
             problem_type=sample.problem_type,
@@ -160,25 +204,28 @@ class PromptProcessor:
             self.family.timed_video,
             self.image_token_id,
             self.video_token_id,
+            *([self.response_prefix] if self.response_prefix else []),
         ]
         return blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def check_same(self, other: "PromptProcessor", key: str, other_key: str) -> None:
+    def check_same(self, path: str, key: str, other_key: str) -> None:
         """Compare the inputs of another checkpoint, which gets the prompts of this processor.
 
         The chat template and the size limits of a picture may differ, because this processor alone makes the prompts.
 
         Args:
-            other: processor of the other checkpoint.
+            path: Hugging Face folder of the other checkpoint.
             key: setting that names this processor's checkpoint, for the error.
             other_key: setting that names the other checkpoint, for the error.
 
         Raises:
             ConfigError: the first difference in tokens, their ids, the rules by which text is cut into them, or the
                 rules by which a picture becomes patches.
+            CheckpointError: files of the folder were not fetched.
         """
-        check_same_tokenizer(self.tokenizer, other.tokenizer, key, other_key)
-        check_same_patches(self.image_processor, other.image_processor, key, other_key)
+        _, tokenizer, image_processor = load_inputs(path)
+        check_same_tokenizer(self.tokenizer, edited_tokenizer(tokenizer, self.format_tags), key, other_key)
+        check_same_patches(self.image_processor, image_processor, key, other_key)
 
     def stock_inputs(self, prompt: Prompt, input_ids: Tensor) -> dict[str, Any]:
         """Return the inputs that transformers' own model takes for one sequence, for comparisons with it.
@@ -201,8 +248,8 @@ class PromptProcessor:
         return result
 
     def decode(self, token_ids: Tensor) -> str:
-        """Return the text of a response, special tokens removed."""
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        """Return the text of a response, prefilled text included and special tokens removed."""
+        return self.response_prefix + self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
     def limit_passed(self, prompt_length: int, visual_tokens: int) -> Optional[tuple[str, str]]:
         """Return (reason, text) of the limit that a prompt passes, or None."""
@@ -232,20 +279,20 @@ class PromptProcessor:
         pixels = [cast(Tensor, visual.pixels) for visual in visuals]
         if len(visuals) == 1:
             return pixels[0]
-        width = self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
-        return torch.cat([torch.zeros(0, width), *pixels])
+        return torch.cat([torch.zeros(0, self._patch_width), *pixels])
+
+    @property
+    def _patch_width(self) -> int:
+        return self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
 
     def _temporal_interval(self, visual: Visual) -> float:
         """Return the rotary positions from one temporal patch to the next."""
         return self.family.temporal_interval(self.vision, visual.seconds) if visual.is_video else 1.0
 
     def _tokenize(self, sample: Sample, visuals: Sequence[Visual]) -> list[int]:
-        content = [{"type": "video" if visual.is_video else "image"} for visual in visuals]
+        kinds = ["video" if visual.is_video else "image" for visual in visuals]
         with self._text_lock:
-            question = {"type": "text", "text": sample.problem + self.prompt_suffix}
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [*content, question]}], tokenize=False, add_generation_prompt=True
-            )
+            text = render(self.tokenizer, kinds, sample.problem + self.prompt_suffix)
         tokens, expanded = self.vision_tokens, ""
         for number, visual in enumerate(visuals):
             place = self.family.video_placeholder(tokens) if visual.is_video else tokens.image
@@ -259,6 +306,11 @@ class PromptProcessor:
             expanded += before + self._visual_text(visual)
         return self._token_ids(expanded + text)
 
+    def _reference_ids(self, sample: Sample, include_process: bool) -> list[int]:
+        """Return the tokens of the reference response that the model has to write, end of turn included."""
+        reference = (sample.process if include_process else "") + taught_solution(sample.solution)
+        return [*self._token_ids(without_prefilled(reference, self.response_prefix)), self.end_token_id]
+
     def _token_ids(self, text: str) -> list[int]:
         with self._text_lock:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -269,3 +321,27 @@ class PromptProcessor:
         if visual.is_video:
             return self.family.video_text(self.vision_tokens, lengths, visual.stamps)
         return self.vision_tokens.image * lengths[0]
+
+    def _try_visuals(self, path: str) -> None:
+        """Make a prompt with an image and one with a video.
+
+        Raises:
+            ConfigError: tokens and visual features do not fit each other.
+        """
+        stream = io.BytesIO()
+        Image.new("RGB", (4 * self.vision.patch_size * self.merge_size,) * 2, "grey").save(stream, "PNG")
+        picture = stream.getvalue()
+        for images, videos in (((picture,), ()), ((), (FramePictures((picture,) * 4, fps=2.0),))):
+            sample = Sample("probe", "probe", PROBE_QUESTION, "", "", "", images, (), videos)
+            try:
+                width = self._prompt(sample, limited=False).pixel_values.shape[1]
+                if width != self._patch_width:
+                    raise ValueError(f"a patch has {width} numbers, but config.json asks for {self._patch_width}")
+            except Exception as error:  # code of the folder's processor meets pixels here for the first time
+                kind, reason = "an image" if images else "a video", " ".join(str(error).split())[:200]
+                raise ConfigError(
+                    f"'{path}'",
+                    None,
+                    f"cannot make a prompt with {kind} ({reason}); its config.json, tokenizer and "
+                    "preprocessor_config.json are not of one model",
+                ) from None

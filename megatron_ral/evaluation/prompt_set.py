@@ -9,7 +9,8 @@ from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import Source
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
-from megatron_ral.parallel.collectives import gather_objects
+from megatron_ral.errors import DataError
+from megatron_ral.parallel.collectives import gather_from_all, gather_objects, raise_together
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.scoring import unused_rules
 from megatron_ral.types import Prompt
@@ -90,6 +91,32 @@ def read_prompts(
 ) -> list[Prompt]:
     """Return all prompts of a `PromptSet` with these arguments at once."""
     return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size, num_readers=num_readers))
+
+
+def check_any_prompt(prompts: PromptSet, process_groups: ProcessGroups) -> None:
+    """Check that at least one held-out sample can be used. Every rank calls this before weights are loaded.
+
+    Args:
+        prompts: This rank's share of the set.
+        process_groups: Process groups.
+
+    Raises:
+        AgreedError: No rank has a usable sample.
+    """
+    problem = None
+    if not any(gather_from_all(next(iter(prompts), None) is not None)):
+        reasons = Counter()
+        for found in gather_objects(list(prompts.left_out.values()), process_groups.data):
+            reasons.update(found)
+        text = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "no sample is whole"
+        problem = DataError(
+            "data.eval_shards",
+            None,
+            f": none of the first {prompts.limit} samples of {len(prompts.shards)} shards (first: "
+            f"'{prompts.shards[0]}') can be used ({text}), so that there is nothing to evaluate; the warnings above "
+            "name them",
+        )
+    raise_together(problem)
 
 
 def _num_readable(source: Source) -> int:

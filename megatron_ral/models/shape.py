@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.families import FAMILIES, Family
-from megatron_ral.models.folder import config_folder
+from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
 from megatron_ral.parallel.rank_layout import stage_sizes
 
 
@@ -206,15 +206,28 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
 
     Raises:
         ConfigError: there is no such folder or config.json, or the project does not know the family or a variant of it.
+        CheckpointError: files of the folder were not fetched.
     """
     folder = config_folder(path)
     if not (folder / "config.json").is_file():
-        raise ConfigError(key, path, "is neither a Hugging Face nor a Megatron folder (no config.json)")
+        found = foreign_content(path)
+        remedy = "is neither a Hugging Face nor a Megatron folder (no config.json)"
+        raise ConfigError(key, path, f"{remedy}: {found}" if found else remedy)
+    check_fetched(folder, f"'{folder}'")
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many types for what a config.json can hold
         reason = " ".join(str(error).split())
         raise ConfigError(key, path, f": config.json is not readable ({reason})") from None
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            key,
+            path,
+            f"is quantized (config.json has a quantization_config, method {method!r}), and only floating-point "
+            "weights of 16 or 32 bits can be trained; give the folder of the unquantized model",
+        )
     if config.model_type not in FAMILIES:
         raise ConfigError(key, path, f"is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
     text = config.text_config

@@ -19,7 +19,7 @@ from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.evaluation.evaluate import evaluate_prompts
 from megatron_ral.evaluation.generation import EvaluationSettings
 from megatron_ral.evaluation.probes import view_probes
-from megatron_ral.evaluation.prompt_set import PromptSet, read_prompts
+from megatron_ral.evaluation.prompt_set import PromptSet, check_any_prompt, read_prompts
 from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
@@ -73,19 +73,9 @@ class Inputs:
         eval_shards: Sequence[str] = ()
         if config.data.eval_shards:
             eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor(
-            str(config_folder(config.model.path)),
-            config.data.max_prompt_length,
-            config.data.include_process,
-            config.data.max_visual_tokens,
-            config.data.prompt_suffix,
-        )
+        processor = PromptProcessor.from_config(config)
         if config.distills:
-            processor.check_same(
-                PromptProcessor(str(config_folder(config.teacher.path)), config.data.max_prompt_length),
-                "model.path",
-                "teacher.path",
-            )
+            processor.check_same(str(config_folder(config.teacher.path)), "model.path", "teacher.path")
         is_main = int(os.environ.get("RANK", 0)) == 0
         checkpoint = find_checkpoint(CheckpointSettings.from_config(config), resume, warn=is_main)
         return cls(processor, sources, eval_shards, checkpoint)
@@ -116,7 +106,7 @@ class Trainer:
         self.is_main = process_groups.layout.rank == 0
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
         self.stopping = stopping or StopRequests(config.train.time_limit_minutes)
-        self.num_skipped, self.problems = 0, ScoringIssueLog()
+        self.num_skipped, self.first_step, self.problems = 0, 0, ScoringIssueLog()
         self.loader = PromptLoader(
             inputs.sources,
             self.processor,
@@ -128,6 +118,8 @@ class Trainer:
             report=self.is_main,
             exchange=gather_from_all,
         )
+        if self.eval_shards and config.logging.eval_interval:
+            check_any_prompt(self._heldout_prompts(), process_groups)
         teacher = None
         if teacher_shape is not None:
             teacher = build_teacher(config, teacher_shape, shape, process_groups, self.processor)
@@ -153,12 +145,14 @@ class Trainer:
         """Resume from a checkpoint if there is one, train to the last step, save a checkpoint and export the model."""
         started, config = time.perf_counter(), self.config
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-        first = 0
+        first = self.first_step = 0
         seed_random_state(config.seed, self.layout.rank)
         checkpoint = agree_on_checkpoint(self.checkpoint_settings, self.inputs.checkpoint)
         if checkpoint is not None:
             with progress.within("restore", is_long=True):
-                first = restore_checkpoint(checkpoint, self.policy, self.loader, config.model.train_vision)
+                first = self.first_step = restore_checkpoint(
+                    checkpoint, self.policy, self.loader, config.model.train_vision
+                )
             self._print(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in setting_warnings(config):
@@ -197,7 +191,13 @@ class Trainer:
             )
         if config.train.export and done == config.train.num_steps:
             with progress.within("export", is_long=True), self.policy.resident():
-                export_stage(self.policy.stage, self.process_groups, config.model.path, f"{config.train.output_dir}/hf")
+                export_stage(
+                    self.policy.stage,
+                    self.process_groups,
+                    config.model.path,
+                    f"{config.train.output_dir}/hf",
+                    config.model.format_tags,
+                )
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)
 
@@ -266,6 +266,14 @@ class Trainer:
             step + 1,
         )
         self._show_problems(report, step)
+        if step == self.first_step and self.is_main and report.metrics.get("rewards/format/mean") == 0.0:
+            logger.warning(
+                "step %d: no response of the first rollout has the rewarded format, so that its reward teaches "
+                "nothing: teach it by a cold start (train.algorithm=sft), or ask for it with data.prompt_suffix; its "
+                "tags are read and written as %s (model.format_tags)",
+                step + 1,
+                {"text": "text", "token": "single tokens"}[self.processor.format_tags],
+            )
         interval = self.config.logging.completions_interval
         if report.rollout and interval and (step % interval == 0):
             log.completions(report.rollout, step + 1)
@@ -335,17 +343,19 @@ class Trainer:
                 views = view_probes(self.policy, probes, self.processor, evaluation, layer, self.engines.teacher)
             log.probes(views, self.processor.video, step)
         if self.eval_shards and settings.eval_interval and (step % settings.eval_interval == 0 or last):
-            prompts = PromptSet(
-                self.eval_shards,
-                self.processor,
-                settings.num_eval_prompts,
-                dp_rank=self.layout.data_rank,
-                dp_size=self.layout.data_size,
-                num_readers=self.layout.world_size,
-            )
             with progress.within("evaluation"):
-                result = evaluate_prompts(self.policy, prompts, self.processor, evaluation, layer)
+                result = evaluate_prompts(self.policy, self._heldout_prompts(), self.processor, evaluation, layer)
             log.evaluation(result, step)
+
+    def _heldout_prompts(self) -> PromptSet:
+        return PromptSet(
+            self.eval_shards,
+            self.processor,
+            self.config.logging.num_eval_prompts,
+            dp_rank=self.layout.data_rank,
+            dp_size=self.layout.data_size,
+            num_readers=self.layout.world_size,
+        )
 
     def _print_shards(self) -> None:
         """Print the bytes that each rank holds, which show that ZeRO-3 shards."""

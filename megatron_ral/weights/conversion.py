@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Collection, Iterator, Optional
 
 import torch
 
@@ -20,7 +20,7 @@ from megatron_ral.errors import CheckpointError, ConfigError
 from megatron_ral.models.folder import MANIFEST
 from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.models.shape import ModelShape, read_shape
-from megatron_ral.weights.huggingface import HuggingFacePlan, HuggingFaceWeights, Weights, copy_config
+from megatron_ral.weights.huggingface import HuggingFacePlan, HuggingFaceWeights, Weights, common_name, copy_config
 from megatron_ral.weights.megatron import MegatronWeights, shard_file
 from megatron_ral.weights.safetensors_files import SafetensorsWriter, TensorEntry
 from megatron_ral.weights.tensor_table import stage_tables
@@ -59,10 +59,12 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
     """Compare the names and shapes of weights with those of the architecture. No tensor is read.
 
     Raises:
-        CheckpointError: with a table of missing, unexpected and mis-shaped tensors.
+        CheckpointError: with a table of missing, unexpected and mis-shaped tensors, or one sentence where a prefix of
+            the names explains them.
     """
     wanted = expected_shapes(shape)
-    unexpected = set(weights) - set(wanted) - ({"lm_head.weight"} if shape.tie_word_embeddings else set())
+    unexpected = set(weights) - set(wanted)
+    _refuse_prefix(weights, set(wanted) - set(weights), unexpected)
     rows = [("missing", name, str(wanted[name])) for name in wanted if name not in weights]
     rows += [("unexpected", name, str(weights.shape_of(name))) for name in sorted(unexpected)]
     rows += [
@@ -74,6 +76,25 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
         table = "\n".join(f"  {kind:<11} {name:<60} {size}" for kind, name, size in rows[:MAX_ROWS_SHOWN])
         more = f"\n  ... and {len(rows) - MAX_ROWS_SHOWN} more" if len(rows) > MAX_ROWS_SHOWN else ""
         raise CheckpointError(f"'{weights.path}'", None, f"does not fit its config.json:\n{table}{more}")
+
+
+def _refuse_prefix(weights: Weights, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise CheckpointError where most of the missing weights are there under a prefix that a wrapper gave them."""
+    prefixes: dict[str, list[str]] = {}
+    for name in sorted(unexpected):
+        parts = name.split(".")
+        for number in range(1, len(parts)):
+            if common_name(".".join(parts[number:])) in missing:
+                prefixes.setdefault(".".join(parts[:number]) + ".", []).append(name)
+    prefix, names = max(prefixes.items(), key=lambda item: len(item[1]), default=("", []))
+    if 2 * len(names) > len(missing):
+        raise CheckpointError(
+            f"'{weights.path}'",
+            None,
+            f"has {len(names)} of its {len(weights)} weights under the prefix '{prefix}' of a wrapper (first: "
+            f"'{names[0]}'); save the model inside the wrapper (a merged one after merge_and_unload), or rename them "
+            "without the prefix",
+        )
 
 
 def to_megatron(
@@ -138,6 +159,7 @@ def to_hf(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = lambda num_bytes: None,
     weights: Optional[Weights] = None,
+    format_tags: Optional[str] = None,
 ) -> Converted:
     """Write a model folder, Hugging Face or Megatron, as a Hugging Face folder.
 
@@ -147,6 +169,8 @@ def to_hf(
         max_shard_bytes: Bytes after which a new weight file begins.
         progress: Function that is called after each tensor.
         weights: Weights to write instead of those of `source`, which then gives config, tokenizer and processor.
+        format_tags: model.format_tags of the run that the weights are of, by which the tokenizer is edited; None: it is
+            copied as it is.
 
     Raises:
         CheckpointError: `source` is damaged or does not fit its config.json.
@@ -175,7 +199,7 @@ def to_hf(
             for name in names:
                 progress(writer.add(shape.family.hub_name(name), weights[name]))
             writer.close()
-        plan.finish(partial, source)
+        plan.finish(partial, source, format_tags)
     return Converted(plan.num_bytes, time.perf_counter() - started)
 
 

@@ -98,7 +98,8 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"'{self.path}'",
                 None,
-                f": tensor '{name}' has type {self._dtype_names[name]}; known: {', '.join(_DTYPES)}",
+                f": tensor '{name}' has type {self._dtype_names[name]}; known: {', '.join(_DTYPES)}; give the folder "
+                "of the unquantized model",
             )
         return dtype
 

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -47,7 +47,9 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
 
 
 @torch.no_grad()
-def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: str, output: str) -> None:
+def export_stage(
+    stage: MultimodalStage, process_groups: ProcessGroups, source: str, output: str, format_tags: Optional[str] = None
+) -> None:
     """Write the model as a Hugging Face folder. Every rank calls this while its stage's parameters are resident.
 
     Each pipeline stage writes one safetensors file, holding one parameter in memory at a time. The index, the
@@ -59,6 +61,7 @@ def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: 
         process_groups: Process groups.
         source: Model folder to copy everything but the weights from.
         output: Folder to write. An existing one is replaced.
+        format_tags: model.format_tags of the run, by which the tokenizer is edited; None: it is copied as it is.
     """
     layout, target = process_groups.layout, Path(output)
     partial = target.with_name(target.name + ".partial")
@@ -83,7 +86,7 @@ def export_stage(stage: MultimodalStage, process_groups: ProcessGroups, source: 
         writer.close()
     barrier()
     if layout.rank == 0:
-        plan.finish(partial, source)
+        plan.finish(partial, source, format_tags)
         earlier = target.with_name(target.name + ".earlier")
         shutil.rmtree(earlier, ignore_errors=True)
         if target.exists():

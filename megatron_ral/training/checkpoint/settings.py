@@ -7,6 +7,15 @@ from typing import Any, Mapping
 from megatron_ral.config import RunConfig, dump_config, flat_settings, load_config
 from megatron_ral.errors import CheckpointError, ConfigError, show_value
 from megatron_ral.training.checkpoint.files import CONFIG
+from megatron_ral.training.checkpoint.inputs import (
+    MODELS,
+    SOURCES,
+    difference,
+    input_files,
+    path_of,
+    saved_inputs,
+    with_places,
+)
 
 FREE_SETTINGS = (
     "logging.",
@@ -88,21 +97,37 @@ def read_saved_config(checkpoint: Path) -> RunConfig:
 
 
 def check_settings(settings: CheckpointSettings, checkpoint: Path) -> None:
-    """Compare the settings of a run with those of the checkpoint it is to resume from.
+    """Compare the settings of a run, and the files that it reads, with those of the checkpoint it is to resume from.
+
+    A model folder or shards may have moved: their names and sizes are compared instead of their paths.
 
     Raises:
-        CheckpointError: A setting outside `FREE_SETTINGS` differs.
+        CheckpointError: A file has changed, or a setting outside `FREE_SETTINGS` differs.
     """
     # An empty mapping is left out, so that an entry of a mapping that only one side has is named by its own key.
     now, saved = (
         {key: value for key, value in values.items() if value != {}}
         for values in (settings.values, flat_settings(read_saved_config(checkpoint)))
     )
+    listed = saved_inputs(checkpoint)
+    for key, files in input_files(now).items():
+        if key in listed and (problem := difference(files, listed[key])):
+            raise CheckpointError(
+                key,
+                path_of(now, key),
+                f": {problem}, unlike when checkpoint '{checkpoint}' was made; give the same files, or start in "
+                "another train.output_dir",
+            )
+    way_out = "resume with the same setting"
+    if not listed:
+        way_out += " (it is of a version that listed no files; where they moved, put a link at the old path)"
+    saved = with_places(saved, now, listed)
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
             raise CheckpointError(
                 key,
                 now.get(key, "nothing"),
                 f"but checkpoint '{checkpoint}' was made with {show_value(saved.get(key, 'nothing'))}; "
-                "resume with the same setting, or start in another train.output_dir",
+                f"{way_out if key in (*MODELS, SOURCES) else 'resume with the same setting'}, or start in another "
+                "train.output_dir",
             )

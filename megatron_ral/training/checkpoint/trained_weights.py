@@ -51,6 +51,7 @@ class TrainedWeights(Weights):
         manifest.check_model(self.path, self.shape, config.model.train_vision)
         self._frozen, self._shapes = open_weights(self.source), expected_shapes(self.shape)
         self._dtype = getattr(torch, config.model.dtype)
+        self.format_tags = config.model.format_tags
         self._held = {
             source: held for held in held_parameters(self.shape, 1, 1)[0].values() for source in held.tensor.sources
         }

@@ -38,6 +38,7 @@ from megatron_ral.training.checkpoint.files import (
     state_file,
     write_synced,
 )
+from megatron_ral.training.checkpoint.inputs import INPUTS, input_files
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.weights.safetensors_files import SafetensorsWriter
 
@@ -99,6 +100,8 @@ class CheckpointWriter:
         self._save: Optional[_Save] = None
         self._last_step: Optional[int] = None
         self._host: dict[str, Tensor] = {}
+        self._inputs = json.dumps(input_files(settings.values), indent=1) if self.layout.rank == 0 else ""
+        """List of the files that the run reads, as they are when it starts."""
 
     def save(self, step: int, wait: bool = False) -> None:
         """Save the state after `step` steps, unless that was the last step saved.
@@ -208,7 +211,7 @@ class CheckpointWriter:
             "random": random_state(),
         }
         texts = {position_file(self.layout.rank): json.dumps(position)}
-        return {**texts, CONFIG: self.settings.config_text} if self.layout.rank == 0 else texts
+        return {**texts, CONFIG: self.settings.config_text, INPUTS: self._inputs} if self.layout.rank == 0 else texts
 
     def _copy_state(self) -> Iterator[tuple[str, Tensor]]:
         """Copy the state to the host's memory, page-locked beside a GPU, and return an iterator over the copies.

@@ -1,0 +1,72 @@
+"""Config, tokenizer and image processor of a model folder, and the check that they are of one model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from megatron_ral.errors import ConfigError, UserError
+from megatron_ral.models.families import VisionTokens
+from megatron_ral.models.folder import check_fetched, read_json
+
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""File in which processors of earlier versions of transformers kept the chat template."""
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Return the tokenizer of a folder. One without a chat template has that of the processor, as stock processors do.
+
+    Whatever transformers raises passes through.
+    """
+    tokenizer, file = AutoTokenizer.from_pretrained(path), Path(path) / _PROCESSOR_TEMPLATE
+    if tokenizer.chat_template is None and file.is_file():
+        tokenizer.chat_template = read_json(file, "chat_template")["chat_template"]
+    return tokenizer
+
+
+def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
+    """Return config, tokenizer and image processor of a Hugging Face folder.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read.
+        CheckpointError: files of the folder were not fetched.
+    """
+    if Path(path).is_dir():
+        check_fetched(path, f"'{path}'")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return config, load_tokenizer(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many types for what these files can hold
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"'{path}'", None, f"holds no usable tokenizer and image processor ({reason})") from None
+
+
+def vision_tokens(path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+    """Return the names of the visual tokens.
+
+    Raises:
+        ConfigError: the tokenizer has other tokens than config.json names, or more than the model has rows.
+    """
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
+    for key, number in ids.items():
+        if number not in tokenizer.added_tokens_decoder:
+            name = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
+            raise ConfigError(
+                f"'{path}'",
+                None,
+                f"has {key} = {number} in config.json, which is no added token of its tokenizer (it is {name!r}); "
+                "config and tokenizer are not of one model",
+            )
+    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ConfigError(
+            f"'{path}'",
+            None,
+            f"has tokens up to number {largest} in its tokenizer but {rows} rows of the embedding in config.json "
+            "(text_config.vocab_size); config and tokenizer are not of one model",
+        )
+    return VisionTokens(*tokenizer.convert_ids_to_tokens(list(ids.values())))
