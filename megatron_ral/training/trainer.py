@@ -2,9 +2,8 @@
 
 import json
 import logging
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
@@ -12,15 +11,13 @@ from tqdm import tqdm
 
 from megatron_ral.config import RunConfig
 from megatron_ral.config.rules import setting_warnings
-from megatron_ral.data.loader import PromptLoader, Source, open_sources
-from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.data.loader import PromptLoader
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.evaluation.evaluate import evaluate_prompts
 from megatron_ral.evaluation.generation import EvaluationSettings
 from megatron_ral.evaluation.probes import view_probes
 from megatron_ral.evaluation.prompt_set import PromptSet, check_any_prompt, read_prompts
-from megatron_ral.models.folder import config_folder
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
@@ -31,10 +28,11 @@ from megatron_ral.runtime.progress import progress
 from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.build import build_objective, build_policy, build_teacher
-from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
+from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
-from megatron_ral.training.logging.loggers import Loggers, check_packages
+from megatron_ral.training.inputs import Inputs
+from megatron_ral.training.logging.loggers import Loggers
 from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
 from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
@@ -46,39 +44,6 @@ logger = logging.getLogger(__name__)
 
 class TooManySkippedSteps(RuntimeError):
     """A loss or the gradient was not finite for train.max_skipped_steps steps in a row."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Inputs of a run on disk, checked before anything is built."""
-
-    processor: PromptProcessor
-    sources: Sequence[Source]
-    eval_shards: Sequence[str]
-    checkpoint: Optional[Path]
-    """Checkpoint to resume from. None: the run starts anew."""
-
-    @classmethod
-    def open(cls, config: RunConfig, resume: bool) -> "Inputs":
-        """Open every path of the configuration.
-
-        Raises:
-            DataError: Shards are missing or hold no sample.
-            ConfigError: Tokenizer or processor cannot be used, teacher and student disagree, or a logger's package is
-                not installed.
-            CheckpointError: The run cannot go on from the checkpoint found, or may not start beside it.
-        """
-        check_packages(config.logging)
-        sources = open_sources([(source.shards, source.num_samples) for source in config.data.train], "data.train")
-        eval_shards: Sequence[str] = ()
-        if config.data.eval_shards:
-            eval_shards = open_sources([(config.data.eval_shards, 0)], "data.eval_shards")[0].shards
-        processor = PromptProcessor.from_config(config)
-        if config.distills:
-            processor.check_same(str(config_folder(config.teacher.path)), "model.path", "teacher.path")
-        is_main = int(os.environ.get("RANK", 0)) == 0
-        checkpoint = find_checkpoint(CheckpointSettings.from_config(config), resume, warn=is_main)
-        return cls(processor, sources, eval_shards, checkpoint)
 
 
 class Trainer:

@@ -5,6 +5,7 @@ Scalars are drawn over `step`, the run's own step, because W&B's counter does no
 """
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -45,8 +46,7 @@ class WandbLogger:
     packages = ("wandb",)
 
     def __init__(self, settings: WandbSettings, first_step: int = 0):
-        import wandb
-
+        wandb: Any = import_module("wandb")
         id_file = Path(settings.folder) / "wandb_id"
         known = id_file.read_text().strip() if first_step and id_file.is_file() else None
         try:
@@ -91,9 +91,8 @@ class WandbLogger:
 
     def close(self, step: int) -> None:
         """Send what is left, end the record, and wait for W&B's own process, which writes the files."""
-        import wandb
-
         self._run.finish()
+        wandb: Any = import_module("wandb")
         wandb.teardown()
 
 
