@@ -23,8 +23,8 @@ NUM_PROMPTS = 8
 
 
 def rare_reward(completion: str, solution: str, problem_type: str) -> float:
-    """1 for one response in four, so that two groups of three in five have no signal."""
-    return float(zlib.crc32(completion.encode()) % 4 == 0)
+    """1 for one response in eight, so that two of three groups have no signal."""
+    return float(zlib.crc32(completion.encode()) % 8 == 0)
 
 
 def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) -> dict:
