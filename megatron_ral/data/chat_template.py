@@ -9,8 +9,8 @@ from typing import Any, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ral.data.format_tags import FORMAT_TAGS
 from megatron_ral.errors import ConfigError
+from megatron_ral.rewards.answer import FORMAT_TAGS
 
 PROBE_QUESTION = "How many 7s are in the picture: <0>, 1 or [2]?"
 """Question of the prompt that is tried before a model folder is used."""

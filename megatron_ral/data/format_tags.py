@@ -18,9 +18,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_ral.data.model_inputs import load_tokenizer
+from megatron_ral.rewards.answer import FORMAT_TAGS
 
-FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""Tags that the format reward and the answer are read from (`rewards/answer.py`)."""
 AUTO, TEXT, TOKEN = "auto", "text", "token"
 _STALE = ("added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 """Files that say the same as tokenizer.json and tokenizer_config.json, with the tags as they were."""

@@ -149,20 +149,21 @@ def _named(records: list[dict], classes: dict[str, Sequence[str]]) -> list[dict]
 
 
 def _json_object(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError("--hf-dataset", path, f"is not JSON in UTF-8 ({error})") from None
+    found = _json(path, "--hf-dataset")
     if not isinstance(found, dict):
         raise DataError("--hf-dataset", path, "is not a JSON object; save the data set again")
     return found
 
 
-def _json_list(path: Path) -> list:
+def _json(path: Path, option: str) -> Any:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError("--input", path, f"is not JSON in UTF-8 ({error})") from None
+        raise DataError(option, path, f"is not JSON in UTF-8 ({error})") from None
+
+
+def _json_list(path: Path) -> list:
+    records = _json(path, "--input")
     if not isinstance(records, list):
         raise DataError("--input", path, f"must hold a list of records, not {type(records).__name__}")
     return records

@@ -20,7 +20,8 @@ _MARKED = re.compile(r"(?:.*\s)?####[ \t]*([^\n]*)", re.DOTALL)
 _BOX = r"\boxed{"
 _THINK_FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _ANSWER_FORMAT = re.compile(r"\s*<answer>.*?</answer>\s*", re.DOTALL)
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""Tags that the format reward and the answer are read from."""
 
 
 def extract_answer(response: str) -> Optional[str]:
@@ -95,7 +96,7 @@ def format_reward(response: str, require_think: bool = True) -> float:
         response: generated text.
         require_think: presence of the think block; False: only `<answer>..</answer>` without it (RAL-zero).
     """
-    if any(response.count(tag) > 1 for tag in _TAGS):
+    if any(response.count(tag) > 1 for tag in FORMAT_TAGS):
         return 0.0
     if not require_think and ("<think>" in response or "</think>" in response):
         return 0.0

@@ -110,7 +110,7 @@ class Trainer:
         """Resume from a checkpoint if there is one, train to the last step, save a checkpoint and export the model."""
         started, config = time.perf_counter(), self.config
         Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-        first = self.first_step = 0
+        first = 0
         seed_random_state(config.seed, self.layout.rank)
         checkpoint = agree_on_checkpoint(self.checkpoint_settings, self.inputs.checkpoint)
         if checkpoint is not None:

@@ -26,6 +26,16 @@ train: {algorithm: sft, num_steps: 4, batch_size: 8, micro_batch_size: 2, checkp
 logging: {probe_interval: 0}
 """
 
+SHORT_SFT = [
+    "train.num_steps=80",
+    "train.batch_size=16",
+    "train.micro_batch_size=16",
+    "optimizer.learning_rate=3.0e-3",
+    "optimizer.warmup_steps=10",
+    "train.checkpoint_interval=0",
+]
+"""Supervised training after which a tiny model answers in the format."""
+
 
 def write_config(folder, text, model, data, train="search") -> str:
     """A configuration file with its paths filled in by overrides (returned as arguments of `run_training`)."""

@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import made_once
 from tests.distributed.runner import run_ranks
-from tests.integration.cases import SFT, run_training, write_config
+from tests.integration.cases import SFT, SHORT_SFT, run_training, write_config
 
 
 @pytest.fixture(scope="session")
@@ -17,16 +17,7 @@ def trained_model(material, request):
             1,
             run_training,
             path,
-            overrides
-            + [
-                f"train.output_dir={folder}/run",
-                "train.num_steps=80",
-                "train.batch_size=16",
-                "train.micro_batch_size=16",
-                "optimizer.learning_rate=3.0e-3",
-                "optimizer.warmup_steps=10",
-                "train.checkpoint_interval=0",
-            ],
+            [*overrides, *SHORT_SFT, f"train.output_dir={folder}/run"],
         )
 
     return made_once(request, "answering", make) / "run" / "hf"

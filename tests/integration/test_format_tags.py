@@ -13,16 +13,11 @@ from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.rewards.answer import format_reward
 from tests.conftest import PROJECT
 from tests.faults.launch import run_command
-from tests.integration.cases import RL, SFT, write_config
+from tests.integration.cases import RL, SFT, SHORT_SFT, write_config
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SHORT = [
-    "train.num_steps=80",
-    "train.batch_size=16",
-    "train.micro_batch_size=16",
-    "optimizer.learning_rate=3.0e-3",
-    "optimizer.warmup_steps=10",
-    "train.checkpoint_interval=0",
+    *SHORT_SFT,
     "logging.eval_interval=0",
     "rollout.max_response_length=96",
 ]
