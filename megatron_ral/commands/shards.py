@@ -131,6 +131,8 @@ def _source(args: argparse.Namespace) -> Path:
         raise DataError("--split", args.split, "is a split of --hf-dataset, which is not given")
     elif args.input.is_dir() and is_saved_dataset(args.input):
         raise DataError("--input", args.input, "is a saved Hugging Face data set; give it as --hf-dataset")
+    elif not args.input.exists():
+        raise DataError("--input", None, f"{args.input} does not exist")
     elif not args.input.is_dir() and (args.input.suffix not in SUFFIXES or not args.input.is_file()):
         raise DataError("--input", None, f"{args.input} is not a .json, .jsonl or .parquet file")
     else:

@@ -19,6 +19,7 @@ _KINDS = (
     (b"%!PS", "a PostScript document"),
     (b"PK\x03\x04", "a zip archive"),
     (b"\x1f\x8b", "gzip data"),
+    (b"DDS ", "a DDS picture"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"data:", "a data: URL as text"),
     (b"http", "a URL as text"),
@@ -51,8 +52,8 @@ def file_kind(data: bytes) -> str:
     if data[:4] == b"RIFF":
         return {b"WEBP": WEBP, b"AVI ": "an AVI video", b"WAVE": "sound"}.get(data[8:12], "")
     text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<svg", b"<?xml")):
-        return "an SVG drawing" if b"<svg" in text else "XML"
+    if text.startswith(b"<") and b"<svg" in text and b"<html" not in text:
+        return "an SVG drawing"
     if text.startswith(b"<"):
-        return "HTML, such as the error page of a download"
+        return "XML" if text.startswith(b"<?xml") else "HTML, such as the error page of a download"
     return next((kind for start, kind in _KINDS if data.startswith(start)), "")

@@ -87,7 +87,8 @@ def _open(data: bytes, what: str) -> tuple[Image.Image, dict[bytes, bytes]]:
     try:
         image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise _too_large(str(error), what) from None
+        found = re.search(r"\d+ pixels", str(error))
+        raise _too_large(found[0] if found else str(error), what) from None
     except Exception as error:
         raise _unreadable(data, what, error) from None
     if max(image.size) > MAX_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:

@@ -6,8 +6,11 @@ A source is one file, a folder of files (in the order of their names), or a data
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterator
+
+import numpy as np
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts import record_id
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+_TABLES = (".parquet", ".arrow")
 STATE, SPLITS, FEATURES = "state.json", "dataset_dict.json", "dataset_info.json"
 """Files of a saved Hugging Face data set, of one with splits, and with the meaning of the columns."""
 
@@ -79,12 +83,13 @@ def _count(path: Path) -> int:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+        with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+            return file.metadata.num_rows
     if path.suffix == ".arrow":
-        return sum(batch.num_rows for batch in _arrow_batches(path))
+        return sum(batch.num_rows for _, batch in _batches(path))
     if path.suffix == ".jsonl":
         with open(path, "rb") as stream:
-            return sum(1 for line in stream if line.strip())
+            return sum(1 for line in stream if _bare(line))
     return len(_json_list(path))
 
 
@@ -95,21 +100,17 @@ def read_records(source: Path) -> Iterator[Any]:
         DataError: a file as a whole cannot be read.
     """
     for path in source_files(source):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            file = pyarrow.parquet.ParquetFile(path)
-            classes = _classes(file.schema_arrow, path.parent)
-            for batch in file.iter_batches(64):
-                yield from _named(batch.to_pylist(), classes)
-        elif path.suffix == ".arrow":
-            for batch in _arrow_batches(path):
-                classes = _classes(batch.schema, path.parent)
-                for start in range(0, batch.num_rows, 64):
-                    yield from _named(batch.slice(start, 64).to_pylist(), classes)
+        if path.suffix in _TABLES:
+            for schema, batch in _batches(path):
+                features = _features(schema, path.parent)
+                rounded = [field.name for field in schema if _is_short_float(field.type)]
+                for record in batch.to_pylist():
+                    for name in rounded:
+                        record[name] = _shortest(record[name])
+                    yield {name: _meant(value, features.get(name)) for name, value in record.items()}
         elif path.suffix == ".jsonl":
             with open(path, "rb") as stream:
-                for line in filter(bytes.strip, stream):
+                for line in filter(None, map(_bare, stream)):
                     try:
                         yield json.loads(line.decode("utf-8"))
                     except (ValueError, RecursionError) as error:
@@ -118,34 +119,77 @@ def read_records(source: Path) -> Iterator[Any]:
             yield from _json_list(path)
 
 
-def _arrow_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
-    """Yield the batches of an Arrow file as `datasets` writes it: a stream, not a random-access file."""
+def _bare(line: bytes) -> bytes:
+    """Return a line without the mark of UTF-8 that other programs begin a file with, and without white space."""
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _batches(path: Path) -> Iterator[tuple["pyarrow.Schema", "pyarrow.RecordBatch"]]:
+    """Yield the rows of a parquet file, or of an Arrow stream as `datasets` writes it, by 64.
+
+    Raises:
+        DataError: the file is damaged, or another.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    with _readable(path):
+        if path.suffix == ".parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                yield from ((file.schema_arrow, batch) for batch in file.iter_batches(64))
+        else:
+            with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    yield from ((batch.schema, batch.slice(start, 64)) for start in range(0, batch.num_rows, 64))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise DataError in place of pyarrow's errors."""
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-        yield from stream
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        option, kind = ("--input", "parquet") if path.suffix == ".parquet" else ("--hf-dataset", "an Arrow stream")
+        text = " ".join(str(error).split()).rstrip(".")
+        raise DataError(option, path, f"cannot be read as {kind} ({text}); copy or save it again") from None
 
 
-def _classes(schema: "pyarrow.Schema", folder: Path) -> dict[str, Sequence[str]]:
-    """Return the names of the classes of each column that holds their numbers (`ClassLabel` of `datasets`)."""
+def _features(schema: "pyarrow.Schema", folder: Path) -> dict[str, Any]:
+    """Return the meaning of each column as `datasets` writes it; empty without."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
     if not info and (folder / FEATURES).is_file():
         info = _json_object(folder / FEATURES)
-    return {
-        name: feature["names"]
-        for name, feature in (info.get("features") or {}).items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    return info.get("features") or {}
 
 
-def _named(records: list[dict], classes: dict[str, Sequence[str]]) -> list[dict]:
-    """Return records with the names of classes in place of their numbers; -1 means none."""
-    for name, names in classes.items():
-        for record in records:
-            number = record.get(name)
-            if isinstance(number, int):
-                record[name] = names[number] if 0 <= number < len(names) else None
-    return records
+def _meant(value: Any, feature: Any) -> Any:
+    """Return a value with the names of classes (`ClassLabel`) in place of their numbers; -1 means none."""
+    if not isinstance(feature, dict) or value is None:
+        return value
+    if feature.get("_type") == "ClassLabel" and isinstance(value, int):
+        names = feature["names"]
+        return names[value] if 0 <= value < len(names) else None
+    if isinstance(value, list):
+        return [_meant(item, feature.get("feature")) for item in value]
+    if isinstance(value, dict):
+        return {name: _meant(item, feature.get(name)) for name, item in value.items()}
+    return value
+
+
+def _is_short_float(kind: "pyarrow.DataType") -> bool:
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_list(kind) else kind
+    return pyarrow.types.is_float32(kind)
+
+
+def _shortest(value: Any) -> Any:
+    """Return a number of 32 bits as the decimal number that was written: 0.1, not 0.10000000149011612."""
+    if isinstance(value, list):
+        return [_shortest(item) for item in value]
+    return value if value is None else float(str(np.float32(value)))
 
 
 def _json_object(path: Path) -> dict:
@@ -157,9 +201,10 @@ def _json_object(path: Path) -> dict:
 
 def _json(path: Path, option: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DataError(option, path, f"is not JSON in UTF-8 ({error})") from None
+        way = "; a file with one record per line must be named .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(option, path, f"is not JSON in UTF-8 ({error}){way}") from None
 
 
 def _json_list(path: Path) -> list:

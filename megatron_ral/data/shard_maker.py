@@ -21,14 +21,12 @@ from urllib.parse import unquote
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.index import open_index, write_index
 from megatron_ral.data.issues import SampleError, printable
-from megatron_ral.data.layouts import File, RawSample, read_record
+from megatron_ral.data.layouts import File, RawSample, names_media, read_record
 from megatron_ral.data.records import count_records, keyed_records, source_files
-from megatron_ral.data.shards import IMAGE_SUFFIXES, parse_sample
+from megatron_ral.data.shards import IMAGE_SUFFIXES, natural_order, parse_sample
 from megatron_ral.errors import ConfigError, DataError, UserError
 
 WORK, DONE, REJECTS = ".make_shards", "dataset.json", "rejects.jsonl"
-VIDEO_SUFFIX = {"mp4": "mp4", "mov": "mp4", "m4v": "mp4", "webm": "webm", "mkv": "webm", "gif": "gif"}
-"""Suffix of a video file -> suffix of its member in a shard: that of a container with the same streams."""
 UNLIMITED = 2**31 - 1
 
 
@@ -152,7 +150,7 @@ class ShardMaker:
                 else:
                     assert not isinstance(item, tuple)
                     data = self._read(item)
-                    members[prefix + _suffix(kind, item, data)] = data
+                    members[prefix + _suffix(kind, data)] = data
         kind = "video" if raw.videos else "image" if raw.images else "text"
         record = {**raw.fields, "data_type": kind}
         try:
@@ -162,21 +160,28 @@ class ShardMaker:
 
     def _frames(self, item: File | tuple[File, ...]) -> Optional[dict[str, bytes]]:
         """Return the members of a video that is a list or a folder of pictures, or None for a file."""
-        if isinstance(item, tuple):
-            pictures = [(file, self._read(file)) for file in item]
-            return {
-                f"frames/{number:06d}.{_suffix('image', file, data)}": data
-                for number, (file, data) in enumerate(pictures)
-            }
-        path = None if isinstance(item, bytes) else self._inside(item)
-        if path is None or not path.is_dir():
+        files = item if isinstance(item, tuple) else self._folder(item) if isinstance(item, str) else None
+        if files is None:
             return None
-        # each is resolved, because a link in the folder may lead out of --media as well
-        return {
-            f"frames/{file.name.lower()}": self._read(f"{item}/{file.name}")
-            for file in sorted(path.iterdir())
-            if file.suffix[1:].lower() in IMAGE_SUFFIXES
-        }
+        pictures = map(self._read, files)
+        return {f"frames/{number:06d}.{_suffix('image', data)}": data for number, data in enumerate(pictures)}
+
+    def _folder(self, item: str) -> Optional[tuple[str, ...]]:
+        """Return the paths of the pictures in a folder in the order of their names, or None for no folder."""
+        path = self._inside(item)
+        if not path.is_dir():
+            return None
+        names = sorted((file.name for file in path.iterdir() if file.name[0] != "."), key=natural_order)
+        pictures = [name for name in names if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
+        others = [name for name in names if name not in pictures and names_media(name)]
+        if others or not pictures:
+            found = f"holds '{others[0]}'" if others else "holds no picture"
+            raise SampleError(
+                f"the folder of frames '{item[:200]}' {found}; only {', '.join(IMAGE_SUFFIXES)} are read as frames",
+                "broken_video" if pictures or others else "missing_media",
+            )
+        # each is resolved when it is read, because a link in the folder may lead out of --media as well
+        return tuple(f"{item}/{name}" for name in pictures)
 
     def _read(self, item: File) -> bytes:
         """Return the content of a file of --media; bytes as they are."""
@@ -186,7 +191,9 @@ class ShardMaker:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise SampleError(f"'{path.name}' cannot be read ({error.strerror})", "missing_media") from None
+            raise SampleError(
+                f"'{printable(item[:200])}' cannot be read in --media ({error.strerror})", "missing_media"
+            ) from None
 
     def _inside(self, name: str) -> Path:
         """Return the path of a media file with links resolved; `file://` before it is dropped."""
@@ -212,17 +219,8 @@ class ShardMaker:
         return path
 
 
-def _suffix(kind: str, item: File, data: bytes) -> str:
-    if isinstance(item, str):
-        suffix = item.rpartition(".")[2].lower()
-        found = VIDEO_SUFFIX.get(suffix) if kind == "video" else suffix if suffix in IMAGE_SUFFIXES else None
-        if found is None:
-            raise SampleError(
-                f"'{item}' is not a known kind of {kind} "
-                f"({', '.join(VIDEO_SUFFIX if kind == 'video' else IMAGE_SUFFIXES)})",
-                f"broken_{kind}",
-            )
-        return found
+def _suffix(kind: str, data: bytes) -> str:
+    """Return the suffix of a member by its content, because names of files say little. The processor refuses others."""
     if kind == "image":
         return "jpg" if data[:2] == b"\xff\xd8" else "webp" if data[8:12] == b"WEBP" else "png"
     return "gif" if data[:3] == b"GIF" else "webm" if data[:4] == b"\x1aE\xdf\xa3" else "mp4"

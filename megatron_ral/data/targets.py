@@ -30,7 +30,8 @@ def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, column
         [rows, columns] bool.
 
     Raises:
-        SampleError: a box is empty or reaches over the picture's edge (reason `target_box`).
+        SampleError: a box is empty, reaches over the picture's edge, or lies in its first pixel, as shares of the width
+            and height do (reason `target_box`).
     """
     centre_y = (torch.arange(rows) + 0.5) * height / rows
     centre_x = (torch.arange(columns) + 0.5) * width / columns
@@ -38,7 +39,15 @@ def image_cells(boxes: Sequence[Box], width: int, height: int, rows: int, column
     for x0, y0, x1, y1 in boxes:
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise SampleError(
-                f"target box {(x0, y0, x1, y1)} is not inside the {what} of {width} x {height} pixels", "target_box"
+                f"target box {(x0, y0, x1, y1)} is not inside the {what} of {width} x {height} pixels; "
+                "[x0, y0, x1, y1] are pixels of the upright picture",
+                "target_box",
+            )
+        if max(x1, y1) <= 1 < max(width, height):
+            raise SampleError(
+                f"target box {(x0, y0, x1, y1)} lies in one pixel of the {what}; if these are shares of its width and "
+                "height, multiply them by both",
+                "target_box",
             )
         cells |= ((centre_y >= y0) & (centre_y < y1))[:, None] & ((centre_x >= x0) & (centre_x < x1))[None, :]
     return cells

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Optional, cast
 import torch
 from torch import Tensor
 
-from megatron_ral.data.file_kinds import describe_start
+from megatron_ral.data.file_kinds import describe_start, file_kind
 from megatron_ral.data.issues import SampleError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Only demuxers (mp4, webm and gif with their kin) that open no other file and start no program.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif"
 _SAME_LENGTH_SECONDS = 0.1
+_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra", b"meta")
+"""Boxes that an mp4 or mov file is made of."""
 
 
 def broken_video(text: str) -> SampleError:
@@ -71,11 +73,16 @@ def open_track(data: bytes) -> Iterator[VideoTrack]:
     Times are those of the packets, because headers may have no duration or a wrong one.
 
     Raises:
-        SampleError: undecodable, without frames, or without time stamps.
+        SampleError: undecodable, cut short, without frames, or without time stamps.
     """
     import av
     from av.error import FFmpegError
 
+    if _is_cut_short(data):
+        raise broken_video(
+            f"the video is cut short: it is {file_kind(data)}, and ends before the end that its header states; "
+            "fetch it again"
+        )
     try:
         with av.open(io.BytesIO(data), metadata_errors="replace", options={"format_whitelist": DEMUXERS}) as opened:
             yield _choose_track(cast(Any, opened))  # av's types take it for one that is written
@@ -84,6 +91,39 @@ def open_track(data: bytes) -> Iterator[VideoTrack]:
             f"the video cannot be decoded ({error.strerror}): {describe_start(data)}; "
             "mp4, mov, webm, mkv and gif are read"
         ) from None
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Return True for an mp4 or Matroska file that ends before the end that its header states.
+
+    FFmpeg reads such a file without an error, so that a download that broke off would be taken for a shorter clip.
+    """
+    place = 0
+    if data[4:8] == b"ftyp":
+        while place + 8 <= len(data):
+            size, kind = struct.unpack_from(">I4s", data, place)
+            if size == 1 and place + 16 <= len(data):
+                size = struct.unpack_from(">Q", data, place + 8)[0]
+            if size < 8 or kind not in _BOXES:  # the last box may be open, and garbage may follow
+                return False
+            place += size
+        return place > len(data)
+    if data[:4] == b"\x1aE\xdf\xa3":
+        header, place = _matroska_size(data, 4)
+        segment = place + (header or 0)
+        if header is not None and data[segment : segment + 4] == b"\x18\x53\x80\x67":
+            size, place = _matroska_size(data, segment + 4)
+            return size is not None and place + size > len(data)
+    return False
+
+
+def _matroska_size(data: bytes, place: int) -> tuple[Optional[int], int]:
+    """Return the size of an element of Matroska (None: not known) and the place after it."""
+    length = 9 - data[place].bit_length() if place < len(data) else 9
+    if length > 8:
+        return None, place
+    value = int.from_bytes(data[place : place + length], "big") & ((1 << 7 * length) - 1)
+    return (None if value == (1 << 7 * length) - 1 else value), place + length
 
 
 def _choose_track(container: Any) -> VideoTrack:

@@ -19,6 +19,14 @@ FILES = {
     "f/1.png": RED,
     "f/2.png": BLUE,
     "f/10.png": RED,
+    "f/.hidden.png": b"",
+    "f/notes.txt": b"",
+    "mixed/1.png": RED,
+    "mixed/2.bmp": b"BM",
+    "none/notes.txt": b"",
+    "no_suffix": RED,
+    "named.webp": JPEG,
+    "clip": clip("webm", 20),
 }
 """Files of --media."""
 
@@ -165,6 +173,34 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         ("What?", "<answer>7</answer>"),
         {"png": RED},
     ),
+    "roles-of-others": (
+        {"messages": [{"role": "developer", "content": "Look."}, {"role": "User", "content": "What?"}]}
+        | {"solution": "7"},
+        ("Look.\nWhat?", "<answer>7</answer>"),
+        {},
+    ),
+    "bot": (
+        {"conversations": [{"from": "Human", "value": "What?"}, {"from": "bot", "value": "7"}]},
+        ("What?", "<answer>7</answer>"),
+        {},
+    ),
+    "empty-reply": (chat("What?", "", solution="7"), ("What?", "<answer>7</answer>"), {}),
+    "system-prompt-of-a-benchmark": (
+        asked(system_prompt="Look.", image="red.png"),
+        ("Look.\nWhat?", "<answer>7</answer>"),
+        {"png": RED},
+    ),
+    "system-of-video-r1": (video_r1(system="Look."), ("Look.\nWhat?", "<answer>7</answer>"), {"png": RED}),
+    "verl-with-a-problem": (
+        {"problem": "How?", "prompt": USER, "reward_model": {"ground_truth": "7"}},
+        ("What?", "<answer>7</answer>"),
+        {},
+    ),
+    "verl-reward-model-as-json-text": (
+        {"prompt": USER, "reward_model": json.dumps({"style": "rule", "ground_truth": "7"})},
+        ("What?", "<answer>7</answer>"),
+        {},
+    ),
     "alpaca": (
         {"instruction": "Add.", "input": "3 and 4", "output": "7", "text": "Add. 3 and 4. 7"},
         ("Add.\n3 and 4", "<answer>7</answer>"),
@@ -222,6 +258,16 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         ("What?", "<answer>7</answer>"),
         {"frames/000000.png": RED, "frames/000001.png": BLUE, "frames/000002.png": RED},
     ),
+    "frames-folder": (
+        asked(video="f", fps=2.0),
+        ("What?", "<answer>7</answer>"),
+        {"frames/000000.png": RED, "frames/000001.png": BLUE, "frames/000002.png": RED},
+    ),
+    "frames-with-a-rate-as-text": (  # so written in Qwen3-VL's examples
+        chat(parts(video(["f/1.png", "f/2.png"], sample_fps="2"))),
+        ("What?", "<answer>7</answer>"),
+        {"frames/000000.png": RED, "frames/000001.png": BLUE},
+    ),
     "frames-column": (
         asked(video=["f/1.png", "f/2.png"], fps=2.0),
         ("What?", "<answer>7</answer>"),
@@ -241,6 +287,15 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         asked(video=[DATA_URL, DATA_URL], fps=2.0),
         ("What?", "<answer>7</answer>"),
         {"frames/000000.png": RED, "frames/000001.png": RED},
+    ),
+    # names of files say nothing
+    "no-suffix": (asked(image="no_suffix"), ("What?", "<answer>7</answer>"), {"png": RED}),
+    "wrong-suffix": (asked(image="named.webp"), ("What?", "<answer>7</answer>"), {"jpg": JPEG}),
+    "video-without-suffix": (asked(video="clip"), ("What?", "<answer>7</answer>"), {"webm": FILES["clip"]}),
+    "video-by-name": (
+        {"problem": "What?", "solution": "7", "path": "v.mp4"},
+        ("What?", "<answer>7</answer>"),
+        {"mp4": FILES["v.mp4"]},
     ),
     # fields that would change the media, where they change nothing
     "whole-clip": (
@@ -272,6 +327,37 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         asked(question="Are <image> and <image> the same?", images=["red.png", "red.png"]),
         ("Are [image 1] and [image 2] the same?", "<answer>7</answer>"),
         {"0.png": RED, "1.png": RED},
+    ),
+    # pictures between the texts of a message
+    "parts-between-texts": (
+        chat([{"type": "text", "text": "Is"}, image("red.png"), {"type": "text", "text": "like"}, image("blue.png")]),
+        ("Is [image 1] like [image 2]", "<answer>7</answer>"),
+        {"0.png": RED, "1.png": BLUE},
+    ),
+    "one-part-between-texts": (
+        chat([{"type": "text", "text": "Is"}, image("red.png"), {"type": "text", "text": "red?"}]),
+        ("Is red?", "<answer>7</answer>"),
+        {"png": RED},
+    ),
+    "parts-and-their-tags": (
+        chat(parts(image("red.png"), image("blue.png"), text="Is <image> like <image>?")),
+        ("Is [image 1] like [image 2]?", "<answer>7</answer>"),
+        {"0.png": RED, "1.png": BLUE},
+    ),
+    "parts-with-an-index": (
+        chat(parts(image(index=0), image(index=1), text="What?"), images=["red.png", "blue.png"]),
+        ("What?", "<answer>7</answer>"),
+        {"0.png": RED, "1.png": BLUE},
+    ),
+    "parts-without-a-type": (
+        chat([{"image": "red.png"}, {"text": "What?"}]),
+        ("What?", "<answer>7</answer>"),
+        {"png": RED},
+    ),
+    "an-empty-part": (
+        chat(parts(image("red.png"), {"type": "text", "text": ""})),
+        ("What?", "<answer>7</answer>"),
+        {"png": RED},
     ),
     # text that speaks of the tags
     "speaks-of-the-tag": (
@@ -330,6 +416,22 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         ("What?\nOptions:\nA. red\nB. blue", "<answer>B</answer>"),
         {},
     ),
+    "options-by-letter-with-gaps-at-the-end": (  # a column of objects has all letters in every row
+        asked(choices={"a": "red", "b": "blue", "c": None, "d": None}, answer="b"),
+        ("What?\nOptions:\nA. red\nB. blue", "<answer>B</answer>"),
+        {},
+    ),
+    "letter-that-is-its-own-text": (
+        asked(options=["A", "B"], answer="B"),
+        ("What?\nOptions:\nA. A\nB. B", "<answer>B</answer>"),
+        {},
+    ),
+    "several-tags-with-options": (
+        asked(options=["red", "blue", "green"], answer="<answer>A</answer><answer>C</answer>"),
+        ("What?\nOptions:\nA. red\nB. blue\nC. green", "<answer>A</answer><answer>C</answer>"),
+        {},
+    ),
+    "list-in-tags": (asked(answer='<answer>["7"]</answer>'), ("What?", '<answer>["7"]</answer>'), {}),
     "true": (asked(answer=True), ("What?", "<answer>true</answer>"), {}),
     "false-of-video-r1": (video_r1(solution=False), ("What?", "<answer>false</answer>"), {"png": RED}),
     "true-of-yes-or-no": (asked(answer=True, problem_type="yes/no"), ("What?", "<answer>yes</answer>"), {}),
@@ -355,6 +457,11 @@ COLUMNS = "image, images, image_list, image_path, imgname"
 UNREAD = f"seems to name media, but is none that is read ({COLUMNS}, video, videos, video_path); rename or remove it"
 NO_PLACE = "where none is meant, or give the record data_type 'text'"
 COUNTED = "and, counted from 0, the number of option"
+BY_NUMBER = "; write the number of the option, counted from 0"
+NO_ANSWER = "is no answer; it must be a text, a number, true or false, or a list of texts"
+OTHER_OPTIONS = (
+    "seem to be options, which are read from options, candidates, choices or the fields A, B, ..; rename or remove them"
+)
 BY_LETTER = "; write it as a letter, or as text in quotes"
 _CUT = "which is not cut here; cut the file (ffmpeg -ss START -to END) and remove the field"
 _ONE_TURN = "only conversations of one turn are read"
@@ -378,7 +485,8 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
     "role": (
         {"conversations": [{"from": "function_call", "value": "a"}]},
         "wrong_field",
-        "a message has the role 'function_call', none of system, user, human, assistant, gpt",
+        "a message has the role 'function_call', none of system, developer, user, human, assistant, gpt, chatgpt, bot, "
+        "model",
     ),
     "no-answer": (
         {"prompt": USER},
@@ -390,6 +498,32 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         "missing_field",
         "no field 'ground_truth' in 'reward_model'",
     ),
+    "two-replies": (
+        {"messages": [*USER, {"role": "assistant", "content": "7"}, {"role": "assistant", "content": "8"}]},
+        "wrong_field",
+        "more than one message of the assistant; only one answer is read",
+    ),
+    "reply-that-calls": (
+        {"messages": [*USER, {"role": "assistant", "content": "7", "tool_calls": [{"name": "zoom"}]}]},
+        "wrong_field",
+        "the assistant's message calls a function ('tool_calls'), which is not learned",
+    ),
+    "functions": (
+        chat("What?", tools=[{"name": "zoom"}]),
+        "wrong_field",
+        "its field 'tools' lists functions, which are not shown here; remove it",
+    ),
+    "reply-that-is-not-learned": (
+        {"messages": [*USER, {"role": "assistant", "content": "7", "loss": False}]},
+        "wrong_field",
+        "'loss' = False marks the assistant's message as one not to learn; remove the field, or leave the record out",
+    ),
+    "place-in-the-reply": (
+        llava("What?", "<image> 7", image="red.png"),
+        "wrong_field",
+        "the assistant's message has the tag of a picture or video, but only text is learned; give the answer as "
+        "'solution' if the tag is meant as text",
+    ),
     "bad-reply": (
         chat("What?", label=False),
         "wrong_field",
@@ -398,8 +532,9 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
     "layout": (
         {"caption": "red", "file": "x"},
         "missing_field",
-        "the record has none of the fields of a layout that is read (chat 'messages'; Video-R1 'problem'; LLaVA and "
-        "ShareGPT 'conversations'; verl 'prompt', 'reward_model'; TRL 'prompt', 'completion' or 'solution'; ms-swift "
+        "the record has none of the fields of a layout that is read (chat 'messages'; verl 'prompt', "
+        "'reward_model'; Video-R1 'problem'; LLaVA and ShareGPT 'conversations'; TRL 'prompt', 'completion' or "
+        "'solution'; ms-swift "
         "'query', 'response'; alpaca 'instruction', 'output'; benchmarks 'question' (or 'text', 'query'), 'answer'); "
         "its fields are 'caption', 'file', 'id'",
     ),
@@ -448,7 +583,7 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
     "frame-that-is-not-there": (
         asked(video=["f/1.png", "f/3.png"]),
         "missing_media",
-        "'3.png' cannot be read (No such file or directory)",
+        "'f/3.png' cannot be read in --media (No such file or directory)",
     ),
     "two-lists-of-frames": (
         asked(videos=[["f/1.png"], ["f/2.png"]]),
@@ -493,6 +628,36 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         },
         "wrong_field",
         f"the question is about a part of its video ('clip_start' = 2), {_CUT}",
+    ),
+    "cut-camel-case": (
+        asked(video="v.mp4", startTime=1, endTime=2),
+        "wrong_field",
+        f"the question is about a part of its video ('startTime' = 1, 'endTime' = 2), {_CUT}s",
+    ),
+    "cut-range": (
+        asked(video="v.mp4", clip=[1, 2]),
+        "wrong_field",
+        f"the question is about a part of its video ('clip' = [1, 2]), {_CUT}",
+    ),
+    "cut-range-as-text": (
+        video_r1(data_type="video", path="v.mp4", time_range="00:01-00:05"),
+        "wrong_field",
+        f"the question is about a part of its video ('time_range' = '00:01-00:05'), {_CUT}",
+    ),
+    "frames-at-no-rate": (
+        asked(video=["f/1.png", "f/2.png"], fps=0),
+        "wrong_field",
+        "field 'fps' must be a number from 1e-06 to 1e+06, not 0",
+    ),
+    "folder-with-other-pictures": (
+        asked(video="mixed"),
+        "broken_video",
+        "the folder of frames 'mixed' holds '2.bmp'; only png, jpg, jpeg, webp are read as frames",
+    ),
+    "folder-without-pictures": (
+        asked(video="none"),
+        "missing_media",
+        "the folder of frames 'none' holds no picture; only png, jpg, jpeg, webp are read as frames",
     ),
     "rate-part": (
         chat(parts(video("v.mp4", fps=2.0))),
@@ -596,6 +761,40 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         "missing_media",
         f"field 'audios' {UNREAD}",
     ),
+    "unread-pictures-of-verl": (
+        {"prompt": USER, "multi_modal_data": {"image": ["red.png"]}, "reward_model": {"ground_truth": "7"}},
+        "missing_media",
+        f"field 'multi_modal_data' {UNREAD}",
+    ),
+    "index-of-another-picture": (
+        chat(parts(image(index=1), image(index=0)), images=["red.png", "blue.png"]),
+        "wrong_field",
+        "a part of a message has 'index' = 1 but is number 0 of its kind; files are taken in the order of the parts, "
+        "so put them in that order",
+    ),
+    "picture-in-html": (
+        llava('<img src="red.png">What?'),
+        "missing_media",
+        "the text shows a picture ('<img src=\"red.png\">') but the record names none; name it in 'images', or give "
+        "the record data_type 'text'",
+    ),
+    "picture-in-markdown": (
+        asked(question="Look:\n![a dog](red.png)\nWhat?"),
+        "missing_media",
+        "the text shows a picture ('![a dog](red.png)') but the record names none; name it in 'images', or give the "
+        "record data_type 'text'",
+    ),
+    "something-else-than-files": (
+        asked(images=["red.png", None]),
+        "wrong_field",
+        "'images' must name files, which ['red.png', None] does not",
+    ),
+    "video-as-a-picture": (
+        asked(image="v.mp4"),
+        "broken_image",
+        r"image cannot be decoded: its bytes begin with b'\x00\x00\x00 ftypisom' (an mp4 or mov video); PNG, JPEG and "
+        "WebP are read",
+    ),
     "picture-in-the-text": (
         llava("Picture 1: <img>red.png</img>\nWhat?"),
         "missing_media",
@@ -676,5 +875,74 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         "the answer true is none of the 2 options; write it as a letter",
     ),
     "null-answer": (asked(answer=None), "missing_field", "no field 'answer'"),
-    "object-as-answer": (asked(answer={"target": 7}), "missing_field", "no field 'answer'"),
+    "object-as-answer": (asked(answer={"target": 7}), "wrong_field", f"'answer' = {{'target': 7}} {NO_ANSWER}"),
+    "object-as-ground-truth": (
+        {"prompt": USER, "reward_model": {"ground_truth": {"target": 7}}},
+        "wrong_field",
+        f"'ground_truth' = {{'target': 7}} {NO_ANSWER}",
+    ),
+    "infinite-answer": (asked(answer=float("inf")), "wrong_field", f"'answer' = inf {NO_ANSWER}"),
+    "list-written-as-text": (
+        asked(answer="['7']"),
+        "wrong_field",
+        "'answer' = \"['7']\" is a list written as text; give a list, or put <answer>..</answer> around a text that is "
+        "meant itself",
+    ),
+    "list-of-answers-with-options": (
+        asked(options=["red", "blue", "green"], answer=["A", "C"]),
+        "wrong_field",
+        "'answer' = ['A', 'C'] is a list of answers to a question with options; write 'A, C' if they are right "
+        "together, or <answer>..</answer> around each if one is enough",
+    ),
+    "letter-that-is-the-text-of-another": (
+        asked(options=["B", "A"], answer="A"),
+        "wrong_field",
+        f"the answer A is the letter of option A and the text of option B{BY_NUMBER}",
+    ),
+    "letter-in-a-tag-that-is-the-text-of-another": (
+        video_r1(options=["b", "c", "a"], solution="<answer>B</answer>"),
+        "wrong_field",
+        f"the answer B is the letter of option B and the text of option A{BY_NUMBER}",
+    ),
+    "number-of-numbered-options": (
+        asked(options=["1. red", "2. blue", "3. green"], answer=2),
+        "wrong_field",
+        "the answer 2 may count from 0 or be a number of the options' own ('1. red'); write it as a letter",
+    ),
+    "options-in-another-order": (
+        asked(options=["B. red", "A. blue"], answer="A"),
+        "wrong_field",
+        "the options have the letters B, A; put them in the order of the letters",
+    ),
+    "columns-with-a-gap": (
+        asked(A="red", B="", C="blue", answer="C"),
+        "wrong_field",
+        "its options have the letters A, C, with a gap; letter them anew, the answer too",
+    ),
+    "columns-of-another-name": (
+        asked(option_a="red", option_b="blue", answer="b"),
+        "wrong_field",
+        f"the fields 'option_a', 'option_b' {OTHER_OPTIONS}",
+    ),
+    "columns-of-next-qa": (
+        asked(a0="red", a1="blue", answer=0),
+        "wrong_field",
+        f"the fields 'a0', 'a1' {OTHER_OPTIONS}",
+    ),
+    "list-of-options-of-another-name": (
+        video_r1(answer_choices=["red", "blue"]),
+        "wrong_field",
+        f"the fields 'answer_choices' {OTHER_OPTIONS}",
+    ),
+    "options-as-text": (  # MMMU
+        asked(options="['red', 'blue']", answer="A"),
+        "wrong_field",
+        "'options' must be a list of texts, or an object of the letters A, B, .., not \"['red', 'blue']\"",
+    ),
+    "options-of-arc": (
+        asked(choices={"text": ["red"], "label": ["A"]}, answer="A"),
+        "wrong_field",
+        "'options' must be a list of texts, or an object of the letters A, B, .., "
+        "not {'text': ['red'], 'label': ['A']}",
+    ),
 }

@@ -233,7 +233,13 @@ def test_a_path_without_a_media_folder_is_refused(material, tmp_path):
         (["--hf-dataset", "DIR/lost"], "names 'a.arrow' in state.json, which is no file in it; copy it again"),
         (["--hf-dataset", "DIR/chosen"], "holds chosen rows as indices; save it again with a newer `datasets`"),
         (["--hf-dataset", "DIR/torn"], "is not JSON in UTF-8"),
-        (["--hf-dataset", "DIR/broken"], "cannot be made"),
+        (["--hf-dataset", "DIR/broken"], "DIR/broken/b.arrow' cannot be read as an Arrow stream ("),
+        (
+            ["--input", "DIR/broken.parquet"],
+            "--input = 'DIR/broken.parquet' cannot be read as parquet (Parquet magic bytes",
+        ),
+        (["--input", "DIR/lines.json"], "; a file with one record per line must be named .jsonl"),
+        (["--input", "DIR/nowhere.json"], "DIR/nowhere.json does not exist"),
         (["--input", "DIR/one"], "is a saved Hugging Face data set; give it as --hf-dataset"),
         (["--input", "DIR/empty"], "holds no file of .json, .jsonl, .parquet"),
         (["--input", "DIR/a.csv"], "DIR/a.csv is not a .json, .jsonl or .parquet file"),
@@ -258,6 +264,8 @@ def test_sources_that_are_none(options, said, material, tmp_path, capsys):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "state.json").write_text("{")
     (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "lines.json").write_text("{}\n{}")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet file")
     (tmp_path / "a.csv").write_text("a,b")
     fixed = ["--output", tmp_path / "out", "--model", material["tiny"], "--workers", "1"]
     status: object

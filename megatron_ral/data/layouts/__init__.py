@@ -19,8 +19,8 @@ are copied. Several `<image>` in a text become "[image 1]", "[image 2]", because
 """
 
 from megatron_ral.data.layouts.draft import RawSample
-from megatron_ral.data.layouts.media import File
+from megatron_ral.data.layouts.media import File, names_media
 from megatron_ral.data.layouts.registry import read_record
 from megatron_ral.data.layouts.values import record_id
 
-__all__ = ["File", "RawSample", "read_record", "record_id"]
+__all__ = ["File", "RawSample", "names_media", "read_record", "record_id"]

@@ -23,6 +23,7 @@ from megatron_ral.data.layouts.values import (
     is_empty,
     options_of,
     record_id,
+    refuse_several,
     settled,
     solution_text,
 )
@@ -73,6 +74,7 @@ def finished(draft: Draft) -> RawSample:
         if named:
             refuse_change({name: value for name, value in record.items() if name not in RATES}, kind, "the record")
     options, problem_type = options_of(record), record.get("problem_type") or ""
+    refuse_several(record, options)
     solution = solution_text(settled(draft.answer, options, str(problem_type)))
     problem = placed(
         _with_options(draft.question, options),
@@ -90,7 +92,7 @@ def finished(draft: Draft) -> RawSample:
         fields["options"] = [unescaped(option) for option in options]
     rate = rate_of(record, draft.videos) if draft.videos else record.get("fps")
     marks = {"fps": rate, **{name: record.get(name) for name in ("target_boxes", "target_frames")}}
-    fields |= {name: value for name, value in marks.items() if value}
+    fields |= {name: value for name, value in marks.items() if not is_empty(value)}
     for name, value in (
         ("category", first(record, ("category", "task"))),
         ("question_group", record.get("question_group")),

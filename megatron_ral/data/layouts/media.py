@@ -9,7 +9,7 @@ import base64
 import posixpath
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Iterable, Optional, Sequence, cast
+from typing import Any, Iterable, Iterator, Optional, Sequence, cast
 from urllib.parse import unquote_to_bytes
 
 from megatron_ral.data.issues import SampleError
@@ -28,14 +28,16 @@ _HARMLESS = re.compile(
     "type|path|url|bytes|id|uuid|index|name|file_?name|width|height|duration|format|(?:mime|media)_type"
 )
 """Fields of an entry that name the file or describe it."""
-_CUT = re.compile(
-    "(?:(?:video|clip|frame|time|segment)_?)?(?:start|end|begin|stop)(?:_?(?:time|frame|sec(?:ond)?s?|s|pts))?"
-)
-_SAMPLED = re.compile("(?:sample_)?fps|n_?frames?|(?:min|max)_(?:num_)?frames|frames?_ind(?:ices|exes)")
+_OF = "(?:(?:video|clip|frame|time|temporal|segment|accurate)_?)?"
+_CUT = re.compile(f"{_OF}(?:start|end|begin|stop)(?:_?(?:time|frame|sec(?:ond)?s?|s|pts))?", re.IGNORECASE)
+_RANGE = re.compile(f"{_OF}(?:span|range|window|interval|segment|bounds?|clip|cut|trim|time_?stamps?)", re.IGNORECASE)
+_TIMES = re.compile(r"\s*[0-9][0-9:.]*\s*s?\s*(?:[-–~,;]|to)\s*[0-9][0-9:.]*\s*s?\s*")
+_SAMPLED = re.compile("(?:sample_)?fps|n_?frames?|(?:min|max)_(?:num_)?frames|frames?_(?:ind(?:ices|exes)|ids)")
 _SIZED = re.compile("(?:(?:image|video|frame)_)?(?:resized_(?:height|width)|(?:min|max|total)_pixels)|max_image_size")
 _TREATED = re.compile("crop(?:_box)?|(?:mm_processor|processor|images?|videos?)_kwargs")
 _MEDIA_NAME = re.compile(
-    r"\S{1,1000}\.(?:png|jpe?g|webp|bmp|tiff?|mp4|m4v|mov|webm|mkv|avi|gif|wav|mp3|flac|ogg|m4a)", re.IGNORECASE
+    r"\S{1,1000}\.(?:png|jpe?g|jfif|webp|avif|heic|bmp|tiff?|mp4|m4v|mov|webm|mkv|avi|gif|wav|mp3|flac|ogg|m4a)",
+    re.IGNORECASE,
 )
 _MEDIA_FIELD = re.compile("image|img|pic|photo|video|clip|frame|media|audio", re.IGNORECASE)
 _ORIGIN_FIELD = re.compile("(?:^|_)(?:id|name|source|origin|url|file)s?(?:_|$)", re.IGNORECASE)
@@ -97,7 +99,7 @@ def read_media(value: Any, kind: str, where: str) -> tuple[Medium, ...]:
         if not any(is_empty(item) or (kind == "image" and isinstance(item, list)) for item in value):
             return tuple(medium for item in value for medium in read_media(item, kind, where))
     if not isinstance(value, (str, bytes)):
-        raise SampleError(f"'{where}' must name files", "wrong_field")
+        raise SampleError(f"'{where}' must name files, which {shown(value)} does not", "wrong_field")
     file = _decoded(value, where) if isinstance(value, str) else value
     return (Medium(file, posixpath.normpath(file.removeprefix("file://")) if isinstance(file, str) else "", None),)
 
@@ -174,7 +176,10 @@ def refuse_change(fields: dict, kind: str, where: str) -> None:
     """
     given = {name: value for name, value in fields.items() if not is_empty(value)}
     cut = {name: value for name, value in given.items() if kind == "video" and _CUT.fullmatch(name)}
-    if any(value not in (0, "0") or ("start" not in name and "begin" not in name) for name, value in cut.items()):
+    cut |= {
+        name: value for name, value in given.items() if kind == "video" and _RANGE.fullmatch(name) and _is_range(value)
+    }
+    if any(value not in (0, "0") or not re.search("start|begin", name, re.IGNORECASE) for name, value in cut.items()):
         raise SampleError(
             f"the question is about a part of its video ({_listed(cut)}), which is not cut here; cut the file "
             f"(ffmpeg -ss START -to END) and remove {_them(cut)}",
@@ -192,6 +197,14 @@ def refuse_change(fields: dict, kind: str, where: str) -> None:
                 f"{_them(asked)}",
                 "wrong_field",
             )
+
+
+def _is_range(value: Any) -> bool:
+    """Return True for two or more numbers, or for a text of two ("00:05-00:09")."""
+    if isinstance(value, (list, dict)):
+        numbers = list(value.values()) if isinstance(value, dict) else value
+        return len(numbers) > 1 and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers)
+    return isinstance(value, str) and _TIMES.fullmatch(value) is not None
 
 
 def _listed(fields: dict) -> str:
@@ -227,6 +240,7 @@ def only_rate(stated: Iterable[Any]) -> Optional[float]:
     """
     rates: list = []
     for rate in stated:
+        rate = _number(rate)
         if not is_empty(rate) and rate not in rates:
             rates.append(rate)
     if len(rates) > 1:
@@ -234,6 +248,25 @@ def only_rate(stated: Iterable[Any]) -> Optional[float]:
             f"its video has several rates ('fps' = {', '.join(map(shown, rates))}); keep one", "wrong_field"
         )
     return rates[0] if rates else None
+
+
+def _number(rate: Any) -> Any:
+    """Return a rate that is written as text (Qwen's examples: 'sample_fps': '1') as a number, others as they are."""
+    try:
+        return float(rate) if isinstance(rate, str) else rate
+    except ValueError:
+        return rate
+
+
+def kind_of_files(value: Any) -> str:
+    """Return `video` where all files are named as videos, otherwise `image`."""
+    files = value if isinstance(value, list) else [value]
+    return "video" if all(isinstance(file, str) and _VIDEO_FILE.search(file) for file in files) else "image"
+
+
+def names_media(value: Any) -> bool:
+    """Return True for bytes, and for a text that is the name of a file of pictures, video or sound."""
+    return isinstance(value, bytes) or (isinstance(value, str) and _MEDIA_NAME.fullmatch(value) is not None)
 
 
 def column_media(record: dict, kind: str, fields: Iterable[str] = ()) -> tuple[Medium, ...]:
@@ -289,7 +322,7 @@ def refuse_unread(fields: dict, read: Sequence[str], media: Sequence[Medium]) ->
     for name, value in fields.items():
         if _TEXT_FIELD.fullmatch(name) or name in read:
             continue
-        found = [item for item in (value if isinstance(value, list) else [value]) if _is_media(item)]
+        found = [item for item in _leaves(value) if names_media(item)]
         if media and _MEDIA_FIELD.search(name) and not _ORIGIN_FIELD.search(name):
             found = [item for item in found if not (isinstance(item, str) and posixpath.basename(item) in names)]
         elif media:  # a name of its own, such as that of the scene, says nothing about what is shown
@@ -302,9 +335,10 @@ def refuse_unread(fields: dict, read: Sequence[str], media: Sequence[Medium]) ->
             )
 
 
-def _is_media(value: Any) -> bool:
-    return (
-        isinstance(value, bytes)
-        or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
-        or (isinstance(value, str) and _MEDIA_NAME.fullmatch(value) is not None)
-    )
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the values in a value, however deep."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value

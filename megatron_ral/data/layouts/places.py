@@ -8,6 +8,7 @@ put a place: there the picture is lost.
 import re
 
 from megatron_ral.data.issues import SampleError
+from megatron_ral.data.layouts.values import shown
 
 _ESCAPED = re.compile(r"\\(<(?:image|video)>)")
 _PLACE = r"(?<!\\)<(?:image|video)>"
@@ -19,6 +20,13 @@ _LOST = re.compile(
 )
 """Position in which data sets put a place."""
 _NAMED = re.compile(r"<img>[^<>\s]+\.\w+</img>")
+_EMBEDDED = re.compile(r"^\s*(?:<img\s[^<>]*\bsrc\s*=[^<>]*>|!\[[^\]\n]*\]\([^()\s]+\))", re.MULTILINE | re.IGNORECASE)
+"""Picture in HTML or Markdown at the begin of a line."""
+
+
+def has_places(text: str) -> bool:
+    """Return True if a text has the place of a picture or video."""
+    return re.search(_PLACE, text) is not None
 
 
 def without_places(text: str) -> str:
@@ -46,6 +54,13 @@ def placed(text: str, num_images: int, num_videos: int, *, is_text: bool) -> str
     if _NAMED.search(text):
         raise SampleError("the text names a picture in <img>..</img>; name it in 'images'", "missing_media")
     if not num_images and not num_videos:
+        embedded = None if is_text else _EMBEDDED.search(text)
+        if embedded:
+            raise SampleError(
+                f"the text shows a picture ({shown(embedded[0].strip())}) but the record names none; name it in "
+                "'images', or give the record data_type 'text'",
+                "missing_media",
+            )
         lost = None if is_text else _LOST.search(text)
         if lost:
             kind = "image" if "<image>" in lost[0] else "video"

@@ -4,7 +4,7 @@ import re
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts.draft import Draft
-from megatron_ral.data.layouts.media import column_media
+from megatron_ral.data.layouts.media import column_media, kind_of_files
 from megatron_ral.data.layouts.values import (
     answer_of,
     corners,
@@ -14,6 +14,7 @@ from megatron_ral.data.layouts.values import (
     options_of,
     shown,
     text_of,
+    with_system,
 )
 
 
@@ -22,7 +23,7 @@ def video_r1(record: dict) -> Draft:
 
     Of `solution` and `answer` the one is the working and the other the result, unless `solution` has an answer tag.
     """
-    kind = record.get("data_type") or ("image" if not is_empty(record.get("path")) else "text")
+    kind = record.get("data_type") or ("text" if is_empty(record.get("path")) else kind_of_files(record["path"]))
     if kind not in ("image", "video", "text"):
         raise SampleError(f"data_type {shown(kind)} is none of image, video, text", "wrong_field")
     has_path = not is_empty(record.get("path"))
@@ -33,7 +34,8 @@ def video_r1(record: dict) -> Draft:
         raise SampleError(f"data_type is '{kind}' but 'path' names nothing", "missing_media")
     names = ("solution", "answer") if "<answer>" in str(record.get("solution")) else ("answer", "solution")
     answer = answer_of(record, *(name for name in names if not is_empty(record.get(name))), "solution")
-    return Draft(record, text_of(record, "problem"), answer, record.get("process") or "", images, videos, ("path",))
+    question = with_system(text_of(record, "problem"), record)
+    return Draft(record, question, answer, record.get("process") or "", images, videos, ("path",))
 
 
 def benchmark(record: dict) -> Draft:
@@ -52,4 +54,5 @@ def benchmark(record: dict) -> Draft:
         record = {**record, "target_boxes": corners(record["bbox"])}
     images, videos = (column_media(record, kind) for kind in ("image", "video"))
     process = record.get("process") or ""
+    question = with_system(question, record)
     return Draft(record, question, lettered_answer(answer, options), process, images, videos, ())

@@ -7,7 +7,7 @@ from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts.chat import conversations, messages, turns_of
 from megatron_ral.data.layouts.draft import Draft, RawSample, finished
 from megatron_ral.data.layouts.questions import benchmark, video_r1
-from megatron_ral.data.layouts.trainers import alpaca, swift, trl, verl
+from megatron_ral.data.layouts.trainers import alpaca, reward_model, swift, trl, verl
 from megatron_ral.data.layouts.values import is_empty, plain, shown
 
 
@@ -38,16 +38,12 @@ def _is_swift(record: dict) -> bool:
 
 LAYOUTS = (
     Layout("chat 'messages'", lambda r: bool(turns_of(r.get("messages"))), messages),
+    Layout("verl 'prompt', 'reward_model'", lambda r: _has(r, "prompt") and bool(reward_model(r)), verl),
     Layout("Video-R1 'problem'", lambda r: _has(r, "problem"), video_r1),
     Layout(
         "LLaVA and ShareGPT 'conversations'",
         lambda r: bool(turns_of(r.get("conversations") or r.get("conversation"))),
         conversations,
-    ),
-    Layout(
-        "verl 'prompt', 'reward_model'",
-        lambda r: _has(r, "prompt") and isinstance(r.get("reward_model"), dict),
-        verl,
     ),
     Layout("TRL 'prompt', 'completion' or 'solution'", lambda r: _has(r, "prompt") and not _asks(r), trl),
     Layout("ms-swift 'query', 'response'", _is_swift, swift),

@@ -1,17 +1,29 @@
 """Records as other trainers take them: verl, TRL, ms-swift, and alpaca as ms-swift and LLaMA-Factory read it."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.layouts.chat import REFERENCES, conversation, turns_of
 from megatron_ral.data.layouts.draft import Draft
-from megatron_ral.data.layouts.values import is_empty, lettered_answer, options_of, text_of
+from megatron_ral.data.layouts.values import SYSTEM_FIELDS, is_empty, lettered_answer, options_of, text_of
+
+
+def reward_model(record: dict) -> dict:
+    """Return the field `reward_model`, also from JSON text; empty if it is no object."""
+    value = record.get("reward_model")
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
 
 
 def verl(record: dict) -> Draft:
     """Read `prompt` of messages or text, `images`, `videos` and `reward_model.ground_truth`."""
-    truth = record["reward_model"].get("ground_truth")
+    truth = reward_model(record).get("ground_truth")
     if is_empty(truth) and not any(not is_empty(record.get(name)) for name in REFERENCES):
         raise SampleError("no field 'ground_truth' in 'reward_model'", "missing_field")
     if not is_empty(truth):
@@ -28,7 +40,7 @@ def trl(record: dict) -> Draft:
 def _prompt(record: dict, reply: Any, names: tuple[str, ...], read: tuple[str, ...]) -> Draft:
     turns = _as_turns(record["prompt"], "user", "prompt")
     turns += _as_turns(reply, "assistant", "completion") if not is_empty(reply) else []
-    draft = conversation(record, turns, names, (*read, "system"))
+    draft = conversation(record, turns, names, (*read, *SYSTEM_FIELDS))
     return replace(draft, answer=lettered_answer(draft.answer, options_of(record)))
 
 
@@ -59,4 +71,4 @@ def _instruction(record: dict, question: str, reply: str, read: tuple[str, ...])
             "more than one question (in 'history'); only conversations of one turn are read", "wrong_field"
         )
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text_of(record, reply).strip()}]
-    return conversation(record, turns, REFERENCES, (*read, "system", "history"))
+    return conversation(record, turns, REFERENCES, (*read, *SYSTEM_FIELDS, "history"))

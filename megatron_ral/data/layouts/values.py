@@ -3,7 +3,7 @@
 import math
 import re
 from decimal import Decimal
-from typing import Any, Optional, Sequence, cast
+from typing import Any, Optional, Sequence
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.rewards.options import option_letter
@@ -11,9 +11,21 @@ from megatron_ral.rewards.problem_types import rule_name
 
 Answer = str | int | float | bool
 ID_FIELDS = ("problem_id", "id", "question_id")
+SYSTEM_FIELDS = ("system", "system_prompt")
 OPTION_FIELDS = ("options", "candidates", "choices")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ANSWER_FIELDS = ("answer", "answers", "label", "solution", "ground_truth")
+"""Fields that hold the reference answer in one layout or another."""
 _SHOWN = 60
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
+_OWN_LETTER = re.compile(r"\s*\(?([A-Z])(?:\)|[.:]\s)\s*\S")
+_OWN_NUMBER = re.compile(r"\s*\(?[0-9]{1,2}(?:\)|[.:]\s)\s*\S")
+_LONE_LETTER = re.compile(r"\s*(?:<answer>)?\s*\(?([A-Za-z])\)?[.:]?\s*(?:</answer>)?\s*")
+_ONE_OPTION = re.compile(
+    r"(?:(?:option|choice|candidate|opt?)[ _-]?)?[a-h]|(?:(?:option|choice|candidate|opt?)[ _-]?|a)[0-9]{1,2}",
+    re.IGNORECASE,
+)
+_OPTION_LIST = re.compile("option|choice|candidate", re.IGNORECASE)
 _LARGEST_WHOLE = 2**53
 """Whole floats below it are integers without loss."""
 _YES_OR_NO = ("yes no", "mme")
@@ -63,6 +75,12 @@ def text_of(record: dict, *names: str) -> str:
     raise SampleError(f"no text field '{names[0]}'", "missing_field")
 
 
+def with_system(question: str, record: dict) -> str:
+    """Return a question after the record's text of the system, if it has one."""
+    system = first(record, SYSTEM_FIELDS)
+    return f"{system}\n{question}" if isinstance(system, str) and system.strip() else question
+
+
 def record_id(record: Any) -> Optional[str]:
     """Return the record's own name, or None if it has none."""
     for name in ID_FIELDS:
@@ -72,25 +90,54 @@ def record_id(record: Any) -> Optional[str]:
 
 
 def answer_of(record: dict, *names: str) -> Answer:
-    """Return the first of several fields that holds an answer; several right answers as one text, each in a tag.
+    """Return the first of several fields that says something; several right answers as one text, each in a tag.
 
     Raises:
-        SampleError: none does, or a list holds something else than texts and numbers.
+        SampleError: none does, or it holds something else than an answer.
     """
     for name in names:
-        value: Any = record.get(name)
-        if isinstance(value, list) and value:
-            several: list[Any] = [item.get("answer") if isinstance(item, dict) else item for item in value]
-            if not all(_is_answer(item) and not isinstance(item, bool) for item in several):
-                raise SampleError(f"'{name}' must be a list of texts", "wrong_field")
-            value = several[0] if len(several) == 1 else "".join(map(solution_text, several))
-        if _is_answer(value):
-            return cast(Answer, value)
+        value = record.get(name)
+        if not (is_empty(value) or (isinstance(value, str) and not value.strip())):
+            return _answer(value, name)
     raise SampleError(f"no field '{names[0]}'", "missing_field")
 
 
+def _answer(value: Any, name: str) -> Answer:
+    if isinstance(value, list):
+        several: list[Any] = [item.get("answer") if isinstance(item, dict) else item for item in value]
+        if not all(_is_answer(item) and not isinstance(item, bool) for item in several):
+            raise SampleError(f"'{name}' must be a list of texts", "wrong_field")
+        value = several[0] if len(several) == 1 else "".join(map(solution_text, several))
+    if not _is_answer(value):
+        raise SampleError(
+            f"'{name}' = {shown(value)} is no answer; it must be a text, a number, true or false, or a list of texts",
+            "wrong_field",
+        )
+    if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
+        raise SampleError(
+            f"'{name}' = {shown(value)} is a list written as text; give a list, or put <answer>..</answer> around a "
+            "text that is meant itself",
+            "wrong_field",
+        )
+    return value
+
+
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and bool(str(value).strip())
+    return isinstance(value, (str, int, float)) and bool(str(value).strip()) and value not in (math.inf, -math.inf)
+
+
+def refuse_several(record: dict, options: list[str]) -> None:
+    """Raise SampleError for a list of answers to a question with options: right together, or each alone?"""
+    for name in ANSWER_FIELDS:
+        value = record.get(name)
+        if options and isinstance(value, list) and len(set(map(str, value))) > 1:
+            letters = [str(item) for item in value]
+            raise SampleError(
+                f"'{name}' = {shown(letters)} is a list of answers to a question with options; write "
+                f"{shown(', '.join(letters))} if they are right together, or <answer>..</answer> around each if one is "
+                "enough",
+                "wrong_field",
+            )
 
 
 def solution_text(answer: Answer) -> str:
@@ -107,26 +154,68 @@ def options_of(record: dict) -> list[str]:
     """Return the options of a record: a list, an object of letters, or the columns A, B, ..; empty if there are none.
 
     Raises:
-        SampleError: they are not texts or numbers, or more than there are letters.
+        SampleError: they are not texts or numbers, more than there are letters, lettered in another order, or stand in
+            fields that are not read.
     """
-    options = first(record, OPTION_FIELDS) or _lettered(record) or []
-    if isinstance(options, dict):
-        options = _lettered(options) if len(options) == len(_lettered(options)) else None
+    stated = first(record, OPTION_FIELDS)
+    if isinstance(stated, dict):
+        letters = {name.upper(): value for name, value in stated.items() if not is_empty(value)}
+        options: Any = (set(letters) <= set(LETTERS) and _lettered(letters)) or ([] if not letters else None)
+    else:
+        options = _lettered(record) if stated is None else stated
     if not isinstance(options, list) or not all(_is_answer(option) and type(option) is not bool for option in options):
-        raise SampleError("'options' must be a list of texts", "wrong_field")
+        raise SampleError(
+            f"'options' must be a list of texts, or an object of the letters A, B, .., not {shown(stated)}",
+            "wrong_field",
+        )
     if len(options) > len(LETTERS):
         raise SampleError(f"{len(options)} options are more than there are letters", "wrong_field")
-    return [option if isinstance(option, str) else _number_text(option) for option in options]
+    if not options:
+        _refuse_other_options(record)
+    options = [option if isinstance(option, str) else _number_text(option) for option in options]
+    own = [match[1] for option in options if (match := _OWN_LETTER.match(option))]
+    if sorted(own) == list(LETTERS[: len(options)]) != own:
+        raise SampleError(
+            f"the options have the letters {', '.join(own)}; put them in the order of the letters", "wrong_field"
+        )
+    return options
 
 
 def _lettered(record: dict) -> list:
-    """Return the values of the fields A, B, .. up to the first that is empty; none if there is no B."""
-    values = []
-    for letter in LETTERS:
-        if is_empty(record.get(letter)):
-            break
-        values.append(record[letter])
-    return values if len(values) > 1 else []
+    """Return the values of the fields A, B, ..; none if there are no two of them.
+
+    Raises:
+        SampleError: a letter between them has no value.
+    """
+    given = [letter for letter in LETTERS if not is_empty(record.get(letter))]
+    if len(given) < 2 or given[0] not in "AB":
+        return []
+    if given != list(LETTERS[: len(given)]):
+        raise SampleError(
+            f"its options have the letters {', '.join(given)}, with a gap; letter them anew, the answer too",
+            "wrong_field",
+        )
+    return [record[letter] for letter in given]
+
+
+def _refuse_other_options(record: dict) -> None:
+    """Raise SampleError for fields that look like options and are not read: the question would lose them."""
+    names = [
+        name
+        for name, value in record.items()
+        if isinstance(value, str) and value.strip() and _ONE_OPTION.fullmatch(name)
+    ]
+    lists = [
+        name
+        for name, value in record.items()
+        if isinstance(value, (list, dict)) and len(value) > 1 and _OPTION_LIST.search(name)
+    ]
+    if len(names) > 1 or lists:
+        raise SampleError(
+            f"the fields {', '.join(map(shown, lists or names))} seem to be options, which are read from "
+            f"{', '.join(OPTION_FIELDS)} or the fields A, B, ..; rename or remove them",
+            "wrong_field",
+        )
 
 
 def _number_text(number: int | float) -> str:
@@ -154,9 +243,18 @@ def settled(answer: Answer, options: list[str], problem_type: str) -> str | int 
         if options:
             return _option_that_says(answer, options)
         return _WORDS[answer][rule_name(problem_type) in _YES_OR_NO]
-    if not options or isinstance(answer, str):
+    if not options:
+        return answer
+    if isinstance(answer, str):
+        _refuse_other_letter(answer, options)
         return answer
     number = int(answer) if isinstance(answer, int) or answer.is_integer() else None
+    if all(map(_OWN_NUMBER.match, options)):
+        raise SampleError(
+            f"the answer {shown(answer)} may count from 0 or be a number of the options' own ({shown(options[0])}); "
+            "write it as a letter",
+            "wrong_field",
+        )
     named = [LETTERS[place] for place, text in enumerate(bare(options)) if _as_number(text) == answer]
     counted = LETTERS[number] if number is not None and 0 <= number < len(options) else None
     if counted is not None and named and named != [counted]:
@@ -168,6 +266,19 @@ def settled(answer: Answer, options: list[str], problem_type: str) -> str | int 
     if counted is None and not named:
         raise SampleError(f"answer {shown(answer)} is none of the {len(options)} options", "answer_not_in_options")
     return counted or named[0]
+
+
+def _refuse_other_letter(answer: str, options: list[str]) -> None:
+    """Raise SampleError for a letter that is one option's letter and another's text."""
+    found = _LONE_LETTER.fullmatch(answer)
+    letter = found[1].upper() if found else ""
+    texts = [text.upper() for text in bare(options)]
+    if letter and letter in LETTERS[: len(options)] and letter in texts and texts[LETTERS.index(letter)] != letter:
+        raise SampleError(
+            f"the answer {letter} is the letter of option {letter} and the text of option "
+            f"{LETTERS[texts.index(letter)]}; write the number of the option, counted from 0",
+            "wrong_field",
+        )
 
 
 def _as_number(text: str) -> Optional[float]:
