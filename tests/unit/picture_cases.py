@@ -211,6 +211,7 @@ REFUSED = {
     "BMP": (b"BM\x46\0\0\0\0\0\0\0\x36\0\0\0", r"b'BMF\x00\x00\x00\x00\x00\x00\x006\x00' (a BMP picture)"),
     "TIFF": (b"II*\0\x08\0\0\0\x0a\0\0\1" + bytes(40), r"b'II*\x00\x08\x00\x00\x00\n\x00\x00\x01' (a TIFF picture)"),
     "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), r"b'\x00\x00\x00\x0cjP  \r\n\x87\n' (a JPEG 2000 picture)"),
+    "SVG after a comment": (b"<!-- x --><svg/>", "b'<!-- x --><s' (an SVG drawing)"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "b'<svg xmlns=\"' (an SVG drawing)"),
     "PDF": (b"%PDF-1.7 " + bytes(40), r"b'%PDF-1.7 \x00\x00\x00' (a PDF document)"),
     "Git LFS": (

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from megatron_ral.data.issues import SampleError
 from megatron_ral.data.pictures import patchify_image, picture_size, read_picture
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
+from megatron_ral.data.targets import image_cells
 from megatron_ral.data.video import frames_video
 from megatron_ral.evaluation.attention_pictures import sample_panels
 from megatron_ral.types import Sample
@@ -142,6 +145,23 @@ def test_broken_metadata_never_breaks_a_picture():
         damaged[rng.integers(6, len(valid), 3)] = rng.integers(0, 256, 3)
         data = encoded(stored(1), "JPEG", exif=damaged.tobytes())
         assert read_picture(data).size == picture_size(data) in ((84, 56), (56, 84))
+
+
+def test_a_picture_of_one_pixel_has_a_box_and_one_of_too_many_says_how_many():
+    assert image_cells([(0, 0, 1, 1)], 1, 1, 1, 1).all()
+    bomb = png(np.zeros((1, 1, 1)), 8, 0)
+    bomb = (
+        bomb[:16]
+        + struct.pack(">II", 60000, 60000)
+        + bomb[24:29]
+        + struct.pack(">I", zlib.crc32(b"IHDR" + struct.pack(">II", 60000, 60000) + bomb[24:29]))
+        + bomb[33:]
+    )
+    with pytest.raises(SampleError) as caught:
+        read_picture(bomb)
+    assert caught.value.reason == "image_too_large" and str(caught.value) == (
+        "image declares too many pixels (3600000000 pixels); at most 16384 on a side and 134217728 in all"
+    )
 
 
 # --- the other places -------------------------------------------------------------------------------------------------

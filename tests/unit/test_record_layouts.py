@@ -188,6 +188,41 @@ def test_parquet_files_of_a_folder_are_read_in_the_order_of_their_names(material
     assert rejects(tmp_path / "out") == missing
 
 
+def test_numbers_and_classes_of_columns_are_what_was_written(material, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "question": ["How long?"] * 3,
+        "answer": pyarrow.array([0.1, 3.0, None], pyarrow.float32()),
+        "answers": [None, None, [0, 2]],
+    }
+    features = {"answers": {"feature": {"names": ["cat", "dog", "cow"], "_type": "ClassLabel"}, "_type": "List"}}
+    written = pyarrow.table(columns)
+    written = written.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pyarrow.parquet.write_table(written, tmp_path / "a.parquet")
+    assert make(tmp_path / "a.parquet", tmp_path / "out", material) == 0
+    assert [json.loads(entry["json"])["solution"] for entry in samples(tmp_path / "out").values()] == [
+        "<answer>0.1</answer>",
+        "<answer>3</answer>",
+        "<answer>cat</answer><answer>cow</answer>",
+    ]
+
+
+def test_the_mark_of_utf_8_at_the_begin_of_a_file_is_no_content(material, tmp_path):
+    record = json.dumps({"id": "a", "question": "What?", "answer": "7"})
+    for name, text in (("a.jsonl", record), ("b.json", f"[{record}]")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert make(tmp_path / name, tmp_path / f"out-{name}", material) == 0
+        assert list(samples(tmp_path / f"out-{name}")) == ["a"]
+
+
+def test_a_thought_beside_the_reply_is_the_process():
+    turn = {"role": "assistant", "reasoning_content": "3 and 4", "content": "7"}
+    fields = read_record({"messages": [*USER, turn]}).fields
+    assert (fields["process"], fields["solution"]) == ("<think>3 and 4</think>", "<answer>7</answer>")
+
+
 def test_a_saved_hugging_face_data_set_gives_the_shards_of_its_records(material, tmp_path):
     records = [{**record, "label": number % 2} for number, record in enumerate(CLASSES * 3)]
     records = [{**record, "id": f"r{number}"} for number, record in enumerate(records)]

@@ -231,6 +231,27 @@ def test_files_that_are_no_video_are_named():
         assert str(caught.value).endswith(f": {start}; mp4, mov, webm, mkv and gif are read")
 
 
+@pytest.mark.parametrize("container", ["mp4", "webm", "matroska"])
+def test_a_download_that_broke_off_is_no_shorter_clip(container):
+    data = movie(LONG, container=container)
+    if container == "mp4":  # as servers have it: the table of frames stands before them
+        start = data.index(b"moov") - 4
+        size = int.from_bytes(data[start : start + 4], "big")
+        table = data[start : start + size]
+        place = table.index(b"stco") + 12
+        offsets = np.frombuffer(table[place:], ">u4", int.from_bytes(table[place - 4 : place], "big")) + size
+        table = table[:place] + offsets.astype(">u4").tobytes() + table[place + 4 * len(offsets) :]
+        data = data[: data.index(b"free") - 4] + table + data[data.index(b"free") - 4 : start]
+    assert len(decode_video(data, settings()).frames) == 4
+    assert len(decode_video(data + b"garbage", settings()).frames) == 4
+    kind = "an mp4 or mov video" if container == "mp4" else "a Matroska or WebM video"
+    with pytest.raises(SampleError) as caught:
+        decode_video(data[: len(data) * 2 // 3], settings())
+    assert str(caught.value) == (
+        f"the video is cut short: it is {kind}, and ends before the end that its header states; fetch it again"
+    )
+
+
 def test_time_stamps_of_a_prompt_are_those_of_the_frames(material):
     """Qwen3-VL writes the mean time of each pair of frames before it; marks are where the frames are on show."""
     processor = PromptProcessor(str(material["qwen3"]), 4096)
