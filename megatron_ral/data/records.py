@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+_SPLIT = re.compile("(train|test|validation|valid|val|dev|eval)(?=[-_.])")
 _TABLES = (".parquet", ".arrow")
 STATE, SPLITS, FEATURES = "state.json", "dataset_dict.json", "dataset_info.json"
 """Files of a saved Hugging Face data set, of one with splits, and with the meaning of the columns."""
@@ -53,7 +54,7 @@ def source_files(source: Path) -> list[Path]:
     """Return the files of a source in the order in which their records are read.
 
     Raises:
-        DataError: a folder without any, or a saved data set whose rows were chosen by indices.
+        DataError: a folder without any, or with several splits, or a saved data set whose rows were chosen by indices.
     """
     if not source.is_dir():
         return [source]
@@ -61,6 +62,13 @@ def source_files(source: Path) -> list[Path]:
         files = [file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file()]
         if not files:
             raise DataError("--input", source, f"holds no file of {', '.join(SUFFIXES)}")
+        splits = sorted({match[1] for file in files if (match := _SPLIT.match(file.name))})
+        if len(splits) > 1:
+            raise DataError(
+                "--input",
+                source,
+                f"holds files of several splits ({', '.join(splits)}); give one file, or a folder with those of one",
+            )
         return sorted(files, key=lambda file: natural_order(file.name))
     state = _json_object(source / STATE)
     if state.get("_indices_data_files"):

@@ -431,6 +431,12 @@ READ: dict[str, tuple[dict, tuple[str, str], dict[str, bytes]]] = {
         ("What?\nOptions:\nA. red\nB. blue\nC. green", "<answer>A</answer><answer>C</answer>"),
         {},
     ),
+    "box-as-text": (asked(answer="[10, 20, 30, 40]"), ("What?", "<answer>[10, 20, 30, 40]</answer>"), {}),
+    "names-in-a-description": (
+        asked(image="red.png", image_info={"file_name": "coco/7.jpg", "width": 56}),
+        ("What?", "<answer>7</answer>"),
+        {"png": RED},
+    ),
     "list-in-tags": (asked(answer='<answer>["7"]</answer>'), ("What?", '<answer>["7"]</answer>'), {}),
     "true": (asked(answer=True), ("What?", "<answer>true</answer>"), {}),
     "false-of-video-r1": (video_r1(solution=False), ("What?", "<answer>false</answer>"), {"png": RED}),
@@ -880,6 +886,12 @@ REFUSED: dict[str, tuple[dict, str, str]] = {
         {"prompt": USER, "reward_model": {"ground_truth": {"target": 7}}},
         "wrong_field",
         f"'ground_truth' = {{'target': 7}} {NO_ANSWER}",
+    ),
+    "box-as-answer": (  # VLM-R1
+        asked(answer=[10, 20.5, 30, 40]),
+        "wrong_field",
+        "'answer' = [10, 20.5, 30, 40] is a list of numbers, one answer or several; write it as text, or "
+        "<answer>..</answer> around each if one is enough",
     ),
     "infinite-answer": (asked(answer=float("inf")), "wrong_field", f"'answer' = inf {NO_ANSWER}"),
     "list-written-as-text": (

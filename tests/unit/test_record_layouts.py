@@ -273,6 +273,7 @@ def test_a_path_without_a_media_folder_is_refused(material, tmp_path):
             ["--input", "DIR/broken.parquet"],
             "--input = 'DIR/broken.parquet' cannot be read as parquet (Parquet magic bytes",
         ),
+        (["--input", "DIR/hub"], "holds files of several splits (test, train); give one file, or a folder with those"),
         (["--input", "DIR/lines.json"], "; a file with one record per line must be named .jsonl"),
         (["--input", "DIR/nowhere.json"], "DIR/nowhere.json does not exist"),
         (["--input", "DIR/one"], "is a saved Hugging Face data set; give it as --hf-dataset"),
@@ -299,6 +300,9 @@ def test_sources_that_are_none(options, said, material, tmp_path, capsys):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "state.json").write_text("{")
     (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "hub").mkdir()
+    for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
+        write_parquet(tmp_path / "hub" / name, VERL)
     (tmp_path / "lines.json").write_text("{}\n{}")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet file")
     (tmp_path / "a.csv").write_text("a,b")

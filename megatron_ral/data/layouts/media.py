@@ -323,16 +323,21 @@ def refuse_unread(fields: dict, read: Sequence[str], media: Sequence[Medium]) ->
         if _TEXT_FIELD.fullmatch(name) or name in read:
             continue
         found = [item for item in _leaves(value) if names_media(item)]
-        if media and _MEDIA_FIELD.search(name) and not _ORIGIN_FIELD.search(name):
-            found = [item for item in found if not (isinstance(item, str) and posixpath.basename(item) in names)]
-        elif media:  # a name of its own, such as that of the scene, says nothing about what is shown
-            found = [item for item in found if not isinstance(item, str)]
+        if media:  # a name of its own, such as that of the scene or in a description, says nothing about what is shown
+            listed = value if isinstance(value, list) else [value]
+            is_field = _MEDIA_FIELD.search(name) and not _ORIGIN_FIELD.search(name)
+            others = [item for item in listed if is_field and names_media(item) and _basename(item) not in names]
+            found = [item for item in found if isinstance(item, bytes)] + others
         if found or (name in ("audio", "audios") and not is_empty(value)):
             columns = ", ".join((*COLUMNS["image"], *COLUMNS["video"]))
             raise SampleError(
                 f"field '{name}' seems to name media, but is none that is read ({columns}); rename or remove it",
                 "missing_media",
             )
+
+
+def _basename(item: str | bytes) -> str:
+    return posixpath.basename(item) if isinstance(item, str) else ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -107,6 +107,12 @@ def _answer(value: Any, name: str) -> Answer:
         several: list[Any] = [item.get("answer") if isinstance(item, dict) else item for item in value]
         if not all(_is_answer(item) and not isinstance(item, bool) for item in several):
             raise SampleError(f"'{name}' must be a list of texts", "wrong_field")
+        if len(several) > 1 and not all(isinstance(item, str) for item in several):
+            raise SampleError(
+                f"'{name}' = {shown(value)} is a list of numbers, one answer or several; write it as text, or "
+                "<answer>..</answer> around each if one is enough",
+                "wrong_field",
+            )
         value = several[0] if len(several) == 1 else "".join(map(solution_text, several))
     if not _is_answer(value):
         raise SampleError(
