@@ -219,7 +219,9 @@ def test_the_mark_of_utf_8_at_the_begin_of_a_file_is_no_content(material, tmp_pa
 
 def test_a_thought_beside_the_reply_is_the_process():
     turn = {"role": "assistant", "reasoning_content": "3 and 4", "content": "7"}
-    fields = read_record({"messages": [*USER, turn]}).fields
+    fields = read_record({"messages": [*USER, turn], "tools": "[]"}).fields
+    again = {**turn, "content": "<think>3 and 4</think>7"}  # some write it in both places
+    assert fields == read_record({"messages": [*USER, again]}).fields
     assert (fields["process"], fields["solution"]) == ("<think>3 and 4</think>", "<answer>7</answer>")
 
 

@@ -125,7 +125,7 @@ def _read_marks(turn: dict, talk: Talk) -> None:
                 "wrong_field",
             )
     thought = first(turn, _THOUGHTS)
-    if isinstance(thought, str) and thought.strip():
+    if isinstance(thought, str) and thought.strip() and "<think>" not in str(turn.get("content")):
         talk.texts["assistant"].append(f"<think>{thought.strip()}</think>")
 
 
@@ -287,7 +287,7 @@ def conversation(record: dict, turns: Sequence[Any], names: Sequence[str], read:
             "'solution' if the tag is meant as text",
             "wrong_field",
         )
-    if not is_empty(record.get("tools")):
+    if record.get("tools") not in (None, "", "[]", []):
         raise SampleError("its field 'tools' lists functions, which are not shown here; remove it", "wrong_field")
     for turn in turns:
         for kind, media in (("image", images), ("video", videos)):
