@@ -27,7 +27,7 @@ from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_sample
+from megatron_ral.parallel.vocab_sampling import vocab_parallel_draw
 from megatron_ral.types import PromptBatch, ResponseBatch, to_device
 
 
@@ -110,6 +110,8 @@ class DecodingBatch:
         self.logprobs = torch.zeros(count, R, device=self.device)
         """Log-probabilities [B G, R] float32 of the sampled tokens, also of those behind a response's end. Zeros on all
         but the last stage, which samples."""
+        self._drawn: Optional[Tensor] = None
+        """Tokens of the pass under way in host memory, on the stage that drew them."""
         self._uniforms = None
         if process_groups.layout.is_last_stage:
             self._uniforms = torch.stack(
@@ -175,7 +177,7 @@ class DecodingBatch:
         if self._first_pass and self._feeds_prompt_end:
             return self._prompt_ends().to(self.device)
         assert self._uniforms is not None, "only the last stage samples"
-        token = vocab_parallel_sample(
+        draw = vocab_parallel_draw(
             logits_Nv,
             self._uniforms[self._device_rows, self.step],
             settings.temperature,
@@ -184,9 +186,9 @@ class DecodingBatch:
             num_tokens=settings.num_tokens,
             forbidden=forbidden,
         )
-        scaled = logits_Nv.float() / (settings.temperature or 1.0)
-        self.logprobs[self._device_rows, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]
-        return token
+        self.logprobs[self._device_rows, self.step] = draw.logprob
+        self._drawn = draw.token_on_host
+        return draw.token
 
     def take(self, token_N: Tensor) -> None:
         """Store the tokens of the last pass, mark the responses that they finish, and drop finished rows where it pays.
@@ -201,7 +203,8 @@ class DecodingBatch:
                 self._cache.hide_last_prompt_token()
                 self._fed = token_N
                 return
-        tokens, running = token_N.cpu(), ~self.finished[self.rows]
+        tokens, running = token_N.cpu() if self._drawn is None else self._drawn, ~self.finished[self.rows]
+        self._drawn = None
         rows, tokens = self.rows[running], tokens[running]
         self.tokens[rows, self.step] = tokens
         self.lengths[rows] += 1

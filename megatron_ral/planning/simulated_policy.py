@@ -8,20 +8,16 @@ is what a real rank runs.
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Callable, Optional, cast
+from typing import Callable, Optional, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_ral.attention.group_layout import AttentionRecord
-from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.attention.types import QueryPosition
 from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
 from megatron_ral.engine.decoding_batch import DecodingBatch
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings
-from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
@@ -91,7 +87,6 @@ class SimulatedPolicy(PolicyEngine):
         settings: settings of the stage.
         training: settings of its training.
         watched: mode that counts its tensors.
-        on_gpu: whether the code takes the ways that it takes on a GPU.
     """
 
     def __init__(
@@ -101,7 +96,6 @@ class SimulatedPolicy(PolicyEngine):
         settings: EngineSettings,
         training: TrainingSettings,
         watched: Watched,
-        on_gpu: bool = True,
     ):
         self.shape, self.process_groups, self.layout = shape, process_groups, process_groups.layout
         self.watched = watched
@@ -117,8 +111,6 @@ class SimulatedPolicy(PolicyEngine):
                 settings.sequence_parallel,
                 training.recompute or settings.gather == "layer",
             )
-        for layer in self.stage.layers:
-            cast(Any, layer.self_attention).core_attention.equal_heads_with_mask = True if on_gpu else None
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(training.is_trainable(name))
             if parameter.requires_grad:
@@ -149,11 +141,6 @@ class SimulatedPolicy(PolicyEngine):
             )
             for name, parameter in self.stage.named_parameters()
         ]
-
-    def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, position: QueryPosition) -> AttentionRows:
-        """Return the attention rows of a record, counted as such."""
-        with self.watched.kind("attention rows"):
-            return super().attention_rows(record, pass_, position)
 
 
 def kind_of(shape: ModelShape, layout: RankLayout) -> Callable[[Tensor], Optional[str]]:

@@ -16,7 +16,8 @@ from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.parallel.vocab import vocab_parallel_sample
+from megatron_ral.parallel.vocab import vocab_parallel_logprobs
+from megatron_ral.parallel.vocab_sampling import vocab_parallel_draw
 from megatron_ral.types import GroupBatch, pad_prompts
 from tests.distributed.cases import open_policy
 from tests.distributed.runner import run_ranks
@@ -331,7 +332,7 @@ def draws(world):
         wanted = sample_tokens(allowed[:, : num_tokens or None], uniform, temperature, top_p)
         assert not set(wanted.tolist()) & set(forbidden)
         found = [
-            vocab_parallel_sample(
+            vocab_parallel_draw(
                 mine,
                 uniform,
                 temperature,
@@ -343,8 +344,12 @@ def draws(world):
             )
             for count in (1, 4, 48)
         ]
-        assert torch.equal(mine, before), "log-probabilities are taken from the same logits"
-        result[how] = [torch.equal(token, wanted) for token in found], len(wanted.unique())
+        assert torch.equal(mine, before), "the update takes log-probabilities from the same logits"
+        logprobs, _ = vocab_parallel_logprobs(mine / (temperature or 1.0), wanted, process_groups.tensor)
+        for draw in found:
+            assert torch.equal(draw.token, draw.token_on_host)
+            torch.testing.assert_close(draw.logprob, logprobs, rtol=1e-5, atol=1e-5)
+        result[how] = [torch.equal(draw.token, wanted) for draw in found], len(wanted.unique())
     stop_groups()
     return result
 
