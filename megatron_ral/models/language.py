@@ -104,7 +104,7 @@ class LanguageStage(GPTModel):
         words = cast(Any, self.embedding.word_embeddings)
         outside = (token_ids < words.vocab_start_index) | (token_ids >= words.vocab_end_index)
         rows = F.embedding((token_ids - words.vocab_start_index).masked_fill(outside, 0), words.weight)
-        if words.tensor_model_parallel_size > 1:
+        if self.config.tensor_model_parallel_size > 1:
             rows = reduce_from_tensor_model_parallel_region(rows.masked_fill(outside[..., None], 0.0))
         return rows.transpose(0, 1).contiguous()
 
