@@ -7,8 +7,8 @@ there. What stays out of reach are values, streams, NCCL and kernels.
 
 The process runs on no GPU afterwards, and should end after the simulation.
 
-Tried on: torch 2.13.0.
-Retired by: a FakeTensorMode that runs a backward pass on CUDA tensors in a CPU build of torch.
+Tried on: megatron-core 0.16.1 and 0.18.2 with torch 2.13.0.
+Retired by: `test_fake_cuda_tensors_still_need_a_device`.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def _library() -> Path:
         return library
     name = compiler()
     if name is None:
-        raise UserError("a rehearsal compiles a C++ file of 60 lines: install a compiler, or name one in CXX")
+        raise UserError("CXX", os.environ.get("CXX"), "names no compiler; a rehearsal compiles a C++ file of 60 lines")
     folder.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
@@ -55,7 +55,7 @@ def _library() -> Path:
         command = [name, "-O1", "-shared", "-fPIC", "-std=c++20", abi, *includes, str(_SOURCE), "-o", str(made)]
         done = subprocess.run([*command, *libraries, "-ltorch_cpu", "-lc10"], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{name} cannot compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
+            raise UserError("CXX", name, f"cannot compile '{_SOURCE.name}': {done.stderr.strip()[-500:]}")
         made.rename(library)  # whole or not at all, whichever process comes first
     return library
 

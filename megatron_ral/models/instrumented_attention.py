@@ -136,11 +136,11 @@ class InstrumentedAttention(torch.nn.Module):
         """
         cache = pass_.cache
         assert cache is not None and pass_.decode_step is not None
-        own_key, own_value = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
+        own_key, own_value, later = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
         prompt_key, prompt_value = cache.prompt[self.layer]
         k = prompt_key.shape[1]
         query = query[:, 0].unflatten(1, (k, -1)) * self.softmax_scale  # [N, k, heads / k, D]
-        own = _attend(query, own_key, own_value)
+        own = _attend(query, own_key, own_value, later)
         grouped = cache.by_prompt(query)  # [B, width, k, heads / k, D]
         prompt = _attend(
             grouped.transpose(1, 2).flatten(2, 3),

@@ -4,6 +4,7 @@ Every rank contributes its largest logits and sums of exponentials. They are eno
 candidates. The pure half is `functional/sampling.py`.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple, Sequence
 
 import torch
@@ -26,6 +27,41 @@ class Draw(NamedTuple):
     """The same ids in host memory."""
 
 
+@dataclass(frozen=True)
+class PendingDraw:
+    """Draw whose tokens the host has not read."""
+
+    token: Tensor
+    """[X] int64, -1 where the candidates do not decide."""
+    logprob: Tensor
+    """[X] float32, without meaning where the token is -1."""
+    logits: Tensor
+    """[X, v] float32 logits of this rank, -inf for tokens that may not be drawn."""
+    uniform: Tensor
+    """[X] float64."""
+    every: "_Sums"
+    """Of the logits of all tokens."""
+    temperature: float
+    top_p: float
+    group: dist.ProcessGroup
+
+    @torch.no_grad()
+    def finish(self) -> Draw:
+        """Read the tokens, and draw those that are open from the whole vocabulary."""
+        token, logprob, on_host = self.token, self.logprob, self.token.cpu()
+        rows = (on_host < 0).nonzero()[:, 0]
+        if len(rows):
+            token, logprob, rows = token.clone(), logprob.clone(), rows.to(token.device)
+            whole = torch.cat(gather_shards(self.logits[rows], self.group), dim=-1)
+            token[rows] = sample_tokens(whole, self.uniform[rows], self.temperature, self.top_p)
+            _agree_(token, self.group)
+            logit = whole.gather(-1, token[rows, None])[:, 0].double()
+            largest, total = (part[rows] for part in self.every)
+            logprob[rows] = ((logit - largest) / self.temperature - total.log()).float()
+            on_host = token.cpu()
+        return Draw(token, logprob, on_host)
+
+
 class _Sums(NamedTuple):
     """Largest logit, and the sum of exp((logit - largest) / temperature), of each row. Float64."""
 
@@ -44,7 +80,7 @@ class _Sums(NamedTuple):
 
 
 @torch.no_grad()
-def vocab_parallel_draw(
+def begin_draw(
     logits_Xv: Tensor,
     uniform_X: Tensor,
     temperature: float,
@@ -54,11 +90,11 @@ def vocab_parallel_draw(
     num_tokens: int = 0,
     forbidden: Sequence[int] = (),
     num_candidates: int = 512,
-) -> Draw:
-    """Sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
+) -> PendingDraw:
+    """Begin to sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
 
-    The whole vocabulary is gathered for rows that the candidates do not decide: those with a flat distribution or a
-    draw from the tail.
+    The host does not wait here. `PendingDraw.finish` gathers the whole vocabulary for rows that the candidates do not
+    decide: those with a flat distribution or a draw from the tail.
 
     Args:
         logits_Xv: [X, v] this rank's columns of the logits.
@@ -105,17 +141,8 @@ def vocab_parallel_draw(
         token = torch.where(settled, token, -1)
     _agree_(token, group)
     logit = candidates.double().masked_fill(ids != token[:, None], float("-inf")).amax(dim=-1)
-    on_host = token.cpu()
-    rows = (on_host < 0).nonzero()[:, 0]
-    if len(rows):
-        rows = rows.to(token.device)
-        whole = torch.cat(gather_shards(logits[rows], group), dim=-1)
-        token[rows] = sample_tokens(whole, uniform_X.to(allowed.total)[rows], temperature, top_p)
-        _agree_(token, group)
-        logit[rows] = whole.gather(-1, token[rows, None])[:, 0].double()
-        on_host = token.cpu()
-    logprob = (logit - every.largest) / scale - every.total.log()
-    return Draw(token, logprob.float(), on_host)
+    logprob = ((logit - every.largest) / scale - every.total.log()).float()
+    return PendingDraw(token, logprob, logits, uniform_X.to(every.total), every, temperature, top_p, group)
 
 
 def _agree_(token: Tensor, group: dist.ProcessGroup) -> None:

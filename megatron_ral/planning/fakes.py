@@ -31,7 +31,7 @@ from megatron_ral.attention import blocks
 from megatron_ral.planning.gpu_work import (
     ATTENTION,
     attention_call,
-    fused_attention,
+    fused_kernels,
     on_device,
     place,
     replaced,
@@ -151,6 +151,8 @@ class Seen:
     """FLOPs of products in float32 or wider, which tensor cores do not compute."""
     kernels: Counter = field(default_factory=Counter)
     """Kernels to start by operator: those that make or change a tensor."""
+    recorded: Counter = field(default_factory=Counter)
+    """Kernels of recorded passes by operator, which a graph starts with one launch for all."""
     waits: Counter = field(default_factory=Counter)
     """Waits of the host for the device by "what file:line"."""
     attention: Counter = field(default_factory=Counter)
@@ -177,6 +179,8 @@ class Watched(TorchDispatchMode):
         self.seen, self.live, self._kind_of, self.on_gpu = Seen(), Counter(), kind_of, on_gpu
         self.weight = 1.0
         """Factor of FLOPs and calls, more than 1 where one call represents several equal ones."""
+        self.is_recording = False
+        """True inside the work of a graph."""
         self._total = self._largest = 0
         self._held: dict[int, list] = {}
         self._kind: Optional[str] = None
@@ -226,7 +230,7 @@ class Watched(TorchDispatchMode):
         if self.on_gpu and not on_device(tensors):
             return
         if starts_kernel(name, makes_or_changes):
-            seen.kernels[name] += self.weight
+            (seen.recorded if self.is_recording else seen.kernels)[name] += self.weight
         if self.on_gpu and (wait := wait_of(name, args, kwargs, result)):
             seen.waits[f"{wait} {place()}"] += self.weight
         if name in ATTENTION:
@@ -305,6 +309,31 @@ def first_chunks(watched: Watched, count: int = 2) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def counted_graphs(watched: Watched) -> Iterator[None]:
+    """Count the work of recorded decoding passes as such, and one kernel for the launch of each.
+
+    Args:
+        watched: mode that counts it.
+    """
+    from megatron_ral.engine import decoding_batch
+
+    class Recorded:
+        def __init__(self, work: Callable[[], Any]):
+            self.work = work
+
+        def __call__(self) -> Any:
+            watched.seen.kernels["graph"] += 1
+            watched.is_recording = True
+            try:
+                return self.work()
+            finally:
+                watched.is_recording = False
+
+    with replaced(decoding_batch, "Recorded", Recorded):
+        yield
+
+
 class _CountedKernel:
     """Stand-in for a Triton kernel: `kernel[grid](...)` counts a launch and does nothing."""
 
@@ -345,5 +374,5 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(KnownIntegers(mode))
-        stack.enter_context(fused_attention())
+        stack.enter_context(fused_kernels())
         yield mode

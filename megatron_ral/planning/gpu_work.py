@@ -1,4 +1,4 @@
-"""What an operation costs a GPU and its host beside arithmetic: kernels to start, and waits of the host for the device.
+"""Work of a GPU and its host beside arithmetic: kernels to start, and waits of the host for the device.
 
 Counted on tensors of a CUDA device, real or fake (`compat/cuda_fakes.py`). Operations outside aten, such as Triton
 kernels and collectives, are not counted here.
@@ -110,15 +110,36 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Make `scaled_dot_product_attention` of CUDA tensors the kernel that a GPU would take.
+class _FusedNorm(torch.autograd.Function):
+    """RMS norm as the kernels of a GPU: one forward, two backward."""
 
-    A CPU build of torch has no choice of kernels for CUDA tensors and falls back to plain products. cuDNN is switched
-    off (`parallel/process_groups.py`), so that flash attention is taken without a mask and the memory-efficient kernel
-    with one. Both need 16 bits. The function itself is replaced, because a mode does not reach recomputation in
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device))
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, weight, _ = ctx.saved_tensors
+        return rows.clone(), weight.clone()
+
+
+@contextmanager
+def fused_kernels() -> Iterator[None]:
+    """Make attention and RMS norms of CUDA tensors the kernels that a GPU would take.
+
+    A CPU build of torch has no kernels for CUDA tensors and falls back to plain products. cuDNN is switched off
+    (`parallel/process_groups.py`), so that flash attention is taken without a mask and the memory-efficient kernel with
+    one. Both need 16 bits. The functions themselves are replaced, because a mode does not reach recomputation in
     autograd's thread.
     """
+    plain_norm: Any = F.rms_norm
+
+    def norm(rows: Tensor, shape: Any, weight: Optional[Tensor] = None, eps: Optional[float] = None) -> Tensor:
+        if not rows.is_cuda or weight is None:
+            return plain_norm(rows, shape, weight, eps)
+        return _FusedNorm.apply(rows, weight)
+
     plain: Any = F.scaled_dot_product_attention
 
     def chosen(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
@@ -135,7 +156,7 @@ def fused_attention() -> Iterator[None]:
             query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
         )[0]
 
-    with replaced(F, "scaled_dot_product_attention", chosen):
+    with replaced(F, "scaled_dot_product_attention", chosen), replaced(F, "rms_norm", norm):
         yield
 
 

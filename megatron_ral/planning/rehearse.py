@@ -6,7 +6,6 @@ from typing import Iterator, Optional
 
 from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
-from megatron_ral.parallel.traffic import Traffic
 from megatron_ral.planning.hardware import Hardware
 from megatron_ral.planning.launch_plan import LaunchPlan
 from megatron_ral.planning.memory import BYTES, HeldBytes, head_bytes, teacher_bytes
@@ -182,7 +181,7 @@ def _teacher_seconds(rehearsal: Rehearsal) -> float:
     theirs = RankLayout(0, layout.world_size, settings.tensor_size, settings.pipeline_size)
     numel = sum(stage.unique for stage in stage_parameters(read_shape(settings.path, "teacher.path"), theirs))
     tokens = work.num_prompts * layout.data_size * (work.prompt_length + work.group_size * work.response_length)
-    return rehearsal.hardware.compute_seconds(2.0 * numel * tokens / layout.world_size, 0, 0, 0) * plan.num_epochs
+    return rehearsal.hardware.compute_seconds(2.0 * numel * tokens / layout.world_size, 0, 0) * plan.num_epochs
 
 
 def _without(kinds: Counter, *left_out: str) -> Counter:
@@ -279,9 +278,7 @@ def _count_seconds(report: RankReport, plan: LaunchPlan, hardware: Hardware) -> 
     for name, phase in report.rank.phases.items():
         repeats = phase.count / phase.simulated
         seen = phase.seen
-        own = hardware.compute_seconds(
-            seen.flops, seen.wide_flops, seen.kernels.total(), _own_collectives(phase.traffic)
-        )
+        own = hardware.compute_seconds(seen.flops, seen.wide_flops, _start_seconds(phase, hardware))
         if name == "token":
             own = max(own, hardware.memory_seconds(read + report.rank.cache_bytes))
         sending: dict[str, float] = defaultdict(float)
@@ -298,9 +295,13 @@ def _count_seconds(report: RankReport, plan: LaunchPlan, hardware: Hardware) -> 
     report.seconds["checkpoint"] = 12 * zero.trained_numel * ranks_per_node / (hardware.disk_gbps_per_node * 1e9)
 
 
-def _own_collectives(traffic: Traffic) -> int:
-    """Return how many collectives and transfers a phase starts."""
-    return sum(traffic.calls.values())
+def _start_seconds(phase: Phase, hardware: Hardware) -> float:
+    """Return the seconds to start what a phase runs. Where it is recorded, so are its collectives over tensor ranks."""
+    seen, calls = phase.seen, phase.traffic.calls
+    recorded = sum(count for (group, _), count in calls.items() if group == "tensor") if seen.recorded else 0
+    return hardware.start_seconds(seen.kernels.total(), calls.total() - recorded) + hardware.recorded_seconds(
+        seen.recorded.total(), recorded
+    )
 
 
 def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:

@@ -1,8 +1,8 @@
 """Simulation of one rank of a job that does not exist, through the phases of one step, without memory."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import simulate_rank
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.parallel.traffic import CountedTraffic, Traffic
-from megatron_ral.planning.fakes import Seen, Watched, counted_triton, fake_tensors, first_chunks
+from megatron_ral.planning.fakes import Seen, Watched, counted_graphs, counted_triton, fake_tensors, first_chunks
 from megatron_ral.planning.launch_plan import LaunchPlan
 from megatron_ral.planning.simulated_policy import SimulatedBatch, SimulatedPolicy, kind_of
 from megatron_ral.planning.workload import make_groups, make_prompt
@@ -115,7 +115,8 @@ class _Simulator:
         self.phase("vision", self.work.num_prompts, lambda: self.engine.encode_visual(prompts))
 
     def generation(self) -> None:
-        """Run two passes of one batch with traffic and sampling: the first, and the one that takes most memory."""
+        """Run passes of one batch with traffic and sampling: the first, the one that takes most memory, and one of the
+        many others."""
         engine, work = self.engine, self.work
         batch = make_groups(engine, work, work.generation_batch, engine.layout.is_first_stage)
         settings = SamplingSettings(work.group_size, work.response_length, 0, 0, self.plan.temperature, self.plan.top_p)
@@ -126,7 +127,12 @@ class _Simulator:
         with torch.no_grad(), engine.resident(), engine.stage.whole_sequences():
             self.phase("prefill", batches, lambda: decoder.start_pass(decoding))
             decoding.go_to_last_growth()
-            self.phase("token", batches * (work.response_length - 1), lambda: decoder.start_pass(decoding))
+            count = batches * (work.response_length - 1)
+            self.phase("token", count, lambda: decoder.start_pass(decoding))
+            largest = self.result.phases["token"].seen.peak
+            decoding.go_to_the_next_step()
+            self.phase("token", count, lambda: decoder.start_pass(decoding))
+            self.result.phases["token"].seen.peak = largest
         self.result.cache_bytes = engine.watched.live["KV cache"]
 
     def passes(self) -> Mapping[int, Any]:
@@ -207,6 +213,12 @@ class _Simulator:
         self.phase("update", count, lambda: engine.accumulate(batches, objective), simulated)
 
 
+@contextmanager
+def _gpu_kernels(watched: Watched) -> Iterator[None]:
+    with counted_triton(watched), counted_graphs(watched):
+        yield
+
+
 def simulate(
     shape: ModelShape, plan: LaunchPlan, layout: RankLayout, on_gpu: bool = True, vision: bool = True
 ) -> SimulatedRank:
@@ -233,7 +245,7 @@ def simulate(
         engine = SimulatedPolicy(shape, process_groups, plan.engine, plan.training, watched)
         result = SimulatedRank(layout, engine.parameters())
         simulator = _Simulator(engine, plan, result)
-        with watched, first_chunks(watched), counted_triton(watched) if on_gpu else nullcontext():
+        with watched, first_chunks(watched), _gpu_kernels(watched) if on_gpu else nullcontext():
             engine.stage.eval()
             if plan.is_supervised:
                 simulator.update({})

@@ -38,9 +38,13 @@ class _NamedCache(GroupKVCache):
         with self.watched.kind("KV cache"):
             super().store_prompt(layer, key_BPkD, value_BPkD)
 
-    def _grown(self, held: Optional[Tensor], new: Tensor) -> Tensor:
+    def append(self, layer: int, step: Tensor, key_NkD: Tensor, value_NkD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self.watched.kind("KV cache") if layer not in self.response else nullcontext():
+            return super().append(layer, step, key_NkD, value_NkD)
+
+    def _grown(self, held: Tensor) -> Tensor:
         with self.watched.kind("KV cache"):
-            return super()._grown(held, new)
+            return super()._grown(held)
 
 
 class SimulatedBatch(DecodingBatch):
@@ -53,15 +57,25 @@ class SimulatedBatch(DecodingBatch):
 
     def go_to_last_growth(self) -> None:
         """Go to the last step at which the cache grows, because memory is largest then."""
-        held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
+        cache, growths = cast(_NamedCache, self._cache), []
+        for fed in range(max(self.settings.max_response_length - 1, 1)):
+            before = cache.capacity
+            if cache.reserve(fed):
+                growths.append((fed, before))
+        fed, cache.capacity = growths[-1]
         self._first_pass = False
-        self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
-        if held:
-            cache = cast(_NamedCache, self._cache)
+        self.step, self._fed = fed + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
+        if cache.capacity:
             with cache.watched.kind("KV cache"):
                 for layer, parts in cache.prompt.items():
-                    key, value = (part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
+                    key, value = (
+                        part.new_empty(len(self.rows), part.shape[1], cache.capacity, part.shape[3]) for part in parts
+                    )
                     cache.response[layer] = key, value
+
+    def go_to_the_next_step(self) -> None:
+        """Go to a step at which nothing grows, as most are."""
+        self.step += 1
 
 
 class _SimulatedReduction:
