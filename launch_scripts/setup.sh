@@ -11,7 +11,8 @@ PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MEGATRON_RAL_VENV:-$PROJECT/.venv}"
 PYTHON="$VENV/bin/python"
 export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
-# With more threads than free cores small operations become ten times slower.
+# With more threads than free cores small operations become ten times slower. `launch` gives more beside GPUs.
+OMP_NUM_THREADS_GIVEN="${OMP_NUM_THREADS:-}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # Micro-batches differ in shape; without it the memory of a GPU is fragmented.
@@ -119,11 +120,19 @@ setup_development() {
 }
 
 # launch MODULE [ARGUMENT ...]: the module under torchrun, layout from the environment. On one node and without
-# MASTER_PORT a free port is taken.
+# MASTER_PORT a free port is taken. Beside GPUs a rank stays on the processors of its GPU's memory, because the host
+# starts every kernel, and half of its share of the cores are threads for what runs on the host (offloaded AdamW, image
+# resizing).
 launch() {
-    local rendezvous=(--standalone)
+    local rendezvous=(--standalone) placement=() threads
     if [ "$NNODES" != 1 ] || [ -n "${MASTER_PORT:-}" ]; then
         rendezvous=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" --node-rank "$NODE_RANK")
     fi
-    "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" "${rendezvous[@]}" -m "$@"
+    if command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus > /dev/null 2>&1; then
+        placement=(--numa-binding node)
+        threads=$(($(nproc) / NPROC_PER_NODE / 2))
+        [ -n "$OMP_NUM_THREADS_GIVEN" ] || export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
+    fi
+    "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --nnodes "$NNODES" \
+        ${placement[@]+"${placement[@]}"} "${rendezvous[@]}" -m "$@"
 }

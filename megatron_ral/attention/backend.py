@@ -1,6 +1,6 @@
 """Interface of the code that forms attention rows and their gradients from queries and keys."""
 
-from typing import Callable, Optional, Protocol
+from typing import Callable, Protocol
 
 from torch import Tensor
 
@@ -18,10 +18,6 @@ class RowBackend(Protocol):
 
     def head_mean_rows(self, qk: RowQK) -> Tensor:
         """Return `rows.head_mean_attention`, [B, G, R, S], without gradient."""
-        ...
-
-    def formula_elements(self, elements: int) -> Optional[int]:
-        """Return how many of a map's `elements` a formula over rows should take at once. None: the default."""
         ...
 
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:

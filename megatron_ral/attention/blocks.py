@@ -5,10 +5,21 @@ Users call `blocks.row_blocks` through this module, because a rehearsal on fake 
 
 from typing import Iterator, Optional, Sequence
 
+from torch import Tensor
+
 from megatron_ral.attention.types import Block
 
 SMALL_BLOCK, LARGE_BLOCK = 1 << 16, 1 << 18
 """Elements of a temporary: of the weights of one key/value head at least, of a formula over rows."""
+
+
+def formula_elements(rows: Tensor) -> Optional[int]:
+    """Return how many elements of a map of rows [.., S] a formula should take at once, the same for maps of one size.
+
+    On a GPU, where every operation costs a launch, a quarter of the map; elsewhere the default of `row_blocks` (None),
+    which fits into a cache.
+    """
+    return max(LARGE_BLOCK, rows.numel() // 4) if rows.is_cuda else None
 
 
 def row_blocks(shape: Sequence[int], row_elements: int, elements: Optional[int] = None) -> Iterator[Block]:

@@ -28,7 +28,7 @@ def key_mass(attention_BGRS: Tensor, keys: RowKeys) -> Tensor:
     that are equal bit for bit must have equal distributions, in whichever blocks these are formed.
     """
     mass = torch.empty_like(attention_BGRS[..., 0])
-    for block in blocks.row_blocks(mass.shape, attention_BGRS.shape[3]):
+    for block in blocks.row_blocks(mass.shape, attention_BGRS.shape[3], blocks.formula_elements(attention_BGRS)):
         mass[block] = (attention_BGRS[block].detach() * included_keys(keys, block)).sum(dim=-1)
     return mass
 

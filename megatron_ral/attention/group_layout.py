@@ -7,6 +7,7 @@ prompt never sees a response, so the layout is exact, not an approximation, and 
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -25,13 +26,19 @@ class GroupLayout:
     """Response lengths, [B, G] int64."""
     P: int
     R: int
+    prompt_tokens: Optional[int] = None
+    """Sum of `prompt_lengths` where the host knows it, so that it need not be read from the device."""
 
     @classmethod
     def of(cls, groups: GroupBatch) -> "GroupLayout":
         """Return the layout of a batch."""
         prompts = groups.prompts
         return cls(
-            prompts.prompt_lengths, groups.response_lengths, prompts.input_ids.shape[1], groups.response_ids.shape[2]
+            prompts.prompt_lengths,
+            groups.response_lengths,
+            prompts.input_ids.shape[1],
+            groups.response_ids.shape[2],
+            sum(len(prompt.input_ids) for prompt in prompts.prompts),
         )
 
     @property
@@ -41,6 +48,11 @@ class GroupLayout:
     @property
     def G(self) -> int:
         return self.response_lengths.shape[1]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Sum of the prompts' lengths."""
+        return int(self.prompt_lengths.sum()) if self.prompt_tokens is None else self.prompt_tokens
 
     @property
     def sequence_length(self) -> int:

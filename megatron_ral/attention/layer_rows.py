@@ -1,6 +1,7 @@
 """Attention rows of one layer, summed over tensor-parallel ranks, and what is computed from them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Optional
 
 import torch
@@ -29,31 +30,31 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Rows of one layer at one query position: attention averaged over the heads of all tensor-parallel ranks."""
+    """Rows of one layer at one query position: attention averaged over the heads of all tensor-parallel ranks.
 
-    attention: Tensor
-    """[B, G, R, S] float32 over every visible key, rows summing to 1, without gradient. R = G = 1 for `LAST_PROMPT`."""
+    They are formed where they are first asked for, by all ranks of a tensor-parallel group alike.
+    """
+
     record: AttentionRecord
     """Queries and keys of this rank's heads, which carry the gradient."""
     layout: GroupLayout
     position: QueryPosition
     heads: HeadSettings
 
-    @classmethod
-    def form(
-        cls, record: AttentionRecord, layout: GroupLayout, position: QueryPosition, heads: HeadSettings
-    ) -> "AttentionRows":
-        """Form rows from this rank's heads and sum them over tensor-parallel ranks, all of which must call it."""
-        attention = head_mean_attention(record.rows(position, layout, heads.scale, heads.num_heads))
-        return cls(all_reduce_sum_(attention, heads.process_group), record, layout, position, heads)
+    @cached_property
+    def attention(self) -> Tensor:
+        """Rows [B, G, R, S] float32 over every visible key, each summing to 1, without gradient. R = G = 1 for
+        `LAST_PROMPT`."""
+        qk = self.record.rows(self.position, self.layout, self.heads.scale, self.heads.num_heads)
+        return all_reduce_sum_(head_mean_attention(qk), self.heads.process_group)
 
     def at(self, position: QueryPosition) -> "AttentionRows":
         """Return rows of the same pass at another query position."""
-        return self if position is self.position else self.form(self.record, self.layout, position, self.heads)
+        return self if position is self.position else AttentionRows(self.record, self.layout, position, self.heads)
 
     def of_record(self, record: AttentionRecord) -> "AttentionRows":
         """Return the same rows of another pass, from its record."""
-        return self.form(record, self.layout, self.position, self.heads)
+        return AttentionRows(record, self.layout, self.position, self.heads)
 
     def keys(self, columns_BS: Optional[Tensor] = None, exclude_self: bool = True) -> RowKeys:
         """Return the keys that a distribution is made of.

@@ -38,7 +38,9 @@ def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, targ
     """
     P, mass = visual_mask_BP.shape[1], key_mass(attention_BGRS, keys)
     visual, prompt, sink, target, entropy = (attention_BGRS.new_empty(attention_BGRS.shape[:3]) for _ in range(5))
-    for block in blocks.row_blocks(attention_BGRS.shape[:3], attention_BGRS.shape[3]):
+    for block in blocks.row_blocks(
+        attention_BGRS.shape[:3], attention_BGRS.shape[3], blocks.formula_elements(attention_BGRS)
+    ):
         distribution = distribution_block(attention_BGRS, mass, keys, block)
         over_prompt, b = distribution[..., :P], block[0]
         visual[block] = (over_prompt * visual_mask_BP[b, None, None]).sum(-1)

@@ -41,8 +41,7 @@ class RowDivergence(torch.autograd.Function):
         ctx.save_for_backward(query, prompt_key, response_key, attention, target, mass)
         ctx.keys, ctx.kind, ctx.rest, ctx.backend = keys, kind, tuple(qk)[3:], backend
         result = torch.empty(attention.shape[:3], dtype=attention.dtype, device=attention.device)
-        elements = backend.formula_elements(attention.numel())
-        for block in blocks.row_blocks(attention.shape[:3], attention.shape[3], elements):
+        for block in blocks.row_blocks(attention.shape[:3], attention.shape[3], blocks.formula_elements(attention)):
             value = DIVERGENCES[kind].value(distribution_block(attention, mass, keys, block), target[block])
             result[block] = torch.where(_is_compared(mass[block], target[block]), value, 0.0)
         return result

@@ -27,9 +27,6 @@ class TorchBackend:
                 result[block] += _weights(qk, block, heads).sum(dim=(1, 3))
         return result.div_(qk.num_heads)
 
-    def formula_elements(self, elements: int) -> None:
-        return None
-
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:
         grad_query, grad_prompt, grad_response = gradients
         P = qk.prompt_key_BPkD.shape[1]

@@ -34,16 +34,12 @@ class TritonBackend:
     def head_mean_rows(self, qk: RowQK) -> Tensor:
         return head_mean_rows(qk)
 
-    def formula_elements(self, elements: int) -> int:
-        # Few launches, and several temporaries that together are small beside the map.
-        return max(blocks.LARGE_BLOCK, elements // 16)
-
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:
         S = qk.num_keys
         for block in blocks.row_blocks(qk.query_BGRnD.shape[:3], S, SLOPE_ELEMENTS):
             shape, starts = [part.stop - part.start for part in block], [part.start for part in block]
             slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
-            for inner in blocks.row_blocks(shape, S, self.formula_elements(slope.numel())):
+            for inner in blocks.row_blocks(shape, S, blocks.formula_elements(slope)):
                 b, g, r = (slice(part.start + start, part.stop + start) for part, start in zip(inner, starts))
                 slope[inner] = slope_of((b, g, r))
             add_gradients(qk, slope, block, gradients)

@@ -125,6 +125,9 @@ def _train(argv: Arguments) -> None:
     if arguments.preflight:
         return
     assert config is not None and shape is not None and inputs is not None, "the preflight ends a launch with problems"
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size > 1:
+        # megatron-core relies on one queue: it starts communication before the product that it is to overlap with.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     process_groups = start_groups(
         tensor_size=config.parallel.tensor_model_parallel_size,
         pipeline_size=config.parallel.pipeline_model_parallel_size,

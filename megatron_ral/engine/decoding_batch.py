@@ -10,6 +10,10 @@ number of running rows. Neither finished rows nor copies can then cost much more
 
 Prompts whose responses have all finished are counted separately, because their keys are the larger part to copy.
 
+A pass over one token of each row reads and writes the same tensors until rows are dropped or the cache grows, and asks
+the host nothing. On a GPU it is therefore recorded once (`engine/decode_graph.py`) and started with one launch. The
+only wait of a step is that for its tokens. Passes that record attention rows are not recorded.
+
 With exploration the prompt's last token is fed again as the first token of each row. Its row predicts the first
 response token, and without this all responses of a prompt would share it, whatever their noise.
 """
@@ -22,12 +26,13 @@ from torch import Tensor
 
 from megatron_ral.attention.exploration import AttentionNoise, ExplorationSettings
 from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.engine.decode_graph import Recorded, can_record
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.parallel.vocab import vocab_parallel_logprobs, vocab_parallel_sample
+from megatron_ral.parallel.vocab_sampling import PendingDraw, begin_draw
 from megatron_ral.types import PromptBatch, ResponseBatch, to_device
 
 
@@ -91,6 +96,11 @@ class DecodingBatch:
         self._next_position = inputs.next_position.repeat_interleave(settings.group_size)
         self._cache: Optional[GroupKVCache] = GroupKVCache(inputs.prompt_lengths, settings.group_size)
         self._first_pass, self._feeds_prompt_end = True, settings.exploration.is_on
+        self._device_step = torch.zeros(1, dtype=torch.int64, device=self.device)
+        """Step of the cache that the pass under way appends, [1] int64."""
+        self._recorded: Optional[Recorded[Tensor | PendingDraw]] = None
+        self._runs_like_the_last = False
+        """Say whether a pass ran with the tensors as they are now, after which it can be recorded."""
         if settings.exploration.is_noisy:
             noise = AttentionNoise.draw(prompts, settings.group_size, settings.exploration, *identity)
             self._cache.noise = to_device(noise, self.device)
@@ -110,6 +120,10 @@ class DecodingBatch:
         self.logprobs = torch.zeros(count, R, device=self.device)
         """Log-probabilities [B G, R] float32 of the sampled tokens, also of those behind a response's end. Zeros on all
         but the last stage, which samples."""
+        self._drawn: Optional[Tensor] = None
+        """Tokens of the pass under way in host memory, on the stage that drew them."""
+        self.hidden: Optional[Tensor] = None
+        """Hidden states from the stage before, [1, N, H], that decoding passes read. None on the first stage."""
         self._uniforms = None
         if process_groups.layout.is_last_stage:
             self._uniforms = torch.stack(
@@ -124,6 +138,11 @@ class DecodingBatch:
         self.rows = rows
         """Ascending indices of the responses that are fed, [N] int64 in host memory."""
         self._device_rows = rows.to(self.device)
+        self.hidden = None
+        self._forget_recorded()
+
+    def _forget_recorded(self) -> None:
+        self._recorded, self._runs_like_the_last = None, False
 
     @property
     def boundary_shape(self) -> tuple[int, int]:
@@ -132,61 +151,104 @@ class DecodingBatch:
         B, P = self.prompts.input_ids.shape
         return (P, B) if self._first_pass else (1, len(self.rows))
 
-    def forward(self, stage: MultimodalStage) -> Tensor:
+    def input_buffer(self, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """Return the memory for the hidden states that the next pass reads from the stage before."""
+        if self._first_pass:
+            return torch.empty(*self.boundary_shape, hidden_size, dtype=dtype, device=self.device)
+        if self.hidden is None:
+            self.hidden = torch.empty(1, len(self.rows), hidden_size, dtype=dtype, device=self.device)
+        return self.hidden
+
+    def run_pass(self, stage: MultimodalStage, process_groups: ProcessGroups, forbidden: Sequence[int] = ()) -> Tensor:
         """Run this stage's part of a pass: the first one over the prompts, each later one over one token of each row.
 
-        Returns:
-            Hidden states [*boundary_shape, H], or on the last stage this rank's columns of the logits, [N, v].
-        """
-        assert self._cache is not None, "every response has finished"
-        lengths = self._cache.prompt_lengths
-        no_responses = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
-        attention = AttentionPass(
-            GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0),
-            self.settings.exploration.recorded_layers,
-            cache=self._cache,
-        )
-        if not self._first_pass:
-            assert self._fed is not None
-            attention.decode_step = self.step - 1 + int(self._feeds_prompt_end)
-            output = stage.decode(self._fed, self._next_position[self._device_rows] + self.step - 1, attention)
-            for layer, rows in attention.decoded_rows.items():
-                self._record(layer, *rows)
-            return output
-        assert self._inputs is not None
-        output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, attention), None
-        return output.repeat_interleave(self.settings.group_size, 0) if stage.layout.is_last_stage else output
-
-    def draw(self, logits_Nv: Tensor, process_groups: ProcessGroups, forbidden: Sequence[int] = ()) -> Tensor:
-        """Sample the next token of each row on the last stage and store its log-probability.
-
-        Log-probabilities are those under softmax(logits / temperature), before top-p and with forbidden tokens, as the
-        update computes them. For greedy sampling they are those at temperature 1.
-
         Args:
-            logits_Nv: This rank's columns of the logits, [N, v].
+            stage: Stage, whose input is set.
             process_groups: This rank's process groups.
             forbidden: Token ids that are never drawn.
 
         Returns:
-            Token ids [N] int64, the same on every tensor-parallel rank.
+            Hidden states [*boundary_shape, H], or on the last stage the tokens that it drew, [N] int64, the same on
+            every tensor-parallel rank. The next pass may overwrite them.
         """
-        settings = self.settings
-        if self._first_pass and self._feeds_prompt_end:
+        assert self._cache is not None, "every response has finished"
+        if self._first_pass:
+            result = self._prefill(stage, process_groups, forbidden)
+        else:
+            fed = self.step - 1 + int(self._feeds_prompt_end)
+            if self._cache.reserve(fed):
+                self._forget_recorded()
+            self._device_step.fill_(fed)
+            if self._recorded is None and self._runs_like_the_last and can_record(self.device):
+                self._recorded = Recorded(lambda: self._step_pass(stage, process_groups, forbidden))
+            result = self._recorded() if self._recorded else self._step_pass(stage, process_groups, forbidden)
+            self._runs_like_the_last = not self.settings.exploration.recorded_layers
+        return self._finish(result) if isinstance(result, PendingDraw) else result
+
+    def _prefill(
+        self, stage: MultimodalStage, process_groups: ProcessGroups, forbidden: Sequence[int]
+    ) -> Tensor | PendingDraw:
+        assert self._inputs is not None
+        output, self._inputs = stage.prefill(self._inputs, self.visual_embeds, self._attention()), None
+        if not stage.layout.is_last_stage:
+            return output
+        if self._feeds_prompt_end:
             return self._prompt_ends().to(self.device)
+        return self._draw(output.repeat_interleave(self.settings.group_size, 0), process_groups, forbidden)
+
+    def _step_pass(
+        self, stage: MultimodalStage, process_groups: ProcessGroups, forbidden: Sequence[int]
+    ) -> Tensor | PendingDraw:
+        """Run a pass over one token of each row, with tensors of fixed places and without waiting for the device."""
+        assert self._cache is not None and self._fed is not None
+        self._cache.start_step(self._device_step)
+        attention = self._attention()
+        attention.decode_step = self._device_step
+        positions = self._next_position[self._device_rows] + self._device_step - int(self._feeds_prompt_end)
+        output = stage.decode(self._fed, positions, attention)
+        for layer, rows in attention.decoded_rows.items():
+            self._record(layer, *rows)
+        return self._draw(output, process_groups, forbidden) if stage.layout.is_last_stage else output
+
+    def _attention(self) -> AttentionPass:
+        assert self._cache is not None
+        lengths = self._cache.prompt_lengths
+        no_responses = torch.zeros(len(lengths), 0, dtype=torch.int64, device=self.device)
+        return AttentionPass(
+            GroupLayout(lengths, no_responses, self.prompts.input_ids.shape[1], 0),
+            self.settings.exploration.recorded_layers,
+            cache=self._cache,
+        )
+
+    def _draw(self, logits_Nv: Tensor, process_groups: ProcessGroups, forbidden: Sequence[int]) -> PendingDraw:
+        """Begin to draw the next token of each row, on the last stage."""
+        settings = self.settings
         assert self._uniforms is not None, "only the last stage samples"
-        token = vocab_parallel_sample(
+        if self._first_pass:
+            uniform = self._uniforms[:, 0]
+        else:
+            place = self._device_step + 1 - int(self._feeds_prompt_end)
+            uniform = self._uniforms[self._device_rows].index_select(1, place)[:, 0]
+        return begin_draw(
             logits_Nv,
-            self._uniforms[self._device_rows, self.step],
+            uniform,
             settings.temperature,
             settings.top_p,
             process_groups.tensor,
             num_tokens=settings.num_tokens,
             forbidden=forbidden,
         )
-        scaled = logits_Nv.float() / (settings.temperature or 1.0)
-        self.logprobs[self._device_rows, self.step] = vocab_parallel_logprobs(scaled, token, process_groups.tensor)[0]
-        return token
+
+    def _finish(self, pending: PendingDraw) -> Tensor:
+        """Store the log-probabilities of a draw and return its tokens.
+
+        Log-probabilities are those under softmax(logits / temperature), before top-p and with forbidden tokens, as the
+        update computes them. For greedy sampling they are those at temperature 1.
+        """
+        draw = pending.finish()
+        self.logprobs[self._device_rows, self.step] = draw.logprob
+        self._drawn = draw.token_on_host
+        return draw.token
 
     def take(self, token_N: Tensor) -> None:
         """Store the tokens of the last pass, mark the responses that they finish, and drop finished rows where it pays.
@@ -199,18 +261,20 @@ class DecodingBatch:
             if self._feeds_prompt_end:
                 assert self._cache is not None
                 self._cache.hide_last_prompt_token()
-                self._fed = token_N
+                self._fed = token_N.clone()
                 return
-        tokens, running = token_N.cpu(), ~self.finished[self.rows]
+        tokens, running = token_N.cpu() if self._drawn is None else self._drawn, ~self.finished[self.rows]
+        self._drawn = None
         rows, tokens = self.rows[running], tokens[running]
         self.tokens[rows, self.step] = tokens
         self.lengths[rows] += 1
         self.finished[rows] = tokens == self.settings.end_token_id
         self.step += 1
         running = ~self.finished[self.rows]
-        self._fed = token_N
+        self._fed = token_N.clone() if self._fed is None else self._fed.copy_(token_N)
         if self.step == self.settings.max_response_length or not bool(running.any()):
             self.is_finished, self._cache, self._fed, self._uniforms = True, None, None, None
+            self._forget_recorded()
         else:
             self._drop_finished(running)
 
@@ -225,7 +289,7 @@ class DecodingBatch:
         Args:
             layer: 0-based layer.
             over_prompt_NP: Attention of the fed tokens over the prompt without its last token.
-            over_own_NS: Attention over the tokens that were fed: the prompt's last one, then the response.
+            over_own_NS: Attention over the tokens that were fed: the prompt's last one, then the response, then zeros.
         """
         P, R = self.prompts.input_ids.shape[1], self.settings.max_response_length
         if layer not in self.attention:
@@ -233,7 +297,7 @@ class DecodingBatch:
         row = torch.zeros(len(over_own_NS), P + R, device=self.device)
         row[:, : over_prompt_NP.shape[1]] = over_prompt_NP
         row.scatter_(1, self._prompt_end[self._device_rows, None], over_own_NS[:, :1])
-        row[:, P : P + over_own_NS.shape[1] - 1] = over_own_NS[:, 1:]
+        row[:, P : P + self.step] = over_own_NS[:, 1 : self.step + 1]
         self.attention[layer][self._device_rows, self.step] = row
 
     def _drop_finished(self, running_N: Tensor) -> None:
@@ -250,6 +314,8 @@ class DecodingBatch:
         drops_prompts = self._prompts_wasted >= len(prompts)
         if self._rows_wasted < len(rows) and not drops_prompts:
             return
+        if self._recorded is not None and 4 * len(rows) > 3 * len(running_N):
+            return  # a pass would have to be recorded again
         cache.select(rows, prompts if drops_prompts else None)
         self._fed = self._fed[rows.to(self.device)]
         self._set_rows(self.rows[rows])

@@ -224,17 +224,12 @@ class PipelinedDecoder:
         tick(batch.prompts.identities)
         stage, own_rank, last_rank = self.engine.stage, self.layout.pipeline_rank, self.layout.pipeline_size - 1
         if own_rank > 0:
-            hidden = torch.empty(
-                *batch.boundary_shape,
-                self.engine.shape.hidden_size,
-                dtype=stage.dtype,
-                device=self.process_groups.device,
-            )
+            hidden = batch.input_buffer(self.engine.shape.hidden_size, stage.dtype)
             wait(receive_from_stage(hidden, own_rank - 1, self.process_groups))
             stage.set_input_tensor(hidden)
-        output = batch.forward(stage)
+        output = batch.run_pass(stage, self.process_groups, self.engine.shape.visual_token_ids)
         if own_rank == last_rank:
-            token = output = batch.draw(output, self.process_groups, self.engine.shape.visual_token_ids)
+            token = output
             transfers = [send_to_stage(token, other, self.process_groups) for other in range(last_rank)]
         else:
             token = torch.empty(len(batch.rows), dtype=torch.int64, device=self.process_groups.device)

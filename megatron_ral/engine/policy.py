@@ -187,11 +187,13 @@ class PolicyEngine(StageEngine):
         )
 
     def _norm(self, shards: Iterable[Tensor], start: float = 0.0) -> Tensor:
-        total = torch.full((), start, dtype=torch.float64, device=self.process_groups.device)
-        for parameter, shard in zip(self._trainable.values(), shards):
+        counts = []
+        for parameter in self._trainable.values():
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
-            counts = not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0)
-            total += shard.double().square().sum() * float(counts)  # not finite in a copy: not finite in all
+            once = not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0)
+            counts.append(float(once))  # times 0, not left out: not finite in a copy is not finite in all
+        norms = torch.stack(torch._foreach_norm(list(shards), 2, dtype=torch.float64))
+        total = (norms.square() * torch.tensor(counts).to(norms)).sum() + start
         all_reduce_sum_(total, self.process_groups.data)
         all_reduce_sum_(total, self.process_groups.model)
         return total.sqrt().float()
@@ -219,11 +221,12 @@ class PolicyEngine(StageEngine):
         """
         zero = self.deepspeed.optimizer
         for name, parameter in self._trainable.items():
+            # DeepSpeed's own accessor would copy offloaded state to the device first.
+            group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
+            master = zero.fp32_partitioned_groups_flat[group]
+            kept = {"master": master, **zero.optimizer.state[master]}
             for kind in _STATE_KINDS:
-                yield (
-                    f"{name}/{kind}",
-                    zero.get_local_fp32_param(parameter, None if kind == "master" else kind).detach(),
-                )
+                yield f"{name}/{kind}", kept[kind].detach().narrow(0, start, numel)
         yield "adamw_step", torch.tensor(self._adamw_step())
 
     def load_state(self, state: StateSource, num_steps_taken: int) -> None:

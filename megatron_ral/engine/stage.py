@@ -283,7 +283,7 @@ class StageEngine:
     def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, position: QueryPosition) -> AttentionRows:
         """Return the rows of one layer at a query position."""
         heads = HeadSettings(self.shape.kv_channels**-0.5, self.shape.num_attention_heads, self.process_groups.tensor)
-        return AttentionRows.form(record, pass_.layout, position, heads)
+        return AttentionRows(record, pass_.layout, position, heads)
 
     def shard_bytes(self) -> dict[str, int]:
         """Return the bytes that this rank holds between steps, on the device and in host memory.

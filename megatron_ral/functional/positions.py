@@ -54,26 +54,33 @@ def multimodal_positions(
     return torch.cat(columns, dim=1), position
 
 
-def rotary_angles(
-    position_ids: Tensor, inverse_frequencies: Tensor, sections: Sequence[int], interleaved: bool
-) -> Tensor:
-    """Return the rotation angle of every position and channel. Each frequency follows one of the three coordinates.
+def rotary_axes(sections: Sequence[int], interleaved: bool) -> Tensor:
+    """Return which of the coordinates (temporal, height, width) each frequency follows, [D / 2] int64.
 
     Args:
-        position_ids: [3, B, S] int64 (temporal, height, width).
-        inverse_frequencies: [D / 2] float32.
         sections: number of frequencies of each coordinate; their sum is D / 2.
         interleaved: order of the coordinates. False: the first sections[0] frequencies follow the temporal coordinate,
             the next the height, the last the width (Qwen2.5-VL). True: temporal, height and width alternate until
             height and width have had their share, and the rest is temporal (Qwen3-VL).
-
-    Returns:
-        [S, B, 1, D] float32 with two equal halves, the layout that megatron-core expects.
     """
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
     if interleaved:
         axis = torch.zeros_like(axis)
         for coordinate in (1, 2):
             axis[coordinate : 3 * sections[coordinate] : 3] = coordinate
-    angles = position_ids[axis.to(position_ids.device)].float() * inverse_frequencies[:, None, None]  # [D / 2, B, S]
+    return axis
+
+
+def rotary_angles(position_ids: Tensor, inverse_frequencies: Tensor, axes: Tensor) -> Tensor:
+    """Return the rotation angle of every position and channel. Each frequency follows one of the three coordinates.
+
+    Args:
+        position_ids: [3, B, S] int64 (temporal, height, width).
+        inverse_frequencies: [D / 2] float32.
+        axes: [D / 2] int64 coordinate of each frequency (`rotary_axes`), on the device of the positions.
+
+    Returns:
+        [S, B, 1, D] float32 with two equal halves, the layout that megatron-core expects.
+    """
+    angles = position_ids[axes].float() * inverse_frequencies[:, None, None]  # [D / 2, B, S]
     return torch.cat([angles, angles]).permute(2, 1, 0)[:, :, None].contiguous()

@@ -47,15 +47,16 @@ class AttentionPass:
     """0-based layers whose attention is recorded."""
     cache: Optional[GroupKVCache] = None
     """Cache that a prompt pass fills and a decoding pass extends."""
-    decode_step: Optional[int] = None
-    """0-based step of a decoding pass with one token per row of the cache; None for a pass over the whole layout."""
+    decode_step: Optional[Tensor] = None
+    """0-based step of a decoding pass with one token per row of the cache, [1] int64 on the device; None for a pass
+    over the whole layout."""
     hidden_states: bool = False
     """True to make the last stage return the input of its LM head instead of logits."""
     records: dict[int, AttentionRecord] = field(default_factory=dict)
     """0-based layer -> its recorded attention, filled by the layers of this stage."""
     decoded_rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """0-based layer -> attention of the fed tokens of a decoding pass, filled by the recorded layers: over the prompt
-    [N, P] and over the row's own tokens [N, step + 1], float32, summed over this rank's heads and divided by the heads
+    [N, P] and over the row's own tokens [N, capacity], float32, summed over this rank's heads and divided by the heads
     of all ranks."""
     deepstack: dict[int, VisualFeatures] = field(default_factory=dict)
     """0-based layer -> features that it adds to its output, filled by the first stage."""

@@ -2,8 +2,7 @@
 
 It replaces megatron-core's `DotProductAttention` through the layer spec. Departures from it:
 
-- the output comes from two calls of `scaled_dot_product_attention`: the prompt with a causal mask, and the responses as
-  a batch of B G with keys [prompt; own response];
+- the output comes from fused calls for the prompt (causal) and for the responses (`attention/shared_prompt.py`);
 - `attention_mask` is an `AttentionPass`, which has the layout, the layers to record and the cache;
 - keys of grouped-query attention are not repeated in memory where the kernel can do without.
 
@@ -21,7 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ral.attention.exploration import VisualNoise, move_inside_picture
-from megatron_ral.attention.group_layout import AttentionRecord
+from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
+from megatron_ral.attention.shared_prompt import kernel_for, shared_prompt_attention
 from megatron_ral.models.attention_pass import AttentionPass
 
 
@@ -32,10 +32,6 @@ class InstrumentedAttention(torch.nn.Module):
     is [L, B, n D]. It is zero in rows beyond the group layout, which exist because sequence parallelism pads the length
     to a multiple of the tensor ranks.
     """
-
-    equal_heads_with_mask: Optional[bool] = None
-    """True to repeat keys and values for all query heads where there is a mask; None does so on a GPU only. Set by a
-    rehearsal."""
 
     def __init__(
         self,
@@ -90,21 +86,34 @@ class InstrumentedAttention(torch.nn.Module):
         if self.layer in pass_.recorded_layers:
             last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
             pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
-        keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), group_key], dim=2)
-        values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), group_value], dim=2)
-        response_output = self._sdpa(
-            group_query.flatten(0, 1),
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            attn_mask=layout.visible_BGRS.flatten(0, 1)[:, None],
-        )
-        output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[2:])], dim=1)
+        group = group_query, prompt_key, prompt_value, group_key, group_value
+        kernel = kernel_for(query)
+        if kernel is None:
+            response_output = self._dense(*group, layout)
+        else:
+            response_output = shared_prompt_attention(*group, layout, self.softmax_scale, kernel)
+        output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[-2:])], dim=1)
         return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
+
+    def _dense(
+        self,
+        query_BGRnD: Tensor,
+        prompt_key_BPkD: Tensor,
+        prompt_value_BPkD: Tensor,
+        own_key_BGRkD: Tensor,
+        own_value_BGRkD: Tensor,
+        layout: GroupLayout,
+    ) -> Tensor:
+        """Return `shared_prompt_attention` by one call with a dense mask, for inputs that no fused kernel takes."""
+        G = layout.G
+        keys = torch.cat([prompt_key_BPkD[:, None].expand(-1, G, -1, -1, -1), own_key_BGRkD], dim=2)
+        values = torch.cat([prompt_value_BPkD[:, None].expand(-1, G, -1, -1, -1), own_value_BGRkD], dim=2)
+        mask = layout.visible_BGRS.flatten(0, 1)[:, None]
+        return self._sdpa(query_BGRnD.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """Return attention outputs [B, L, heads, D] of queries [B, L, heads, D] and keys and values [B, S, kv, D]."""
-        repeat = query.is_cuda if self.equal_heads_with_mask is None else self.equal_heads_with_mask
-        if "attn_mask" in mask and repeat and query.shape[2] != key.shape[2]:
+        if "attn_mask" in mask and query.is_cuda and query.shape[2] != key.shape[2]:
             # Only the memory-efficient kernel accepts a mask, and it needs equal heads. The fallback would hold the
             # whole score matrix.
             repeats = query.shape[2] // key.shape[2]
@@ -127,11 +136,11 @@ class InstrumentedAttention(torch.nn.Module):
         """
         cache = pass_.cache
         assert cache is not None and pass_.decode_step is not None
-        own_key, own_value = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
+        own_key, own_value, later = cache.append(self.layer, pass_.decode_step, key[:, 0], value[:, 0])
         prompt_key, prompt_value = cache.prompt[self.layer]
         k = prompt_key.shape[1]
         query = query[:, 0].unflatten(1, (k, -1)) * self.softmax_scale  # [N, k, heads / k, D]
-        own = _attend(query, own_key, own_value)
+        own = _attend(query, own_key, own_value, later)
         grouped = cache.by_prompt(query)  # [B, width, k, heads / k, D]
         prompt = _attend(
             grouped.transpose(1, 2).flatten(2, 3),
@@ -155,6 +164,18 @@ class InstrumentedAttention(torch.nn.Module):
         return output.to(value.dtype).flatten(1, 2)[:, None]
 
 
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return a batched product in float32, also of 16-bit factors.
+
+    The sum of a product is float32 on a GPU, and must not be rounded to 16 bits on the way: at scores of 32 to 64 a
+    step of bfloat16 is a quarter.
+    """
+    if not left.is_cuda or left.dtype == torch.float32:
+        return torch.matmul(left, right).float()
+    shape = *left.shape[:2], left.shape[2], right.shape[3]
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32).view(shape)
+
+
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, hidden: Optional[Tensor] = None, noise: Optional[VisualNoise] = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -171,7 +192,7 @@ def _attend(
         (sum of weight value [X, k, L, D], maximum [X, k, L, 1], sum of weights [X, k, L, 1], weights [X, k, L, S]),
         float32, where a weight is exp(score - maximum), moved inside the picture by the noise.
     """
-    scores = torch.matmul(query, key.transpose(2, 3)).float()
+    scores = _float32_product(query, key.transpose(2, 3))
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
     maximum = scores.amax(dim=-1, keepdim=True)

@@ -21,7 +21,9 @@ class GroupKVCache:
     """
 
     BLOCK = 64
-    """Steps by which the response part grows. Growing copies it, which is at most 1 / BLOCK of what attention reads."""
+    """Steps by which the response part grows on the CPU. Growing copies it, at most 1 / BLOCK of what is read."""
+    LEAST = 256
+    """Steps that it has at first on a GPU, where it doubles, because every growth makes a recorded pass useless."""
 
     def __init__(self, prompt_lengths: Tensor, group_size: int):
         self.prompt_lengths = prompt_lengths
@@ -29,7 +31,9 @@ class GroupKVCache:
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
         """0-based layer -> keys and values of the prompts [B, k, P, D]."""
         self.response: dict[int, tuple[Tensor, Tensor]] = {}
-        """0-based layer -> keys and values of the responses [N, k, capacity, D], valid up to the current step."""
+        """0-based layer -> keys and values of the responses [N, k, capacity, D], zeros behind the current step."""
+        self.capacity = 0
+        """Steps that there is room for."""
         self.noise: Optional[AttentionNoise] = None
         """Noise of the rows, on the device of the keys. None: they have none."""
         self._arrange(torch.arange(len(prompt_lengths)).repeat_interleave(group_size))
@@ -44,6 +48,7 @@ class GroupKVCache:
         full = bool((counts == self.width).all())
         self._places = None if full else (row_prompt * self.width + within).to(self.prompt_lengths.device)
         self._hidden: Optional[Tensor] = None
+        self._own_hidden: Optional[Tensor] = None
         self._layer_noise: dict[int, Optional[VisualNoise]] = {}
 
     def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
@@ -53,26 +58,43 @@ class GroupKVCache:
         """
         self.prompt[layer] = (key_BPkD.transpose(1, 2).contiguous(), value_BPkD.transpose(1, 2).contiguous())
 
-    def append(self, layer: int, step: int, key_NkD: Tensor, value_NkD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token of each row at a 0-based step.
+    def reserve(self, step: int) -> bool:
+        """Make room for the tokens of a 0-based step, and return whether tensors were replaced for it."""
+        if step < self.capacity:
+            return False
+        if self.prompt_lengths.is_cuda:
+            self.capacity = max(self.LEAST, 2 * self.capacity, step + 1)
+        else:
+            self.capacity = (step // self.BLOCK + 1) * self.BLOCK
+        self.response = {layer: tuple(map(self._grown, held)) for layer, held in self.response.items()}
+        return True
+
+    def start_step(self, step: Tensor) -> None:
+        """Begin a step, [1] int64 on the device of the keys, in which every layer appends a token of each row."""
+        self._own_hidden = torch.arange(self.capacity, device=step.device) > step
+
+    def append(self, layer: int, step: Tensor, key_NkD: Tensor, value_NkD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store one token of each row at a step.
 
         Returns:
-            Response keys and values [N, k, step + 1, D] of each row, up to and including this step.
+            Response keys and values [N, k, capacity, D] of each row, and [capacity] bool, True behind this step.
         """
-        held = self.response.get(layer)
-        if held is None or step == held[0].shape[2]:
-            keys, values = held or (None, None)
-            held = self.response[layer] = (self._grown(keys, key_NkD), self._grown(values, value_NkD))
-        keys, values = held
-        keys[:, :, step], values[:, :, step] = key_NkD, value_NkD
-        return keys[:, :, : step + 1], values[:, :, : step + 1]
+        if layer not in self.response:
+            N, k, D = key_NkD.shape
+            self.response[layer] = (
+                key_NkD.new_zeros(N, k, self.capacity, D),
+                value_NkD.new_zeros(N, k, self.capacity, D),
+            )
+        keys, values = self.response[layer]
+        keys.index_copy_(2, step, key_NkD[:, :, None])
+        values.index_copy_(2, step, value_NkD[:, :, None])
+        assert self._own_hidden is not None
+        return keys, values, self._own_hidden
 
-    def _grown(self, held: Optional[Tensor], new: Tensor) -> Tensor:
-        N, k, D = new.shape
-        length = 0 if held is None else held.shape[2]
-        larger = new.new_empty(N, k, length + self.BLOCK, D)
-        if held is not None:
-            larger[:, :, :length] = held
+    def _grown(self, held: Tensor) -> Tensor:
+        N, k, length, D = held.shape
+        larger = held.new_zeros(N, k, self.capacity, D)  # attention multiplies what it does not see by 0
+        larger[:, :, :length] = held
         return larger
 
     def select(self, rows: Tensor, prompts: Optional[Tensor] = None) -> None:

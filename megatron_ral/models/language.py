@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -96,8 +97,16 @@ class LanguageStage(GPTModel):
             cast(Any, self.output_layer).weight.shared = True
 
     def embed_words(self, token_ids: Tensor) -> Tensor:
-        """Return embeddings [S, B, H] of tokens [B, S], the whole sequence on every tensor rank."""
-        return self.embedding.word_embeddings(token_ids).transpose(0, 1).contiguous()
+        """Return embeddings [S, B, H] of tokens [B, S], the whole sequence on every tensor rank.
+
+        megatron-core's own module would wait for the device twice, to find the tokens of other ranks.
+        """
+        words = cast(Any, self.embedding.word_embeddings)
+        outside = (token_ids < words.vocab_start_index) | (token_ids >= words.vocab_end_index)
+        rows = F.embedding((token_ids - words.vocab_start_index).masked_fill(outside, 0), words.weight)
+        if self.config.tensor_model_parallel_size > 1:
+            rows = reduce_from_tensor_model_parallel_region(rows.masked_fill(outside[..., None], 0.0))
+        return rows.transpose(0, 1).contiguous()
 
 
 def transformer_config(

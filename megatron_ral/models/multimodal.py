@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_ral.functional.positions import rotary_angles
+from megatron_ral.compat.megatron_rotary import use_prepared_rotation
+from megatron_ral.functional.positions import rotary_angles, rotary_axes
 from megatron_ral.models.attention_pass import AttentionPass, VisualFeatures
 from megatron_ral.models.families import build_tower
 from megatron_ral.models.language import StageLayer, build_language_stage
@@ -54,6 +55,9 @@ class MultimodalStage(torch.nn.Module):
         sequence_parallel = sequence_parallel and layout.tensor_size > 1
         self.language = build_language_stage(shape, layout, dtype, device, sequence_parallel)
         self.config, self.model_type = self.language.config, self.language.model_type
+        use_prepared_rotation()
+        axes = rotary_axes(shape.mrope_section, shape.family.interleaved_rotary)
+        self.register_buffer("rotary_axes", axes.to(device), persistent=False)
         for layer in self.layers:
             layer.recompute = recompute
         self.visual = None
@@ -218,13 +222,10 @@ class MultimodalStage(torch.nn.Module):
         return hidden.transpose(0, 1).contiguous()
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
-        angles = rotary_angles(
-            position_ids,
-            self.language.rotary_pos_emb.inv_freq,
-            self.shape.mrope_section,
-            self.shape.family.interleaved_rotary,
-        )
-        return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=angles)
+        angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, cast(Tensor, self.rotary_axes))
+        # Formed once for all layers, in their precision.
+        rotation = torch.stack([angles.cos(), angles.sin()]).to(self.dtype)
+        return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
     def _predicting_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
         """Return the rows [B, G, R, H] of hidden states [S, B, H] whose logits predict response tokens 0 to R - 1."""

@@ -140,9 +140,10 @@ def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGr
         Sums in float64 by name, equal on every rank.
     """
     names = sorted(set().union(*gather_from_all(sorted(metrics))))
-    values = torch.tensor([float(metrics.get(name, 0.0)) for name in names], dtype=torch.float64)
-    if process_groups.device.type != "cpu":
-        values = values.to(process_groups.device)
+    if not names:
+        return {}
+    numbers = (torch.as_tensor(metrics.get(name, 0.0), dtype=torch.float64) for name in names)
+    values = torch.stack([number.to(process_groups.device, non_blocking=True) for number in numbers])
     all_reduce_sum_(values, process_groups.pipeline)
     all_reduce_sum_(values, process_groups.data)
     return dict(zip(names, values.tolist()))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ral.compat import cpu_backend
+from megatron_ral.compat import cpu_backend, cuda_fakes
 from megatron_ral.compat.model_layouts import layout_globals, no_layout, use_layout
 from megatron_ral.parallel.rank_layout import RankLayout
 
@@ -65,6 +65,7 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _choose_kernels()
     else:
         cpu_backend.install()
     if not dist.is_initialized():
@@ -74,9 +75,22 @@ def start_groups(*, tensor_size: int, pipeline_size: int, seed: int, timeout_min
                 os.environ.setdefault(name, value)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
+            # Without `device_id`, because with it torch uses one communicator per group and orders transfers between
+            # two ranks behind all others: a send of one batch would wait for a receive of the next (pytorch#154132).
             dist.init_process_group(backend, timeout=timeout)
     torch.manual_seed(seed)
     return _build(tensor_size, pipeline_size, device, timeout_minutes)
+
+
+def _choose_kernels() -> None:
+    """Switch off kernels of a GPU that are wrong, or that round more than the rest of a step.
+
+    cuDNN's attention is what torch prefers on H100. Its backward pass with a mask can give NaN (pytorch#196678), and it
+    makes a plan for every new shape, which takes 0.05 to 0.5 s; micro-batches have new shapes all the time. cuBLAS may
+    add partial sums of a product in bfloat16, which log-probabilities show.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def another_layout(
@@ -138,7 +152,9 @@ def stop_groups() -> None:
 
 
 @contextmanager
-def simulate_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size: int) -> Iterator[ProcessGroups]:
+def simulate_rank(
+    rank: int, world_size: int, *, tensor_size: int, pipeline_size: int, on_gpu: bool = False
+) -> Iterator[ProcessGroups]:
     """Yield the process groups of one rank of a job that does not run, for rehearsals of a launch.
 
     Collectives return at once and move nothing. The process must have no accelerator and must not have joined a job.
@@ -148,13 +164,20 @@ def simulate_rank(rank: int, world_size: int, *, tensor_size: int, pipeline_size
         world_size: Number of ranks of the simulated job.
         tensor_size: Number of tensor-parallel ranks.
         pipeline_size: Number of pipeline stages.
+        on_gpu: True for a device on which only fake tensors can lie (`compat/cuda_fakes.py`), False for the CPU. A
+            process can simulate one of them.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
     assert not dist.is_initialized(), "a rank can be simulated only in a process that has joined no job"
-    cpu_backend.install()
+    device = torch.device("cpu")
+    if on_gpu:
+        cpu_backend.choose_deepspeed_accelerator()
+        device = cuda_fakes.install()
+    else:
+        cpu_backend.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield _build(tensor_size, pipeline_size, torch.device("cpu"), 30)
+        yield _build(tensor_size, pipeline_size, device, 30)
     finally:
         stop_groups()

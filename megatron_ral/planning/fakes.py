@@ -2,25 +2,43 @@
 
 `FakeTensorMode` of torch gives every tensor a size and no contents. This file adds two modes. `KnownIntegers` computes
 small integer tensors for real beside their fakes, so that code that asks for the number of visual tokens, or for the
-first window, gets an answer. `Watched` follows every storage from its creation to its end and counts arithmetic, so
-that a phase has a peak of live bytes by kind, and FLOPs. `Watched` alone also works on real tensors.
+first window, gets an answer. `Watched` follows every storage from its creation to its end and counts arithmetic,
+kernels and waits of the host, so that a phase has a peak of live bytes by kind, and FLOPs. `Watched` alone also works
+on real tensors.
 """
 
 import math
 import weakref
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Optional, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from megatron_ral.attention import blocks
+from megatron_ral.planning.gpu_work import (
+    ATTENTION,
+    attention_call,
+    fused_kernels,
+    on_device,
+    place,
+    replaced,
+    starts_kernel,
+    tensors_in,
+    wait_of,
+)
 
 _KNOWN_NUMEL = 1 << 22
 """Largest number of elements of an integer tensor that is computed for real."""
@@ -68,15 +86,16 @@ class KnownIntegers(TorchDispatchMode):
         if not self._is_small_integer_work(func, args, kwargs, tensors):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
-            real_args, real_kwargs = tree_map(_known, (args, kwargs))
+            real_args, real_kwargs = tree_map(_on_host, tree_map(_known, (args, kwargs)))
             real = func(*real_args, **real_kwargs)
-        if func._schema.is_mutable:
-            return func(*args, **kwargs)
-        return (
-            tree_map(lambda value: self._fake(value) if isinstance(value, Tensor) else value, real)
-            if any(isinstance(value, Tensor) for value in tree_flatten(real)[0])
-            else real
-        )
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            result = tree_map(lambda value: self._fake(value, tensors[0].device), real)
+        if not func._schema.is_mutable:
+            for fake, value in zip(tensors_in(result), tensors_in(real)):
+                cast(Any, fake).known_value = value
+        return result
 
     def _is_small_integer_work(self, func, args, kwargs, tensors: list[Tensor]) -> bool:
         if func.namespace != "aten":
@@ -95,8 +114,10 @@ class KnownIntegers(TorchDispatchMode):
         size = math.prod(args[0]) if args and isinstance(args[0], (list, tuple)) else max(numbers, default=0)
         return whole and size <= _KNOWN_NUMEL
 
-    def _fake(self, real: Tensor) -> Tensor:
-        fake = self._fake_mode.fake_tensor_converter.from_real_tensor(self._fake_mode, real)
+    def _fake(self, real: Any, device: torch.device) -> Any:
+        if not isinstance(real, Tensor):
+            return real
+        fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
         cast(Any, fake).known_value = real
         return fake
 
@@ -107,7 +128,11 @@ class KnownIntegers(TorchDispatchMode):
             return index
         with unset_fake_temporarily():
             positions = known.nonzero()[:, 0]
-        return self._fake(positions)
+        return self._fake(positions, cast(Tensor, index).device)
+
+
+def _on_host(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _some_number(dtype: torch.dtype) -> Any:
@@ -124,8 +149,16 @@ class Seen:
     """FLOPs of products in 16 bits."""
     wide_flops: float = 0.0
     """FLOPs of products in float32 or wider, which tensor cores do not compute."""
-    calls: float = 0.0
-    """Operations that make or change a tensor, a lower bound of the kernels to launch."""
+    kernels: Counter = field(default_factory=Counter)
+    """Kernels to start by operator: those that make or change a tensor."""
+    recorded: Counter = field(default_factory=Counter)
+    """Kernels of recorded passes by operator, which a graph starts with one launch for all."""
+    waits: Counter = field(default_factory=Counter)
+    """Waits of the host for the device by "what file:line"."""
+    attention: Counter = field(default_factory=Counter)
+    """Calls of fused attention by kernel and shapes."""
+    mask_bytes: int = 0
+    """Bytes of the largest mask of a call of fused attention."""
 
     @property
     def peak_bytes(self) -> int:
@@ -138,13 +171,16 @@ class Watched(TorchDispatchMode):
 
     Args:
         kind_of: function that names the kind of a new tensor, or returns None for "activations".
+        on_gpu: whether to count kernels on CUDA tensors alone, and waits.
     """
 
-    def __init__(self, kind_of: Callable[[Tensor], Optional[str]] = lambda tensor: None):
+    def __init__(self, kind_of: Callable[[Tensor], Optional[str]] = lambda tensor: None, on_gpu: bool = False):
         super().__init__()
-        self.seen, self.live, self._kind_of = Seen(), Counter(), kind_of
+        self.seen, self.live, self._kind_of, self.on_gpu = Seen(), Counter(), kind_of, on_gpu
         self.weight = 1.0
         """Factor of FLOPs and calls, more than 1 where one call represents several equal ones."""
+        self.is_recording = False
+        """True inside the work of a graph."""
         self._total = self._largest = 0
         self._held: dict[int, list] = {}
         self._kind: Optional[str] = None
@@ -180,18 +216,28 @@ class Watched(TorchDispatchMode):
         result = func(*args, **kwargs)
         if result is NotImplemented:
             return result
-        made = func._schema.is_mutable
-        for value in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(value, Tensor):
-                made |= self._follow(value, None)
-            elif isinstance(value, (list, tuple)):
-                for item in value:
-                    if isinstance(item, Tensor):
-                        made |= self._follow(item, None)
+        makes_or_changes = func._schema.is_mutable
+        for tensor in tensors_in(result):
+            makes_or_changes |= self._follow(tensor, None)
         if func.namespace == "aten":
-            self.seen.calls += made * self.weight
+            self._count_work(func._opname, args, kwargs, result, makes_or_changes)
             self._count(func, args, kwargs, result)
         return result
+
+    def _count_work(self, name: str, args: tuple, kwargs: dict, result: Any, makes_or_changes: bool) -> None:
+        """Count kernels, waits and calls of attention. Tensors of the host count only in a simulation without a GPU."""
+        seen, tensors = self.seen, list(tensors_in((args, tuple(kwargs.values()), result)))
+        if self.on_gpu and not on_device(tensors):
+            return
+        if starts_kernel(name, makes_or_changes):
+            (seen.recorded if self.is_recording else seen.kernels)[name] += self.weight
+        if self.on_gpu and (wait := wait_of(name, args, kwargs, result)):
+            seen.waits[f"{wait} {place()}"] += self.weight
+        if name in ATTENTION:
+            seen.attention[attention_call(name, args)] += self.weight
+            masks = [mask for mask in args[3:4] if isinstance(mask, Tensor) and mask.dim() == 4]
+            size = sum(mask.untyped_storage().nbytes() for mask in masks)
+            seen.mask_bytes = max(seen.mask_bytes, size)
 
     def _follow(self, tensor: Tensor, kind: Optional[str]) -> bool:
         """Follow the storage of a tensor, and return whether it is new."""
@@ -218,6 +264,8 @@ class Watched(TorchDispatchMode):
         if "scaled_dot_product" in name:
             flops = _attention_flops(name, args, kwargs)
         elif func._overloadpacket in flop_registry:
+            if func._overloadname == "dtype":  # bmm(.., out_dtype), which torch's counter does not know
+                args = args[:2]
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         if flops:
             wide = args[-1].dtype in (torch.float32, torch.float64) if isinstance(args[-1], Tensor) else False
@@ -257,11 +305,67 @@ def first_chunks(watched: Watched, count: int = 2) -> Iterator[None]:
             yield chunk
         watched.weight = before
 
-    blocks.row_blocks = chunks
-    try:
+    with replaced(blocks, "row_blocks", chunks):
         yield
-    finally:
-        blocks.row_blocks = original
+
+
+@contextmanager
+def counted_graphs(watched: Watched) -> Iterator[None]:
+    """Count the work of recorded decoding passes as such, and one kernel for the launch of each.
+
+    Args:
+        watched: mode that counts it.
+    """
+    from megatron_ral.engine import decoding_batch
+
+    class Recorded:
+        def __init__(self, work: Callable[[], Any]):
+            self.work = work
+
+        def __call__(self) -> Any:
+            watched.seen.kernels["graph"] += 1
+            watched.is_recording = True
+            try:
+                return self.work()
+            finally:
+                watched.is_recording = False
+
+    with replaced(decoding_batch, "Recorded", Recorded):
+        yield
+
+
+class _CountedKernel:
+    """Stand-in for a Triton kernel: `kernel[grid](...)` counts a launch and does nothing."""
+
+    def __init__(self, name: str, watched: Watched):
+        self.name, self.watched = name, watched
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **constants: Any) -> None:
+        self.watched.seen.kernels[self.name] += self.watched.weight
+
+
+@contextmanager
+def counted_triton(watched: Watched) -> Iterator[None]:
+    """Form attention rows by the backend of a GPU, whose kernels are counted and not run.
+
+    Args:
+        watched: mode that counts them.
+    """
+    from megatron_ral.attention import rows, triton_backend
+
+    def choose(device: torch.device, dtype: torch.dtype, width: int) -> tuple[triton_backend.TritonBackend, str]:
+        return triton_backend.TritonBackend(), "Triton kernels, counted"
+
+    names = ("_row_statistics", "_head_mean", "_query_gradient", "_key_gradient")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replaced(triton_backend, name, _CountedKernel(name, watched)))
+        stack.enter_context(replaced(triton_backend, "_device_of", lambda tensor: nullcontext()))
+        stack.enter_context(replaced(rows, "choose_backend", choose))
+        yield
 
 
 @contextmanager
@@ -270,4 +374,5 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(KnownIntegers(mode))
+        stack.enter_context(fused_kernels())
         yield mode

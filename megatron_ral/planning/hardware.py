@@ -35,8 +35,15 @@ class Hardware:
     """Bandwidth between GPU and host in GB/s, for offloaded tensors."""
     link_share: float = 0.8
     """Share of all bandwidths that is reached (assumed)."""
-    launch_microseconds: float = 6.0
-    """Time to start one kernel in microseconds, not hidden where kernels are small (assumed)."""
+    launch_microseconds: float = 10.0
+    """Time of the host to start one kernel from Python in microseconds, not hidden where kernels are small (5.7 us per
+    dispatched operation were measured on a CPU; about half of them are kernels)."""
+    collective_microseconds: float = 30.0
+    """Time of the host to start one collective in microseconds (assumed)."""
+    recorded_microseconds: float = 1.5
+    """Time of one small kernel in a recorded pass in microseconds (assumed)."""
+    recorded_collective_microseconds: float = 17.0
+    """Time of one small collective in a recorded pass in microseconds (assumed)."""
     disk_gbps_per_node: float = 2.0
     """Bandwidth of writing to the shared disk in GB/s per node (assumed)."""
 
@@ -45,10 +52,25 @@ class Hardware:
         """Bytes of GPU memory that a rank may take."""
         return (self.gpu_memory_gib - self.reserved_gib) * 2**30
 
-    def compute_seconds(self, flops: float, wide_flops: float, calls: float) -> float:
-        """Return the seconds of arithmetic, or of starting its kernels where that takes longer."""
+    def compute_seconds(self, flops: float, wide_flops: float, started: float) -> float:
+        """Return the seconds of arithmetic, or of starting it where that takes longer.
+
+        Args:
+            flops: FLOPs in 16 bits.
+            wide_flops: FLOPs in float32.
+            started: seconds to start kernels and collectives.
+        """
         working = (flops / self.peak_tflops + wide_flops / self.wide_tflops) / (1e12 * self.utilisation)
-        return max(working, calls * self.launch_microseconds * 1e-6)
+        return max(working, started)
+
+    def start_seconds(self, kernels: float, collectives: float) -> float:
+        """Return the seconds of the host to start kernels and collectives one by one."""
+        return (kernels * self.launch_microseconds + collectives * self.collective_microseconds) * 1e-6
+
+    def recorded_seconds(self, kernels: float, collectives: float) -> float:
+        """Return the seconds between small kernels and collectives that a graph starts."""
+        recorded = kernels * self.recorded_microseconds + collectives * self.recorded_collective_microseconds
+        return recorded * 1e-6
 
     def memory_seconds(self, size: float) -> float:
         """Return the seconds to read or write bytes of the GPU's memory."""

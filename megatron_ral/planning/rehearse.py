@@ -278,7 +278,7 @@ def _count_seconds(report: RankReport, plan: LaunchPlan, hardware: Hardware) -> 
     for name, phase in report.rank.phases.items():
         repeats = phase.count / phase.simulated
         seen = phase.seen
-        own = hardware.compute_seconds(seen.flops, seen.wide_flops, seen.calls)
+        own = hardware.compute_seconds(seen.flops, seen.wide_flops, _start_seconds(phase, hardware))
         if name == "token":
             own = max(own, hardware.memory_seconds(read + report.rank.cache_bytes))
         sending: dict[str, float] = defaultdict(float)
@@ -293,6 +293,15 @@ def _count_seconds(report: RankReport, plan: LaunchPlan, hardware: Hardware) -> 
     report.seconds["optimizer"] = plan.work.num_updates * moved(zero.trained_numel * (7 * 4 + zero.itemsize))
     ranks_per_node = min(hardware.gpus_per_node, layout.world_size)
     report.seconds["checkpoint"] = 12 * zero.trained_numel * ranks_per_node / (hardware.disk_gbps_per_node * 1e9)
+
+
+def _start_seconds(phase: Phase, hardware: Hardware) -> float:
+    """Return the seconds to start what a phase runs. Where it is recorded, so are its collectives over tensor ranks."""
+    seen, calls = phase.seen, phase.traffic.calls
+    recorded = sum(count for (group, _), count in calls.items() if group == "tensor") if seen.recorded else 0
+    return hardware.start_seconds(seen.kernels.total(), calls.total() - recorded) + hardware.recorded_seconds(
+        seen.recorded.total(), recorded
+    )
 
 
 def _step_seconds(rehearsal: Rehearsal) -> Iterator[tuple[str, float]]:

@@ -1,7 +1,8 @@
 """Simulation of one rank of a job that does not exist, through the phases of one step, without memory."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -17,7 +18,7 @@ from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import simulate_rank
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.parallel.traffic import CountedTraffic, Traffic
-from megatron_ral.planning.fakes import Seen, Watched, fake_tensors, first_chunks
+from megatron_ral.planning.fakes import Seen, Watched, counted_graphs, counted_triton, fake_tensors, first_chunks
 from megatron_ral.planning.launch_plan import LaunchPlan
 from megatron_ral.planning.simulated_policy import SimulatedBatch, SimulatedPolicy, kind_of
 from megatron_ral.planning.workload import make_groups, make_prompt
@@ -103,10 +104,7 @@ class _Simulator:
         """Return micro-batches of the largest size."""
         engine = self.engine
         features = engine.layout.is_first_stage and not self.plan.is_supervised  # a supervised update encodes by itself
-        batches = [
-            make_groups(engine.shape, self.work, self.work.micro_batch, features, engine.stage.dtype)
-            for _ in range(count)
-        ]
+        batches = [make_groups(engine, self.work, self.work.micro_batch, features) for _ in range(count)]
         for batch in batches:
             engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
         return batches
@@ -117,9 +115,10 @@ class _Simulator:
         self.phase("vision", self.work.num_prompts, lambda: self.engine.encode_visual(prompts))
 
     def generation(self) -> None:
-        """Run two passes of one batch with traffic and sampling: the first, and the one that takes most memory."""
+        """Run passes of one batch with traffic and sampling: the first, the one that takes most memory, and one of the
+        many others."""
         engine, work = self.engine, self.work
-        batch = make_groups(engine.shape, work, work.generation_batch, engine.layout.is_first_stage, engine.stage.dtype)
+        batch = make_groups(engine, work, work.generation_batch, engine.layout.is_first_stage)
         settings = SamplingSettings(work.group_size, work.response_length, 0, 0, self.plan.temperature, self.plan.top_p)
         engine.watched.call_it("visual features", *(batch.visual_embeds or ()))
         decoding = SimulatedBatch(batch.prompts, batch.visual_embeds, settings, engine.process_groups, ())
@@ -128,7 +127,12 @@ class _Simulator:
         with torch.no_grad(), engine.resident(), engine.stage.whole_sequences():
             self.phase("prefill", batches, lambda: decoder.start_pass(decoding))
             decoding.go_to_last_growth()
-            self.phase("token", batches * (work.response_length - 1), lambda: decoder.start_pass(decoding))
+            count = batches * (work.response_length - 1)
+            self.phase("token", count, lambda: decoder.start_pass(decoding))
+            largest = self.result.phases["token"].seen.peak
+            decoding.go_to_the_next_step()
+            self.phase("token", count, lambda: decoder.start_pass(decoding))
+            self.result.phases["token"].seen.peak = largest
         self.result.cache_bytes = engine.watched.live["KV cache"]
 
     def passes(self) -> Mapping[int, Any]:
@@ -165,7 +169,8 @@ class _Simulator:
         work, before = self.work, self.engine.watched.live["attention rows"]
         shape = work.micro_batch, work.group_size, work.response_length, work.prompt_length + work.response_length
         with self.engine.watched.kind("attention rows"):
-            rows = {layer: torch.empty(shape) for layer in self.engine.local_layers(layers)}
+            device = self.engine.process_groups.device
+            rows = {layer: torch.empty(shape, device=device) for layer in self.engine.local_layers(layers)}
         one = self.engine.watched.live["attention rows"] - before
         self.result.recorded_bytes = one * (work.passes - 1)
         return rows
@@ -174,11 +179,12 @@ class _Simulator:
         """Run as many micro-batches of an update as this stage holds at a time, and one more."""
         engine, work = self.engine, self.work
         simulated = min(work.micro_batches, engine.layout.pipeline_size - engine.layout.pipeline_rank + 1)
-        advantages = torch.empty(work.micro_batch, work.group_size)
+        device = engine.process_groups.device
+        advantages = torch.empty(work.micro_batch, work.group_size, device=device)
         if target:
             term: AttentionTerm = self.objective.term("attention")
             target = {layer: term.target.combine(stored, advantages) for layer, stored in target.items()}
-        tokens = torch.empty(work.micro_batch, work.group_size, work.response_length)
+        tokens = torch.empty(work.micro_batch, work.group_size, work.response_length, device=device)
         last, totals = engine.layout.is_last_stage, StepTotals(1, 1, work.response_length)
         batches: list[TrainBatch] = []
         for groups in self.batches(simulated):
@@ -189,11 +195,11 @@ class _Simulator:
                 RlBatch(
                     groups=groups,
                     totals=totals,
-                    group_mask=torch.ones(work.micro_batch, dtype=torch.bool),
+                    group_mask=torch.ones(work.micro_batch, dtype=torch.bool, device=device),
                     advantages=advantages,
                     attention_advantages=advantages,
                     rollout_logprobs=tokens,
-                    from_teacher=torch.zeros(work.micro_batch, dtype=torch.bool),
+                    from_teacher=torch.zeros(work.micro_batch, dtype=torch.bool, device=device),
                     is_on_policy=work.on_policy > 0,  # the first update records its own rows
                     compares_sampler=False,
                     old_logprobs=tokens if last else None,
@@ -207,6 +213,12 @@ class _Simulator:
         self.phase("update", count, lambda: engine.accumulate(batches, objective), simulated)
 
 
+@contextmanager
+def _gpu_kernels(watched: Watched) -> Iterator[None]:
+    with counted_triton(watched), counted_graphs(watched):
+        yield
+
+
 def simulate(
     shape: ModelShape, plan: LaunchPlan, layout: RankLayout, on_gpu: bool = True, vision: bool = True
 ) -> SimulatedRank:
@@ -216,20 +228,24 @@ def simulate(
         shape: model.
         plan: plan of the launch.
         layout: place of the rank.
-        on_gpu: whether the code takes the ways that it takes on a GPU.
+        on_gpu: whether tensors lie on a CUDA device, so that the code takes the ways that it takes there.
         vision: whether the first stage runs the vision tower, which is the same in every layout.
     """
     with (
         simulate_rank(
-            layout.rank, layout.world_size, tensor_size=layout.tensor_size, pipeline_size=layout.pipeline_size
+            layout.rank,
+            layout.world_size,
+            tensor_size=layout.tensor_size,
+            pipeline_size=layout.pipeline_size,
+            on_gpu=on_gpu,
         ) as process_groups,
         fake_tensors(),
     ):
-        watched = Watched(kind_of(shape, layout))
-        engine = SimulatedPolicy(shape, process_groups, plan.engine, plan.training, watched, on_gpu)
+        watched = Watched(kind_of(shape, layout), on_gpu)
+        engine = SimulatedPolicy(shape, process_groups, plan.engine, plan.training, watched)
         result = SimulatedRank(layout, engine.parameters())
         simulator = _Simulator(engine, plan, result)
-        with watched, first_chunks(watched):
+        with watched, first_chunks(watched), _gpu_kernels(watched) if on_gpu else nullcontext():
             engine.stage.eval()
             if plan.is_supervised:
                 simulator.update({})

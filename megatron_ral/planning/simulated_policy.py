@@ -8,20 +8,16 @@ is what a real rank runs.
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Callable, Optional, cast
+from typing import Callable, Optional, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_ral.attention.group_layout import AttentionRecord
-from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.attention.types import QueryPosition
 from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
 from megatron_ral.engine.decoding_batch import DecodingBatch
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings
-from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.shape import ModelShape
@@ -42,9 +38,13 @@ class _NamedCache(GroupKVCache):
         with self.watched.kind("KV cache"):
             super().store_prompt(layer, key_BPkD, value_BPkD)
 
-    def _grown(self, held: Optional[Tensor], new: Tensor) -> Tensor:
+    def append(self, layer: int, step: Tensor, key_NkD: Tensor, value_NkD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self.watched.kind("KV cache") if layer not in self.response else nullcontext():
+            return super().append(layer, step, key_NkD, value_NkD)
+
+    def _grown(self, held: Tensor) -> Tensor:
         with self.watched.kind("KV cache"):
-            return super()._grown(held, new)
+            return super()._grown(held)
 
 
 class SimulatedBatch(DecodingBatch):
@@ -57,15 +57,25 @@ class SimulatedBatch(DecodingBatch):
 
     def go_to_last_growth(self) -> None:
         """Go to the last step at which the cache grows, because memory is largest then."""
-        held = max(self.settings.max_response_length - 2, 0) // GroupKVCache.BLOCK * GroupKVCache.BLOCK
+        cache, growths = cast(_NamedCache, self._cache), []
+        for fed in range(max(self.settings.max_response_length - 1, 1)):
+            before = cache.capacity
+            if cache.reserve(fed):
+                growths.append((fed, before))
+        fed, cache.capacity = growths[-1]
         self._first_pass = False
-        self.step, self._fed = held + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
-        if held:
-            cache = cast(_NamedCache, self._cache)
+        self.step, self._fed = fed + 1, torch.ones(len(self.rows), dtype=torch.int64, device=self.device)
+        if cache.capacity:
             with cache.watched.kind("KV cache"):
                 for layer, parts in cache.prompt.items():
-                    key, value = (part.new_empty(len(self.rows), part.shape[1], held, part.shape[3]) for part in parts)
+                    key, value = (
+                        part.new_empty(len(self.rows), part.shape[1], cache.capacity, part.shape[3]) for part in parts
+                    )
                     cache.response[layer] = key, value
+
+    def go_to_the_next_step(self) -> None:
+        """Go to a step at which nothing grows, as most are."""
+        self.step += 1
 
 
 class _SimulatedReduction:
@@ -91,7 +101,6 @@ class SimulatedPolicy(PolicyEngine):
         settings: settings of the stage.
         training: settings of its training.
         watched: mode that counts its tensors.
-        on_gpu: whether the code takes the ways that it takes on a GPU.
     """
 
     def __init__(
@@ -101,7 +110,6 @@ class SimulatedPolicy(PolicyEngine):
         settings: EngineSettings,
         training: TrainingSettings,
         watched: Watched,
-        on_gpu: bool = True,
     ):
         self.shape, self.process_groups, self.layout = shape, process_groups, process_groups.layout
         self.watched = watched
@@ -117,8 +125,6 @@ class SimulatedPolicy(PolicyEngine):
                 settings.sequence_parallel,
                 training.recompute or settings.gather == "layer",
             )
-        for layer in self.stage.layers:
-            cast(Any, layer.self_attention).core_attention.equal_heads_with_mask = True if on_gpu else None
         for name, parameter in self.stage.named_parameters():
             parameter.requires_grad_(training.is_trainable(name))
             if parameter.requires_grad:
@@ -149,11 +155,6 @@ class SimulatedPolicy(PolicyEngine):
             )
             for name, parameter in self.stage.named_parameters()
         ]
-
-    def attention_rows(self, record: AttentionRecord, pass_: AttentionPass, position: QueryPosition) -> AttentionRows:
-        """Return the attention rows of a record, counted as such."""
-        with self.watched.kind("attention rows"):
-            return super().attention_rows(record, pass_, position)
 
 
 def kind_of(shape: ModelShape, layout: RankLayout) -> Callable[[Tensor], Optional[str]]:

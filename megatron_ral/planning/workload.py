@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ral.config import RunConfig
+from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.rollout.assemble import num_on_policy_updates
@@ -111,24 +112,20 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
     )
 
 
-def make_groups(shape: ModelShape, work: Workload, size: int, embeds: bool, dtype: torch.dtype) -> GroupBatch:
+def make_groups(engine: StageEngine, work: Workload, size: int, embeds: bool) -> GroupBatch:
     """Return a batch of groups of the largest size.
 
     Args:
-        shape: model.
+        engine: engine that the groups are for.
         work: sizes.
         size: number of groups.
-        embeds: whether the groups carry visual embeddings.
-        dtype: dtype of the visual embeddings.
+        embeds: whether the groups carry visual embeddings, which lie on the engine's device.
     """
-    prompts = pad_prompts([make_prompt(shape, work)] * size, 0)
+    shape, prompts = engine.shape, pad_prompts([make_prompt(engine.shape, work)] * size, 0)
     G, R = work.group_size, work.response_length
-    features = (
-        tuple(
-            torch.empty(work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size, dtype=dtype)
-            for _ in range(size)
-        )
-        if embeds
-        else None
-    )
+    features = None
+    if embeds:
+        size_of_one = work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size
+        place = {"dtype": engine.stage.dtype, "device": engine.process_groups.device}
+        features = tuple(torch.empty(size_of_one, **place) for _ in range(size))
     return GroupBatch(prompts, torch.ones(size, G, R, dtype=torch.int64), torch.full((size, G), R), features)

@@ -16,7 +16,8 @@ from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.parallel.vocab import vocab_parallel_sample
+from megatron_ral.parallel.vocab import vocab_parallel_logprobs
+from megatron_ral.parallel.vocab_sampling import begin_draw
 from megatron_ral.types import GroupBatch, pad_prompts
 from tests.distributed.cases import open_policy
 from tests.distributed.runner import run_ranks
@@ -148,14 +149,14 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.passes, self.rows = [], 0
-        forward, watch = in_flight.DecodingBatch.forward, self
+        run_pass, watch = in_flight.DecodingBatch.run_pass, self
 
-        def seen(batch, stage):
+        def seen(batch, *arguments):
             watch.passes.append((batch.prompts.identities, batch.step))
             watch.rows += len(batch.rows) if batch.step else 0
-            return forward(batch, stage)
+            return run_pass(batch, *arguments)
 
-        monkeypatch.setattr(in_flight.DecodingBatch, "forward", seen)
+        monkeypatch.setattr(in_flight.DecodingBatch, "run_pass", seen)
 
 
 def generated(path, settings, tensor, pipeline, batch_size, block):
@@ -331,7 +332,7 @@ def draws(world):
         wanted = sample_tokens(allowed[:, : num_tokens or None], uniform, temperature, top_p)
         assert not set(wanted.tolist()) & set(forbidden)
         found = [
-            vocab_parallel_sample(
+            begin_draw(
                 mine,
                 uniform,
                 temperature,
@@ -340,11 +341,15 @@ def draws(world):
                 num_tokens=num_tokens,
                 forbidden=forbidden,
                 num_candidates=count,
-            )
+            ).finish()
             for count in (1, 4, 48)
         ]
-        assert torch.equal(mine, before), "log-probabilities are taken from the same logits"
-        result[how] = [torch.equal(token, wanted) for token in found], len(wanted.unique())
+        assert torch.equal(mine, before), "the update takes log-probabilities from the same logits"
+        logprobs, _ = vocab_parallel_logprobs(mine / (temperature or 1.0), wanted, process_groups.tensor)
+        for draw in found:
+            assert torch.equal(draw.token, draw.token_on_host)
+            torch.testing.assert_close(draw.logprob, logprobs, rtol=1e-5, atol=1e-5)
+        result[how] = [torch.equal(draw.token, wanted) for draw in found], len(wanted.unique())
     stop_groups()
     return result
 

@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -28,6 +30,24 @@ def test_megatron_schedules_still_name_cuda():
 
     assert 'device="cuda"' in inspect.getsource(schedules.forward_backward_no_pipelining)
     assert "torch.cuda.current_device()" in inspect.getsource(p2p_communication)
+
+
+def test_fake_cuda_tensors_still_need_a_device():
+    program = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    torch.empty(2, device="cuda", requires_grad=True).sum().backward()
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode != 0
+
+
+def test_megatron_still_forms_rotations_in_every_layer():
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import attention
+
+    assert "torch.cos(freqs)" in inspect.getsource(rope_utils._apply_rotary_pos_emb_bshd)
+    assert "query = apply_rotary_pos_emb(" in inspect.getsource(attention.Attention)
 
 
 def test_deepspeed_still_compiles_a_collective_on_cpu():

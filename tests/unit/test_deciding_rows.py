@@ -89,6 +89,13 @@ def hand_made():
     return groups, attention
 
 
+def given_rows(attention, layout) -> AttentionRows:
+    """Return rows whose attention is given instead of formed."""
+    rows = AttentionRows(AttentionRecord(*[torch.empty(0)] * 4), layout, QueryPosition.RESPONSE, None)
+    vars(rows)["attention"] = attention
+    return rows
+
+
 def test_deciding_row_is_the_one_before_the_answer():
     groups, _ = hand_made()
     before, predicting = (
@@ -100,7 +107,7 @@ def test_deciding_row_is_the_one_before_the_answer():
 def test_numbers_of_a_hand_made_pattern():
     groups, attention = hand_made()
     layout = GroupLayout.of(groups)
-    rows = AttentionRows(attention, AttentionRecord(*[torch.empty(0)] * 4), layout, QueryPosition.RESPONSE, None)
+    rows = given_rows(attention, layout)
     sums = {name: float(value) for name, value in _attention_sums(rows, groups).items()}
     assert sums["target_deciding_count"] == 1 and sums["target_deciding"] == pytest.approx(0.75)
     assert sums["target_peak_count"] == 2 and sums["target_peak"] == pytest.approx(0.75 + 0.5)
@@ -111,7 +118,7 @@ def test_prompts_without_annotation_and_unknown_answers_do_not_count():
     groups, attention = hand_made()
     share = row_mass(
         attention,
-        AttentionRows(attention, None, GroupLayout.of(groups), QueryPosition.RESPONSE, None).keys(),
+        given_rows(attention, GroupLayout.of(groups)).keys(),
         groups.prompts.visual_mask,
         groups.prompts.target_mask,
     ).target_share

@@ -46,7 +46,10 @@ def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tole
     for step in range(9):
         N = len(rows)
         query, key, value = (random(N, heads, D, dtype=dtype) for heads in (HEADS, KV, KV))
-        pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(4, 0), P, 0), cache=cache, decode_step=step)
+        pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(4, 0), P, 0), cache=cache)
+        pass_.decode_step = torch.tensor([step])
+        cache.reserve(step)
+        cache.start_step(pass_.decode_step)
         output = layer(query[None], key[None], value[None], pass_)
         assert output.shape == (1, N, HEADS * D) and output.dtype == dtype
         for index, row in enumerate(rows):
@@ -86,7 +89,10 @@ def test_large_scores_do_not_overflow():
     cache, layer = GroupKVCache(torch.tensor([2]), 1), attention()
     big = torch.full((1, 2, KV, D), 100.0)
     cache.store_prompt(LAYER, big, torch.ones(1, 2, KV, D))
-    pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(1, 0), 2, 0), cache=cache, decode_step=0)
+    pass_ = AttentionPass(GroupLayout(cache.prompt_lengths, torch.zeros(1, 0), 2, 0), cache=cache)
+    pass_.decode_step = torch.tensor([0])
+    cache.reserve(0)
+    cache.start_step(pass_.decode_step)
     for sign, wanted in ((1.0, 1.0), (-1.0, 3.0)):  # all on the prompt, all on itself
         output = layer(
             torch.full((1, 1, HEADS, D), 100.0 * sign), torch.zeros(1, 1, KV, D), torch.full((1, 1, KV, D), 3.0), pass_

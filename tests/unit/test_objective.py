@@ -166,7 +166,7 @@ def leaves(source: AttentionRecord) -> tuple[torch.Tensor, ...]:
 
 
 def rows(source: AttentionRecord, kind: str | QueryPosition = "token") -> AttentionRows:
-    return AttentionRows.form(source, GroupLayout(PROMPTS, LENGTHS, P, R), QueryPosition(kind), HEADS)
+    return AttentionRows(source, GroupLayout(PROMPTS, LENGTHS, P, R), QueryPosition(kind), HEADS)
 
 
 @lru_cache

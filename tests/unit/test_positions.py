@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megatron_ral.functional.positions import multimodal_positions, rotary_angles
+from megatron_ral.functional.positions import multimodal_positions, rotary_angles, rotary_axes
 from tests.conftest import run_tools
 
 
@@ -68,7 +68,9 @@ def test_rotary_angles_equal_transformers(stock, family):
     positions = torch.randint(0, 500, (3, 2, 37), generator=torch.Generator().manual_seed(0))
     rotary = stock[family].model.language_model.rotary_emb
     cos, sin = rotary(torch.zeros(1), positions)
-    angles = rotary_angles(positions, rotary.inv_freq, text.rope_parameters["mrope_section"], family == "qwen3_vl")
+    angles = rotary_angles(
+        positions, rotary.inv_freq, rotary_axes(text.rope_parameters["mrope_section"], family == "qwen3_vl")
+    )
     assert torch.equal(angles[:, :, 0].transpose(0, 1).cos(), cos)
     assert torch.equal(angles[:, :, 0].transpose(0, 1).sin(), sin)
 

@@ -38,6 +38,7 @@ from megatron_ral.training.checkpoint.files import (
     state_file,
     write_synced,
 )
+from megatron_ral.training.checkpoint.host_blocks import HostBlocks
 from megatron_ral.training.checkpoint.inputs import INPUTS, input_files
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.weights.safetensors_files import SafetensorsWriter
@@ -100,6 +101,7 @@ class CheckpointWriter:
         self._save: Optional[_Save] = None
         self._last_step: Optional[int] = None
         self._host: dict[str, Tensor] = {}
+        self._blocks = HostBlocks(policy.process_groups.device.type == "cuda")
         self._inputs = json.dumps(input_files(settings.values), indent=1) if self.layout.rank == 0 else ""
         """List of the files that the run reads, as they are when it starts."""
 
@@ -218,12 +220,11 @@ class CheckpointWriter:
 
         The memory is used again by the next save.
         """
-        pinned = self.policy.process_groups.device.type == "cuda"
         for name, value in self.policy.state():
             if name not in self._host:
-                self._host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-            self._host[name].copy_(value.detach(), non_blocking=pinned)
-        if pinned:
+                self._host[name] = self._blocks.empty(value.shape, value.dtype)
+            self._host[name].copy_(value.detach(), non_blocking=self._blocks.are_pinned)
+        if self._blocks.are_pinned:
             torch.cuda.synchronize()
         return iter(self._host.items())
 
