@@ -126,7 +126,7 @@ def _rows(tensors: Sequence[Tensor], first: int, stop: int) -> Iterator[Tensor]:
 def _upload_pixels(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the pixels as one tensor on the device, in their own type: a cast on the host is a slow second copy."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return torch.cat(list(pixels)).to(device)
+        return torch.cat(list(pixels)).to(device, non_blocking=True)
     size = sum(map(len, pixels)), pixels[0].shape[1]
     pinned = torch.empty(size, dtype=pixels[0].dtype, pin_memory=True)
     return torch.cat(list(pixels), out=pinned).to(device, non_blocking=True)

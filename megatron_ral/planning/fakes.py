@@ -188,7 +188,7 @@ class Watched(TorchDispatchMode):
                 for item in value:
                     if isinstance(item, Tensor):
                         made |= self._follow(item, None)
-        if func.namespace == "aten":
+        if func.namespace in ("aten", "torch_attn"):  # the second has flash attention for variable lengths
             self.seen.calls += made * self.weight
             self._count(func, args, kwargs, result)
         return result

@@ -30,7 +30,7 @@ class VisionTokens:
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """What a vision tower derives from sizes alone, in host memory."""
+    """Inputs of a vision tower that follow from sizes alone, in host memory."""
 
     tensors: dict[str, "torch.Tensor"]
     """Keyword arguments of the tower's forward pass, which transformers would compute where the pixels are."""
@@ -85,7 +85,7 @@ class Family:
         return tower_class._from_config(copy.deepcopy(vision), dtype=dtype, attn_implementation=register())
 
     def tower_inputs(self, tower: "torch.nn.Module", grids: "torch.Tensor") -> TowerInputs:
-        """Return what a tower derives from the sizes of pictures and videos.
+        """Return the inputs of a tower that follow from the sizes of pictures and videos.
 
         Args:
             tower: tower from `build_tower`.
