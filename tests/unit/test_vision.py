@@ -125,7 +125,7 @@ def test_a_picture_of_2300_tokens_takes_at_most_two_attention_calls_per_block(mo
     assert seen.count((grid[0], 4, grid[1] * grid[2], 16)) == blocks
 
 
-def test_padding_at_most_doubles_the_scores():
+def test_padding_adds_at_most_a_quarter_of_scores():
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 7, 150):
         lengths = torch.randint(1, 900, (count,), generator=generator).tolist()
@@ -133,8 +133,8 @@ def test_padding_at_most_doubles_the_scores():
         assert sorted(index for bucket in buckets for index in bucket) == list(range(count))
         for bucket in buckets:
             widest = max(lengths[index] for index in bucket)
-            assert len(bucket) * widest**2 <= 2 * sum(lengths[index] ** 2 for index in bucket)
-        assert len(buckets) <= 8
+            assert len(bucket) * widest**2 <= 1.25 * sum(lengths[index] ** 2 for index in bucket)
+        assert len(buckets) <= 20
     segments = Segments.of([64] * 40 + [32] * 9 + [16], CPU, flash=False)
     assert len(segments.buckets) == 1  # windows of one picture: edges are few beside its inside
     assert Segments.of([64] * 40, CPU, flash=False).places is None  # a batch as it is
