@@ -17,21 +17,15 @@ from megatron_ral.models.kv_cache import GroupKVCache
 class VisualFeatures:
     """Features of the vision tower that one language layer adds to its output at the visual tokens (DeepStack)."""
 
-    sequence: Tensor
-    """[N] int64, positions in the sequence."""
-    batch: Tensor
-    """[N] int64, indices in the batch."""
+    places: Tensor
+    """[N] int64, distinct rows of the hidden states [S, B, H] as [S B, H]. Under sequence parallelism S is this rank's
+    part."""
     features: Tensor
     """[N, H] features."""
 
     def add_to(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [S, B, H] with the features added; carries gradient to both."""
-        return hidden.index_put((self.sequence, self.batch), self.features.to(hidden.dtype), accumulate=True)
-
-    def part(self, start: int, stop: int) -> "VisualFeatures":
-        """Return the features between two positions of the sequence, counted from `start` (sequence parallelism)."""
-        mine = (self.sequence >= start) & (self.sequence < stop)
-        return VisualFeatures(self.sequence[mine] - start, self.batch[mine], self.features[mine])
+        return hidden.flatten(0, 1).index_add(0, self.places, self.features.to(hidden.dtype)).view_as(hidden)
 
 
 @dataclass

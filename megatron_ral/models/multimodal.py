@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator, Sequence, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,7 +25,10 @@ from megatron_ral.functional.positions import rotary_angles, rotary_axes
 from megatron_ral.models.attention_pass import AttentionPass, VisualFeatures
 from megatron_ral.models.families import build_tower
 from megatron_ral.models.language import StageLayer, build_language_stage
+from megatron_ral.models.packed_attention import upload
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.vision import encode_frames, frames_of, share
+from megatron_ral.parallel.collectives import gather_rows
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.types import GroupBatch, PromptBatch
 
@@ -64,6 +68,8 @@ class MultimodalStage(torch.nn.Module):
         if layout.is_first_stage:
             with torch.device(device):
                 self.visual = build_tower(shape.vision, dtype)
+            for parameter in self.visual.parameters():  # each tensor rank encodes other frames
+                cast(Any, parameter).partial_over_tensor_ranks = True
 
     @property
     def layers(self) -> Sequence[StageLayer]:
@@ -166,29 +172,26 @@ class MultimodalStage(torch.nn.Module):
         return self._logits(hidden[0]) if self.layout.is_last_stage else hidden
 
     def encode_visual(self, prompts: PromptBatch) -> tuple[Tensor, ...]:
-        """Return the features of each prompt's images and videos, from one call of the vision tower.
+        """Return the features of each prompt's images and videos.
 
-        The tower also runs where no prompt has an image, on one blank patch group whose result is unused, because every
-        rank must run the same modules.
+        Tensor ranks have the same prompts. Each encodes its share of the frames, in calls of bounded size, and the
+        features are gathered. The number of calls may differ between ranks, because the tower's parameters are whole
+        meanwhile and nothing is sent inside the tower.
 
         Returns:
             [visual tokens, 1 + D, H] for each prompt: replacements of the word embeddings, then the features that each
             of the first D layers adds (D = 0 without DeepStack). They carry gradient to the tower.
         """
         assert self.visual is not None, "only the first stage has a vision tower"
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts.prompts])
-        grids = torch.cat([prompt.grid_thw for prompt in prompts.prompts])
-        counts = [int(prompt.visual_mask.sum()) for prompt in prompts.prompts]
-        merge = cast(int, self.visual.spatial_merge_size)
-        blank = len(grids) == 0
-        if blank:
-            pixels, grids = pixels.new_zeros(merge * merge, pixels.shape[1]), grids.new_tensor([[1, merge, merge]])
-        device = next(self.visual.parameters()).device
-        output = self.visual(pixels.to(device, self.dtype), grid_thw=grids.to(device))
-        features = torch.stack([output.pooler_output, *getattr(output, "deepstack_features", ())], dim=1)
-        if blank:
-            features = features[:0] + 0.0 * features.sum()  # no rows, but still in the graph: zero gradient, not none
-        return features.split(counts)
+        pixels = [prompt.pixel_values for prompt in prompts.prompts]
+        shares = share(frames_of(torch.cat([prompt.grid_thw for prompt in prompts.prompts])), self.layout.tensor_size)
+        patches = [sum(frame.patches for frame in frames) for frames in shares]
+        rank, merge = self.layout.tensor_rank, cast(int, self.visual.spatial_merge_size)
+        features = encode_frames(self.visual, self.shape.family, shares[rank], pixels, first=sum(patches[:rank]))
+        if self.layout.tensor_size > 1:
+            tokens = [count // merge**2 for count in patches]
+            features = gather_rows(features, tokens, cast(Any, parallel_state.get_tensor_model_parallel_group()))
+        return features.split([int(prompt.visual_mask.sum()) for prompt in prompts.prompts])
 
     def _embed(
         self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...], attention: AttentionPass
@@ -197,29 +200,26 @@ class MultimodalStage(torch.nn.Module):
 
         Features for deeper layers are stored in `attention.deepstack`.
         """
-        hidden = self.language.embed_words(token_ids).transpose(
-            0, 1
-        )  # [B, S, H], because features are ordered prompt by prompt
-        where = torch.nn.functional.pad(prompts.visual_mask, (0, hidden.shape[1] - prompts.visual_mask.shape[1]))
-        features = torch.cat(list(visual_embeds)).to(hidden.dtype)
-        assert int(where.sum()) == len(features), (
-            "numbers of visual tokens and features differ, which the processor checks"
-        )
-        hidden = hidden.masked_scatter(where[..., None].to(hidden.device), features[:, 0])
+        hidden = self.language.embed_words(token_ids)
+        features, device = torch.cat(list(visual_embeds)).to(hidden.dtype), hidden.device
+        # The prompts are in host memory, so that the host does not wait for their number of visual tokens.
+        found = [prompt.visual_mask.nonzero()[:, 0] for prompt in prompts.prompts]
+        places = torch.cat([sequence * len(found) + batch for batch, sequence in enumerate(found)])
+        assert len(places) == len(features), "numbers of visual tokens and features differ, which the processor checks"
+        hidden = hidden.flatten(0, 1).index_copy(0, upload(places, device), features[:, 0]).view_as(hidden)
         if features.shape[1] > 1:
-            batch, sequence = where.to(hidden.device).nonzero(as_tuple=True)
             added = features[:, 1:]
-            if (
-                self.config.sequence_parallel
-            ):  # each rank adds features of other tokens, so that gradients are parts of a sum
+            if self.config.sequence_parallel:
+                # Each rank adds the features of its own tokens, so that gradients are parts of a sum.
                 added = copy_to_tensor_model_parallel_region(added)
+                part = self.padded_length(hidden.shape[0]) // self.layout.tensor_size * hidden.shape[1]
+                start = self.layout.tensor_rank * part
+                mine = ((places >= start) & (places < start + part)).nonzero()[:, 0]
+                places, added = places[mine] - start, added[upload(mine, device)]
+            places = upload(places, device)
             for layer in range(added.shape[1]):
-                deeper = VisualFeatures(sequence, batch, added[:, layer])
-                if self.config.sequence_parallel:
-                    part = self.padded_length(hidden.shape[1]) // self.layout.tensor_size
-                    deeper = deeper.part(self.layout.tensor_rank * part, (self.layout.tensor_rank + 1) * part)
-                attention.deepstack[layer] = deeper
-        return hidden.transpose(0, 1).contiguous()
+                attention.deepstack[layer] = VisualFeatures(places, added[:, layer])
+        return hidden
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
         angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, cast(Tensor, self.rotary_axes))

@@ -3,7 +3,7 @@
 Every function states whether its result carries gradient, and runs no collective in a group of one rank.
 """
 
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,33 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)
     return shards
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Return the rows of all ranks, one rank after the other, with gradient.
+
+    Every rank must go on with all rows in the same way, so that the gradient of the result is equal on all ranks. A
+    rank then takes the gradient of its own rows, and nothing is sent backwards.
+
+    Args:
+        rows: Rows of this rank, [n, ...].
+        counts: Number of rows of every rank, equal on all ranks.
+        group: Process group.
+    """
+    return _GatherRows.apply(rows, counts, group) if group.size() > 1 and any(counts) else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.rank = counts, group.rank()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])  # gloo gathers equal shapes alone
+        padded[: len(rows)] = rows
+        return torch.cat([part[:count] for part, count in zip(gather_shards(padded, group), counts)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.split(ctx.counts)[ctx.rank], None, None
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:

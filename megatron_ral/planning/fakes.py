@@ -219,7 +219,7 @@ class Watched(TorchDispatchMode):
         makes_or_changes = func._schema.is_mutable
         for tensor in tensors_in(result):
             makes_or_changes |= self._follow(tensor, None)
-        if func.namespace == "aten":
+        if func.namespace in ("aten", "torch_attn"):  # the second has flash attention for variable lengths
             self._count_work(func._opname, args, kwargs, result, makes_or_changes)
             self._count(func, args, kwargs, result)
         return result

@@ -140,7 +140,7 @@ def rehearse(
         if place.is_first_stage and work.visual_tokens and not plan.is_supervised:
             if tower not in _towers:
                 _towers[tower] = simulated.phases["vision"]
-            simulated.phases["vision"] = replace(_towers[tower], count=work.num_prompts)
+            simulated.phases["vision"] = replace(_towers[tower], count=work.num_prompts / layout.tensor_size)
         zero = StageBytes(
             simulated.parameters,
             layout.data_size,
@@ -214,7 +214,8 @@ def _count_memory(report: RankReport, plan: LaunchPlan, shape: ModelShape, teach
     others = Counter({"KV cache": (work.in_flight - 1) * report.rank.cache_bytes})
     encoded = Counter({"visual features": waiting["visual features"]})
     if "vision" in phases:  # while the other batches are generated
-        memory("vision", zero.whole, phases["vision"], encoded, others, scale=work.generation_batch)
+        pictures = work.pictures_per_call(plan.layout.tensor_size, shape.vision.spatial_merge_size)
+        memory("vision", zero.whole, phases["vision"], encoded, others, scale=pictures)
     if "token" in phases:
         generating = max((phases["prefill"], phases["token"]), key=lambda phase: phase.seen.peak_bytes)
         memory("generation", zero.whole, generating, encoded, others)

@@ -11,6 +11,7 @@ from megatron_ral.attention.targets.registry import TargetPass
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PipelinedDecoder
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.vision import encode_frames, frames_of
 from megatron_ral.objectives.attention import AttentionTerm
 from megatron_ral.objectives.base import Objective
 from megatron_ral.objectives.policy_gradient import PolicyGradientTerm
@@ -23,7 +24,7 @@ from megatron_ral.planning.launch_plan import LaunchPlan
 from megatron_ral.planning.simulated_policy import SimulatedBatch, SimulatedPolicy, kind_of
 from megatron_ral.planning.workload import make_groups, make_prompt
 from megatron_ral.planning.zero3 import SimulatedParameter
-from megatron_ral.types import GroupBatch, RlBatch, SftBatch, StepTotals, TrainBatch, pad_prompts
+from megatron_ral.types import GroupBatch, RlBatch, SftBatch, StepTotals, TrainBatch
 
 
 @dataclass
@@ -110,9 +111,16 @@ class _Simulator:
         return batches
 
     def vision(self) -> None:
-        """Encode the picture of one prompt. The tower encodes pictures one after the other."""
-        prompts = pad_prompts([make_prompt(self.engine.shape, self.work)], 0)
-        self.phase("vision", self.work.num_prompts, lambda: self.engine.encode_visual(prompts))
+        """Encode the picture of one prompt. Tensor ranks share the pictures, of which each encodes whole ones."""
+        engine, prompt = self.engine, make_prompt(self.engine.shape, self.work)
+        frames, tower = frames_of(prompt.grid_thw), engine.stage.visual
+        assert tower is not None, "only the first stage has a vision tower"
+        with torch.no_grad():
+            self.phase(
+                "vision",
+                self.work.num_prompts / engine.layout.tensor_size,
+                lambda: encode_frames(tower, engine.shape.family, frames, [prompt.pixel_values]),
+            )
 
     def generation(self) -> None:
         """Run passes of one batch with traffic and sampling: the first, the one that takes most memory, and one of the
@@ -134,6 +142,7 @@ class _Simulator:
             self.phase("token", count, lambda: decoder.start_pass(decoding))
             self.result.phases["token"].seen.peak = largest
         self.result.cache_bytes = engine.watched.live["KV cache"]
+        decoding.end()
 
     def passes(self) -> Mapping[int, Any]:
         """Run the passes without gradient; returns the attention target of each recorded layer, empty without one."""

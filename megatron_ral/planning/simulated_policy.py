@@ -73,6 +73,11 @@ class SimulatedBatch(DecodingBatch):
                     )
                     cache.response[layer] = key, value
 
+    def end(self) -> None:
+        """Free what the batch holds, as its last step does."""
+        self._forget_recorded()
+        self._cache = self._fed = self._uniforms = None
+
     def go_to_the_next_step(self) -> None:
         """Go to a step at which nothing grows, as most are."""
         self.step += 1

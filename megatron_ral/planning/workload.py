@@ -7,6 +7,7 @@ import torch
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.vision import PATCHES_PER_CALL
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.rollout.assemble import num_on_policy_updates
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
@@ -50,6 +51,16 @@ class Workload:
     def passes(self) -> int:
         """Micro-batches of the whole rollout. Passes without gradient read each once, except those of `on_policy`."""
         return self.num_prompts // self.micro_batch
+
+    def pictures_per_call(self, tensor_size: int, merge_size: int) -> int:
+        """Return the pictures that one call of the vision tower reads at most, while a batch is generated.
+
+        Args:
+            tensor_size: tensor-parallel ranks, which share the pictures of a batch.
+            merge_size: patches along a side of one visual token.
+        """
+        fitting = max(PATCHES_PER_CALL // max(self.visual_tokens * merge_size**2, 1), 1)
+        return min(-(-self.generation_batch // tensor_size), fitting)
 
     @classmethod
     def from_config(cls, config: RunConfig, layout: RankLayout, visual_tokens: int = -1) -> "Workload":

@@ -5,8 +5,9 @@ import: torch and transformers are imported inside methods. The defaults are the
 family states only where it departs from them.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence, cast
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,17 @@ class VisionTokens:
     """Token before a run of visual tokens."""
     end: str
     """Token after a run of visual tokens."""
+
+
+@dataclass(frozen=True)
+class TowerInputs:
+    """Inputs of a vision tower that follow from sizes alone, in host memory."""
+
+    tensors: dict[str, "torch.Tensor"]
+    """Keyword arguments of the tower's forward pass, which transformers would compute where the pixels are."""
+    segments: dict[str, list[int]]
+    """Patches of each segment inside which attention is computed, by name: "frames", and "windows" where a family has
+    them (see `models/packed_attention.py`)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Family:
         raise NotImplementedError
 
     def build_tower(self, vision: "PretrainedConfig", dtype: Optional["torch.dtype"] = None) -> "torch.nn.Module":
-        """Build the vision tower of a checkpoint: Hugging Face's own module with random weights.
+        """Build the vision tower of a checkpoint: Hugging Face's own module with random weights and our attention.
 
         A call `tower(pixels, grid_thw=grids)` returns `pooler_output` [visual tokens, hidden] and, in families with
         DeepStack, `deepstack_features`, a list of tensors of the same shape.
@@ -67,7 +79,23 @@ class Family:
             vision: `vision_config` of the checkpoint.
             dtype: precision of the parameters; None: torch's default.
         """
-        return self.tower_class()._from_config(vision, dtype=dtype)
+        from megatron_ral.models.packed_attention import register
+
+        tower_class: Any = self.tower_class()
+        return tower_class._from_config(copy.deepcopy(vision), dtype=dtype, attn_implementation=register())
+
+    def tower_inputs(self, tower: "torch.nn.Module", grids: "torch.Tensor") -> TowerInputs:
+        """Return the inputs of a tower that follow from the sizes of pictures and videos.
+
+        Args:
+            tower: tower from `build_tower`.
+            grids: patches along time, height and width, [V, 3] int64 in host memory.
+        """
+        from transformers.vision_utils import get_vision_position_ids
+
+        positions = get_vision_position_ids(grids, cast(int, tower.spatial_merge_size))
+        frames = [height * width for time, height, width in grids.tolist() for _ in range(time)]
+        return TowerInputs({"position_ids": positions}, {"frames": frames})
 
     def counted_size(
         self, num_frames: int, height: int, width: int, *, temporal_patch_size: int, token_side: int

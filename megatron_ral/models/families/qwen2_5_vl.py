@@ -2,9 +2,9 @@
 tokens whose temporal positions are seconds.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional, cast
 
-from megatron_ral.models.families.base import Family
+from megatron_ral.models.families.base import Family, TowerInputs
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,23 @@ class Qwen2_5VL(Family):
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
         return Qwen2_5_VisionTransformerPretrainedModel
+
+    def build_tower(self, vision: "PretrainedConfig", dtype: Optional["torch.dtype"] = None) -> "torch.nn.Module":
+        """Build the tower, most of whose blocks attend inside windows."""
+        tower: Any = super().build_tower(vision, dtype)
+        for index, block in enumerate(tower.blocks):
+            block.attn.segments = "frames" if index in tower.fullatt_block_indexes else "windows"
+        return tower
+
+    def tower_inputs(self, tower: "torch.nn.Module", grids: "torch.Tensor") -> TowerInputs:
+        """Return the positions, and the order of the tokens in which windows are consecutive."""
+        from transformers.vision_utils import get_vision_window_index
+
+        inputs, of = super().tower_inputs(tower, grids), cast(Any, tower)
+        order, bounds = get_vision_window_index(grids, of.spatial_merge_size, of.window_size, of.patch_size)
+        return TowerInputs(
+            {**inputs.tensors, "window_index": order}, {**inputs.segments, "windows": bounds.diff().tolist()}
+        )
 
     def temporal_interval(self, vision: "PretrainedConfig", seconds: float) -> float:
         """Return tokens per second times seconds per patch, in float32 because transformers computes it so."""

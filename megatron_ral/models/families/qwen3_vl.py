@@ -3,9 +3,12 @@ of several depths of the vision tower enter the first language layers (DeepStack
 patch of a video is a run of its own behind a time stamp in text.
 """
 
-from typing import Sequence
+from typing import TYPE_CHECKING, Any, Sequence, cast
 
-from megatron_ral.models.families.base import Family, VisionTokens
+from megatron_ral.models.families.base import Family, TowerInputs, VisionTokens
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Qwen3VL(Family):
@@ -16,6 +19,20 @@ class Qwen3VL(Family):
         from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
         return Qwen3VLVisionModel
+
+    def tower_inputs(self, tower: "torch.nn.Module", grids: "torch.Tensor") -> TowerInputs:
+        """Return the positions, and the learned positions between which each patch lies, with their weights."""
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        inputs, of = super().tower_inputs(tower, grids), cast(Any, tower)
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            of.num_grid_per_side,
+            mode=of.interpolation_mode,
+            align_corners=of.interpolation_align_corners,
+            spatial_merge_size=of.spatial_merge_size,
+        )
+        return TowerInputs({**inputs.tensors, "interp_indices": indices, "interp_weights": weights}, inputs.segments)
 
     def counted_size(
         self, num_frames: int, height: int, width: int, *, temporal_patch_size: int, token_side: int
