@@ -29,7 +29,7 @@ from megatron_ral.errors import ConfigError
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.models.families import find_family
 from megatron_ral.models.folder import config_folder
-from megatron_ral.rewards.answer import taught_solution
+from megatron_ral.rewards.answer import taught_response
 from megatron_ral.types import FramePictures, Prompt, Sample
 
 FINGERPRINT_VERSION = 3
@@ -308,7 +308,7 @@ class PromptProcessor:
 
     def _reference_ids(self, sample: Sample, include_process: bool) -> list[int]:
         """Return the tokens of the reference response that the model has to write, end of turn included."""
-        reference = (sample.process if include_process else "") + taught_solution(sample.solution)
+        reference = taught_response(sample.process, sample.solution, include_process)
         return [*self._token_ids(without_prefilled(reference, self.response_prefix)), self.end_token_id]
 
     def _token_ids(self, text: str) -> list[int]:
