@@ -42,10 +42,10 @@ _NUMBER = re.compile(
 )
 _OTHER_NUMBER = re.compile(
     r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|quarter|tenth|hundredth|thousandth)s?|half|halves|"
-    r"squared|cubed|and|or|to|plus|minus|k|mil|mio|mn|mln|bn|mrd|tn|pi|i|e)\b|[πℯ]"
+    r"squared|cubed|and|or|to|plus|minus|mil|mio|mn|mln|bn|mrd|tn|pi|i|e)\b|[πℯ]"
 )
 """Words behind a number that change its value or leave it open."""
-_SCALE = re.compile(r"M|B|(?<!\s)[KT]")
+_SCALE = re.compile(r"[kMB]|(?<!\s)[KT]")
 """Letters that stand for a thousand, million, billion or trillion, rather than for a unit with a space before it."""
 
 _CHOICE = re.compile(
