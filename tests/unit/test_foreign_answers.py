@@ -332,10 +332,7 @@ def test_letter_of_an_option():
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0),
         ("x > 3", "x>3", 1),
         (r"\frac{", "5", 0),
-        *(
-            (answer, "5", 0)
-            for answer in ("5x", "5π", r"5\pi", "5i", "5e", "5!", "5n", "5m", "5 million", "5 = 6")
-        ),
+        *((answer, "5", 0) for answer in ("5x", "5π", r"5\pi", "5i", "5e", "5!", "5n", "5m", "5 million", "5 = 6")),
         *(
             (answer, "5", 1)
             for answer in ("5.", "$5", "€5", "5 °C", "5 m", "5 m/s", r"5\text{ cm}^2", "5 km²", "5 apples")
