@@ -55,8 +55,8 @@ def _load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
         raise ConfigError(
             f"'{path}'",
             None,
-            f"names the image processor {kind} in preprocessor_config.json; only Qwen2VLImageProcessor is known, so copy "
-            "the file from the model that the folder was made from",
+            f"names the image processor {kind} in preprocessor_config.json; only Qwen2VLImageProcessor is known, so "
+            "copy the file from the model that the folder was made from",
         )
     return Qwen2VLImageProcessorPil.from_pretrained(path)
 

@@ -159,10 +159,10 @@ def chart_number(text: str) -> Optional[float]:
 def choice(text: str) -> Optional[str]:
     """Return the option letter that an answer chooses, upper case, or None for no letter or several.
 
-    "B", "b", "(B)", "*B*", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B" and "The answer is B" choose B. "A
-    or B", "A, B", "(A)(B)", "A) B)", "A. B. C" and "A. red, B. blue" choose several. Text may follow only after a mark
-    or on a new line: "A red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second choice
-    on a line of its own.
+    "B", "b", "(B)", "*B*", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B" and "The answer is B" choose B.
+    "A or B", "A, B", "(A)(B)", "A) B)", "A. B. C" and "A. red, B. blue" choose several. Text may follow only after a
+    mark or on a new line: "A red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second
+    choice on a line of its own.
     """
     found = choice_and_text(text)
     return found[0] if found else None

@@ -66,7 +66,7 @@ def multiple_choice(answer: str, reference: str, options: Sequence[str] = ()) ->
         reference: Letter, list of letters, or content of an option.
         options: Contents of the sample's options; empty where they are not known.
     """
-    if _same_text(answer, reference) or 0 < len(comparable(answer)) and comparable(answer) == comparable(reference):
+    if _same_text(answer, reference) or (comparable(answer) == comparable(reference) != ""):
         return 1.0
     wanted = reference_options(reference, options)
     if wanted is None:
@@ -96,8 +96,8 @@ def numerical(answer: str, reference: str) -> float:
 def mathematics(answer: str, reference: str) -> float:
     """Return 1 if both are the same number, the same text, or the same mathematical object by math-verify.
 
-    A unit is dropped where it is a word ("5 apples") or a usual one ("5 cm", "5 m/s"). Other letters behind a number are
-    symbols: "5x" is not 5. The library runs in a process of its own.
+    A unit is dropped where it is a word ("5 apples") or a usual one ("5 cm", "5 m/s"). Other letters behind a number
+    are symbols: "5x" is not 5. The library runs in a process of its own.
 
     Raises:
         CallTimeout: The comparison takes more than MATH_SECONDS of processor time.

@@ -138,7 +138,7 @@ def evaluated(material, tmp_path_factory):
     assert make_shards([*map(str, arguments), "--model", str(material["tiny"])]) == 0
     assert (root / "out" / "rejects.jsonl").read_text() == ""
     unusable = {f"unusable-{n}": {"solution": text, "problem_type": kind} for n, (text, kind) in enumerate(UNUSABLE)}
-    write_shard(root / "out" / "foreign.tar", {**unusable, **dict.fromkeys(BARE, {"solution": "7"})})
+    write_shard(root / "out" / "foreign.tar", {**unusable, "bare": {"solution": "7"}})
     path, overrides = write_config(root, RL, material["tiny"], material["data"], "rl")
     done = subprocess.run(
         [

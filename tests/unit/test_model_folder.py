@@ -154,7 +154,8 @@ FOLDERS = {
     ),
     "an image processor that keeps the range of 8 bits": (
         change_json("preprocessor_config.json", lambda content: content.update(rescale_factor=1)),
-        "has rescale_factor = 1 in preprocessor_config.json instead of 0.00392156862745098, the only value that is known",
+        "has rescale_factor = 1 in preprocessor_config.json instead of 0.00392156862745098, the only value that is "
+        "known",
     ),
     "an image processor that does not normalize": (
         change_json("preprocessor_config.json", lambda content: content.update(do_normalize=False)),
@@ -168,8 +169,8 @@ FOLDERS = {
         change_json(
             "preprocessor_config.json", lambda content: content.update(image_processor_type="CLIPImageProcessor")
         ),
-        "names the image processor CLIPImageProcessor in preprocessor_config.json; only Qwen2VLImageProcessor is known, "
-        "so copy the file from the model that the folder was made from",
+        "names the image processor CLIPImageProcessor in preprocessor_config.json; only Qwen2VLImageProcessor is "
+        "known, so copy the file from the model that the folder was made from",
     ),
     "an empty image processor": (
         lambda folder: (folder / "preprocessor_config.json").write_text("{}"),
@@ -185,8 +186,8 @@ FOLDERS = {
     ),
     "a template that writes the date": (
         write("{{- strftime_now('%d %B %Y') -}}" + template()),
-        "has a chat template that writes the time (strftime_now), so that a run resumed tomorrow would get other prompts; "
-        "write a fixed date into it",
+        "has a chat template that writes the time (strftime_now), so that a run resumed tomorrow would get other "
+        "prompts; write a fixed date into it",
     ),
     "a template without the tokens around an image": (
         write(template(image="'<|image_pad|>'")),
