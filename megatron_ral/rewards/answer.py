@@ -86,7 +86,7 @@ def taught_response(process: str, solution: str, include_process: bool = True) -
         for tag in FORMAT_TAGS:
             thought = thought.replace(tag, " ")
         thought = f"<think>{thought.strip()}</think>"
-    answers, texts = reference_answers(solution), tagged_texts(solution)
+    answers, texts = list(reference_answers(solution)), list(tagged_texts(solution))
     if len(answers) > 1 or (answers != texts and texts[0] != f"{_BOX}{answers[0]}}}"):
         return f"{thought}<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
     tagged = _ANSWER.search(solution)
