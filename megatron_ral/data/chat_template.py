@@ -31,7 +31,7 @@ def render(tokenizer: PreTrainedTokenizerBase, kinds: Sequence[str], question: s
 
 
 def prefilled_text(
-    tokenizer: PreTrainedTokenizerBase, path: str, placeholders: dict[str, str], end_of_turn: str
+    tokenizer: PreTrainedTokenizerBase, path: str, placeholders: dict[str, str], pair: tuple[str, str], end_of_turn: str
 ) -> str:
     """Try a chat template on one question per kind of visual; return the text that it writes of every response.
 
@@ -39,16 +39,28 @@ def prefilled_text(
         tokenizer: Tokenizer with the template.
         path: Model folder, for the error.
         placeholders: Kind of a visual (`image`, `video`) -> text that its tokens replace.
+        pair: Tokens before and behind those of a visual.
         end_of_turn: Token that ends a turn.
 
     Returns:
         `<think>` with the white space behind it, or an empty text.
 
     Raises:
-        ConfigError: There is no template, or it cannot render such a question.
+        ConfigError: There is no template, it writes the date, or it cannot render such a question.
     """
-    if tokenizer.chat_template is None:
+    template: Any = tokenizer.chat_template
+    if template is None:
         raise ConfigError(f"'{path}'", None, f"holds a tokenizer without a chat template; {_WAY_OUT}")
+    if isinstance(template, dict) and "default" not in template:
+        names = ", ".join(template)
+        raise ConfigError(f"'{path}'", None, f"has chat templates named {names}; name the one for questions 'default'")
+    if "strftime_now" in str(template):
+        raise ConfigError(
+            f"'{path}'",
+            None,
+            "has a chat template that writes the time (strftime_now), so that a run resumed tomorrow would get other "
+            "prompts; write a fixed date into it",
+        )
     prefilled = ""
     for kind, placeholder in placeholders.items():
         try:
@@ -58,6 +70,9 @@ def prefilled_text(
             raise _unusable(path, kind, f"fails on it ({reason})") from None
         if text.count(placeholder) != 1:
             raise _unusable(path, kind, f"writes {placeholder} {text.count(placeholder)} times instead of once")
+        token = placeholder.removeprefix(pair[0]).removesuffix(pair[1])
+        if pair[0] + token + pair[1] not in text:
+            raise _unusable(path, kind, f"does not write {token} between {pair[0]} and {pair[1]}")
         if text.count(PROBE_QUESTION) != 1:
             raise _unusable(path, kind, f"writes the question {text.count(PROBE_QUESTION)} times instead of once")
         _, ended, generation_prompt = text.partition(PROBE_QUESTION)[2].partition(end_of_turn)

@@ -1,5 +1,6 @@
 """Config, tokenizer and image processor of a model folder, and the check that they are of one model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     tokenizer, file = AutoTokenizer.from_pretrained(path), Path(path) / _PROCESSOR_TEMPLATE
     if tokenizer.chat_template is None and file.is_file():
-        tokenizer.chat_template = read_json(file, "chat_template")["chat_template"]
+        template = read_json(file, "chat_template")["chat_template"]
+        is_list = isinstance(template, list)
+        tokenizer.chat_template = {entry["name"]: entry["template"] for entry in template} if is_list else template
     return tokenizer
 
 
@@ -36,12 +39,56 @@ def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
         check_fetched(path, f"'{path}'")
     try:
         config = AutoConfig.from_pretrained(path)
-        return config, load_tokenizer(path), Qwen2VLImageProcessorPil.from_pretrained(path)
+        image_processor = _load_image_processor(path)
+        return config, load_tokenizer(path), image_processor
     except UserError:
         raise
     except Exception as error:  # transformers raises many types for what these files can hold
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"'{path}'", None, f"holds no usable tokenizer and image processor ({reason})") from None
+
+
+def _load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
+    settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(path)
+    kind = settings.get("image_processor_type", "Qwen" if "patch_size" in settings else "none")
+    if not kind.startswith("Qwen"):
+        raise ConfigError(
+            f"'{path}'",
+            None,
+            f"names the image processor {kind} in preprocessor_config.json; only Qwen2VLImageProcessor is known, so "
+            "copy the file from the model that the folder was made from",
+        )
+    return Qwen2VLImageProcessorPil.from_pretrained(path)
+
+
+def check_image_processor(path: str, processor: Qwen2VLImageProcessorPil, vision: Any) -> None:
+    """Check that an image processor makes the patches that a vision tower takes, from pixels between 0 and 1.
+
+    Args:
+        path: Model folder, for the error.
+        processor: Image processor of the folder.
+        vision: `vision_config` of the folder.
+
+    Raises:
+        ConfigError: naming the first value that differs.
+    """
+    of_config = "which config.json has in vision_config"
+    wanted = {
+        "patch_size": (vision.patch_size, of_config),
+        "temporal_patch_size": (vision.temporal_patch_size, of_config),
+        "merge_size": (vision.spatial_merge_size, of_config),
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True, "the only value that is known")),
+        "rescale_factor": (1 / 255, "the only value that is known"),
+    }
+    for name, (value, why) in wanted.items():
+        if not math.isclose(getattr(processor, name), value, rel_tol=1e-6):
+            raise ConfigError(
+                f"'{path}'",
+                None,
+                f"has {name} = {getattr(processor, name)} in preprocessor_config.json instead of {value}, {why}",
+            )
+    if not all(value > 0 for value in processor.image_std):
+        raise ConfigError(f"'{path}'", None, f"has image_std = {list(processor.image_std)} in preprocessor_config.json")
 
 
 def vision_tokens(path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
@@ -69,4 +116,6 @@ def vision_tokens(path: str, config: PretrainedConfig, tokenizer: PreTrainedToke
             f"has tokens up to number {largest} in its tokenizer but {rows} rows of the embedding in config.json "
             "(text_config.vocab_size); config and tokenizer are not of one model",
         )
+    if tokenizer.pad_token_id in ids.values():
+        raise ConfigError(f"'{path}'", None, f"pads with {tokenizer.pad_token}, a visual token; name another pad_token")
     return VisionTokens(*tokenizer.convert_ids_to_tokens(list(ids.values())))

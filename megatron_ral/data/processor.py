@@ -21,7 +21,7 @@ from megatron_ral.data.chat_template import PROBE_QUESTION, prefilled_text, rend
 from megatron_ral.data.format_tags import AUTO, choose_tags, edited_tokenizer
 from megatron_ral.data.index import SampleLengths
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.model_inputs import load_inputs, vision_tokens
+from megatron_ral.data.model_inputs import check_image_processor, load_inputs, vision_tokens
 from megatron_ral.data.same_inputs import check_same_patches, check_same_tokenizer
 from megatron_ral.data.video import VideoSettings
 from megatron_ral.data.visuals import Visual, VisualReader
@@ -29,7 +29,7 @@ from megatron_ral.errors import ConfigError
 from megatron_ral.functional.positions import multimodal_positions
 from megatron_ral.models.families import find_family
 from megatron_ral.models.folder import config_folder
-from megatron_ral.rewards.answer import taught_solution
+from megatron_ral.rewards.answer import taught_response
 from megatron_ral.types import FramePictures, Prompt, Sample
 
 FINGERPRINT_VERSION = 3
@@ -71,6 +71,7 @@ class PromptProcessor:
         self.vision_tokens = vision_tokens(path, config, self.tokenizer)
         self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
         self.vision = config.vision_config
+        check_image_processor(path, self.image_processor, self.vision)
         self.merge_size = self.vision.spatial_merge_size
         self.reader = VisualReader(self.image_processor, self.family, self.merge_size)
         self.end_token_id = self.tokenizer.convert_tokens_to_ids(self.family.end_of_turn)
@@ -81,7 +82,8 @@ class PromptProcessor:
             "image": self.vision_tokens.image,
             "video": self.family.video_placeholder(self.vision_tokens),
         }
-        self.response_prefix = prefilled_text(self.tokenizer, path, placeholders, self.family.end_of_turn)
+        pair = self.vision_tokens.start, self.vision_tokens.end
+        self.response_prefix = prefilled_text(self.tokenizer, path, placeholders, pair, self.family.end_of_turn)
         """Text that the chat template writes of every response (`<think>`), among the prompt's tokens; mostly none."""
         self._try_visuals(path)
 
@@ -293,6 +295,10 @@ class PromptProcessor:
         kinds = ["video" if visual.is_video else "image" for visual in visuals]
         with self._text_lock:
             text = render(self.tokenizer, kinds, sample.problem + self.prompt_suffix)
+        if (sample.problem + self.prompt_suffix).strip() not in text:
+            raise SampleError(
+                f"sample '{sample.key}': the chat template of this checkpoint changes the question", "token_mismatch"
+            )
         tokens, expanded = self.vision_tokens, ""
         for number, visual in enumerate(visuals):
             place = self.family.video_placeholder(tokens) if visual.is_video else tokens.image
@@ -308,7 +314,7 @@ class PromptProcessor:
 
     def _reference_ids(self, sample: Sample, include_process: bool) -> list[int]:
         """Return the tokens of the reference response that the model has to write, end of turn included."""
-        reference = (sample.process if include_process else "") + taught_solution(sample.solution)
+        reference = taught_response(sample.process, sample.solution, include_process)
         return [*self._token_ids(without_prefilled(reference, self.response_prefix)), self.end_token_id]
 
     def _token_ids(self, text: str) -> list[int]:

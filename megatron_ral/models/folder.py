@@ -26,14 +26,21 @@ _FOREIGN = (
         "is a pickle, which can run code and is never opened here; load it with transformers where you trust it, and "
         "write safetensors with save_pretrained",
     ),
+    (
+        "zero_to_fp32.py",
+        "is a part of a DeepSpeed checkpoint; let it write the weights, or write the model with save_pretrained",
+    ),
+    ("*.distcp", "is a part of a distributed checkpoint; write the model with save_pretrained"),
     ("*.pt", "is a pickle, which can run code and is never opened here; write the model as safetensors"),
     ("*.pth", "is a pickle, which can run code and is never opened here; write the model as safetensors"),
+    ("adapter_model.safetensors", "is a PEFT adapter, not a whole model; merge it into its base model"),
     ("rank_00000.safetensors", "is the state of a run; write a model folder with tools/convert_checkpoint.py from-run"),
     (
         "checkpoints",
         "is the folder of a run's checkpoints; give the exported hf/ beside it, or write a model folder with "
         "tools/convert_checkpoint.py from-run",
     ),
+    ("*.safetensors", "is there instead; where it holds the whole model, rename it to model.safetensors"),
 )
 """Content of folders that are often given instead of a model folder, and the way out."""
 

@@ -219,7 +219,8 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
     except Exception as error:  # transformers raises many types for what a config.json can hold
         reason = " ".join(str(error).split())
         raise ConfigError(key, path, f": config.json is not readable ({reason})") from None
-    quantization = getattr(config, "quantization_config", None)
+    parts = (config, config.get_text_config())
+    quantization = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(

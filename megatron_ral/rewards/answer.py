@@ -19,7 +19,10 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKED = re.compile(r"(?:.*\s)?####[ \t]*([^\n]*)", re.DOTALL)
 _BOX = r"\boxed{"
 _THINK_FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.DOTALL)
 _ANSWER_FORMAT = re.compile(r"\s*<answer>.*?</answer>\s*", re.DOTALL)
+_INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
+"""Characters without width that stand around copied text and are no white space to Python."""
 FORMAT_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Tags that the format reward and the answer are read from."""
 
@@ -29,17 +32,21 @@ def extract_answer(response: str) -> Optional[str]:
     if response.count("<answer>") != 1 or response.count("</answer>") != 1:
         return None
     found = _ANSWER.search(response)
-    return found[1].strip() if found else None
+    return _stripped(found[1]) if found else None
 
 
 def tagged_texts(solution: str) -> tuple[str, ...]:
     """Return the stripped content of each answer tag of a solution; a solution without tags is itself the content."""
-    return tuple(answer.strip() for answer in _ANSWER.findall(solution)) or (solution.strip(),)
+    return tuple(map(_stripped, _ANSWER.findall(solution))) or (_stripped(solution),)
 
 
 def reference_answers(solution: str) -> tuple[str, ...]:
     """Return the reference answer in each answer tag of a solution; a solution without tags is itself the content."""
     return tuple(map(_final_answer, tagged_texts(solution)))
+
+
+def _stripped(text: str) -> str:
+    return text.strip().strip(_INVISIBLE).strip()
 
 
 def _final_answer(text: str) -> str:
@@ -62,16 +69,34 @@ def inside_braces(text: str, start: int) -> str:
     return text
 
 
-def taught_solution(solution: str) -> str:
-    """Return the text that supervised training teaches.
+def taught_response(process: str, solution: str, include_process: bool = True) -> str:
+    """Return the response that supervised training teaches: thought and answer in the format of `format_reward`.
 
-    It is the solution, the final answer of a worked one, or the most frequent of several reference answers (the first
-    of equally frequent ones).
+    The thought is `process`, or else the text before the answer tag. One without its tags gets them, and tags of the
+    format inside it are dropped. The answer is that of the solution, the final one of a worked text, or the most
+    frequent of several (the first of equally frequent ones).
+
+    Args:
+        process: Reasoning of the sample; may be empty.
+        solution: Solution of the sample.
+        include_process: Presence of the thought; False teaches the answer alone.
     """
-    answers, texts = reference_answers(solution), tagged_texts(solution)
-    if len(answers) == 1 and (answers == texts or texts[0] == f"{_BOX}{answers[0]}}}"):
-        return solution
-    return f"<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
+    thought = (process or solution[: max(0, solution.find("<answer>"))]) if include_process else ""
+    if thought.strip() and not _is_thought(thought):
+        for tag in FORMAT_TAGS:
+            thought = thought.replace(tag, " ")
+        thought = f"<think>{thought.strip()}</think>"
+    answers, texts = list(reference_answers(solution)), list(tagged_texts(solution))
+    if len(answers) > 1 or (answers != texts and texts[0] != f"{_BOX}{answers[0]}}}"):
+        return f"{thought}<answer>{Counter(answers).most_common(1)[0][0]}</answer>"
+    tagged = _ANSWER.search(solution)
+    return thought + (tagged[0] if tagged else f"<answer>{texts[0]}</answer>")
+
+
+def _is_thought(text: str) -> bool:
+    return _THOUGHT.fullmatch(text) is not None and all(
+        text.count(tag) == (tag in FORMAT_TAGS[:2]) for tag in FORMAT_TAGS
+    )
 
 
 def accuracy_reward(response: str, solution: str, problem_type: str = "") -> float:

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Optional, Sequence
 
-from megatron_ral.rewards.reading import choice_and_text, plain
+from megatron_ral.rewards.reading import bare_number, choice_and_text, letter_and_rest, number, plain
 
 MAX_LIST_LENGTH = 300
 """Characters of the longest text that is read as a list of letters."""
@@ -15,6 +15,8 @@ _LIST_START = re.compile(
     r"(?:the\s+)?(?:correct\s+)?(?:answers?|options?|choices?)\b\s*(?:are\b|is\b)?\s*:?\s*|both\s+", re.IGNORECASE
 )
 _BETWEEN = re.compile(r"\s*[,;/&+、，\n]\s*(?:and\s+)?|\s+and\s+|(?<=[)\]])\s*(?=[(\[])", re.IGNORECASE)
+_PART = re.compile(r"\s*(?:[,;/&\n]|\b(?:and|or)\b)\s*")
+_LETTER_LAST = re.compile(r"(.*\S)\s*[(\[]([A-Za-z])[)\]]", re.DOTALL)
 _LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):]\)?[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 
@@ -39,8 +41,9 @@ def option_letter(answer: str, options: Sequence[str]) -> Optional[str]:
 def chosen_options(text: str, options: Sequence[str] = (), is_list: bool = False) -> Optional[frozenset[str]]:
     """Return the letters of the options that a text chooses, upper case, or None.
 
-    A letter and the content of another option ("B. blue" where B is red) choose nothing. Options of equal content
-    count as the first of them.
+    A letter and the content of another option, alone or among others, choose nothing ("B. blue" and "B. red or blue"
+    where B is red). Options of equal content count as the first of them. A number names the only option that is this
+    number ("1,000" where B is 1000 or 1000 m).
 
     Args:
         text: Answer or reference answer.
@@ -91,31 +94,44 @@ def _bare_texts(options: Sequence[str]) -> list[str]:
 
 
 def _one_option(text: str, options: Sequence[str]) -> Optional[frozenset[str]]:
-    found = choice_and_text(text)
     if not options:
+        found = choice_and_text(text)
         return frozenset(found[0]) if found else None
-    letters, texts = _letters_of(options), [_comparable(text) for text in _bare_texts(options)]
-    named = option_letter(text, options)
-    if named is None and _comparable(text) in texts:
-        named = letters[texts.index(_comparable(text))]
-    if named is None:
-        spoken = _LIST_START.match(text)
-        rest = _comparable(text[spoken.end() :]) if spoken else ""
-        if rest in texts:
-            named = letters[texts.index(rest)]
-    if named is None:
-        spaced = None if found else re.fullmatch(r"([A-Za-z])\s+(.*)", text, re.DOTALL)  # "B red" where B is red
-        letter, content = (spaced[1].upper(), spaced[2]) if spaced else found or ("", "")
-        if letter not in letters:
-            return None
-        own, content = texts[letters.index(letter)], _comparable(content)
-        if content != own and (spaced or content in texts):
-            return None
-        named = letter
-    return frozenset(letters[texts.index(texts[letters.index(named)])])
+    letters, texts = _letters_of(options), [comparable(text) for text in _bare_texts(options)]
+    named = option_letter(text, options) or _by_content(text, letters, texts) or _by_letter(text, letters, texts)
+    return frozenset(letters[texts.index(texts[letters.index(named)])]) if named else None
 
 
-def _comparable(text: str) -> str:
+def _by_content(text: str, letters: list[str], texts: list[str]) -> Optional[str]:
+    """Return the letter of the option whose content a text is, or that is the same number, or None."""
+    spoken = _LIST_START.match(text)
+    for content in (comparable(text), comparable(text[spoken.end() :]) if spoken else ""):
+        if content and content in texts:
+            return letters[texts.index(content)]
+    value = bare_number(text)
+    equal = [letter for letter, content in zip(letters, texts) if value is not None and number(content) == value]
+    return equal[0] if len(equal) == 1 else None
+
+
+def _by_letter(text: str, letters: list[str], texts: list[str]) -> Optional[str]:
+    """Return the letter that a text names beside the content of its option, or beside a text that names no other."""
+    found, last = choice_and_text(text), _LETTER_LAST.fullmatch(text)
+    spaced = None if found else re.fullmatch(r"([A-Za-z])\s+(.*)", text, re.DOTALL)
+    beside = [(match[letter].upper(), match[rest]) for match, letter, rest in ((spaced, 1, 2), (last, 2, 1)) if match]
+    for letter, content in (letter_and_rest(text) or ("", ""), *beside):
+        if letter in letters and comparable(content) == texts[letters.index(letter)]:
+            return letter
+    if found is None or found[0] not in letters:
+        return None
+    for part in _PART.split(found[1]):
+        lone = _LONE_LETTER.fullmatch(part)
+        if comparable(part) in texts or (lone and lone[1].upper() in letters):
+            return None
+    return found[0]
+
+
+def comparable(text: str) -> str:
+    """Return a text without markup, marks at its end, case and repeated spaces."""
     return " ".join(plain(text).casefold().rstrip(".;:!, ").split())
 
 

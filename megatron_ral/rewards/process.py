@@ -5,6 +5,7 @@ process can end it. Here the caller waits on a pipe, which releases the lock, an
 Requests and replies are lines of JSON. Nothing is pickled.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -118,7 +119,8 @@ class FunctionProcess:
 
     def _close(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with the programs that a function has started
             self._process.wait()
             os.close(self._requests)
             os.close(self._replies)

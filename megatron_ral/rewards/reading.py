@@ -41,12 +41,16 @@ _NUMBER = re.compile(
     rf"(?:\s*({_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}}))?"
 )
 _OTHER_NUMBER = re.compile(
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|half|and|or|to|plus|minus)\b"
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|quarter|tenth|hundredth|thousandth)s?|half|halves|"
+    r"squared|cubed|and|or|to|plus|minus|mil|mio|mn|mln|bn|mrd|tn|pi|i|e)\b|[πℯ]"
 )
 """Words behind a number that change its value or leave it open."""
+_SCALE = re.compile(r"[kMB]|(?<!\s)[KT]")
+"""Letters that stand for a thousand, million, billion or trillion, rather than for a unit with a space before it."""
 
 _CHOICE = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
+    r"(?:(?:(?:the|my)\s+)?(?:(?:correct|final)\s+)?(?:answer|option|choice)\b(?:\s+is)?\s*(?::\s*)?)?"
+    r"(?:(?:option|choice)\s+)?"
     r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])(?=[):\]]|\.(?!\w\.)|\s+[-–—]\s|\s*\n|$))[).:\]]*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
@@ -54,6 +58,11 @@ _SECOND_CHOICE = re.compile(
     r"\s*(?:(?:or|and)\b|[,、/&;]|[(\[][a-z][)\]]|[a-z][):\]]|[a-z]\.?(?:\s+[a-z]\.?)+\s*$)|\s*\n\s*[a-z]\.?\s*$",
     re.IGNORECASE,
 )
+_LATER_CHOICE = re.compile(
+    r"(?:[,;\n]|\b(?:[Aa]nd|[Oo]r)\b)\s*[(\[]?[A-H][).:\]](?!\w)|(?<![\w.])[(\[]?[A-H][)\]](?!\w)"
+)
+"""Letter of a second option with its mark, behind the content of the first one."""
+_DRESSED_LETTER = re.compile(r"[*_<{(\[\"'“‘«`]*([A-Za-z])[*_>})\]\"'”’».,:;!`]*")
 _FIRST_WORD = re.compile(r"\W*([^\W\d_]+)")
 
 
@@ -99,17 +108,24 @@ def number(text: str) -> Optional[float]:
 
     Commas are read between groups of three digits ("1,000"), see `without_group_marks`. A percent sign is a unit ("50%"
     is 50), and a unit has at most three words ("12 km/h", "5 square metres", "$5"). Minus signs, decimal points and
-    digits of other scripts are read. "3,14", "1_5", "1/2", "5-6", "10:30", "3 of 4", "5½", "5 million" and "5 and a
-    half" are no numbers.
+    digits of other scripts are read. "3,14", "1_5", "1/2", "5-6", "10:30", "3 of 4", "5½", "5 million", "5k", "5M",
+    "5π", "5!" and "5 and a half" are no numbers.
     """
-    text = without_group_marks(plain(text).translate(_TYPOGRAPHY)).strip().rstrip(".;:!").rstrip()
+    text = without_group_marks(plain(text).translate(_TYPOGRAPHY)).strip().rstrip(".;:").rstrip()
     text = _LOOSE_COMMA.sub("", text)
     if len(text) > MAX_NUMBER_LENGTH:
         return None
     value = finite(text)
-    if value is None and (match := _NUMBER.fullmatch(text)) and not _is_part_of_number(match[3] or ""):
+    match = _NUMBER.fullmatch(text) if value is None else None
+    if match and not _is_part_of_number(match[3] or "") and not (match[3] and _SCALE.fullmatch(text, match.start(3))):
         value = finite((match[1] or "") + match[2])
     return value
+
+
+def bare_number(text: str) -> Optional[float]:
+    """Return the number that an answer is, or None for one with a unit and other text. Commas are as in `number`."""
+    text = without_group_marks(plain(text).translate(_TYPOGRAPHY)).rstrip(".")
+    return finite(text) if len(text) <= MAX_NUMBER_LENGTH else None
 
 
 def without_group_marks(text: str) -> str:
@@ -143,10 +159,10 @@ def chart_number(text: str) -> Optional[float]:
 def choice(text: str) -> Optional[str]:
     """Return the option letter that an answer chooses, upper case, or None for no letter or several.
 
-    "B", "b", "(B)", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B" and "The answer is B" choose B. "A or
-    B", "A, B", "(A)(B)", "A) B)" and "A. B. C" choose several. Text may follow only after a mark or on a new line: "A
-    red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second choice on a line of its
-    own.
+    "B", "b", "(B)", "*B*", "B.", "B) red", "(B) red", "B: red", "B - red", "Option B" and "The answer is B" choose B.
+    "A or B", "A, B", "(A)(B)", "A) B)", "A. B. C" and "A. red, B. blue" choose several. Text may follow only after a
+    mark or on a new line: "A red ball" is no choice of A. A single letter is text after a mark ("A. X"), but a second
+    choice on a line of its own.
     """
     found = choice_and_text(text)
     return found[0] if found else None
@@ -154,10 +170,19 @@ def choice(text: str) -> Optional[str]:
 
 def choice_and_text(text: str) -> Optional[tuple[str, str]]:
     """Return the option letter that an answer chooses (`choice`) and the stripped text behind it, or None."""
-    match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", plain(text)).strip())
-    if match is None or _SECOND_CHOICE.match(match[4]):
+    found = letter_and_rest(text)
+    if found is None or _SECOND_CHOICE.match(found[1]) or _LATER_CHOICE.search(found[1]):
         return None
-    return (match[1] or match[2] or match[3]).upper(), match[4].strip()
+    return found[0], found[1].strip()
+
+
+def letter_and_rest(text: str) -> Optional[tuple[str, str]]:
+    """Return the letter that an answer begins with, upper case, and the text behind it and its mark, or None."""
+    text = unicodedata.normalize("NFKC", plain(text)).strip()
+    if lone := _DRESSED_LETTER.fullmatch(text):
+        return lone[1].upper(), ""
+    match = _CHOICE.fullmatch(text)
+    return ((match[1] or match[2] or match[3]).upper(), match[4]) if match else None
 
 
 def first_word(text: str) -> str:

@@ -8,8 +8,9 @@ import re
 from typing import Optional, Sequence
 
 from megatron_ral.rewards.answer import reference_answers, tagged_texts
+from megatron_ral.rewards.mathematics import expression
 from megatron_ral.rewards.options import reference_options
-from megatron_ral.rewards.problem_types import NUMBERS, TEXTS, rule_name
+from megatron_ral.rewards.problem_types import MATH, MULTIPLE_CHOICE, NUMBERS, TEXTS, rule_name
 from megatron_ral.rewards.reading import number
 
 MAX_NUMBER_WORDS = 6
@@ -17,6 +18,13 @@ MAX_NUMBER_WORDS = 6
 SHOWN = 60
 _TAG = re.compile(r"(?:<|&lt;|＜)[\s/]*answer[^<>&＜＞]{0,40}(?:>|&gt;|＞)", re.IGNORECASE)
 _THINK_TAG = re.compile(r"<\s*/?\s*think\s*>", re.IGNORECASE)
+_OTHER_TAG = re.compile(
+    r"</?(?:final_?answer|ans|solution|response|output|result|conclusion|reasoning|thinking|thought|summary|caption)>",
+    re.IGNORECASE,
+)
+"""Tags of other formats, such as that of LLaVA-CoT."""
+_LIST_AS_TEXT = re.compile(r"\[\s*(['\"]).*\1\s*,?\s*\]", re.DOTALL)
+_BOX_OR_MARK = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|(?:^|\s)####")
 _SEVERAL_SENTENCES = re.compile(r"\n\s*\S|\w{2}[.!?]\s+\S|\d[.!?]\s+[A-Z]")
 _CALCULATION = re.compile(r"\d\s*=|=\s*[-+$]?\d|\bstep\s*\d", re.IGNORECASE)
 _CONCLUSION = re.compile(r"\b(?:answer|result|option|choice)\s+(?:is|are)\b\s*:?|\banswer\s*[:=]", re.IGNORECASE)
@@ -53,10 +61,25 @@ def _answer_problem(text: str, answer: str, kind: str) -> Optional[str]:
         return f"has several boxes, of which none is the answer: {_shown(answer)}; write <answer>..</answer> around it"
     if kind in TEXTS:
         return None
+    if tag := _OTHER_TAG.search(answer):
+        return f"has the tag {tag[0]}, which is not read; write the answer alone in <answer>..</answer>"
+    if mark := _BOX_OR_MARK.search(answer):
+        return (
+            f"has a {mark[0].strip()} that is not read: {_shown(answer)}; write <answer>..</answer> around the answer"
+        )
+    if _LIST_AS_TEXT.fullmatch(answer):
+        return (
+            f"is a list written as a text: {_shown(answer)}; write <answer>..</answer> around each right answer, or "
+            "letters that are right together alone (A, C)"
+        )
     is_long = _SEVERAL_SENTENCES.search(answer) or "=" in answer or len(answer.split()) > MAX_NUMBER_WORDS
-    if kind in NUMBERS and is_long and number(answer) is None:
+    if kind in NUMBERS and number(answer) is None and (is_long or not re.search(r"\d", answer) or answer[0] == "["):
         return f"is no number but a text: {_shown(answer)}; write the number alone in <answer>..</answer>"
-    if _is_working(answer):
+    if kind == MATH and is_long and expression(answer) is None:
+        return f"is no expression but a text: {_shown(answer)}; write the expression alone in <answer>..</answer>"
+    if kind == MATH and answer.count("{") != answer.count("}"):
+        return f"has braces that do not pair: {_shown(answer)}; write the whole expression"
+    if _is_working(answer, kind):
         return (
             f"is a worked text that no response can equal: {_shown(answer)}; write the answer alone in "
             "<answer>..</answer> and the working into 'process'"
@@ -64,17 +87,18 @@ def _answer_problem(text: str, answer: str, kind: str) -> Optional[str]:
     return None
 
 
-def _is_working(text: str) -> bool:
+def _is_working(text: str, kind: str) -> bool:
     """Return True if a text is a calculation of several sentences, or ends with "the answer is ..".
 
-    A single phrase "The answer is B" is an answer, and a description of several sentences is one as well.
+    A single phrase "The answer is B" is an answer where the rule reads it, in multiple choice. A description of several
+    sentences is an answer for every type.
     """
     if _SEVERAL_SENTENCES.search(text) and _CALCULATION.search(text):
         return True
     *_, last = (None, *_CONCLUSION.finditer(text))
     return (
         last is not None
-        and _CONCLUSION_START.fullmatch(text[: last.start()]) is None
+        and (kind != MULTIPLE_CHOICE or _CONCLUSION_START.fullmatch(text[: last.start()]) is None)
         and len(text[last.end() :].split()) <= MAX_CONCLUSION_WORDS
     )
 

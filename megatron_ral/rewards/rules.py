@@ -12,17 +12,17 @@ The code is our own, written to the published rules; each docstring names its de
 import math
 import re
 from functools import lru_cache
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Mapping, Optional, Sequence
 
 import jiwer
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_ral.rewards.answer import extract_answer, reference_answers
 from megatron_ral.rewards.mathematics import expression
-from megatron_ral.rewards.options import chosen_options, reference_options
+from megatron_ral.rewards.options import chosen_options, comparable, reference_options
 from megatron_ral.rewards.problem_types import MATH, MULTIPLE_CHOICE, rule_name
 from megatron_ral.rewards.process import CallFailed, CallTimeout, FunctionProcess
-from megatron_ral.rewards.reading import chart_number, first_word, number, plain, without_group_marks
+from megatron_ral.rewards.reading import bare_number, chart_number, first_word, number, plain, without_group_marks
 
 Rule = Callable[[str, str], float]
 
@@ -66,7 +66,7 @@ def multiple_choice(answer: str, reference: str, options: Sequence[str] = ()) ->
         reference: Letter, list of letters, or content of an option.
         options: Contents of the sample's options; empty where they are not known.
     """
-    if _same_text(answer, reference):
+    if _same_text(answer, reference) or (comparable(answer) == comparable(reference) != ""):
         return 1.0
     wanted = reference_options(reference, options)
     if wanted is None:
@@ -96,21 +96,28 @@ def numerical(answer: str, reference: str) -> float:
 def mathematics(answer: str, reference: str) -> float:
     """Return 1 if both are the same number, the same text, or the same mathematical object by math-verify.
 
-    The library runs in a process of its own.
+    A unit is dropped where it is a word ("5 apples") or a usual one ("5 cm", "5 m/s"). Other letters behind a number
+    are symbols: "5x" is not 5. The library runs in a process of its own.
 
     Raises:
         CallTimeout: The comparison takes more than MATH_SECONDS of processor time.
         CallFailed: The library failed, or needed more than 4 GiB.
     """
-    wanted, value = number(reference), number(answer)
-    if _same_text(answer, reference) or (wanted is not None and value is not None and math.isclose(value, wanted)):
-        return 1.0
     given, known = expression(answer), expression(reference)
+    value, wanted = _math_number(answer, given), _math_number(reference, known)
+    if wanted is not None and value is not None and math.isclose(value, wanted):
+        return 1.0
+    if _same_text(*(re.sub(r"_\{(\w+)\}", r"_\1", text) for text in (answer, reference))):
+        return 1.0
     if given is None or known is None:
         return 0.0
     return _MATH.call(
         "megatron_ral.rewards.math_verifier:equal", given, known, seconds=MATH_WAIT, cpu_seconds=MATH_SECONDS
     )
+
+
+def _math_number(text: str, latex: Optional[str]) -> Optional[float]:
+    return number(text) if latex is None else bare_number(text)
 
 
 def regression(answer: str, reference: str) -> float:

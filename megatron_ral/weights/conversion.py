@@ -5,6 +5,7 @@
 temporary name and renamed when it is complete.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -59,12 +60,12 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
     """Compare the names and shapes of weights with those of the architecture. No tensor is read.
 
     Raises:
-        CheckpointError: with a table of missing, unexpected and mis-shaped tensors, or one sentence where a prefix of
-            the names explains them.
+        CheckpointError: with a table of missing, unexpected and mis-shaped tensors, or one sentence where a part that a
+            wrapper put into the names explains them.
     """
     wanted = expected_shapes(shape)
     unexpected = set(weights) - set(wanted)
-    _refuse_prefix(weights, set(wanted) - set(weights), unexpected)
+    _refuse_wrapped_names(weights, set(wanted) - set(weights), unexpected)
     rows = [("missing", name, str(wanted[name])) for name in wanted if name not in weights]
     rows += [("unexpected", name, str(weights.shape_of(name))) for name in sorted(unexpected)]
     rows += [
@@ -78,22 +79,23 @@ def check_weights(weights: Weights, shape: ModelShape) -> None:
         raise CheckpointError(f"'{weights.path}'", None, f"does not fit its config.json:\n{table}{more}")
 
 
-def _refuse_prefix(weights: Weights, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise CheckpointError where most of the missing weights are there under a prefix that a wrapper gave them."""
-    prefixes: dict[str, list[str]] = {}
+def _refuse_wrapped_names(weights: Weights, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise CheckpointError where most of the missing weights are there with a part in their names from a wrapper."""
+    found: dict[tuple[bool, str], list[str]] = {}
     for name in sorted(unexpected):
         parts = name.split(".")
-        for number in range(1, len(parts)):
-            if common_name(".".join(parts[number:])) in missing:
-                prefixes.setdefault(".".join(parts[:number]) + ".", []).append(name)
-    prefix, names = max(prefixes.items(), key=lambda item: len(item[1]), default=("", []))
+        for start, stop in itertools.combinations(range(len(parts)), 2):
+            if common_name(".".join(parts[:start] + parts[stop:])) in missing:
+                found.setdefault((start == 0, ".".join(parts[start:stop]) + "."), []).append(name)
+    (is_prefix, part), names = max(found.items(), key=lambda item: len(item[1]), default=((True, ""), []))
     if 2 * len(names) > len(missing):
+        kind = "prefix" if is_prefix else "part"
+        place = f"{'under' if is_prefix else 'with'} the {kind} '{part}' of a wrapper{'' if is_prefix else ' in it'}"
         raise CheckpointError(
             f"'{weights.path}'",
             None,
-            f"has {len(names)} of its {len(weights)} weights under the prefix '{prefix}' of a wrapper (first: "
-            f"'{names[0]}'); save the model inside the wrapper (a merged one after merge_and_unload), or rename them "
-            "without the prefix",
+            f"has {len(names)} of its {len(weights)} weights {place} (first: '{names[0]}'); save the model inside the "
+            f"wrapper (a merged one after merge_and_unload), or rename them without the {kind}",
         )
 
 

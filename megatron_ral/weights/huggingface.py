@@ -50,6 +50,10 @@ def common_name(name: str) -> str:
     return name
 
 
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
 class Weights(Mapping[str, Tensor]):
     """Tensors of a model folder by common name, read on demand."""
 
@@ -121,7 +125,7 @@ class HuggingFaceWeights(Weights):
                 raise self._error(f"has no file '{SINGLE}': {found}")
             return [SafetensorsFile(single)]
         weight_map = read_json(index, "weight_map")["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not weight_map or not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
             raise CheckpointError(f"'{index}'", None, "is not a safetensors index")
         names = sorted(set(weight_map.values()))
         if single.is_file() and names != [SINGLE]:

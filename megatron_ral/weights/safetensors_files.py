@@ -71,7 +71,7 @@ class SafetensorsFile:
             if 8 + length > size:
                 raise ValueError("cut short in its header")
             header = json.loads(file.read(length))
-        total = end = 0
+        total, ranges = 0, []
         for name, item in sorted(header.items()):
             if name == "__metadata__":
                 continue
@@ -80,9 +80,12 @@ class SafetensorsFile:
             if known is not None and stop - begin != TensorEntry(name, known, shape).num_bytes:
                 raise ValueError(f"'{name}' has {stop - begin} bytes for shape {shape} of {dtype_name}")
             self.shapes[name], self._dtype_names[name], self._begins[name] = shape, dtype_name, 8 + length + begin
-            total, end = total + stop - begin, max(end, stop)
-        if total != end or 8 + length + end != size:
+            total += stop - begin
+            ranges.append((begin, stop))
+        if 8 + length + total != size:
             raise ValueError(f"{size} bytes instead of {8 + length + total}")
+        if any(begin != end for (begin, _), (_, end) in zip(sorted(ranges), [(0, 0), *sorted(ranges)])):
+            raise ValueError("its tensors overlap or leave a gap")
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes

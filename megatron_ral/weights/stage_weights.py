@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch
 
+from megatron_ral.errors import CheckpointError
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.parallel.collectives import barrier, gather_shards
@@ -36,14 +37,20 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
     """Fill a stage from a Hugging Face folder, or a Megatron folder of any layout.
 
     Raises:
-        CheckpointError: the folder is damaged, or has missing, unexpected or mis-shaped tensors; all are listed.
+        CheckpointError: the folder is damaged, has missing, unexpected or mis-shaped tensors (all are listed), or a
+            value that is not finite in the type of the stage.
     """
     weights, layout = open_weights(path), stage.layout
     check_weights(weights, stage.shape)
     parameters = dict(stage.named_parameters())
     for tensor in describe_stage(stage):
         tick()
-        parameters[tensor.name].copy_(tensor.read(weights, layout.tensor_rank, layout.tensor_size))
+        parameter, value = parameters[tensor.name], tensor.read(weights, layout.tensor_rank, layout.tensor_size)
+        parameter.copy_(value)
+        if not parameter.isfinite().all():
+            names = ", ".join(f"'{name}'" for name in tensor.sources)
+            fault = f"values beyond {stage.dtype}" if value.isfinite().all() else "NaN or infinite values"
+            raise CheckpointError(f"'{path}'", None, f"has {fault} in {names}; give an earlier checkpoint")
 
 
 @torch.no_grad()

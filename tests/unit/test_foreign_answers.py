@@ -110,6 +110,26 @@ def test_small_references_are_compared_relative_to_them(answer, reference, right
     assert accuracy("numerical", answer, reference) == right
 
 
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        *(
+            (answer, 1)
+            for answer in ("5", "5.", "+5", "05", "5 K", "5 mm", "5 MB", "5m", "$5", "5 %", "5 apples", "5x")
+        ),
+        *((answer, 0) for answer in ("5k", "5K", "5 M", "5M", "5B", "5bn", "5 mil", "5 mn", "$5M", "5T", "5 million")),
+        *((answer, 0) for answer in ("5π", r"5\pi", "5 pi", "5i", "5e", "5!", "5 squared", "5 tenths", "5 halves")),
+        *(
+            (answer, 0)
+            for answer in ("[5]", "(5)", "~5", "≈5", "about 5", "x=5", "five", "5/1", "5:00", "5 6", "9" * 5000)
+        ),
+    ],
+)
+def test_scales_symbols_and_words_are_no_units(answer, right):
+    assert accuracy("numerical", answer, "5") == right
+    assert accuracy("numerical", "5", answer) <= right
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +155,35 @@ def test_small_references_are_compared_relative_to_them(answer, reference, right
         ("a red and blue ball", "D", 1),
         ("D. a red and blue ball", "D", 1),
         ("A red and blue ball", "A", 0),
+        *(
+            (answer, "B", 1)
+            for answer in (
+                "*B*",
+                "***B***",
+                "_B_",
+                "“B”",
+                "<B>",
+                "(B.)",
+                "B,",
+                "B!",
+                "red (B)",
+                "My answer is B",
+                "B, red",
+            )
+        ),
+        *(
+            (answer, "B", 1)
+            for answer in ("The answer is option B.", "The final answer is (B)", "B. because it is red")
+        ),
+        *(
+            (answer, "B", 0)
+            for answer in ("B. red, C. blue", "B. red\nC. blue", "B) red C) blue", "B. red and C. blue")
+        ),
+        *(
+            (answer, "B", 0)
+            for answer in ("B. red or blue", "B. red; blue", "B. A", "B: C", "A. green\nB. red", "Not B", "B?")
+        ),
+        *((answer, "B", 0) for answer in ("blue (B)", "B blue", "not (B)", "~B", "B-", "B+", "red and (C)")),
     ],
 )
 def test_the_content_of_an_option_names_it(answer, reference, right):
@@ -149,6 +198,8 @@ def test_options_with_letters_of_their_own_and_special_contents():
     assert accuracy("multiple choice", "red", "A", ("red", "blue", "red")) == 1.0
     assert accuracy("multiple choice", "red", "C", ("red", "blue", "red")) == 1.0, "options of one content are one"
     assert accuracy("multiple choice", "St. John", "A", ("St. John", "St. Paul")) == 1.0
+    citations = ("Doe, B. (2019)", "Roe, A. (2020)")
+    assert accuracy("multiple choice", "B. Roe, A. (2020)", "B", citations) == 1.0, "its own content"
     assert accuracy("multiple choice", "red", "Q", COLOURS) == 0.0, "a reference beyond the options"
     assert accuracy("multiple choice", "Q", "Q", COLOURS) == 1.0
 
@@ -187,6 +238,38 @@ def test_lists_without_known_options():
     assert accuracy("multiple choice", "dab", "bad", ("w", "x", "y", "z")) == 0.0
     assert reference_options("red") is None and reference_options("BAD") is None
     assert chosen_options("A, " * 2000) is None and chosen_options("A " * 20000 + "x") is None
+
+
+@pytest.mark.parametrize(
+    "answer, reference, options, right",
+    [
+        ("1,000", "A", ("1000", "2000"), 1),
+        ("1000", "A", ("1,000", "2000"), 1),
+        ("5", "A", ("5 cm", "6 cm"), 1),
+        ("5", "A", ("5 cm", "5 m"), 0),
+        ("5 m", "A", ("5 cm", "6 cm"), 0),
+        ("1.0", "B", ("1.00", "1.0"), 1),
+        ("1.0", "A", ("1.00", "1.0"), 0),
+        ("2", "C", ("1", "2", "3"), 0),
+        ("2", "B", ("1", "2", "3"), 1),
+        ("2", "2", ("1", "2", "3"), 1),
+        ("B", "2", ("1", "2", "3"), 1),
+        ("AC", "B", ("DC", "AC"), 1),
+        ("red", "A", ("dark red", "red"), 0),
+        ("red", "B", ("dark red", "red"), 1),
+        ("None of the above.", "C", ("x", "y", "none of the above"), 1),
+        ("No", "B", ("Yes", "No"), 1),
+        ("A or B", "A or B", (), 1),
+        ("Yes.", "yes", (), 1),
+        ("B. red, C. blue", "B", (), 0),
+        ("B. red and C. blue", "B", (), 0),
+        ("B. red\nC. blue", "B", (), 0),
+        ("B. J. K. Rowling", "B", (), 1),
+        ("B. and so on", "B", (), 0),
+    ],
+)
+def test_numbers_and_texts_of_options(answer, reference, options, right):
+    assert accuracy("multiple choice", answer, reference, options) == right
 
 
 def test_options_that_stand_in_the_question():
@@ -249,6 +332,46 @@ def test_letter_of_an_option():
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0),
         ("x > 3", "x>3", 1),
         (r"\frac{", "5", 0),
+        *((answer, "5", 0) for answer in ("5x", "5π", r"5\pi", "5i", "5e", "5!", "5n", "5m", "5 million", "5 = 6")),
+        *(
+            (answer, "5", 1)
+            for answer in ("5.", "$5", "€5", "5 °C", "5 m", "5 m/s", r"5\text{ cm}^2", "5 km²", "5 apples")
+        ),
+        *(
+            (answer, "5/2", 1)
+            for answer in ("2 1/2", "2½", r"2\frac12", "2.5", "10/4", r"$\frac{5}{2}$", "x = 5/2", "250%")
+        ),
+        *((answer, "3/2", 0) for answer in ("2 1/2", "2½")),
+        ("-2 1/2", "-5/2", 1),
+        ("12 - 1/2", "11.5", 1),
+        ("½", "0.5", 1),
+        ("0.5", "½", 1),
+        ("5!", "120", 1),
+        ("120", "5!", 1),
+        ("3t", "3", 0),
+        ("2ab", "2", 0),
+        ("2x + 3t", "2x + 3", 0),
+        (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}", 1),
+        ("3 pi", r"3\pi", 1),
+        ("2^-1", "0.5", 1),
+        ("1.5 x 10^3", "1500", 1),
+        ("1.5e3", "1500", 1),
+        ("sin(x)", r"\sin x", 1),
+        ("sin(x)", "nis(x)", 0),
+        ("1 and 2", "2, 1", 1),
+        ("x > 3", r"(3, \infty)", 1),
+        ("3 < x < 5", "(3, 5)", 1),
+        ("3 < x < 5", "[3, 5]", 0),
+        (r"x \ge 3", "x > 3", 0),
+        ("101_{2}", "101_2", 1),
+        ("101", "101_2", 0),
+        ("1.2.3", "0.36", 0),
+        (r"\emptyset", "∅", 1),
+        ("(1, 2)", "(1, 3)", 0),
+        (r"\text{no solution}", "no solution", 1),
+        ("x + 1.", "1 + x", 1),
+        ("nan", "5", 0),
+        ("--", "5", 0),
     ],
 )
 def test_mathematics(answer, reference, right):

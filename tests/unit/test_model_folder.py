@@ -37,8 +37,10 @@ def write(content: str):
     return lambda folder: (folder / TEMPLATE).write_text(content)
 
 
-def change_json(file, change):
+def change_json(file, change, remove=None):
     def changed(folder):
+        if remove:
+            (folder / remove).unlink()
         content = json.loads((folder / file).read_text())
         change(content)
         (folder / file).write_text(json.dumps(content))
@@ -144,8 +146,64 @@ FOLDERS = {
     ),
     "an image processor of other patches": (
         change_json("preprocessor_config.json", lambda content: content.update(patch_size=16)),
-        "cannot make a prompt with an image (a patch has 1536 numbers, but config.json asks for 1176); its "
-        "config.json, tokenizer and preprocessor_config.json are not of one model",
+        "has patch_size = 16 in preprocessor_config.json instead of 14, which config.json has in vision_config",
+    ),
+    "an image processor that merges other patches": (
+        change_json("preprocessor_config.json", lambda content: content.update(merge_size=4)),
+        "has merge_size = 4 in preprocessor_config.json instead of 2, which config.json has in vision_config",
+    ),
+    "an image processor that keeps the range of 8 bits": (
+        change_json("preprocessor_config.json", lambda content: content.update(rescale_factor=1)),
+        "has rescale_factor = 1 in preprocessor_config.json instead of 0.00392156862745098, the only value that is "
+        "known",
+    ),
+    "an image processor that does not normalize": (
+        change_json("preprocessor_config.json", lambda content: content.update(do_normalize=False)),
+        "has do_normalize = False in preprocessor_config.json instead of True, the only value that is known",
+    ),
+    "an image processor that divides by zero": (
+        change_json("preprocessor_config.json", lambda content: content.update(image_std=[0, 0, 0])),
+        "has image_std = [0, 0, 0] in preprocessor_config.json",
+    ),
+    "an image processor of another model": (
+        change_json(
+            "preprocessor_config.json", lambda content: content.update(image_processor_type="CLIPImageProcessor")
+        ),
+        "names the image processor CLIPImageProcessor in preprocessor_config.json; only Qwen2VLImageProcessor is "
+        "known, so copy the file from the model that the folder was made from",
+    ),
+    "an empty image processor": (
+        lambda folder: (folder / "preprocessor_config.json").write_text("{}"),
+        "names the image processor none in preprocessor_config.json",
+    ),
+    "templates without a default": (
+        change_json(
+            "tokenizer_config.json",
+            lambda content: content.update(chat_template=[{"name": "tool_use", "template": template()}]),
+            remove=TEMPLATE,
+        ),
+        "has chat templates named tool_use; name the one for questions 'default'",
+    ),
+    "a template that writes the date": (
+        write("{{- strftime_now('%d %B %Y') -}}" + template()),
+        "has a chat template that writes the time (strftime_now), so that a run resumed tomorrow would get other "
+        "prompts; write a fixed date into it",
+    ),
+    "a template without the tokens around an image": (
+        write(template(image="'<|image_pad|>'")),
+        ASK + "does not write <|image_pad|> between <|vision_start|> and <|vision_end|>" + WAY_OUT,
+    ),
+    "tokens around an image that changed places": (
+        change_json("config.json", lambda content: content.update(vision_start_token_id=325, vision_end_token_id=324)),
+        ASK + "does not write <|image_pad|> between <|vision_end|> and <|vision_start|>" + WAY_OUT,
+    ),
+    "a template that reverses image and video": (
+        change_json("config.json", lambda content: content.update(image_token_id=328, video_token_id=327)),
+        ASK + "writes <|video_pad|> 0 times instead of once" + WAY_OUT,
+    ),
+    "padding with a visual token": (
+        change_json("tokenizer_config.json", lambda content: content.update(pad_token="<|image_pad|>")),
+        "pads with <|image_pad|>, a visual token; name another pad_token",
     ),
     "no image processor": (
         lambda folder: (folder / "preprocessor_config.json").unlink(),

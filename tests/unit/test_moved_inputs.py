@@ -62,7 +62,7 @@ def test_the_same_files_in_another_place_are_the_same_run(made, move):
     check_settings(settings_for(made, **move), made / "step")
 
 
-@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "note.md"])
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "note.md", "._config.json"])
 def test_files_that_no_run_reads_may_change(made, name):
     (made / "model" / name).write_text("other words")
     check_settings(settings_for(made), made / "step")

@@ -3,13 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ral.commands.convert import main as convert
+from megatron_ral.errors import CheckpointError
+from megatron_ral.models.shape import read_shape
+from megatron_ral.weights import stage_weights
 from megatron_ral.weights.huggingface import HuggingFaceWeights
+from megatron_ral.weights.tensor_table import stage_tables
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -183,6 +189,52 @@ def language_model_under_a_prefix(folder, tensors):
     )
 
 
+def inside(part, beside):
+    def change(folder, tensors):
+        save({name.replace(beside, beside + part): tensor for name, tensor in tensors.items()}, folder / FILE)
+
+    change.__name__ = f"inside_{part}"
+    return change
+
+
+def changed_header(change):
+    def changed(folder, tensors):
+        content = (folder / FILE).read_bytes()
+        stop = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:stop])
+        change([item for name, item in sorted(header.items()) if "norm1" in name])
+        text = json.dumps(header).encode()
+        (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text + content[stop:])
+
+    return changed
+
+
+@changed_header
+def tensors_that_overlap(norms):
+    norms[0]["data_offsets"] = norms[1]["data_offsets"]
+
+
+@changed_header
+def a_tensor_before_the_first(norms):
+    norms[0]["data_offsets"] = [begin - 10**7 for begin in norms[0]["data_offsets"]]
+
+
+def index_without_files(folder, tensors):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
+
+
+def index_of_another_folder(folder, tensors):
+    changed_map(folder, tensors, lambda weight_map: weight_map.update(nowhere="../other/model.safetensors"))
+
+
+def renamed(name):
+    def change(folder, tensors):
+        (folder / FILE).rename(folder / name)
+
+    change.__name__ = f"renamed_{name}"
+    return change
+
+
 def half_precision_of_8_bits(folder, tensors):
     save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, folder / FILE)
 
@@ -289,6 +341,33 @@ REFUSED = [
         "has 50 of its 80 weights under the prefix 'language_model.' of a wrapper (first: "
         "'language_model.model.embed_tokens.weight')",
     ),
+    (
+        inside("base_layer.", "q_proj."),
+        "has 8 of its 80 weights with the part 'base_layer.' of a wrapper in it (first: "
+        "'model.layers.0.self_attn.q_proj.base_layer.bias'); save the model inside the wrapper (a merged one after "
+        "merge_and_unload), or rename them without the part",
+    ),
+    (inside("_orig_mod.", "layers."), "has 48 of its 80 weights with the part '_orig_mod.' of a wrapper in it"),
+    (
+        inside("_checkpoint_wrapped_module.", "layers.0."),
+        "has 12 of its 80 weights with the part '_checkpoint_wrapped_",
+    ),
+    (prefixed("transformer."), "under the prefix 'transformer.' of a wrapper"),
+    (tensors_that_overlap, "is not a whole safetensors file (ValueError('its tensors overlap or leave a gap'))"),
+    (a_tensor_before_the_first, "is not a whole safetensors file (ValueError('its tensors overlap or leave a gap'))"),
+    (index_without_files, "model.safetensors.index.json' is not a safetensors index"),
+    (index_of_another_folder, "model.safetensors.index.json' is not a safetensors index"),
+    (
+        renamed("model.fp16.safetensors"),
+        "has no file 'model.safetensors': 'model.fp16.safetensors' is there instead; where it holds the whole model, "
+        "rename it to model.safetensors",
+    ),
+    (renamed("zero_to_fp32.py"), "'zero_to_fp32.py' is a part of a DeepSpeed checkpoint; let it write the weights, or"),
+    (renamed("__0_0.distcp"), "'__0_0.distcp' is a part of a distributed checkpoint; write the model with"),
+    (
+        renamed("adapter_model.safetensors"),
+        "'adapter_model.safetensors' is a PEFT adapter, not a whole model; merge it",
+    ),
     (half_precision_of_8_bits, "has type F8_E4M3; known: F32, BF16, F16; give the folder of the unquantized model"),
     (whole_numbers, "tensor 'model.layers.0.mlp.down_proj.qweight' has type I32; known: F32, BF16, F16"),
     (
@@ -337,3 +416,25 @@ def test_a_head_of_its_own_is_used_once_config_says_so(material, tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     weights = HuggingFaceWeights(tmp_path / "hf")
     assert weights["lm_head.weight"][-1, -1] == weights["model.embed_tokens.weight"][-1, -1] + 1
+
+
+@pytest.mark.parametrize(
+    "value, dtype, fault",
+    [
+        (float("nan"), torch.float32, "NaN or infinite values"),
+        (float("-inf"), torch.float32, "NaN or infinite values"),
+        (1e6, torch.float16, "values beyond torch.float16"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_when_they_are_loaded(material, tmp_path, value, dtype, fault):
+    tensors = copy(material["tiny"], tmp_path / "hf")
+    tensors["model.norm.weight"][3] = value
+    save(tensors, tmp_path / "hf" / FILE)
+    shape = read_shape(str(tmp_path / "hf"))
+    [table] = stage_tables(shape, 1, 1)
+    weights = HuggingFaceWeights(tmp_path / "hf")
+    parameters = {tensor.name: tensor.read(weights, 0, 1).to(dtype) for tensor in table}
+    layout = SimpleNamespace(pipeline_rank=0, pipeline_size=1, tensor_rank=0, tensor_size=1)
+    stage: Any = SimpleNamespace(shape=shape, layout=layout, dtype=dtype, named_parameters=parameters.items)
+    with pytest.raises(CheckpointError, match=f"hf' has {fault} in 'model.norm.weight'; give an earlier checkpoint$"):
+        stage_weights.load_stage(stage, str(tmp_path / "hf"))

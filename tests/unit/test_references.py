@@ -8,7 +8,7 @@ from megatron_ral.commands import shards
 from megatron_ral.config.sections import RewardConfig
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.shards import parse_sample
-from megatron_ral.rewards.answer import accuracy_reward, reference_answers, taught_solution
+from megatron_ral.rewards.answer import accuracy_reward, format_reward, reference_answers, taught_response
 from megatron_ral.rewards.references import outside_options, reference_problem
 from megatron_ral.rewards.score import reward_parts, score_response
 
@@ -19,22 +19,32 @@ CAPTION = "A red bus stands at the kerb. Two people wait, and one of them holds 
 # solution -> (answer that is right, text that supervised training learns)
 READ = [
     ("<answer>42</answer>", "42", "<answer>42</answer>"),
-    ("so <answer> 42 </answer>", "42", "so <answer> 42 </answer>"),
-    ("42", "42", "42"),
+    ("so <answer> 42 </answer>", "42", "<think>so</think><answer> 42 </answer>"),
+    ("<think>so</think> <answer>42</answer>", "42", "<think>so</think> <answer>42</answer>"),
+    ("<think>a</think><think>b</think><answer>42</answer>", "42", "<think>a  b</think><answer>42</answer>"),
+    ("<answer>42</answer> I hope that helps.", "42", "<answer>42</answer>"),
+    ("42", "42", "<answer>42</answer>"),
+    ("\ufeff42\u200b", "42", "<answer>42</answer>"),
+    ("<answer>\u200b42\n</answer>", "42", "<answer>\u200b42\n</answer>"),
     ("#### 42", "42", "<answer>42</answer>"),
+    ("####42", "42", "<answer>42</answer>"),
     (WORKED, "42", "<answer>42</answer>"),
+    (WORKED + " \n\n", "42", "<answer>42</answer>"),
     (f"<answer>{WORKED}</answer>", "42", "<answer>42</answer>"),
     ("<answer>#### 1,234</answer>", "1,234", "<answer>1,234</answer>"),
     ("#### first #### 7", "7", "<answer>7</answer>"),
     (BOXED, "42", "<answer>42</answer>"),
     (f"<answer>{BOXED}</answer>", "42", "<answer>42</answer>"),
-    (r"\boxed{42}", "42", r"\boxed{42}"),
+    (r"\boxed{42}", "42", r"<answer>\boxed{42}</answer>"),
     (r"<answer>\boxed{\frac{1}{2}}</answer>", r"\frac{1}{2}", r"<answer>\boxed{\frac{1}{2}}</answer>"),
-    ("The answer is B", "The answer is B", "The answer is B"),
+    (r"$\boxed{\{x : \sqrt{x} > {1}\}}$", r"\{x : \sqrt{x} > {1}\}", None),
     (f"<answer>{CAPTION}</answer>", CAPTION, f"<answer>{CAPTION}</answer>"),
-    ("y = 2x + 3", "y = 2x + 3", "y = 2x + 3"),
-    ("St. John's, N.L.", "St. John's, N.L.", "St. John's, N.L."),
-    ("#hash", "#hash", "#hash"),
+    ("y = 2x + 3", "y = 2x + 3", "<answer>y = 2x + 3</answer>"),
+    ("St. John's, N.L.", "St. John's, N.L.", "<answer>St. John's, N.L.</answer>"),
+    ("#hash", "#hash", "<answer>#hash</answer>"),
+    ("<b>bold", "<b>bold", None),
+    ("<answer><b>bold</b></answer>", "<b>bold</b>", "<answer><b>bold</b></answer>"),
+    ("[1, 2]", "[1, 2]", None),
     ("<answer>7</answer><answer>seven</answer>", "seven", "<answer>7</answer>"),
     (f"{CAPTION} It is the result of rain.", f"{CAPTION} It is the result of rain.", None),
 ]
@@ -69,6 +79,41 @@ REJECTED = [
         "",
         r"has several boxes, of which none is the answer: '\\boxed{1} and \\boxed{2}'; write",
     ),
+    *(
+        (solution, kind, f"has a {mark} that is not read: {solution!r}; write <answer>..</answer> around the answer")
+        for solution, mark in [
+            ("6 * 7\n#### 42\nEnd.", "####"),
+            (r"\boxed{42", r"\boxed"),
+            (r"\boxed 42", r"\boxed"),
+            (r"It is \fbox{42}", r"\fbox"),
+        ]
+        for kind in ("", "math")
+    ),
+    *(
+        (f"<{name}>42</{name}>", "numerical", f"has the tag <{name}>, which is not read; write the answer alone")
+        for name in ("solution", "final_answer", "ans", "output", "CONCLUSION")
+    ),
+    *(
+        (solution, "", f"is a list written as a text: {solution!r}; write <answer>..</answer> around each right")
+        for solution in ("['42', 'forty-two']", '["42"]', "['A', 'C']")
+    ),
+    *((solution, "", "has an empty answer; write") for solution in ("\u200b", "<answer>\ufeff</answer>")),
+    *(
+        (solution, kind, f"is no number but a text: {solution!r}; write the number alone")
+        for solution in ("nan", "None", "N/A", "five", "A", "inf", "[5]")
+        for kind in ("numerical", "regression")
+    ),
+    *(
+        (solution, kind, "is a worked text that no response can equal")
+        for solution in ("The answer is 42", "Answer: 42", "So the final answer is 42")
+        for kind in ("", "numerical", "math", "chartqa")
+    ),
+    (
+        "We have x = 3, so that x + 1 = 4",
+        "math",
+        "is no expression but a text: 'We have x = 3, so that x + 1 = 4'; write",
+    ),
+    (r"\frac{1}{", "math", r"has braces that do not pair: '\\frac{1}{'; write the whole expression"),
     (
         "7 * 6 = 42. So it is 42.",
         "",
@@ -95,7 +140,7 @@ def test_the_final_answer_of_a_solution_is_its_reference(solution, answer, taugh
     response = f"<think>?</think><answer>{answer}</answer>"
     assert accuracy_reward(response, solution) == 1.0
     assert accuracy_reward("<answer>43</answer>", solution) == 0.0
-    assert taught_solution(solution) == (taught or solution)
+    assert taught_response("", solution) == (taught or f"<answer>{answer}</answer>")
     for accuracy in ("exact", "by_type"):
         parts = reward_parts(RewardConfig(accuracy=accuracy))
         assert score_response(response, solution, "", parts).components["accuracy"] == 1.0
@@ -120,10 +165,31 @@ def test_texts_of_any_length_are_references_of_text_types():
 
 
 def test_reading_takes_no_time_whatever_the_text():
-    for text in ("answer is " * 3000, "<" + " " * 30000, "#### " * 5000, r"\boxed{" * 3000, "a. " * 9000, "=1" * 9000):
+    for text in (
+        "answer is " * 3000,
+        "<" + " " * 30000,
+        "#### " * 5000,
+        r"\boxed{" * 3000,
+        "a. " * 9000,
+        "=1" * 9000,
+        "<a>" * 9000,
+    ):
         reference_problem(text, "numerical")
         reference_answers(text)
-        taught_solution(text)
+        taught_response(text, text)
+
+
+@pytest.mark.parametrize("process", ["<think>6 * 7</think>", " <think>\n6 * 7</think>\n", "6 * 7", "6 * 7</think>"])
+@pytest.mark.parametrize("solution", [solution for solution, *_ in READ])
+def test_supervised_training_teaches_the_format(process, solution):
+    """The thought is that of `process`; one in the solution would be a second."""
+    taught = taught_response(process, solution)
+    assert format_reward(taught) == 1.0 and accuracy_reward(taught, solution) == 1.0
+    assert taught.startswith(
+        process if process.rstrip().endswith("</think>") and "<t" in process else "<think>6 * 7</think>"
+    )
+    alone = taught_response(process, solution, include_process=False)
+    assert format_reward(alone, require_think=False) == 1.0 and accuracy_reward(alone, solution) == 1.0
 
 
 def sample(**changes):

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,18 @@ def test_a_function_that_hangs_is_ended_and_the_next_call_works(process, hangs):
         os.kill(int(before), 0)
     assert process.call(f"{USER}:judge", "", "", "", seconds=60.0) == 0.25
     assert process.call(f"{USER}:process_number", "", "", "") != before
+
+
+def test_a_program_that_a_function_has_started_ends_with_it(process, tmp_path):
+    process.call(f"{USER}:judge", "", "", "")
+    with pytest.raises(CallTimeout):
+        process.call(f"{USER}:waits_for_a_program", str(tmp_path / "number"), "", "", seconds=5.0)
+    number, deadline = int((tmp_path / "number").read_text()), time.monotonic() + 60
+    while time.monotonic() < deadline:  # until its new parent has noticed
+        if not (status := Path(f"/proc/{number}/status")).exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the program goes on")
 
 
 def test_processor_time_has_a_limit_of_its_own(process):

@@ -11,7 +11,7 @@ from megatron_ral.rewards.answer import (
     extract_answer,
     format_reward,
     reference_answers,
-    taught_solution,
+    taught_response,
 )
 from megatron_ral.rewards.reading import chart_number, choice, number, plain
 from megatron_ral.rewards.rules import RULES, accuracy_by_type, has_rule
@@ -77,8 +77,8 @@ def test_several_tags():
     ten = "<answer>cat</answer> <answer> dog </answer><answer>dog</answer>"
     assert reference_answers(ten) == ("cat", "dog", "dog") and reference_answers(" 7 ") == ("7",)
     assert accuracy_reward("<answer>cat</answer>", ten) == 1.0 and accuracy_reward("<answer>cow</answer>", ten) == 0.0
-    assert taught_solution(ten) == "<answer>dog</answer>"
-    assert taught_solution("so <answer>7</answer>") == "so <answer>7</answer>"
+    assert taught_response("", ten) == "<answer>dog</answer>"
+    assert taught_response("", "<answer> 7</answer>") == "<answer> 7</answer>"
 
 
 # --- the rule of each problem type ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import threading
 import time
 
@@ -36,6 +37,14 @@ def two_arguments(completion, solution):
 
 def needs_keyword(completion, solution, problem_type, *, model):
     return 0.0
+
+
+def waits_for_a_program(completion, solution, problem_type):
+    """Start a program, write its number into the file that the response names, and wait for it."""
+    program = subprocess.Popen(["sleep", "1000"])
+    with open(completion, "w") as file:
+        file.write(str(program.pid))
+    return program.wait()
 
 
 async def asynchronous(completion, solution, problem_type):

@@ -92,7 +92,7 @@ def _model_files(path: str) -> dict[str, str]:
     return {
         file.name: f"{file.stat().st_size} {_sampled_digest(file)}"
         for file in files
-        if file.suffix in _SUFFIXES and file.name not in _UNUSED
+        if file.suffix in _SUFFIXES and file.name not in _UNUSED and not file.name.startswith(".")
     }
 
 
