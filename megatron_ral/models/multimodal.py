@@ -206,7 +206,8 @@ class MultimodalStage(torch.nn.Module):
         found = [prompt.visual_mask.nonzero()[:, 0] for prompt in prompts.prompts]
         places = torch.cat([sequence * len(found) + batch for batch, sequence in enumerate(found)])
         assert len(places) == len(features), "numbers of visual tokens and features differ, which the processor checks"
-        hidden = hidden.flatten(0, 1).index_copy(0, upload(places, device), features[:, 0]).view_as(hidden)
+        rows = upload(places, device)
+        hidden = hidden.flatten(0, 1).index_copy(0, rows, features[:, 0]).view_as(hidden)
         if features.shape[1] > 1:
             added = features[:, 1:]
             if self.config.sequence_parallel:
@@ -215,10 +216,9 @@ class MultimodalStage(torch.nn.Module):
                 part = self.padded_length(hidden.shape[0]) // self.layout.tensor_size * hidden.shape[1]
                 start = self.layout.tensor_rank * part
                 mine = ((places >= start) & (places < start + part)).nonzero()[:, 0]
-                places, added = places[mine] - start, added[upload(mine, device)]
-            places = upload(places, device)
+                rows, added = upload(places[mine] - start, device), added.index_select(0, upload(mine, device))
             for layer in range(added.shape[1]):
-                attention.deepstack[layer] = VisualFeatures(places, added[:, layer])
+                attention.deepstack[layer] = VisualFeatures(rows, added[:, layer])
         return hidden
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:

@@ -52,10 +52,10 @@ def counted(tower) -> Iterator[list[int]]:
     """Count [calls, pictures] of the vision tower in the code inside."""
     counts, forward = [0, 0], tower.forward
 
-    def count(pixels, grid_thw):
+    def count(pixels, grid_thw, **options):
         counts[0] += 1
-        counts[1] += len(grid_thw)
-        return forward(pixels, grid_thw=grid_thw)
+        counts[1] += int(grid_thw[:, 0].sum())  # pictures of one size stand as frames of one video
+        return forward(pixels, grid_thw=grid_thw, **options)
 
     tower.forward = count
     try:
