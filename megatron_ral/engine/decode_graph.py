@@ -5,7 +5,7 @@ several times as long as the device needs. The work must read and write the same
 for the device.
 """
 
-from typing import Callable, Generic, Optional, TypeVar
+from typing import Callable, Generic, TypeVar
 
 import torch
 
@@ -18,13 +18,12 @@ class Recorded(Generic[Result]):
     Args:
         work: function without arguments. It must have run before with tensors of the same shapes, because libraries set
             themselves up in their first call.
-        pool: memory pool of the graph, shared with others of which no two run at the same time.
     """
 
-    def __init__(self, work: Callable[[], Result], pool: Optional[tuple[int, int]] = None):
+    def __init__(self, work: Callable[[], Result]):
         self._graph = torch.cuda.CUDAGraph()
         # Other threads decode pictures meanwhile, and may ask for page-locked memory.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._result = work()
 
     def __call__(self) -> Result:

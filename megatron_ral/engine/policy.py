@@ -192,7 +192,7 @@ class PolicyEngine(StageEngine):
             sharded_over_tensor = getattr(parameter, "tensor_model_parallel", False)
             once = not getattr(parameter, "shared", False) and (sharded_over_tensor or self.layout.tensor_rank == 0)
             counts.append(float(once))  # times 0, not left out: not finite in a copy is not finite in all
-        norms = torch.stack(torch._foreach_norm(list(shards), 2, dtype=torch.float64))
+        norms = torch.stack(cast(Any, torch)._foreach_norm(list(shards), 2, dtype=torch.float64))
         total = (norms.square() * torch.tensor(counts).to(norms)).sum() + start
         all_reduce_sum_(total, self.process_groups.data)
         all_reduce_sum_(total, self.process_groups.model)

@@ -66,7 +66,8 @@ class GroupKVCache:
             self.capacity = max(self.LEAST, 2 * self.capacity, step + 1)
         else:
             self.capacity = (step // self.BLOCK + 1) * self.BLOCK
-        self.response = {layer: tuple(map(self._grown, held)) for layer, held in self.response.items()}
+        for layer, (keys, values) in self.response.items():
+            self.response[layer] = self._grown(keys), self._grown(values)
         return True
 
     def start_step(self, step: Tensor) -> None:

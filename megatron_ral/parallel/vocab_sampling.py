@@ -124,7 +124,7 @@ def begin_draw(
     candidates, ids, numbers = shares.split([count, count, 5], dim=-1)
     candidates, ids = (part.transpose(0, 1).flatten(1) for part in (candidates.float(), ids.long()))
     least, *sums = numbers.unbind(-1)
-    allowed, every = (_Sums.joined(*pair, scale) for pair in (sums[:2], sums[2:]))
+    allowed, every = _Sums.joined(sums[0], sums[1], scale), _Sums.joined(sums[2], sums[3], scale)
     if temperature == 0:
         token = ids.gather(-1, candidates.argmax(dim=-1, keepdim=True))[:, 0]
     else:

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from megatron_ral.attention import blocks
 from megatron_ral.planning.gpu_work import (
     ATTENTION,
+    add,
     attention_call,
     fused_kernels,
     on_device,
@@ -230,11 +231,11 @@ class Watched(TorchDispatchMode):
         if self.on_gpu and not on_device(tensors):
             return
         if starts_kernel(name, makes_or_changes):
-            (seen.recorded if self.is_recording else seen.kernels)[name] += self.weight
+            add(seen.recorded if self.is_recording else seen.kernels, name, self.weight)
         if self.on_gpu and (wait := wait_of(name, args, kwargs, result)):
-            seen.waits[f"{wait} {place()}"] += self.weight
+            add(seen.waits, f"{wait} {place()}", self.weight)
         if name in ATTENTION:
-            seen.attention[attention_call(name, args)] += self.weight
+            add(seen.attention, attention_call(name, args), self.weight)
             masks = [mask for mask in args[3:4] if isinstance(mask, Tensor) and mask.dim() == 4]
             size = sum(mask.untyped_storage().nbytes() for mask in masks)
             seen.mask_bytes = max(seen.mask_bytes, size)
@@ -344,7 +345,7 @@ class _CountedKernel:
         return self._launch
 
     def _launch(self, *arguments: Any, **constants: Any) -> None:
-        self.watched.seen.kernels[self.name] += self.watched.weight
+        add(self.watched.seen.kernels, self.name, self.watched.weight)
 
 
 @contextmanager

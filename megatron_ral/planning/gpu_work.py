@@ -5,6 +5,7 @@ kernels and collectives, are not counted here.
 """
 
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Sequence
 
@@ -40,8 +41,14 @@ ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_flash_attention_forward",
+    "_varlen_attn",
 )
 """Forward operators of fused attention."""
+
+
+def add(counts: Counter, name: str, weight: float) -> None:
+    """Add a call that counts as `weight` calls, which need not be whole."""
+    counts[name] = counts[name] + weight  # pyright: ignore[reportArgumentType]
 
 
 def on_device(tensors: Sequence[Tensor]) -> bool:
