@@ -63,12 +63,12 @@ def rotary_axes(sections: Sequence[int], interleaved: bool) -> Tensor:
             the next the height, the last the width (Qwen2.5-VL). True: temporal, height and width alternate until
             height and width have had their share, and the rest is temporal (Qwen3-VL).
     """
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
+    axes = [coordinate for coordinate, count in enumerate(sections) for _ in range(count)]
     if interleaved:
-        axis = torch.zeros_like(axis)
+        axes = [0] * len(axes)
         for coordinate in (1, 2):
-            axis[coordinate : 3 * sections[coordinate] : 3] = coordinate
-    return axis
+            axes[coordinate : 3 * sections[coordinate] : 3] = [coordinate] * sections[coordinate]
+    return torch.tensor(axes)
 
 
 def rotary_angles(position_ids: Tensor, inverse_frequencies: Tensor, axes: Tensor) -> Tensor:
