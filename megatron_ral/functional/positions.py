@@ -67,7 +67,8 @@ def rotary_axes(sections: Sequence[int], interleaved: bool) -> Tensor:
     if interleaved:
         axes = [0] * len(axes)
         for coordinate in (1, 2):
-            axes[coordinate : 3 * sections[coordinate] : 3] = [coordinate] * sections[coordinate]
+            for place in range(coordinate, min(3 * sections[coordinate], len(axes)), 3):
+                axes[place] = coordinate
     return torch.tensor(axes)
 
 
