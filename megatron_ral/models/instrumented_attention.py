@@ -87,7 +87,7 @@ class InstrumentedAttention(torch.nn.Module):
             last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
             pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
         group = group_query, prompt_key, prompt_value, group_key, group_value
-        kernel = kernel_for(query)
+        kernel = kernel_for(query, P)
         if kernel is None:
             response_output = self._dense(*group, layout)
         else:
