@@ -45,8 +45,14 @@ def reference_problem(solution: str, problem_type: str = "") -> Optional[str]:
     tags = re.findall("</?answer>", solution)
     if tags != ["<answer>", "</answer>"] * (len(tags) // 2):
         return f"has the tags {' '.join(tags[:6])}, which do not pair; write <answer>..</answer> around each answer"
+    kind = rule_name(problem_type)
+    if kind not in TEXTS and is_written_list(solution):
+        return (
+            f"is a list written as a text: {_shown(solution.strip())}; write <answer>..</answer> around each right "
+            "answer, or letters that are right together alone (A, C)"
+        )
     for text, answer in zip(tagged_texts(solution), reference_answers(solution)):
-        reason = _answer_problem(text, answer, rule_name(problem_type))
+        reason = _answer_problem(text, answer, kind)
         if reason:
             return reason
     return None
@@ -67,11 +73,6 @@ def _answer_problem(text: str, answer: str, kind: str) -> Optional[str]:
         return (
             f"has a {mark[0].strip()} that is not read: {_shown(answer)}; write <answer>..</answer> around the answer"
         )
-    if _LIST_AS_TEXT.fullmatch(answer):
-        return (
-            f"is a list written as a text: {_shown(answer)}; write <answer>..</answer> around each right answer, or "
-            "letters that are right together alone (A, C)"
-        )
     is_long = _SEVERAL_SENTENCES.search(answer) or "=" in answer or len(answer.split()) > MAX_NUMBER_WORDS
     if kind in NUMBERS and number(answer) is None and (is_long or not re.search(r"\d", answer) or answer[0] == "["):
         return f"is no number but a text: {_shown(answer)}; write the number alone in <answer>..</answer>"
@@ -85,6 +86,11 @@ def _answer_problem(text: str, answer: str, kind: str) -> Optional[str]:
             "<answer>..</answer> and the working into 'process'"
         )
     return None
+
+
+def is_written_list(text: str) -> bool:
+    """Return True for a list of texts that is written as one text, without tags: "['A', 'C']"."""
+    return _LIST_AS_TEXT.fullmatch(text.strip()) is not None
 
 
 def _is_working(text: str, kind: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Optional, Sequence
 from megatron_ral.data.issues import SampleError
 from megatron_ral.rewards.options import option_letter
 from megatron_ral.rewards.problem_types import rule_name
+from megatron_ral.rewards.references import is_written_list
 
 Answer = str | int | float | bool
 ID_FIELDS = ("problem_id", "id", "question_id")
@@ -17,7 +18,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_FIELDS = ("answer", "answers", "label", "solution", "ground_truth")
 """Fields that hold the reference answer in one layout or another."""
 _SHOWN = 60
-_WRITTEN_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 _OWN_LETTER = re.compile(r"\s*\(?([A-Z])(?:\)|[.:]\s)\s*\S")
 _OWN_NUMBER = re.compile(r"\s*\(?[0-9]{1,2}(?:\)|[.:]\s)\s*\S")
 _LONE_LETTER = re.compile(r"\s*(?:<answer>)?\s*\(?([A-Za-z])\)?[.:]?\s*(?:</answer>)?\s*")
@@ -119,7 +119,8 @@ def _answer(value: Any, name: str) -> Answer:
             f"'{name}' = {shown(value)} is no answer; it must be a text, a number, true or false, or a list of texts",
             "wrong_field",
         )
-    if isinstance(value, str) and _WRITTEN_LIST.fullmatch(value):
+    # A solution is refused where all solutions are read (`reference_problem`), with the same way out.
+    if isinstance(value, str) and name != "solution" and is_written_list(value):
         raise SampleError(
             f"'{name}' = {shown(value)} is a list written as text; give a list, or put <answer>..</answer> around a "
             "text that is meant itself",
@@ -147,13 +148,14 @@ def refuse_several(record: dict, options: list[str]) -> None:
 
 
 def solution_text(answer: Answer) -> str:
-    """Return an answer in the tags that the rewards read.
+    """Return an answer in the tags that the rewards read. A list written as text stays without, and is refused.
 
     A whole float is written as an integer, because a column of integers with gaps comes as floats.
     """
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < _LARGEST_WHOLE:
         answer = int(answer)
-    return str(answer) if "<answer>" in str(answer) else f"<answer>{answer}</answer>"
+    text = str(answer)
+    return text if "<answer>" in text or is_written_list(text) else f"<answer>{text}</answer>"
 
 
 def options_of(record: dict) -> list[str]:
