@@ -15,8 +15,8 @@ attention for the CPU, in any precision.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,30 @@ from torch import Tensor
 from megatron_ral.attention.group_layout import GroupLayout
 
 
-@dataclass(frozen=True)
-class KeyPart:
-    """Which keys the rows of one call see. Keys are [X, S, k, D] for rows [X, L, n, D]."""
+class GroupTensors(NamedTuple):
+    """Queries of the response rows, and the keys and values that they see."""
 
+    query_BGRnD: Tensor
+    prompt_key_BPkD: Tensor
+    """Keys of the prompts, which all responses of a group share."""
+    prompt_value_BPkD: Tensor
+    own_key_BGRkD: Tensor
+    """Keys of the responses."""
+    own_value_BGRkD: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """Inputs of one call of a kernel."""
+
+    query: Tensor
+    """[X, L, n, D]."""
+    key: Tensor
+    """[X, S, k, D]."""
+    value: Tensor
+    """[X, S, k, D]."""
+    scale: float
+    """Softmax scale."""
     is_causal: bool
     """True: row l sees keys 0 to l. False: all rows see all keys of their entry."""
     lengths: Optional[Tensor] = None
@@ -39,56 +59,37 @@ class KeyPart:
 class Kernel(Protocol):
     """Fused attention that returns its normaliser."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, part: KeyPart, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """Return outputs [X, L, n, D] and the log of the sum of the softmax, [X, L, n] float32 or wider."""
         ...
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        part: KeyPart,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, key and value for the given outputs and normalisers."""
+    def backward(self, call: Call, output: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of query, key and value for the given outputs, normalisers and gradient of outputs."""
         ...
 
 
 class FlashKernel:
     """Flash attention on CUDA: bfloat16 or float16, heads of at most 256 whose width divides by 8."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, part: KeyPart, scale: float) -> tuple[Tensor, Tensor]:
-        X, L, n, _ = query.shape
-        packed = _Packed.of(query, key, part)
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        X, L, n, _ = call.query.shape
+        packed = _Packed.of(call)
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query.flatten(0, 1), packed.pack(key), packed.pack(value), *packed.sequences, 0.0, part.is_causal, False,
-            scale=scale,
+            call.query.flatten(0, 1), packed.pack(call.key), packed.pack(call.value), *packed.sequences, 0.0,
+            call.is_causal, False, scale=call.scale,
         )  # fmt: skip
         return output.view(X, L, n, -1), lse.t().reshape(X, L, n)
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        part: KeyPart,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        packed = _Packed.of(query, key, part)
-        random = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
-        unused = torch.empty((), dtype=torch.uint64, device=query.device)
+    def backward(self, call: Call, output: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        packed, device = _Packed.of(call), call.query.device
+        random = torch.empty(2, dtype=torch.uint64, device=device)  # of dropout, which there is none of
+        unused = torch.empty((), dtype=torch.uint64, device=device)
         to_query, to_key, to_value = torch.ops.aten._flash_attention_backward(
-            grad.flatten(0, 1), query.flatten(0, 1), packed.pack(key), packed.pack(value), output.flatten(0, 1),
-            lse.flatten(0, 1).t().contiguous(), *packed.sequences, 0.0, part.is_causal, random, unused, scale=scale,
+            grad.flatten(0, 1), call.query.flatten(0, 1), packed.pack(call.key), packed.pack(call.value),
+            output.flatten(0, 1), lse.flatten(0, 1).t().contiguous(), *packed.sequences, 0.0, call.is_causal, random,
+            unused, scale=call.scale,
         )  # fmt: skip
-        return to_query.view_as(query), packed.unpack(to_key, key), packed.unpack(to_value, value)
+        return to_query.view_as(call.query), packed.unpack(to_key, call.key), packed.unpack(to_value, call.value)
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,16 @@ class _Packed:
     """Places of the keys in [X S], [sum of lengths] int64. None: all of them, in order."""
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, part: KeyPart) -> "_Packed":
-        X, L, S, device = *query.shape[:2], key.shape[1], query.device
+    def of(cls, call: Call) -> "_Packed":
+        X, L, S, device = *call.query.shape[:2], call.key.shape[1], call.query.device
         starts = torch.arange(0, X * L + 1, L, dtype=torch.int32, device=device)
-        if part.lengths is None:
+        if call.lengths is None:
             of_keys = starts if L == S else torch.arange(0, X * S + 1, S, dtype=torch.int32, device=device)
             return cls((starts, of_keys, L, S), None)
-        ends = part.lengths.cumsum(0)
-        rank = torch.arange(part.num_keys, device=device)
+        ends = call.lengths.cumsum(0)
+        rank = torch.arange(call.num_keys, device=device)
         entry = torch.searchsorted(ends, rank, right=True)
-        places = rank + entry * S - (ends - part.lengths)[entry]
+        places = rank + entry * S - (ends - call.lengths)[entry]
         return cls((starts, torch.nn.functional.pad(ends, (1, 0)).int(), L, S), places)
 
     def pack(self, keys: Tensor) -> Tensor:
@@ -128,142 +129,118 @@ class _Packed:
 class CpuKernel:
     """Flash attention on the CPU."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, part: KeyPart, scale: float) -> tuple[Tensor, Tensor]:
-        (rows, keys, values), mask = _for_cpu(query, key, value, part), _padding(key, part, query.dtype)
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, keys, values, 0.0, part.is_causal, attn_mask=mask, scale=scale
+            *_inputs(call), 0.0, call.is_causal, attn_mask=_padding(call), scale=call.scale
         )
-        return _rows_back(output, query), _rows_back(lse[..., None], query)[..., 0]
+        return _rows_back(output, call), _rows_back(lse[..., None], call)[..., 0]
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        part: KeyPart,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (rows, keys, values), mask = _for_cpu(query, key, value, part), _padding(key, part, query.dtype)
-        grad, output, lse = (_rows_like(tensor, key, part) for tensor in (grad, output, lse[..., None]))
+    def backward(self, call: Call, output: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, output, lse = (_rows_like(tensor, call) for tensor in (grad, output, lse[..., None]))
         to_rows, to_keys, to_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, rows, keys, values, output, lse[..., 0], 0.0, part.is_causal, attn_mask=mask, scale=scale
+            grad, *_inputs(call), output, lse[..., 0], 0.0, call.is_causal, attn_mask=_padding(call), scale=call.scale
         )
-        return _rows_back(to_rows, query), _keys_back(to_keys, key), _keys_back(to_values, value)
+        return _rows_back(to_rows, call), _keys_back(to_keys, call), _keys_back(to_values, call)
 
 
-def _padding(key: Tensor, part: KeyPart, dtype: torch.dtype) -> Optional[Tensor]:
+def _padding(call: Call) -> Optional[Tensor]:
     """Return [X, 1, 1, S], -inf at padding and 0 elsewhere. None: no key is padding."""
-    if part.lengths is None:
+    if call.lengths is None:
         return None
-    hidden = torch.arange(key.shape[1], device=key.device) >= part.lengths[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -math.inf)[:, None, None]
+    hidden = torch.arange(call.key.shape[1], device=call.key.device) >= call.lengths[:, None]
+    mask = torch.zeros(hidden.shape, dtype=call.query.dtype, device=call.key.device)
+    return mask.masked_fill_(hidden, -math.inf)[:, None, None]
 
 
-def _rows_like(rows: Tensor, key: Tensor, part: KeyPart) -> Tensor:
+def _rows_like(rows: Tensor, call: Call) -> Tensor:
     """Return rows [X, L, n, E] as [X, n, L, E] beside causal keys, else as [X, k, m L, E], so that no key is copied."""
-    if part.is_causal:
+    if call.is_causal:
         return rows.transpose(1, 2)
-    return rows.unflatten(2, (key.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return rows.unflatten(2, (call.key.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _for_cpu(query: Tensor, key: Tensor, value: Tensor, part: KeyPart) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows_like(query, key, part)
-    repeats = rows.shape[1] // key.shape[2]
-    keys, values = (tensor.transpose(1, 2) for tensor in (key, value))
+def _inputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values with as many heads of each, in front of their rows."""
+    rows = _rows_like(call.query, call)
+    repeats = rows.shape[1] // call.key.shape[2]
+    keys, values = (tensor.transpose(1, 2) for tensor in (call.key, call.value))
     if repeats > 1:
         keys, values = (tensor.repeat_interleave(repeats, dim=1) for tensor in (keys, values))
     return rows, keys, values
 
 
-def _rows_back(rows: Tensor, query: Tensor) -> Tensor:
-    """Return [X, L, n, E] of rows in either form of `_rows_like`."""
-    _, L, n, _ = query.shape
-    if rows.shape[2] == L and rows.shape[1] == n:
+def _rows_back(rows: Tensor, call: Call) -> Tensor:
+    """Invert `_rows_like`."""
+    if call.is_causal:
         return rows.transpose(1, 2)
-    return rows.unflatten(2, (-1, L)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return rows.unflatten(2, (-1, call.query.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _keys_back(gradient: Tensor, key: Tensor) -> Tensor:
+def _keys_back(gradient: Tensor, call: Call) -> Tensor:
     """Return the gradient of keys [X, S, k, D], of heads that may have been repeated."""
-    k = key.shape[2]
+    k = call.key.shape[2]
     gradient = gradient if gradient.shape[1] == k else gradient.unflatten(1, (k, -1)).sum(dim=2)
     return gradient.transpose(1, 2)
 
 
+def _whole(rows: Tensor) -> Tensor:
+    """Return rows [B, G, R, ...] as [B, G R, ...], which see the prompt."""
+    return rows.flatten(1, 2)
+
+
+def _single(rows: Tensor) -> Tensor:
+    """Return rows [B, G, R, ...] as [B G, R, ...], each of which sees its own response."""
+    return rows.flatten(0, 1)
+
+
+def _calls(group: GroupTensors, layout: GroupLayout, scale: float) -> tuple[Call, Call]:
+    """Return the calls over the prompt and over the own response."""
+    query, prompt_key, prompt_value, own_key, own_value = group
+    prompt = Call(_whole(query), prompt_key, prompt_value, scale, False)
+    if layout.num_prompt_tokens != layout.B * layout.P:
+        prompt = replace(prompt, lengths=layout.prompt_lengths, num_keys=layout.num_prompt_tokens)
+    return prompt, Call(_single(query), _single(own_key), _single(own_value), scale, True)
+
+
 class _SharedPromptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, prompt_key, prompt_value, own_key, own_value, prompt, own, scale, kernel):
-        B, G, R, n, _ = query.shape
-        whole, single = query.reshape(B, G * R, n, -1), query.reshape(B * G, R, n, -1)
-        keys, values = own_key.flatten(0, 1), own_value.flatten(0, 1)
-        over_prompt, prompt_lse = kernel.forward(whole, prompt_key, prompt_value, prompt, scale)
-        over_own, own_lse = kernel.forward(single, keys, values, own, scale)
-        own_lse = own_lse.reshape(prompt_lse.shape)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, layout, scale, kernel = inputs
+        group = GroupTensors(*tensors)
+        shape = group.query_BGRnD.shape
+        (prompt, prompt_lse), (own, own_lse) = map(kernel.forward, _calls(group, layout, scale))
+        prompt_lse, own_lse = prompt_lse.reshape(shape[:-1]), own_lse.reshape(shape[:-1])
         lse = torch.logaddexp(prompt_lse, own_lse)
         share = (own_lse - lse).exp_()[..., None]
-        output = torch.lerp(over_prompt.to(share.dtype), over_own.reshape(whole.shape).to(share.dtype), share)
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, prompt_key, prompt_value, own_key, own_value, output, lse)
-        ctx.parts = prompt, own, scale, kernel
-        return output.view(query.shape)
+        prompt, own = prompt.reshape(shape).to(share.dtype), own.reshape(shape).to(share.dtype)
+        output = torch.lerp(prompt, own, share).to(group.query_BGRnD.dtype)
+        ctx.save_for_backward(*group, output, lse)
+        ctx.rest = layout, scale, kernel
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any):
-        query, prompt_key, prompt_value, own_key, own_value, output, lse = ctx.saved_tensors
-        prompt, own, scale, kernel = ctx.parts
-        B, G, R, n, _ = query.shape
-
-        def whole(tensor: Tensor) -> Tensor:
-            return tensor.reshape(B, G * R, n, -1)
-
-        def single(tensor: Tensor) -> Tensor:
-            return tensor.reshape(B * G, R, n, -1)
-
-        keys, values = own_key.flatten(0, 1), own_value.flatten(0, 1)
-        to_query, to_prompt_key, to_prompt_value = kernel.backward(
-            whole(grads[0]), whole(query), prompt_key, prompt_value, output, lse, prompt, scale
-        )
-        again, to_own_key, to_own_value = kernel.backward(
-            single(grads[0]), single(query), keys, values, single(output), single(lse)[..., 0], own, scale
-        )
-        to_query = to_query.reshape(query.shape) + again.reshape(query.shape)
-        to_own = (gradient.unflatten(0, (B, G)) for gradient in (to_own_key, to_own_value))
-        return to_query, to_prompt_key, to_prompt_value, *to_own, None, None, None, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        *tensors, output, lse = ctx.saved_tensors
+        layout, scale, kernel = ctx.rest
+        prompt, own = _calls(GroupTensors(*tensors), layout, scale)
+        rows = output, lse, grads[0]
+        to_query, to_prompt_key, to_prompt_value = kernel.backward(prompt, *map(_whole, rows))
+        again, to_own_key, to_own_value = kernel.backward(own, *map(_single, rows))
+        to_query = to_query.reshape(output.shape) + again.reshape(output.shape)
+        to_own = (gradient.unflatten(0, output.shape[:2]) for gradient in (to_own_key, to_own_value))
+        return to_query, to_prompt_key, to_prompt_value, *to_own, None, None, None
 
 
-def shared_prompt_attention(
-    query_BGRnD: Tensor,
-    prompt_key_BPkD: Tensor,
-    prompt_value_BPkD: Tensor,
-    own_key_BGRkD: Tensor,
-    own_value_BGRkD: Tensor,
-    layout: GroupLayout,
-    scale: float,
-    kernel: Kernel,
-) -> Tensor:
+def shared_prompt_attention(group: GroupTensors, layout: GroupLayout, scale: float, kernel: Kernel) -> Tensor:
     """Return the attention of every response row over the prompt and its own response, [B, G, R, n, D].
 
     Args:
-        query_BGRnD: Queries of the response rows.
-        prompt_key_BPkD: Keys of the prompts, which all responses of a group share.
-        prompt_value_BPkD: Values of the prompts.
-        own_key_BGRkD: Keys of the responses.
-        own_value_BGRkD: Values of the responses.
+        group: Queries, keys and values, all of which get gradient.
         layout: Lengths. Padding of a prompt is not seen.
         scale: Softmax scale.
         kernel: Fused attention of the device.
-
-    Returns:
-        Outputs that carry gradient to all five tensors.
     """
-    prompt = KeyPart(False)
-    if layout.num_prompt_tokens != layout.B * layout.P:
-        prompt = KeyPart(False, layout.prompt_lengths, layout.num_prompt_tokens)
-    tensors = query_BGRnD, prompt_key_BPkD, prompt_value_BPkD, own_key_BGRkD, own_value_BGRkD
-    return _SharedPromptAttention.apply(*tensors, prompt, KeyPart(True), scale, kernel)
+    return _SharedPromptAttention.apply(*group, layout, scale, kernel)
 
 
 LEAST_KEYS_ON_CPU = 256

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_ral.attention.exploration import VisualNoise, move_inside_picture
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
-from megatron_ral.attention.shared_prompt import kernel_for, shared_prompt_attention
+from megatron_ral.attention.shared_prompt import GroupTensors, kernel_for, shared_prompt_attention
 from megatron_ral.models.attention_pass import AttentionPass
 
 
@@ -86,30 +86,23 @@ class InstrumentedAttention(torch.nn.Module):
         if self.layer in pass_.recorded_layers:
             last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
             pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
-        group = group_query, prompt_key, prompt_value, group_key, group_value
+        group = GroupTensors(group_query, prompt_key, prompt_value, group_key, group_value)
         kernel = kernel_for(query, P)
         if kernel is None:
-            response_output = self._dense(*group, layout)
+            response_output = self._dense(group, layout)
         else:
-            response_output = shared_prompt_attention(*group, layout, self.softmax_scale, kernel)
+            response_output = shared_prompt_attention(group, layout, self.softmax_scale, kernel)
         output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[-2:])], dim=1)
         return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
-    def _dense(
-        self,
-        query_BGRnD: Tensor,
-        prompt_key_BPkD: Tensor,
-        prompt_value_BPkD: Tensor,
-        own_key_BGRkD: Tensor,
-        own_value_BGRkD: Tensor,
-        layout: GroupLayout,
-    ) -> Tensor:
+    def _dense(self, group: GroupTensors, layout: GroupLayout) -> Tensor:
         """Return `shared_prompt_attention` by one call with a dense mask, for inputs that no fused kernel takes."""
         G = layout.G
-        keys = torch.cat([prompt_key_BPkD[:, None].expand(-1, G, -1, -1, -1), own_key_BGRkD], dim=2)
-        values = torch.cat([prompt_value_BPkD[:, None].expand(-1, G, -1, -1, -1), own_value_BGRkD], dim=2)
+        query, prompt_key, prompt_value, own_key, own_value = group
+        keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), own_key], dim=2)
+        values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), own_value], dim=2)
         mask = layout.visible_BGRS.flatten(0, 1)[:, None]
-        return self._sdpa(query_BGRnD.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
+        return self._sdpa(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """Return attention outputs [B, L, heads, D] of queries [B, L, heads, D] and keys and values [B, S, kv, D]."""

@@ -11,6 +11,7 @@ from megatron_ral.attention.shared_prompt import (
     LEAST_KEYS_ON_CPU,
     CpuKernel,
     FlashKernel,
+    GroupTensors,
     kernel_for,
     shared_prompt_attention,
 )
@@ -31,9 +32,9 @@ def test_two_calls_equal_a_dense_mask(dtype, tolerance, G, P, R, heads, kv, D, p
     for two_calls in (True, False):
         inputs = [tensor.clone().requires_grad_() for tensor in tensors]
         if two_calls:
-            output = shared_prompt_attention(*inputs, layout, attention.softmax_scale, CpuKernel())
+            output = shared_prompt_attention(GroupTensors(*inputs), layout, attention.softmax_scale, CpuKernel())
         else:
-            output = attention._dense(*inputs, layout).reshape(shapes[0])
+            output = attention._dense(GroupTensors(*inputs), layout).reshape(shapes[0])
         found.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
     for mine, dense in zip(*found):
         torch.testing.assert_close(mine, dense, rtol=tolerance, atol=tolerance)
