@@ -145,9 +145,10 @@ def packed_attention(
         result = _attend([part.unflatten(0, (-1, own.longest)) for part in (query, key, value)], None, scaling)
     else:
         padded = [
-            _attend([part[bucket.rows] for part in (query, key, value)], bucket.mask, scaling) for bucket in own.buckets
+            _attend([_take(part, bucket.rows) for part in (query, key, value)], bucket.mask, scaling)
+            for bucket in own.buckets
         ]
-        result = torch.cat(padded)[own.places]
+        result = torch.cat(padded).index_select(0, own.places)
     return result[None], None
 
 

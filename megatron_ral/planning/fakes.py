@@ -235,9 +235,8 @@ class Watched(TorchDispatchMode):
         if self.on_gpu and (wait := wait_of(name, args, kwargs, result)):
             add(seen.waits, f"{wait} {place()}", self.weight)
         if name in ATTENTION:
-            add(seen.attention, attention_call(name, args), self.weight)
-            masks = [mask for mask in args[3:4] if isinstance(mask, Tensor) and mask.dim() == 4]
-            size = sum(mask.untyped_storage().nbytes() for mask in masks)
+            call, size = attention_call(name, args)
+            add(seen.attention, call, self.weight)
             seen.mask_bytes = max(seen.mask_bytes, size)
 
     def _follow(self, tensor: Tensor, kind: Optional[str]) -> bool:

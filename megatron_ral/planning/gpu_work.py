@@ -98,12 +98,17 @@ def place() -> str:
     return inner.removesuffix(" < ") or "torch"
 
 
-def attention_call(name: str, args: Sequence[Any]) -> str:
-    """Return a fused attention's name, the shapes of its queries and keys, and the shape of its mask if it has one."""
+def attention_call(name: str, args: Sequence[Any]) -> tuple[str, int]:
+    """Return a description of a call of fused attention, and the bytes of its mask.
+
+    The description has the name, the shapes of queries and keys, and the shape of the mask if there is one.
+    """
     query, key = args[:2]
-    mask = next((tuple(item.shape) for item in args[3:4] if isinstance(item, Tensor) and item.dim() == 4), None)
-    shapes = f"{tuple(query.shape)} x {tuple(key.shape)}"
-    return f"{name.strip('_')} {shapes}" + (f", mask {mask}" if mask else "")
+    text, size = f"{name.strip('_')} {tuple(query.shape)} x {tuple(key.shape)}", 0
+    for mask in args[3:4]:
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            text, size = f"{text}, mask {tuple(mask.shape)}", mask.untyped_storage().nbytes()
+    return text, size
 
 
 @contextmanager

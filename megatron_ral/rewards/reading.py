@@ -41,8 +41,8 @@ _NUMBER = re.compile(
     rf"(?:\s*({_UNIT_WORD}(?:\s+{_UNIT_WORD}){{0,2}}))?"
 )
 _OTHER_NUMBER = re.compile(
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|quarter|tenth|hundredth|thousandth)s?|half|halves|"
-    r"squared|cubed|and|or|to|plus|minus|mil|mio|mn|mln|bn|mrd|tn|pi|i|e)\b|[πℯ]"
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|quarter|tenth|hundredth|thousandth)s?|"
+    r"half|halves|squared|cubed|and|or|to|plus|minus|mil|mio|mn|mln|bn|mrd|tn|pi|i|e)\b|[πℯ]"
 )
 """Words behind a number that change its value or leave it open."""
 _SCALE = re.compile(r"[kMB]|(?<!\s)[KT]")

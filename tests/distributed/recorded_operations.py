@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on the CPU: operators are recorded once and then run again on the same tensors.
+"""A CUDA graph on the CPU: operators are recorded once and then run again on the same tensors.
 
 A replay runs no Python of the recorded work. It is therefore right only where the work reads and writes the same memory
 every time and takes nothing from the host, which is what a CUDA graph needs.

@@ -18,7 +18,7 @@ NOISE = ExplorationSettings(sigma=4.0, noisy_layers=frozenset(range(8)))
 
 
 def both(path, tensor, pipeline):
-    """Whether recorded passes give the bits of plain ones, and how often they were recorded and replayed."""
+    """Return whether recorded passes give the bits of plain ones, and how often they were recorded and replayed."""
     GroupKVCache.BLOCK = 5
     policy, prompts = open_policy(path, tensor, pipeline)[3], read(path)
     result = {}
