@@ -64,7 +64,7 @@ def main(argv: Arguments = None) -> int:
         term = objective.term("attention")
         coef = manifest["metrics"].get("attention/coef", term.coefficient)
         objective = objective.with_term(replace(term, coefficient=coef if math.isfinite(coef) else 1.0))
-    policy = build_policy(config, shape, process_groups)
+    policy = build_policy(config, shape, process_groups, require_finite=False)
     again, lines, passes = run_again(policy, batches, tensors, objective)
     if process_groups.layout.rank == 0:
         print(

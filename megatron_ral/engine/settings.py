@@ -28,6 +28,8 @@ class EngineSettings:
     """Unit that is gathered from the data-parallel ranks in a training pass: `stage` or `layer`."""
     overlap: bool = False
     """Gather and reduce while passes compute."""
+    require_finite: bool = True
+    """Refuse weights with NaN or infinite values. A replay takes them: they may be what it looks for."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "EngineSettings":

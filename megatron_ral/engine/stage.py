@@ -77,7 +77,7 @@ class StageEngine:
             )
             problem = None
             try:
-                load_stage(self.stage, settings.path)
+                load_stage(self.stage, settings.path, settings.require_finite)
             except CheckpointError as error:
                 problem = error
             raise_together(problem)

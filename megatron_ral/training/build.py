@@ -1,6 +1,7 @@
 """Builders of the parts that a run and the replay of one of its batches share: models, objective, teacher."""
 
 import logging
+from dataclasses import replace
 from typing import Optional
 
 from megatron_ral.config.sections import RunConfig
@@ -18,9 +19,19 @@ from megatron_ral.parallel.process_groups import ProcessGroups, another_layout
 logger = logging.getLogger(__name__)
 
 
-def build_policy(config: RunConfig, shape: ModelShape, process_groups: ProcessGroups) -> PolicyEngine:
-    """Return the policy of a run."""
-    return PolicyEngine(shape, process_groups, EngineSettings.from_config(config), TrainingSettings.from_config(config))
+def build_policy(
+    config: RunConfig, shape: ModelShape, process_groups: ProcessGroups, require_finite: bool = True
+) -> PolicyEngine:
+    """Return the policy of a run.
+
+    Args:
+        config: Configuration of the run.
+        shape: Shape of the model.
+        process_groups: Process groups.
+        require_finite: Refuse weights with NaN or infinite values.
+    """
+    settings = replace(EngineSettings.from_config(config), require_finite=require_finite)
+    return PolicyEngine(shape, process_groups, settings, TrainingSettings.from_config(config))
 
 
 def build_teacher(

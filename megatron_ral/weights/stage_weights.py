@@ -33,12 +33,17 @@ def describe_stage(stage: MultimodalStage) -> list[StageTensor]:
 
 
 @torch.no_grad()
-def load_stage(stage: MultimodalStage, path: str) -> None:
+def load_stage(stage: MultimodalStage, path: str, require_finite: bool = True) -> None:
     """Fill a stage from a Hugging Face folder, or a Megatron folder of any layout.
+
+    Args:
+        stage: This rank's stage.
+        path: Folder of the weights.
+        require_finite: Refuse values that are not finite in the type of the stage.
 
     Raises:
         CheckpointError: the folder is damaged, has missing, unexpected or mis-shaped tensors (all are listed), or a
-            value that is not finite in the type of the stage.
+            value that `require_finite` refuses.
     """
     weights, layout = open_weights(path), stage.layout
     check_weights(weights, stage.shape)
@@ -47,7 +52,7 @@ def load_stage(stage: MultimodalStage, path: str) -> None:
         tick()
         parameter, value = parameters[tensor.name], tensor.read(weights, layout.tensor_rank, layout.tensor_size)
         parameter.copy_(value)
-        if not parameter.isfinite().all():
+        if require_finite and not parameter.isfinite().all():
             names = ", ".join(f"'{name}'" for name in tensor.sources)
             fault = f"values beyond {stage.dtype}" if value.isfinite().all() else "NaN or infinite values"
             raise CheckpointError(f"'{path}'", None, f"has {fault} in {names}; give an earlier checkpoint")
