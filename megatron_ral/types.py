@@ -7,6 +7,7 @@ S = P + R keys of a response row, V images and videos.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Mapping, Optional, Sequence
 
@@ -241,7 +242,7 @@ class GroupBatch:
     """Index of the response token with which the answer begins, [B, G] int64; -1 where a response has no answer. None:
     not looked for."""
 
-    @property
+    @cached_property
     def response_mask(self) -> Tensor:
         """Mask of the real response tokens, [B, G, R] bool."""
         steps = torch.arange(self.response_ids.shape[2], device=self.response_ids.device)
@@ -334,7 +335,7 @@ class RlBatch:
     """Layer -> target of the attention divergence, in the form that the target stores."""
     teacher: TeacherOutputs = field(default_factory=TeacherOutputs)
 
-    @property
+    @cached_property
     def loss_mask(self) -> Tensor:
         """Mask of the response tokens that count, [B, G, R] bool."""
         return self.groups.response_mask & self.group_mask[:, None, None]

@@ -1,13 +1,13 @@
-"""Interface of the code that forms attention rows and their gradients from queries and keys."""
+"""Interfaces of the code that forms attention rows from queries and keys, and of the formulas over formed rows."""
 
-from typing import Callable, Protocol
+from typing import Callable, NamedTuple, Protocol
 
 from torch import Tensor
 
-from megatron_ral.attention.types import Block, RowQK
+from megatron_ral.attention.types import Block, RowKeys, RowQK
 
 SlopeOf = Callable[[Block], Tensor]
-"""Block -> dD/da of its rows times the gradient that reaches them, over `num_heads`: [b, g, r, S]."""
+"""Block -> dD/da of its rows times the gradient that reaches them, over `num_heads`: [b, g, r, S], contiguous."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Gradients of query, prompt keys and response keys: float32 or wider, contiguous, zeros at first."""
@@ -22,4 +22,49 @@ class RowBackend(Protocol):
 
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:
         """Add the gradients of all rows to `gradients`."""
+        ...
+
+
+class Compared(NamedTuple):
+    """Rows that are compared with their targets, all tensors without gradient."""
+
+    attention_BGRS: Tensor
+    """Head-averaged attention."""
+    mass_BGR: Tensor
+    """Mass Z of each row on its keys, from `RowFormulas.divergence`."""
+    target_BGRS: Tensor
+    """Target distributions, maybe expanded from fewer rows."""
+    keys: RowKeys
+    """Keys that the distributions are made of."""
+    kind: str
+    """Name of `divergence.DIVERGENCES`."""
+
+
+class RowFormulas(Protocol):
+    """One way to compute formulas over head-averaged rows [B, G, R, S]. All results are without gradient.
+
+    Rows that are equal bit for bit have equal distributions bit for bit, in whichever block they are.
+    """
+
+    def key_mass(self, attention_BGRS: Tensor, keys: RowKeys) -> Tensor:
+        """Return the mass Z of each row on its keys, [B, G, R]."""
+        ...
+
+    def distribution(self, attention_BGRS: Tensor, keys: RowKeys) -> tuple[Tensor, Tensor]:
+        """Return (`distribution.attention_distribution`, Z)."""
+        ...
+
+    def divergence(
+        self, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return (divergence of each row from its target, Z), both [B, G, R]. Rows without either give 0."""
+        ...
+
+    def slope(self, rows: Compared, grad_BGR: Tensor, block: Block) -> Tensor:
+        """Return dD/da of a block times the gradient that reaches its rows, [b, g, r, S], contiguous."""
+        ...
+
+    def masses(self, attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:
+        """Return the masses on visual tokens, annotated tokens, the prompt, the first token and the own token, and the
+        entropy, [6, B, G, R]. All but the own token's are those of the row's distribution."""
         ...

@@ -52,13 +52,11 @@ class TargetShares:
             mask_BGR: Mask of the rows that count.
         """
         annotated = mask_BGR & groups.prompts.is_annotated[:, None, None]
-        deciding = annotated & deciding_rows(groups, QueryPosition.RESPONSE)
-        peaks = share_BGR.masked_fill(~annotated, 0.0).amax(dim=-1)
-        return cls(
-            ((share_BGR * annotated).sum(), annotated.sum()),
-            ((share_BGR * deciding).sum(), deciding.sum()),
-            (peaks.sum(), annotated.any(dim=-1).sum()),
-        )
+        masks = torch.stack([annotated, annotated & deciding_rows(groups, QueryPosition.RESPONSE)])
+        shares = masks * share_BGR
+        sums, counts = shares.sum(dim=(1, 2, 3)), masks.sum(dim=(1, 2, 3))
+        peaks = shares[0].amax(dim=-1).sum(), annotated.any(dim=-1).sum()
+        return cls((sums[0], counts[0]), (sums[1], counts[1]), peaks)
 
     def named(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (sum, count) by the name in logs and tables."""

@@ -63,11 +63,17 @@ class AttentionRows:
             columns_BS: Mask of the keys that count, bool. None: all.
             exclude_self: Leave the row's own token out (the paper).
         """
-        if columns_BS is None:
-            columns_BS = torch.ones(
-                len(self.attention), self.attention.shape[-1], dtype=torch.bool, device=self.attention.device
-            )
-        return RowKeys(columns_BS, self.layout.own_columns(self.position) if exclude_self else None)
+        columns = self._every_column if columns_BS is None else columns_BS
+        return RowKeys(columns, self._own_columns if exclude_self else None)
+
+    @cached_property
+    def _every_column(self) -> Tensor:
+        shape = len(self.attention), self.attention.shape[-1]
+        return torch.ones(shape, dtype=torch.bool, device=self.attention.device)
+
+    @cached_property
+    def _own_columns(self) -> Tensor:
+        return self.layout.own_columns(self.position)
 
     def named_keys(self, name: str, prompts: PromptBatch, exclude_self: bool) -> RowKeys:
         """Return the keys of a setting `attention_keys`.
@@ -86,11 +92,6 @@ class AttentionRows:
     def distribution(self, keys: Optional[RowKeys] = None) -> Tensor:
         """Return the attention distributions [B, G, R, S] over `keys` (None: the paper's), without gradient."""
         return attention_distribution(self.attention, keys or self.keys())[0]
-
-    def own_mass(self) -> Tensor:
-        """Return the attention on each row's own token, [B, G, R]."""
-        own = self.layout.own_columns(self.position)[:, None, :, None].expand(*self.attention.shape[:3], 1)
-        return self.attention.gather(-1, own)[..., 0]
 
     def divergence(self, target: Tensor, keys: Optional[RowKeys] = None, kind: str = "jsd") -> Tensor:
         """Return the divergence [B, G, R] of each distribution from `target`, in nats, with gradient."""

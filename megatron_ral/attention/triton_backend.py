@@ -24,8 +24,8 @@ from megatron_ral.attention.triton_kernels import (
 )
 from megatron_ral.attention.types import Block, RowQK
 
-SLOPE_ELEMENTS = 1 << 26
-"""Elements of the slope that are written down for the kernels at once (256 MB)."""
+SLOPE_ELEMENTS = 1 << 27
+"""Elements of the slope that are written down for the kernels at once (512 MB)."""
 
 
 class TritonBackend:
@@ -35,14 +35,8 @@ class TritonBackend:
         return head_mean_rows(qk)
 
     def add_gradients(self, qk: RowQK, slope_of: SlopeOf, gradients: Gradients) -> None:
-        S = qk.num_keys
-        for block in blocks.row_blocks(qk.query_BGRnD.shape[:3], S, SLOPE_ELEMENTS):
-            shape, starts = [part.stop - part.start for part in block], [part.start for part in block]
-            slope = torch.empty(*shape, S, dtype=torch.float32, device=qk.query_BGRnD.device)
-            for inner in blocks.row_blocks(shape, S, blocks.formula_elements(slope)):
-                b, g, r = (slice(part.start + start, part.stop + start) for part, start in zip(inner, starts))
-                slope[inner] = slope_of((b, g, r))
-            add_gradients(qk, slope, block, gradients)
+        for block in blocks.row_blocks(qk.query_BGRnD.shape[:3], qk.num_keys, SLOPE_ELEMENTS):
+            add_gradients(qk, slope_of(block), block, gradients)
 
 
 class _Inputs(NamedTuple):
@@ -106,7 +100,7 @@ def head_mean_rows(qk: RowQK) -> Tensor:
     result = torch.empty(B, G, R, qk.num_keys, dtype=torch.float32, device=inputs.query.device)
     if not result.numel():
         return result
-    with _device_of(result):
+    with device_of(result):
         normaliser, _ = _statistics(inputs, qk, None, 0)
         for is_prompt, keys, strides in inputs.segments():
             size = keys.shape[1 if is_prompt else 2]
@@ -148,7 +142,7 @@ def add_gradients(qk: RowQK, slope: Tensor, block: Block, gradients: Gradients) 
     )
     inputs, to_query = _Inputs.of(part), gradients[0][b, g, r]
     B, G, R, n, _ = inputs.query.shape
-    with _device_of(slope):
+    with device_of(slope):
         normaliser, inner = _statistics(inputs, qk, slope, r.start)
         _query_gradient[(triton.cdiv(R, inputs.tile.ROWS), n, B * G)](
             *inputs[:4],
@@ -190,6 +184,6 @@ def add_gradients(qk: RowQK, slope: Tensor, block: Block, gradients: Gradients) 
             )
 
 
-def _device_of(tensor: Tensor) -> ContextManager:
+def device_of(tensor: Tensor) -> ContextManager:
     """Return a context in which kernels start on the tensor's device, which need not be the current one."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()

@@ -24,7 +24,7 @@ up to 660 bytes of every thread to memory. Two stages: the next keys are on the 
 product is made of plain multiply-adds whose operands sit in registers, hence 32 x 32 there. None of this has run on a
 GPU yet, or was tuned on one.
 
-Only this module and `triton_backend.py`, which launches the kernels, import Triton.
+Only this module, `triton_backend.py`, which launches the kernels, and `triton_formula_kernels.py` import Triton.
 """
 
 from typing import NamedTuple

@@ -8,7 +8,7 @@ with one process on the whole batch.
 """
 
 import math
-from typing import Any, Iterable, Iterator, Mapping, Sequence, cast
+from typing import Any, Iterable, Iterator, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.objectives.base import Objective
+from megatron_ral.objectives.base import Objective, add_metrics
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import TrainBatch, to_device
@@ -108,10 +108,6 @@ class PolicyEngine(StageEngine):
         metrics: dict[str, Tensor] = {}
         to_come = len(batches)
 
-        def add(values: Mapping[str, Tensor]) -> None:
-            for name, value in values.items():
-                metrics[name] = metrics.get(name, 0.0) + value.detach()
-
         def forward_step(iterator, stage):
             nonlocal to_come
             to_come -= 1
@@ -124,7 +120,7 @@ class PolicyEngine(StageEngine):
                 loss, values = objective.attention_loss(
                     layer, self.attention_rows(record, pass_, objective.position), batch
                 )
-                add(values)
+                add_metrics(metrics, values)
                 if loss is not None:
                     output = _AttachLoss.apply(output, loss, scale)
             if to_come == 0:
@@ -134,7 +130,7 @@ class PolicyEngine(StageEngine):
                 loss, values = objective.token_loss(
                     self.token_outputs(logits, batch.groups, objective.temperature), batch
                 )
-                add(values)
+                add_metrics(metrics, values)
                 return loss * scale, torch.ones((), dtype=torch.int), {}
 
             return output, token_loss

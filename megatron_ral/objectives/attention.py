@@ -16,7 +16,7 @@ from megatron_ral.attention.targets.load import load_target
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass
 from megatron_ral.attention.types import QueryPosition, RowKeys
 from megatron_ral.config.loss import LossConfig
-from megatron_ral.objectives.base import Metrics, Term
+from megatron_ral.objectives.base import Metrics, Term, sums_and_counts
 from megatron_ral.types import GroupBatch, PromptBatch, RlBatch
 
 PRECISION_FLOOR = {torch.float64: 1e-26, torch.float32: 1e-12, torch.bfloat16: 1e-4}
@@ -83,11 +83,10 @@ class AttentionTerm(Term):
     def attention_loss(self, layer: int, rows: AttentionRows, batch: RlBatch) -> tuple[Tensor, Metrics]:
         with torch.set_grad_enabled(self.is_active and torch.is_grad_enabled()):
             loss, measured = self._loss(layer, rows, batch)
-        loss = self.coefficient * loss
         return loss, {**attention_metrics(layer, rows, batch), **measured, "loss/attention": loss.detach()}
 
     def _loss(self, layer: int, rows: AttentionRows, batch: RlBatch) -> tuple[Tensor, Metrics]:
-        """Return the loss of one layer at coefficient 1, and its metrics."""
+        """Return the loss of one layer and its metrics."""
         settings, totals = self.settings, batch.totals
         keys = self._keys(rows, batch.groups.prompts)
         target = self._target_distribution(layer, rows, keys, batch)
@@ -100,7 +99,7 @@ class AttentionTerm(Term):
         weights = self.target.weights(batch, settings.attention_negative_weight)
         if self.row_weighting == "visual":
             weights = weights * key_mass(rows.attention, rows.named_keys("visual", batch.groups.prompts, False))
-        loss = (capped * weights * mask).sum() / (rows_in_step * len(self.layers))
+        loss = (capped * (weights * mask)).sum() * (self.coefficient / (rows_in_step * len(self.layers)))
         floor = PRECISION_FLOOR[rows.record.query_BGRnD.dtype]
         return loss, self._divergence_metrics(divergence.detach(), batch, mask, floor)
 
@@ -135,12 +134,11 @@ class AttentionTerm(Term):
         if self.position is not QueryPosition.LAST_PROMPT:
             advantages = batch.attention_advantages[..., None]
             chosen |= {"divergence_positive": mask & (advantages > 0), "divergence_negative": mask & (advantages < 0)}
-        metrics = {}
-        for name, rows in chosen.items():
-            metrics[f"attention/{name}:sum"] = (divergence * rows).sum()
-            metrics[f"attention/{name}:count"] = rows.sum()
+        masks = torch.stack(list(chosen.values()))
+        sums, counts = (masks * divergence).sum(dim=(1, 2, 3)), masks.sum(dim=(1, 2, 3))
+        metrics = sums_and_counts([f"attention/{name}" for name in chosen], sums, counts)
         metrics["attention/above_floor:sum"] = ((divergence > floor) & mask).sum()
-        metrics["attention/above_floor:count"] = mask.sum()
+        metrics["attention/above_floor:count"] = counts[0]
         return metrics
 
 
@@ -160,13 +158,13 @@ def attention_metrics(layer: int, rows: AttentionRows, batch: RlBatch) -> dict[s
     for name, (total, count) in TargetShares.of(mass.target_share, batch.groups, mask).named().items():
         for tag in (f"attention/{name}", f"attention/{name}/layer_{layer}"):
             metrics |= {f"{tag}:sum": total, f"{tag}:count": count}
-    for name, values in (
-        ("visual_mass", mass.visual),
-        ("prompt_mass", mass.prompt),
-        ("sink_mass", mass.sink),
-        ("self_mass", rows.own_mass()),
-        ("row_entropy", mass.entropy),
-    ):
-        metrics[f"attention/{name}:sum"] = (values * mask).sum()
-        metrics[f"attention/{name}:count"] = mask.sum()
-    return metrics
+    values = {
+        "visual_mass": mass.visual,
+        "prompt_mass": mass.prompt,
+        "sink_mass": mass.sink,
+        "self_mass": mass.own,
+        "row_entropy": mass.entropy,
+    }
+    sums = (torch.stack(list(values.values())) * mask).sum(dim=(1, 2, 3))
+    count = mask.sum().expand(len(values))
+    return metrics | sums_and_counts([f"attention/{name}" for name in values], sums, count)

@@ -5,7 +5,7 @@ and stages gives the loss of the step, however it is cut. Metrics likewise are s
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -118,6 +118,22 @@ class Objective:
                 if loss is not None and loss.requires_grad:
                     total = loss if total is None else total + loss
         return total, metrics
+
+
+def sums_and_counts(names: Sequence[str], sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return metrics from a vector of sums and one of counts, which a GPU makes in two launches for all names."""
+    tags = (f"{name}:{part}" for name in names for part in ("sum", "count"))
+    return dict(zip(tags, (scalar for pair in zip(sums, counts) for scalar in pair)))
+
+
+def add_metrics(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add metrics to others, those of one type in one operation. No gradient."""
+    added = {name: value.detach() for name, value in more.items() if name in total}
+    total.update({name: value.detach() for name, value in more.items() if name not in total})
+    for dtype in {value.dtype for value in added.values()}:
+        names = [name for name, value in added.items() if value.dtype == dtype]
+        values = torch._foreach_add([total[name] for name in names], [added[name] for name in names])
+        total.update(zip(names, values))
 
 
 def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:

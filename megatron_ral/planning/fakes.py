@@ -354,17 +354,21 @@ def counted_triton(watched: Watched) -> Iterator[None]:
     Args:
         watched: mode that counts them.
     """
-    from megatron_ral.attention import rows, triton_backend
+    from megatron_ral.attention import formulas, rows, triton_backend, triton_formulas
 
     def choose(device: torch.device, dtype: torch.dtype, width: int) -> tuple[triton_backend.TritonBackend, str]:
         return triton_backend.TritonBackend(), "Triton kernels, counted"
 
-    names = ("_row_statistics", "_head_mean", "_query_gradient", "_key_gradient")
+    kernels = (
+        *((triton_backend, name) for name in ("_row_statistics", "_head_mean", "_query_gradient", "_key_gradient")),
+        *((triton_formulas, f"_{what}_of_rows") for what in ("distribution", "masses", "divergence", "slope")),
+    )
     with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(replaced(triton_backend, name, _CountedKernel(name, watched)))
-        stack.enter_context(replaced(triton_backend, "_device_of", lambda tensor: nullcontext()))
+        for module, name in kernels:
+            stack.enter_context(replaced(module, name, _CountedKernel(name, watched)))
+        stack.enter_context(replaced(triton_backend, "device_of", lambda tensor: nullcontext()))
         stack.enter_context(replaced(rows, "choose_backend", choose))
+        stack.enter_context(replaced(formulas, "_of_device", lambda device: triton_formulas.TritonFormulas()))
         yield
 
 

@@ -11,14 +11,21 @@ import time
 import torch
 
 from megatron_ral.attention import triton_backend
+from megatron_ral.attention.backend import Compared
 from megatron_ral.attention.backend_check import backend_fault
 from megatron_ral.attention.distribution import attention_distribution
+from megatron_ral.attention.divergence import DIVERGENCES
+from megatron_ral.attention.formulas_check import formulas_fault
 from megatron_ral.attention.rows import head_mean_attention, row_divergence
 from megatron_ral.attention.torch_backend import TorchBackend
+from megatron_ral.attention.torch_formulas import TorchFormulas
+from megatron_ral.attention.triton_formulas import TritonFormulas
 from megatron_ral.attention.types import RowKeys
 from tests.unit.test_attention_rows import another_policy, head_shard, random_qk, random_weights, row_keys
 
 KERNELS = triton_backend.TritonBackend()
+FORMULAS = TritonFormulas()
+EVERY_COLUMN = RowKeys(torch.ones(1, 40, dtype=torch.bool))
 
 
 def both(qk, keys, target, kind) -> dict:
@@ -86,6 +93,83 @@ def silent() -> dict:
     return {name: (ours, ours if name == "rows" else torch.zeros_like(ours)) for name, (ours, _) in result.items()}
 
 
+def formulas(P: int, R: int, own: bool, expanded: bool) -> dict:
+    """Every formula over rows of several blocks, by the kernels and by PyTorch, with strides of a larger map."""
+    B, G, generator = 2, 3, torch.Generator().manual_seed(P)
+    attention, other = torch.rand(2, B, G, R + 1, P + R, generator=generator)[:, :, :, 1:].pow(8)
+    attention[0, 0, 0] = 0.0  # a row without mass
+    attention[0, 0, -1, P // 2] = 1e-30
+    columns = torch.rand(B, P + R, generator=generator) < 0.9
+    keys = RowKeys(columns, P + torch.arange(R).expand(B, R) if own else None)
+    visual = torch.rand(B, P, generator=generator) < 0.5
+    found = {}
+    for name, by in (("ours", FORMULAS), ("wanted", TorchFormulas())):
+        target = by.distribution(other[:, :, :1] if expanded else other, keys._replace(own_BR=None))[0].expand(
+            attention.shape
+        )
+        near = (attention * (1.0 + 0.1 * torch.linspace(0.0, 50.0, P + R).sin())).nan_to_num()
+        near /= near.sum(-1, keepdim=True).clamp(min=1e-30)
+        target = torch.where(torch.arange(G)[:, None, None] == 1, near, target)
+        result = {
+            "mass": by.key_mass(attention, keys),
+            "distribution": by.distribution(attention, keys)[0],
+            "masses": by.masses(attention, keys, visual, visual & (torch.arange(P) < 9)),
+        }
+        for kind in DIVERGENCES:
+            result[f"{kind} value"], mass = by.divergence(attention, target, keys, kind)
+            rows = Compared(attention, mass, target, keys, kind)
+            grad = torch.linspace(-1.0, 1.0, mass.numel()).view_as(mass)
+            result[f"{kind} slope"] = by.slope(rows, grad, (slice(0, 2), slice(1, 3), slice(1, R)))
+        found[name] = result
+    return {name: (ours, found["wanted"][name]) for name, ours in found["ours"].items()}
+
+
+def equal_rows() -> dict:
+    """Rows that equal their target bit for bit, in another place of the map and another block."""
+    rows = torch.rand(1, 1, 4, 1500, generator=torch.Generator().manual_seed(0))
+    keys = RowKeys(torch.ones(1, 1500, dtype=torch.bool), torch.arange(4)[None] + 900)
+    target = torch.cat(
+        [
+            FORMULAS.distribution(rows[:, :, r : r + 1], keys._replace(own_BR=keys.own_BR[:, r : r + 1]))[0]
+            for r in range(4)
+        ],
+        2,
+    )
+    found = {}
+    for kind in ("jsd", "forward_kl", "reverse_kl"):
+        value, mass = FORMULAS.divergence(rows, target, keys, kind)
+        compared = Compared(rows, mass, target, keys, kind)
+        slope = FORMULAS.slope(compared, torch.ones_like(mass), (slice(0, 1), slice(0, 1), slice(1, 3)))
+        found |= {f"{kind} value": (value, torch.zeros_like(value)), f"{kind} slope": (slope, torch.zeros_like(slope))}
+    return found
+
+
+def not_finite() -> dict:
+    """A row with NaN stays NaN in its distribution and slope's neighbours, as in PyTorch."""
+    rows = torch.rand(1, 1, 3, 40, generator=torch.Generator().manual_seed(0))
+    target = TorchFormulas().distribution(rows.flip(-1), EVERY_COLUMN)[0]
+    rows[0, 0, 1, 7] = torch.nan
+    found = []
+    for by in (FORMULAS, TorchFormulas()):
+        value, mass = by.divergence(rows, target, EVERY_COLUMN, "jsd")
+        found.append((mass, by.distribution(rows, EVERY_COLUMN)[0], value))
+    return dict(zip(("mass", "distribution", "value"), zip(*found)))
+
+
+def formula_faults() -> list:
+    """Of good formulas, of one that is off by 1 %, of one that raises."""
+
+    class Damaged(TritonFormulas):
+        def key_mass(self, attention_BGRS, keys):
+            return super().key_mass(attention_BGRS, keys) * 1.01
+
+    class Raising(TritonFormulas):
+        def slope(self, rows, grad_BGR, block):
+            raise RuntimeError("no such\ninstruction")
+
+    return [formulas_fault(each, torch.device("cpu")) for each in (FORMULAS, Damaged(), Raising())]
+
+
 def faults() -> list:
     """Of good kernels, of one that is off by 1 %, of one that raises."""
 
@@ -113,18 +197,26 @@ CASES = {
     "head shards": head_shards,
     "silent": silent,
 }
+FORMULA_CASES = {
+    "few keys": lambda: formulas(9, 4, True, False),
+    "several blocks": lambda: formulas(2500, 5, True, False),
+    "one target of all": lambda: formulas(1030, 3, False, True),
+    "equal rows": equal_rows,
+    "not finite": not_finite,
+}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {}
-    for name, case in CASES.items():
+    for name, case in (CASES | FORMULA_CASES).items():
         start = time.perf_counter()
         results[name] = case()
         print(f"{name}: {time.perf_counter() - start:.1f} s")
     torch.save(
         {
             "faults": faults(),
+            "formula faults": formula_faults(),
             **{
                 name: {key: tuple(tensor.detach() for tensor in pair) for key, pair in case.items()}
                 for name, case in results.items()

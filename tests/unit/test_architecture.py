@@ -39,7 +39,7 @@ THIRD_PARTIES = {
     "tensorboard": ("training/logging/tensorboard.py", "demo/"),
     "torch.utils.tensorboard": ("training/logging/tensorboard.py",),
     "wandb": ("training/logging/wandb.py",),
-    "triton": ("attention/triton_kernels.py", "attention/triton_backend.py"),
+    "triton": ("attention/triton_kernels.py", "attention/triton_backend.py", "attention/triton_formula_kernels.py"),
 }
 
 

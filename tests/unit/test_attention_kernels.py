@@ -1,10 +1,10 @@
 """Triton kernels of the attention rows, without a GPU.
 
-Proven under Triton's interpreter: rows, values and gradients equal those of PyTorch (which test_attention_rows.py
-compares with the definition) for every kind of rows, keys and divergence, in bfloat16 and float16, for several tiles,
-padded prompts, strides, slope maps in parts and head shards; rows without mass and equal rows give exactly zero. All
-kernels compile to machine code of an H100 and fit its shared memory. And the path is chosen by what there is. Not
-shown here: that they run, and how fast, on a GPU (tests/gpu).
+Proven under Triton's interpreter: rows, values, gradients, and formulas over rows, equal those of PyTorch (which
+test_attention_rows.py compares with the definition) for every kind of rows, keys and divergence, in bfloat16 and
+float16, for several tiles, padded prompts, strides, slope maps in parts and head shards; rows without mass and equal
+rows give exactly zero. All kernels compile to machine code of an H100 and fit its shared memory. And the path is chosen
+by what there is. Not shown here: that they run, and how fast, on a GPU (tests/gpu).
 """
 
 import json
@@ -36,6 +36,7 @@ CASES = (
     "head shards",
     "silent",
 )
+FORMULA_CASES = ("few keys", "several blocks", "one target of all", "equal rows", "not finite")
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on compute capability 9.0."""
 
@@ -58,7 +59,7 @@ def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("kernels") / "results.pt"
     run_module("kernel_cases", True, path)
     found = torch.load(path)
-    assert sorted(found) == sorted((*CASES, "faults"))
+    assert sorted(found) == sorted((*CASES, *FORMULA_CASES, "faults", "formula faults"))
     return found
 
 
@@ -80,6 +81,29 @@ def test_kernels_equal_pytorch(results, case):
             assert torch.equal(ours == 0, wanted == 0), "columns that a row cannot see must be exactly 0"
 
 
+@pytest.mark.parametrize("case", FORMULA_CASES)
+def test_formulas_equal_pytorch(results, case):
+    for name, (ours, wanted) in results[case].items():
+        assert ours.dtype == wanted.dtype and ours.shape == wanted.shape, name
+        if case == "equal rows":
+            assert torch.equal(ours, wanted), name
+            continue
+        assert torch.equal(ours.isnan(), wanted.isnan()) and bool(ours.isnan().any()) == (
+            case == "not finite" and name != "value"
+        ), name
+        ours, wanted = ours.nan_to_num(), wanted.nan_to_num()
+        per_row = name.endswith(("distribution", "slope"))
+        scale = wanted.abs().amax(dim=-1, keepdim=True) if per_row else wanted.abs()
+        bound = 1e-4 if name.endswith("slope") else 2e-6  # ln p - ln q of near rows cancels, as in PyTorch
+        assert wanted.any() and ((ours - wanted).abs() <= bound * scale + 1e-9).all(), name
+
+
+def test_formulas_are_compared_with_pytorch_before_they_are_trusted(results):
+    nothing, wrong, raises = results["formula faults"]
+    assert nothing is None and wrong == "differ from PyTorch in the mass of rows by 1.0e-02 of the largest element"
+    assert raises == "fail with RuntimeError: no such instruction"
+
+
 def test_kernels_are_compared_with_pytorch_before_they_are_trusted(results):
     nothing, wrong, raises = results["faults"]
     assert nothing is None and "rows differ" in wrong and "1.0e-02" in wrong
@@ -97,13 +121,29 @@ def test_a_fault_leads_back_to_pytorch(monkeypatch, caplog):
     choose_backend.cache_clear()
 
 
-def test_kernels_compile_for_an_h100(tmp_path):
-    made = [json.loads(line) for line in run_module("kernel_compilation", False).splitlines() if line.startswith("{")]
+@pytest.fixture(scope="module")
+def machine_code() -> list[dict]:
+    return [json.loads(line) for line in run_module("kernel_compilation", False).splitlines() if line.startswith("{")]
+
+
+def test_kernels_compile_for_an_h100(machine_code):
+    made = [entry for entry in machine_code if "kernel" in entry]
     assert len(made) == 20 and {entry["width"] for entry in made} == {64, 80, 128}
     for entry in made:
         assert entry["cubin"] > 0 and 0 < entry["shared"] <= SHARED, entry
         # the tensor cores are used, but never for float32 inputs
         assert (entry["products"] > 0) == (entry["type"] != "fp32"), entry
+
+
+def test_formulas_compile_for_an_h100(machine_code):
+    made = [entry for entry in machine_code if "formula" in entry]
+    assert len(made) == 13 and {entry["formula"].split("_")[1] for entry in made} == {
+        "distribution",
+        "masses",
+        "divergence",
+        "slope",
+    }
+    assert all(entry["cubin"] > 0 and entry["local"] == 0 for entry in made), made
 
 
 def test_the_backend_follows_device_type_and_width(monkeypatch):

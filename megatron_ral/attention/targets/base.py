@@ -69,6 +69,8 @@ class AttentionTarget:
             negative_weight: Factor of negative advantages (`loss.attention_negative_weight`).
         """
         advantages = batch.attention_advantages
+        if negative_weight == 1.0:
+            return advantages[..., None]
         return torch.where(advantages < 0, advantages * negative_weight, advantages)[..., None]
 
 
