@@ -65,6 +65,5 @@ class RowFormulas(Protocol):
         ...
 
     def masses(self, attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:
-        """Return the masses on visual tokens, annotated tokens, the prompt, the first token and the own token, and the
-        entropy, [6, B, G, R]. All but the own token's are those of the row's distribution."""
+        """Return `mass.row_masses`, [6, B, G, R]."""
         ...

@@ -42,22 +42,26 @@ class TargetShares:
     peak: tuple[Tensor, Tensor]
     """Over responses of annotated prompts: the largest share among the rows of the response."""
 
-    @classmethod
-    def of(cls, share_BGR: Tensor, groups: GroupBatch, mask_BGR: Tensor) -> "TargetShares":
-        """Sum the shares.
-
-        Args:
-            share_BGR: Share of each row at `QueryPosition.RESPONSE` (`mass.row_mass`).
-            groups: Groups of the rows.
-            mask_BGR: Mask of the rows that count.
-        """
-        annotated = mask_BGR & groups.prompts.is_annotated[:, None, None]
-        masks = torch.stack([annotated, annotated & deciding_rows(groups, QueryPosition.RESPONSE)])
-        shares = masks * share_BGR
-        sums, counts = shares.sum(dim=(1, 2, 3)), masks.sum(dim=(1, 2, 3))
-        peaks = shares[0].amax(dim=-1).sum(), annotated.any(dim=-1).sum()
-        return cls((sums[0], counts[0]), (sums[1], counts[1]), peaks)
-
     def named(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return (sum, count) by the name in logs and tables."""
         return {"target_mass": self.all_rows, "target_deciding": self.deciding, "target_peak": self.peak}
+
+
+def row_sums(values_KBGR: Tensor, groups: GroupBatch, mask_BGR: Tensor) -> tuple[Tensor, Tensor, TargetShares]:
+    """Sum values over rows, all in a few operations.
+
+    Args:
+        values_KBGR: Values of each row at `QueryPosition.RESPONSE`. The last are the shares of visual attention on the
+            target (`mass.row_mass`).
+        groups: Groups of the rows.
+        mask_BGR: Mask of the rows that count.
+
+    Returns:
+        (sums of all values over the rows that count, [K]; their number; shares).
+    """
+    annotated = mask_BGR & groups.prompts.is_annotated[:, None, None]
+    masks = torch.stack([mask_BGR, annotated, annotated & deciding_rows(groups, QueryPosition.RESPONSE)])
+    masked = values_KBGR[:, None] * masks
+    sums, counts = masked.sum(dim=(2, 3, 4)), masks.sum(dim=(1, 2, 3))
+    peaks = masked[-1, 1].amax(dim=-1).sum(), annotated.any(dim=-1).sum()
+    return sums[:, 0], counts[0], TargetShares((sums[-1, 1], counts[1]), (sums[-1, 2], counts[2]), peaks)

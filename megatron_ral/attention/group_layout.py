@@ -72,13 +72,11 @@ class GroupLayout:
 
     def own_columns(self, position: QueryPosition) -> Tensor:
         """Return the column of each row's own token, [B, R] int64 ([B, 1] for `LAST_PROMPT`)."""
-        last_prompt = (self.prompt_lengths - 1)[:, None]
-        if position is QueryPosition.LAST_PROMPT:
-            return last_prompt
-        steps = self.P + torch.arange(self.R, device=last_prompt.device).expand(self.B, self.R)
+        steps = torch.arange(self.P, self.P + self.R, device=self.prompt_lengths.device).expand(self.B, self.R)
         if position is QueryPosition.RESPONSE:
             return steps
-        return torch.cat([last_prompt, steps[:, :-1]], dim=1)
+        last_prompt = (self.prompt_lengths - 1)[:, None]
+        return last_prompt if position is QueryPosition.LAST_PROMPT else torch.cat([last_prompt, steps[:, :-1]], dim=1)
 
 
 @dataclass(frozen=True)

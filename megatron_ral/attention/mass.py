@@ -1,6 +1,6 @@
 """Masses of attention distributions on parts of the input, and their entropy."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +9,11 @@ from megatron_ral.attention.formulas import choose_formulas
 from megatron_ral.attention.types import RowKeys
 
 
-@dataclass(frozen=True)
-class RowMass:
+class RowMass(NamedTuple):
     """Masses of each row's distribution, all [B, G, R], without gradient."""
 
     visual: Tensor
     """Mass on all visual tokens of the prompt."""
-    target_share: Tensor
-    """Mass on the annotated cells divided by the mass on all visual tokens. 0 where there is none."""
     prompt: Tensor
     """Mass on the prompt, visual tokens included."""
     sink: Tensor
@@ -25,11 +22,13 @@ class RowMass:
     """Attention on the row's own token, before renormalising. 0 where the keys name none."""
     entropy: Tensor
     """Entropy in nats."""
+    target_share: Tensor
+    """Mass on the annotated cells divided by the mass on all visual tokens. 0 where there is none."""
 
 
 @torch.no_grad()
-def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> RowMass:
-    """Return the masses of every row's distribution.
+def row_masses(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:
+    """Return the masses of every row's distribution in the order of `RowMass`, [6, B, G, R].
 
     Args:
         attention_BGRS: Head-averaged attention. The first P columns are the prompt.
@@ -37,10 +36,12 @@ def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, targ
         visual_mask_BP: Mask of visual tokens, bool.
         target_mask_BP: Mask of the visual tokens of annotated cells, bool.
     """
-    formulas = choose_formulas(attention_BGRS)
-    visual, target, *rest = formulas.masses(attention_BGRS, keys, visual_mask_BP, target_mask_BP)
-    share = target / visual.clamp(min=torch.finfo(visual.dtype).tiny)
-    return RowMass(visual, share, *rest)
+    return choose_formulas(attention_BGRS).masses(attention_BGRS, keys, visual_mask_BP, target_mask_BP)
+
+
+def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> RowMass:
+    """Return `row_masses` by name."""
+    return RowMass(*row_masses(attention_BGRS, keys, visual_mask_BP, target_mask_BP))
 
 
 def target_share(distribution_BGRS: Tensor, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:

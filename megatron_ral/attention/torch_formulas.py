@@ -63,12 +63,13 @@ class TorchFormulas:
     def masses(self, attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:
         P, mass = visual_mask_BP.shape[1], self.key_mass(attention_BGRS, keys)
         result = attention_BGRS.new_zeros(6, *attention_BGRS.shape[:3])
-        visual, target, prompt, sink, own, entropy = result
+        visual, prompt, sink, own, entropy, share = result
         for block in _blocks(attention_BGRS):
             distribution = _distribution(attention_BGRS, mass, keys, block)
             over_prompt, b = distribution[..., :P], block[0]
             visual[block] = (over_prompt * visual_mask_BP[b, None, None]).sum(-1)
-            target[block] = (over_prompt * target_mask_BP[b, None, None]).sum(-1)
+            target = (over_prompt * target_mask_BP[b, None, None]).sum(-1)
+            share[block] = target / visual[block].clamp(min=torch.finfo(target.dtype).tiny)
             prompt[block], sink[block] = over_prompt.sum(-1), distribution[..., 0]
             entropy[block] = -torch.xlogy(distribution, distribution).sum(-1)
         if keys.own_BR is not None:

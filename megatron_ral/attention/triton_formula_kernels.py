@@ -213,12 +213,14 @@ def _masses_of_rows(
         on_prompt += tl.where(of_prompt, p, 0.0)
         first += tl.where(places == 0, p, 0.0)
         entropy -= p * tl.log(tl.where(p > 0, p, 1.0))
-    tl.store(result + row, tl.sum(on_visual))
-    tl.store(result + rows + row, tl.sum(on_target))
-    tl.store(result + 2 * rows + row, tl.sum(on_prompt))
-    tl.store(result + 3 * rows + row, tl.sum(first))
-    tl.store(result + 4 * rows + row, tl.load(attention + place) if OWN else 0.0)
-    tl.store(result + 5 * rows + row, tl.sum(entropy))
+    seen = tl.sum(on_visual)
+    tl.store(result + row, seen)
+    tl.store(result + rows + row, tl.sum(on_prompt))
+    tl.store(result + 2 * rows + row, tl.sum(first))
+    tl.store(result + 3 * rows + row, tl.load(attention + place) if OWN else 0.0)
+    tl.store(result + 4 * rows + row, tl.sum(entropy))
+    share = tl.div_rn(tl.sum(on_target), tl.maximum(seen, TINY, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(result + 5 * rows + row, share)
 
 
 @triton.jit

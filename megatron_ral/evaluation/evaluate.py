@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-from megatron_ral.attention.deciding import TargetShares
+from megatron_ral.attention.deciding import row_sums
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
 from megatron_ral.data.processor import PromptProcessor
@@ -151,8 +152,9 @@ def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor
     """Return sums over response rows: their number, their mass on visual tokens, and the shares on the target."""
     prompts, mask = groups.prompts, groups.response_mask
     mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    sums = {"rows": mask.sum(), "visual": (mass.visual * mask).sum()}
-    for name, (total, count) in TargetShares.of(mass.target_share, groups, mask).named().items():
+    values, count, shares = row_sums(torch.stack([mass.visual, mass.target_share]), groups, mask)
+    sums = {"rows": count, "visual": values[0]}
+    for name, (total, count) in shares.named().items():
         sums |= {name: total, f"{name}_count": count}
     return sums
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.deciding import TargetShares, deciding_rows
+from megatron_ral.attention.deciding import deciding_rows, row_sums
 from megatron_ral.attention.distribution import key_mass
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.attention.mass import row_mass
+from megatron_ral.attention.mass import row_masses
 from megatron_ral.attention.targets.base import AttentionTarget
 from megatron_ral.attention.targets.load import load_target
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass
@@ -134,12 +134,10 @@ class AttentionTerm(Term):
         if self.position is not QueryPosition.LAST_PROMPT:
             advantages = batch.attention_advantages[..., None]
             chosen |= {"divergence_positive": mask & (advantages > 0), "divergence_negative": mask & (advantages < 0)}
-        masks = torch.stack(list(chosen.values()))
+        masks = torch.stack([*chosen.values(), (divergence > floor) & mask])
         sums, counts = (masks * divergence).sum(dim=(1, 2, 3)), masks.sum(dim=(1, 2, 3))
         metrics = sums_and_counts([f"attention/{name}" for name in chosen], sums, counts)
-        metrics["attention/above_floor:sum"] = ((divergence > floor) & mask).sum()
-        metrics["attention/above_floor:count"] = counts[0]
-        return metrics
+        return metrics | {"attention/above_floor:sum": counts[-1], "attention/above_floor:count": counts[0]}
 
 
 @torch.no_grad()
@@ -153,18 +151,11 @@ def attention_metrics(layer: int, rows: AttentionRows, batch: RlBatch) -> dict[s
     layers, and with the suffix `/layer_N` for this one.
     """
     rows, mask, prompts = rows.at(QueryPosition.RESPONSE), batch.loss_mask, batch.groups.prompts
-    mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    metrics = {}
-    for name, (total, count) in TargetShares.of(mass.target_share, batch.groups, mask).named().items():
+    values = row_masses(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
+    names = ["visual_mass", "prompt_mass", "sink_mass", "self_mass", "row_entropy"]
+    sums, count, shares = row_sums(values, batch.groups, mask)
+    metrics = sums_and_counts([f"attention/{name}" for name in names], sums, count.expand(len(names)))
+    for name, (total, number) in shares.named().items():
         for tag in (f"attention/{name}", f"attention/{name}/layer_{layer}"):
-            metrics |= {f"{tag}:sum": total, f"{tag}:count": count}
-    values = {
-        "visual_mass": mass.visual,
-        "prompt_mass": mass.prompt,
-        "sink_mass": mass.sink,
-        "self_mass": mass.own,
-        "row_entropy": mass.entropy,
-    }
-    sums = (torch.stack(list(values.values())) * mask).sum(dim=(1, 2, 3))
-    count = mask.sum().expand(len(values))
-    return metrics | sums_and_counts([f"attention/{name}" for name in values], sums, count)
+            metrics |= {f"{tag}:sum": total, f"{tag}:count": number}
+    return metrics

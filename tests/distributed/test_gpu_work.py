@@ -56,6 +56,32 @@ def test_a_step_mixes_no_devices_and_waits_for_tokens_alone(material, family, lo
             assert not any(what.startswith(("value", "size")) for what in waits), (name, waits)
 
 
+def added_by_the_term(path, stage, loss):
+    """Return kernels of a micro-batch by operator, as far as an update with recorded rows has more than one without."""
+    from megatron_ral.objectives.attention import AttentionTerm
+    from megatron_ral.planning.simulate import simulate
+
+    plan, shape = plan_of(path, **loss)
+    place, found = plan.layout.with_rank(plan.layout.rank_of(0, 0, stage)), []
+    recorded = AttentionTerm.recorded_layers
+    for layers in (recorded, frozenset()):
+        AttentionTerm.recorded_layers = layers
+        found.append(simulate(shape, plan, place).phases["update"])
+    AttentionTerm.recorded_layers = recorded
+    with_rows, without = (phase.seen.kernels for phase in found)
+    assert found[0].simulated == found[1].simulated
+    return {name: more / found[0].simulated for name in with_rows if (more := with_rows[name] - without[name]) > 0}
+
+
+@pytest.mark.parametrize(
+    "loss", [{}, {"attention_target": "old"}, {"attention_target": "contrast"}], ids=["reference", "old", "contrast"]
+)
+def test_the_attention_term_takes_at_most_sixty_kernels(material, loss):
+    [kernels] = run_ranks(1, added_by_the_term, str(material["tiny"]), PIPELINE - 1, loss)
+    assert {"_masses_of_rows", "_divergence_of_rows", "_slope_of_rows"} <= set(kernels)
+    assert sum(kernels.values()) <= 60, sorted(kernels.items(), key=lambda item: -item[1])
+
+
 def planted(path, fault, stage):
     """Return the error of a step into which a tensor of the host was planted."""
     from megatron_ral.attention.shared_prompt import FlashKernel

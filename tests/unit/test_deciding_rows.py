@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ral.attention.deciding import TargetShares, deciding_rows
+from megatron_ral.attention.deciding import deciding_rows, row_sums
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.mass import row_mass
@@ -122,7 +122,7 @@ def test_prompts_without_annotation_and_unknown_answers_do_not_count():
         groups.prompts.visual_mask,
         groups.prompts.target_mask,
     ).target_share
-    unknown = TargetShares.of(share, replace(groups, answer_tokens=None), groups.response_mask)
+    unknown = row_sums(share[None], replace(groups, answer_tokens=None), groups.response_mask)[2]
     assert unknown.deciding[1] == 0 and unknown.all_rows[1] == 7
     bare = replace(groups, prompts=replace(groups.prompts, target_mask=torch.zeros(1, 6, dtype=torch.bool)))
-    assert [int(count) for _, count in TargetShares.of(share, bare, bare.response_mask).named().values()] == [0, 0, 0]
+    assert [int(count) for _, count in row_sums(share[None], bare, bare.response_mask)[2].named().values()] == [0, 0, 0]

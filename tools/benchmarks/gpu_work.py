@@ -5,22 +5,26 @@
 
 The code of a GPU runs one step of one rank on CUDA tensors without memory (`compat/cuda_fakes.py`). Numbers of a phase
 are those of one unit: a picture, a batch of prompts, a token of a batch, a micro-batch. "Recorded" kernels belong to a
-CUDA graph, which is one launch. Kernels of Triton count one each.
+CUDA graph, which is one launch. Kernels of Triton count one each. The last lines count what the attention term adds to
+an update, on the stage that has its layers: the kernels of an update with it less those of one without it, and the sum
+over operators that it adds to (the recorded layer is not recomputed, which takes others away).
 """
 
 import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_ral.commands.common import quiet_third_parties
 from megatron_ral.config import load_config
+from megatron_ral.planning.gpu_work import replaced
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def count(arguments: argparse.Namespace) -> dict[str, dict]:
-    """Return the counts of every phase, by phase."""
+def simulated(arguments: argparse.Namespace) -> Any:
+    """Return the simulated step of one rank."""
     from megatron_ral.models.shape import read_shape
     from megatron_ral.planning.launch_plan import LaunchPlan
     from megatron_ral.planning.simulate import simulate
@@ -30,9 +34,24 @@ def count(arguments: argparse.Namespace) -> dict[str, dict]:
     config = load_config(configs / "runs" / f"{arguments.run}.yaml", [folder, *arguments.overrides])
     plan = LaunchPlan.from_config(config, arguments.world_size)
     place = plan.layout.with_rank(plan.layout.rank_of(0, 0, arguments.stage))
-    rank = simulate(read_shape(config.model.path), plan, place)
+    return simulate(read_shape(config.model.path), plan, place)
+
+
+def attention_term(arguments: argparse.Namespace, update: Any) -> tuple[int, int]:
+    """Return (kernels that the attention term adds to a micro-batch, sum over the operators that it adds to)."""
+    from megatron_ral.objectives.attention import AttentionTerm
+
+    with replaced(AttentionTerm, "recorded_layers", frozenset()):
+        without = simulated(arguments).phases["update"]
+    more = {name: number - without.seen.kernels[name] for name, number in update.seen.kernels.items()}
+    difference = update.seen.kernels.total() - without.seen.kernels.total()
+    return round(difference / update.simulated), round(sum(filter(lambda n: n > 0, more.values())) / update.simulated)
+
+
+def counts(phases: dict[str, Any]) -> dict[str, dict]:
+    """Return the counts of every phase, by phase."""
     result = {}
-    for name, phase in rank.phases.items():
+    for name, phase in phases.items():
         seen, units = phase.seen, phase.simulated
         waits, calls = (
             {key: round(value / units, 2) for key, value in part.items()} for part in (seen.waits, seen.attention)
@@ -61,7 +80,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the counts")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     arguments = parser.parse_intermixed_args()
-    phases = count(arguments)
+    rank = simulated(arguments)
+    phases = counts(rank.phases)
     print("| phase | kernels | recorded | collectives | waits | attention calls | largest mask | peak GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, phase in phases.items():
@@ -74,6 +94,10 @@ def main() -> None:
         for key in ("waits", "attention"):
             for what, number in phase[key].items():
                 print(f"{name}: {number:g} x {what}")
+    if "update" in rank.phases:
+        difference, added = attention_term(arguments, rank.phases["update"])
+        print(f"attention term: {difference} kernels of a micro-batch; operators that it adds to: {added}")
+        phases["update"] |= {"attention_term": difference, "attention_term_added": added}
     if arguments.json:
         arguments.json.write_text(json.dumps(phases, indent=1) + "\n")
 
