@@ -132,7 +132,10 @@ launch() {
         rendezvous=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" --node-rank "$NODE_RANK")
     fi
     if command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus > /dev/null 2>&1; then
-        placement=(--numa-binding node)
+        # torchrun binds with numactl, and fails without it. One memory needs no binding.
+        if command -v numactl > /dev/null && [ -d /sys/devices/system/node/node1 ]; then
+            placement=(--numa-binding node)
+        fi
         threads=$(($(nproc) / NPROC_PER_NODE / 2))
         [ -n "$OMP_NUM_THREADS_GIVEN" ] || export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
     fi
