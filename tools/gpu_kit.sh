@@ -2,21 +2,21 @@
 # Wheels for a GPU machine without network, whose Python 3.12 has torch and transformers but not the rest of what this
 # project needs.
 #
-#   bash tools/gpu_kit.sh build [FOLDER]          on a machine with pip: wheels into FOLDER, default .whl in the project
+#   bash tools/gpu_kit.sh build [FOLDER]          on a machine with pip: wheels into FOLDER, default .whl
 #   bash tools/gpu_kit.sh prove FOLDER PYTHON     there too, with a Python 3.12 that has what the GPU machine has: unpack
 #                                                 the wheels, import every module, train on two CPU ranks, resume,
 #                                                 compare bit for bit, and simulate a GPU where there is a C++ compiler
 #   bash tools/gpu_kit.sh unpack FOLDER [SITE]    on the GPU machine: into SITE, default .site in the project
 #
-# After `unpack`, MEGATRON_RAL_PYTHON=python3 PYTHONPATH=.site makes every script of the project use them. From the
-# environment:
+# After `unpack`, MEGATRON_RAL_PYTHON=python3 PYTHONPATH="$PWD/.site" makes every script of the project use them. From
+# the environment:
 #
 #   PYTHON_BASE    Python 3.12 to build with; default python3.12
 #   NO_VIDEO       1: leave out PyAV, three quarters of the size; then there is no video task
 #
 # Versions are those of requirements-3.12.txt. That machine is expected to have torch and Triton, transformers with
-# tokenizers and safetensors, numpy, sympy, six, absl-py, pillow, tensorboard, psutil, tqdm, PyYAML, packaging, filelock,
-# scikit-learn and pytest.
+# tokenizers and safetensors, numpy, sympy, six, absl-py, pillow, tensorboard, psutil, tqdm, PyYAML, packaging,
+# filelock, scikit-learn and pytest.
 set -euo pipefail
 PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # Direct needs, whose versions the lock has.
