@@ -23,9 +23,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 SECONDS = {
     "environment": 60,
     "sdpa_nan": 60,
-    "kernels": 90,
+    "kernels": 120,
     "flash_join": 60,
-    "bf16": 70,
+    "bf16": 90,
     "stage": 150,
     "decode": 90,
     "waits": 60,

@@ -73,8 +73,8 @@ def run(setting: Setting) -> Iterator[Figure]:
     header = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     found = f"{compiler() or 'none'}, Python.h {'found' if header else 'missing'}"
     yield note("C++ compiler", found, "", "Triton needs both, a rehearsal the compiler")
-    start()
     if setting.on_gpu:
+        start()
         properties = torch.cuda.get_device_properties(0)
         yield note("device", properties.name)
         yield note("memory", round(properties.total_memory / 2**30, 1), "GiB")
