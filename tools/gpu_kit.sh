@@ -3,7 +3,7 @@
 # project needs.
 #
 #   bash tools/gpu_kit.sh build [FOLDER]          on a machine with pip: wheels into FOLDER, default .whl
-#   bash tools/gpu_kit.sh prove FOLDER PYTHON     there too, with a Python 3.12 that has what the GPU machine has: unpack
+#   bash tools/gpu_kit.sh prove FOLDER PYTHON     there too, by a Python 3.12 that has what the GPU machine has: unpack
 #                                                 the wheels, import every module, train on two CPU ranks, resume,
 #                                                 compare bit for bit, and simulate a GPU where there is a C++ compiler
 #   bash tools/gpu_kit.sh unpack FOLDER [SITE]    on the GPU machine: into SITE, default .site in the project
