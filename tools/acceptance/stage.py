@@ -142,7 +142,7 @@ def minibatch(groups: list, old: list) -> list:
     return [
         RlBatch(
             groups=batch,
-            totals=StepTotals(count, count * R, R),
+            totals=StepTotals(num_tokens=count * R, num_sequences=count, max_response_length=R),
             group_mask=torch.ones(B, dtype=torch.bool, device=device),
             advantages=advantages,
             attention_advantages=advantages,
