@@ -4,12 +4,14 @@
 #
 #   PYTHON_BASE               Python 3.11, 3.12 or 3.13 to make the environment with; default: the one .venv was made
 #                             with, else the first found of these versions
+#   MEGATRON_RAL_PYTHON       interpreter that has every package already: nothing is made or installed (GPU machines
+#                             without network)
 #   MEGATRON_RAL_VENV         folder of the environment, default .venv in the project
 #   MEGATRON_RAL_CONTAINER    1: use the torch, Triton and numpy that PYTHON_BASE (default python3) has, and never
 #                             replace them, as the images of NVIDIA's catalogue (NGC) want it; default: 1 inside one
 PROJECT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MEGATRON_RAL_VENV:-$PROJECT/.venv}"
-PYTHON="$VENV/bin/python"
+PYTHON="${MEGATRON_RAL_PYTHON:-$VENV/bin/python}"
 export PYTHONPATH="$PROJECT${PYTHONPATH:+:$PYTHONPATH}"
 # With more threads than free cores small operations become ten times slower. `launch` gives more beside GPUs.
 OMP_NUM_THREADS_GIVEN="${OMP_NUM_THREADS:-}"
@@ -103,6 +105,7 @@ _install_development() {
 
 # Two first starts at the same time must not install into one folder.
 _in_turn() {
+    [ -z "${MEGATRON_RAL_PYTHON:-}" ] || return 0
     (
         flock 9
         "$@"
@@ -129,7 +132,10 @@ launch() {
         rendezvous=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" --node-rank "$NODE_RANK")
     fi
     if command -v nvidia-smi > /dev/null && nvidia-smi --list-gpus > /dev/null 2>&1; then
-        placement=(--numa-binding node)
+        # torchrun binds with numactl, and fails without it. One memory needs no binding.
+        if command -v numactl > /dev/null && [ -d /sys/devices/system/node/node1 ]; then
+            placement=(--numa-binding node)
+        fi
         threads=$(($(nproc) / NPROC_PER_NODE / 2))
         [ -n "$OMP_NUM_THREADS_GIVEN" ] || export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
     fi

@@ -37,6 +37,9 @@ struct FakeHooks final : at::CUDAHooksInterface {
   void setCurrentDevice(DeviceIndex) const override {}
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  // A CUDA build of torch asks before it chooses a kernel of attention.
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
 };
 
 static_assert(sizeof(FakeHooks) == sizeof(at::CUDAHooksInterface), "hooks are replaced where they lie");

@@ -7,7 +7,7 @@ there. What stays out of reach are values, streams, NCCL and kernels.
 
 The process runs on no GPU afterwards, and should end after the simulation.
 
-Tried on: megatron-core 0.16.1 and 0.18.2 with torch 2.13.0.
+Tried on: megatron-core 0.16.1, 0.18.2 and 0.19.2; torch 2.11.0, 2.12.1 and 2.13.0, builds for the CPU and for CUDA.
 Retired by: `test_fake_cuda_tensors_still_need_a_device`.
 """
 

@@ -149,3 +149,20 @@ def integers():
         except RuntimeError as error:
             return [str(here.device), str(there.device)], number, str(error)
     return [], number, "nothing"
+
+
+def test_attention_in_float32_is_chosen_without_the_libraries_of_a_gpu():
+    """A CUDA build of torch asks for cuDNN's version first."""
+    assert run_ranks(1, attention_shapes) == [[(1, 2, 8, 16), (1, 2, 8, 16)]]
+
+
+def attention_shapes():
+    from megatron_ral.compat import cuda_fakes
+    from megatron_ral.planning.fakes import fake_tensors
+
+    device = cuda_fakes.install()
+    with fake_tensors():
+        rows = torch.empty(1, 2, 8, 16, device=device, requires_grad=True)
+        masks = None, torch.ones(1, 1, 1, 8, dtype=torch.bool, device=device)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return [tuple(attention(rows, rows, rows, attn_mask=mask).shape) for mask in masks]

@@ -31,42 +31,63 @@ def test_a_whole_run_in_bfloat16(material, tmp_path):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_attention_kernels_equal_pytorch(dtype, width, bound, lag):
     """Rows, values, gradients, with grouped heads, padded prompts and several tiles; the same bits on a second run."""
-    from megatron_ral.attention.distribution import attention_distribution
-    from megatron_ral.attention.rows import head_mean_attention, row_divergence
     from megatron_ral.attention.torch_backend import TorchBackend
     from megatron_ral.attention.triton_backend import TritonBackend
-    from megatron_ral.attention.types import RowKeys, RowQK
+    from tools.acceptance.kernels import everything, make_case, target_of
 
-    B, G, R, P, k, n = 2, 2, 150, 300, 2, 14
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape):
-        return torch.randn(*shape, generator=generator).to("cuda", dtype).requires_grad_()
-
-    qk = RowQK(
-        make(B, G, R, n, width),
-        make(B, P, k, width),
-        make(B, G, R, k, width),
-        torch.tensor([P, 130], device="cuda"),
-        lag,
-        width**-0.5,
-        n,
-    )
-    own = torch.arange(R, device="cuda").expand(B, R) + P - lag
-    own = torch.where(own < P, qk.prompt_lengths_B[:, None] - 1, own)
-    keys = RowKeys(torch.ones(B, P + R, dtype=torch.bool, device="cuda"), own)
-    other = head_mean_attention(qk._replace(query_BGRnD=make(B, G, R, n, width)), TorchBackend())
-    target, weights = attention_distribution(other, keys)[0], torch.rand(B, G, R, generator=generator).cuda()
-
-    def everything(backend):
-        attention = head_mean_attention(qk, backend)
-        value = row_divergence(qk, attention, target, keys, backend=backend)
-        return attention, value.detach(), *torch.autograd.grad((value * weights).sum(), qk[:3])
-
-    ours, again, wanted = everything(None), everything(TritonBackend()), everything(TorchBackend())
+    qk, keys, other = make_case(torch.device("cuda"), dtype, width, lag)
+    target = target_of(qk, keys, other)
+    backends = None, TritonBackend(), TorchBackend()
+    ours, again, wanted = (everything(qk, keys, target, backend) for backend in backends)
     for place, (found, same, reference) in enumerate(zip(ours, again, wanted)):
         assert torch.equal(found, same) and found.dtype == reference.dtype
         limit = bound if place >= 2 else 1e-5
         difference = (found - reference).float().norm() / reference.float().norm()
         assert difference < limit and reference.abs().max() > 0, (place, float(difference))
     assert torch.equal(ours[0] == 0, wanted[0] == 0)
+
+
+@pytest.mark.parametrize("sizes, padding", [((3, 300, 70, 8, 2, 128), 0), ((2, 257, 33, 6, 2, 80), 13)])
+def test_joined_flash_attention_equals_float64(sizes, padding):
+    from tools.acceptance.flash_join import errors
+
+    found = errors("cuda", torch.bfloat16, sizes, padding)
+    assert all(error < 2e-2 for error in found.values()), found
+
+
+@pytest.mark.parametrize("rows, keys", [(64, 64), (64, 704), (192, 2752)])
+def test_attention_backends_that_are_left_on_give_no_nan(rows, keys):
+    from torch.nn.attention import SDPBackend
+
+    from megatron_ral.parallel.process_groups import start_groups, stop_groups
+    from tools.acceptance.environment import enabled_backends
+    from tools.acceptance.sdpa_nan import inputs, outcome
+
+    start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    left_on = enabled_backends()
+    stop_groups()
+    assert "CUDNN_ATTENTION" not in left_on
+    for name in left_on:
+        assert outcome(SDPBackend.__members__[name], inputs("cuda", 4, rows, keys)) in ("finite", "refuses"), name
+
+
+def test_decoding_from_a_graph_draws_the_same_tokens(material):
+    from megatron_ral.engine.decoding_batch import SamplingSettings
+    from megatron_ral.engine.pipelined_decoder import sample_responses
+    from megatron_ral.parallel.process_groups import stop_groups
+    from tests.distributed.cases import open_policy
+    from tests.distributed.test_generation import IDENTITY, R, read
+    from tools.acceptance.decode import recording
+
+    path = str(material["tiny"])
+    policy, prompts, found = open_policy(path, 1, 1, dtype="bfloat16")[3], read(path), []
+    settings = SamplingSettings(3, R, -1, 0)
+    with policy.resident():
+        for is_on in (False, True):
+            with recording(is_on) as made:
+                found.append([batch for batch, _ in sample_responses(policy, prompts, settings, 3, *IDENTITY)])
+    stop_groups()
+    assert made, "nothing was recorded"
+    for plain, replayed in zip(*found, strict=True):
+        assert torch.equal(plain.response_ids, replayed.response_ids)
+        assert torch.equal(plain.rollout_logprobs, replayed.rollout_logprobs)

@@ -15,7 +15,8 @@ from tests.tiers import chosen
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "launch_scripts"
-ALL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *(PROJECT / "tests").rglob("*.sh")])
+SOURCES = (SCRIPTS.glob("*.sh"), SCRIPTS.glob("*.sbatch"), (PROJECT / "tools").glob("*.sh"))
+ALL = sorted([*(path for paths in SOURCES for path in paths), *(PROJECT / "tests").rglob("*.sh")])
 RUNS = {
     "sft_7b": 8,
     "grpo_7b": 8,

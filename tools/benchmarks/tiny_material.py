@@ -9,11 +9,13 @@ def make_tiny_material(root: Path) -> tuple[str, str, str]:
     Returns:
         Folders of the policy, the other model and the data.
     """
-    from tests.conftest import perturbed_copy, run_tool
+    from tests.conftest import perturbed_copy, run_tools
 
-    run_tool("make_tiny_model.py", "--output", root / "made")
     sizes = {"single": 64, "search": 128, "biased": 32, "rl": 128, "heldout": 64}
     options = [part for name, number in sizes.items() for part in (f"--num-{name}", number)]
-    run_tool("make_digit_search.py", "--output", root / "data", *options, "--shard-size", 16)
+    run_tools(
+        ("make_tiny_model.py", "--output", root / "made"),
+        ("make_digit_search.py", "--output", root / "data", *options, "--shard-size", 16),
+    )
     policy, other = (perturbed_copy(root / "made", root / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
     return str(policy), str(other), str(root / "data")
