@@ -1,5 +1,5 @@
-# Triton's types do not know that a constexpr is a number:
-# pyright: reportArgumentType=false
+# Triton's types do not know that a constexpr is a number, nor what a kernel's function returns:
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 """Triton kernels of formulas over head-averaged rows: one program per row, which reads it once or twice.
 
     _distribution_of_rows   mass of each row on its keys, and its distribution

@@ -5,7 +5,7 @@ and stages gives the loss of the step, however it is cut. Metrics likewise are s
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def add_metrics(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     total.update({name: value.detach() for name, value in more.items() if name not in total})
     for dtype in {value.dtype for value in added.values()}:
         names = [name for name, value in added.items() if value.dtype == dtype]
-        values = torch._foreach_add([total[name] for name in names], [added[name] for name in names])
+        values = cast(Any, torch)._foreach_add([total[name] for name in names], [added[name] for name in names])
         total.update(zip(names, values))
 
 
