@@ -26,9 +26,9 @@ def deciding_rows(groups: GroupBatch, position: QueryPosition) -> Tensor:
     mask = groups.response_mask
     if groups.answer_tokens is None:
         return torch.zeros_like(mask)
-    steps = torch.arange(mask.shape[2], device=mask.device)
-    row = groups.answer_tokens - int(position is QueryPosition.RESPONSE)
-    return (steps == row[..., None]) & mask
+    lag = int(position is QueryPosition.RESPONSE)
+    tokens = torch.arange(lag, mask.shape[2] + lag, device=mask.device)
+    return (tokens == groups.answer_tokens[..., None]) & mask
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 """Triton kernels of formulas over head-averaged rows: one program per row, which reads it once or twice.
 
-    _distribution_of_rows   mass of each row on its keys, and its distribution
-    _masses_of_rows         mass, and masses of the distribution on parts of the input, and its entropy
-    _divergence_of_rows     mass, and divergence of the distribution from the target
+    _mass_of_rows           mass of each row on its keys
+    _distribution_of_rows   attention divided by the mass
+    _masses_of_rows         masses of the distribution on parts of the input, and its entropy
+    _divergence_of_rows     divergence of the distribution from the target
     _slope_of_rows          dD/da of every element times the gradient of the row
 
-A row is summed in blocks of one size in every kernel, so that equal rows have equal masses and distributions, bit for
-bit. The formulas are those of `divergence.py`, in float32, and the reasons for their form are given there.
+All others read the mass that the first has formed. The compiler may sum in another order in another kernel, and rows
+that are equal bit for bit must have equal distributions. The formulas are those of `divergence.py`, in float32, and
+the reasons for their form are given there.
 
 Only `triton_formulas.py`, which launches the kernels, imports this module.
 """
@@ -46,16 +48,6 @@ def _own_place(own, OWN: tl.constexpr):
     if OWN:
         return tl.load(own)
     return tl.cast(-1, tl.int64)
-
-
-@triton.jit
-def _mass(attention, columns, own, S, OWN: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the mass of a row on its keys."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, S, BLOCK):
-        _, _, value = _read(attention, columns, own, start, S, OWN, BLOCK)
-        total += value
-    return tl.sum(total)
 
 
 @triton.jit
@@ -138,11 +130,10 @@ def _slope(p, q, KIND: tl.constexpr):
 
 
 @triton.jit
-def _distribution_of_rows(
+def _mass_of_rows(
     attention,
     columns,
     own,
-    result,
     mass_of,
     a_b,
     a_g,
@@ -153,7 +144,6 @@ def _distribution_of_rows(
     G,
     R,
     S,
-    WRITES: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -162,14 +152,42 @@ def _distribution_of_rows(
     attention += b * a_b + g * a_g + r * a_r
     columns += b * c_b
     place = _own_place(own + b * o_b + r * o_r, OWN)
-    mass = _mass(attention, columns, place, S, OWN, BLOCK)
-    tl.store(mass_of + row, mass)
-    if WRITES:
-        divisor = _divisor(mass)
-        result += tl.cast(row, tl.int64) * S
-        for start in range(0, S, BLOCK):
-            places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
-            tl.store(result + places, tl.div_rn(value, divisor), mask=inside)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, S, BLOCK):
+        _, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        total += value
+    tl.store(mass_of + row, tl.sum(total))
+
+
+@triton.jit
+def _distribution_of_rows(
+    attention,
+    columns,
+    own,
+    mass_of,
+    result,
+    a_b,
+    a_g,
+    a_r,
+    c_b,
+    o_b,
+    o_r,
+    G,
+    R,
+    S,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    b, g, r = _row_of(row, G, R)
+    attention += b * a_b + g * a_g + r * a_r
+    columns += b * c_b
+    place = _own_place(own + b * o_b + r * o_r, OWN)
+    divisor = _divisor(tl.load(mass_of + row))
+    result += tl.cast(row, tl.int64) * S
+    for start in range(0, S, BLOCK):
+        places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        tl.store(result + places, tl.div_rn(value, divisor), mask=inside)
 
 
 @triton.jit
@@ -177,6 +195,7 @@ def _masses_of_rows(
     attention,
     columns,
     own,
+    mass_of,
     visual,
     target,
     result,
@@ -201,7 +220,7 @@ def _masses_of_rows(
     attention += b * a_b + g * a_g + r * a_r
     columns += b * c_b
     place = _own_place(own + b * o_b + r * o_r, OWN)
-    divisor = _divisor(_mass(attention, columns, place, S, OWN, BLOCK))
+    divisor = _divisor(tl.load(mass_of + row))
     on_visual = tl.zeros([BLOCK], tl.float32)
     on_target, on_prompt, first, entropy = on_visual, on_visual, on_visual, on_visual
     for start in range(0, S, BLOCK):
@@ -228,9 +247,9 @@ def _divergence_of_rows(
     attention,
     columns,
     own,
+    mass_of,
     target,
     result,
-    mass_of,
     a_b,
     a_g,
     a_r,
@@ -253,7 +272,7 @@ def _divergence_of_rows(
     target += b * t_b + g * t_g + r * t_r
     columns += b * c_b
     place = _own_place(own + b * o_b + r * o_r, OWN)
-    mass = _mass(attention, columns, place, S, OWN, BLOCK)
+    mass = tl.load(mass_of + row)
     divisor = _divisor(mass)
     terms = tl.zeros([BLOCK], tl.float32)
     wanted = terms
@@ -263,7 +282,6 @@ def _divergence_of_rows(
         terms += _value(tl.div_rn(value, divisor), q, KIND)
         wanted += q
     is_compared = (mass > 0) & (tl.sum(wanted) > 0)
-    tl.store(mass_of + row, mass)
     tl.store(result + row, tl.where(is_compared, tl.sum(terms), 0.0))
 
 
@@ -272,8 +290,8 @@ def _slope_of_rows(
     attention,
     columns,
     own,
-    target,
     mass_of,
+    target,
     grad,
     result,
     a_b,

@@ -12,6 +12,7 @@ from megatron_ral.attention.backend import Compared
 from megatron_ral.attention.triton_formula_kernels import (
     _distribution_of_rows,
     _divergence_of_rows,
+    _mass_of_rows,
     _masses_of_rows,
     _slope_of_rows,
 )
@@ -22,21 +23,24 @@ _BLOCK = 1024
 
 
 class TritonFormulas:
-    """Formulas over float32 rows on CUDA: one launch each."""
+    """Formulas over float32 rows on CUDA: one or two launches each."""
 
     def key_mass(self, attention_BGRS: Tensor, keys: RowKeys) -> Tensor:
-        return _distribution(attention_BGRS, keys, writes=False)[1]
+        return _mass(_Rows.of(attention_BGRS, keys))
 
     def distribution(self, attention_BGRS: Tensor, keys: RowKeys) -> tuple[Tensor, Tensor]:
-        return _distribution(attention_BGRS, keys, writes=True)
+        rows = _Rows.of(attention_BGRS, keys)
+        mass, result = _mass(rows), rows.attention.new_empty(rows.attention.shape)
+        _launch(_distribution_of_rows, rows, mass, result, *rows.strides, *rows.sizes)
+        return result, mass
 
     def divergence(
         self, attention_BGRS: Tensor, target_BGRS: Tensor, keys: RowKeys, kind: str
     ) -> tuple[Tensor, Tensor]:
         rows, target = _Rows.of(attention_BGRS, keys), _contiguous_rows(target_BGRS)
-        result, mass = rows.numbers(), rows.numbers()
+        mass, result = _mass(rows), rows.numbers()
         steps = (*rows.strides, *target.stride()[:3], *rows.sizes)
-        _launch(_divergence_of_rows, rows, target, result, mass, *steps, KIND=kind)
+        _launch(_divergence_of_rows, rows, mass, target, result, *steps, KIND=kind)
         return result, mass
 
     def slope(self, rows: Compared, grad_BGR: Tensor, block: Block) -> Tensor:
@@ -45,15 +49,15 @@ class TritonFormulas:
         result = mass.new_empty(*mass.shape, part.attention.shape[3])
         steps = (*part.strides, *target.stride()[:3], *mass.stride(), *part.sizes)
         grad = grad_BGR.contiguous()[block]  # has the strides of the mass
-        _launch(_slope_of_rows, part, target, mass, grad, result, *steps, KIND=rows.kind)
+        _launch(_slope_of_rows, part, mass, target, grad, result, *steps, KIND=rows.kind)
         return result
 
     def masses(self, attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:
         rows = _Rows.of(attention_BGRS, keys)
         visual, target = (_bytes(mask) for mask in (visual_mask_BP, target_mask_BP))
-        result = rows.numbers(6)
+        mass, result = _mass(rows), rows.numbers(6)
         steps = (*rows.strides, visual.stride(0), target.stride(0), *rows.sizes, visual.shape[1], rows.count)
-        _launch(_masses_of_rows, rows, visual, target, result, *steps)
+        _launch(_masses_of_rows, rows, mass, visual, target, result, *steps)
         return result
 
 
@@ -99,12 +103,10 @@ class _Rows(NamedTuple):
         return self.attention.new_empty(*count, *self.attention.shape[:3])
 
 
-def _distribution(attention_BGRS: Tensor, keys: RowKeys, writes: bool) -> tuple[Tensor, Tensor]:
-    rows = _Rows.of(attention_BGRS, keys)
+def _mass(rows: _Rows) -> Tensor:
     mass = rows.numbers()
-    result = rows.attention.new_empty(rows.attention.shape) if writes else mass
-    _launch(_distribution_of_rows, rows, result, mass, *rows.strides, *rows.sizes, WRITES=writes)
-    return result, mass
+    _launch(_mass_of_rows, rows, mass, *rows.strides, *rows.sizes)
+    return mass
 
 
 def _contiguous_rows(rows: Tensor) -> Tensor:

@@ -374,7 +374,7 @@ def counted_triton(watched: Watched) -> Iterator[None]:
 
     kernels = (
         *((triton_backend, name) for name in ("_row_statistics", "_head_mean", "_query_gradient", "_key_gradient")),
-        *((triton_formulas, f"_{what}_of_rows") for what in ("distribution", "masses", "divergence", "slope")),
+        *((triton_formulas, f"_{what}_of_rows") for what in ("mass", "distribution", "masses", "divergence", "slope")),
     )
     with ExitStack() as stack:
         for module, name in kernels:

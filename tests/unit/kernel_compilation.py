@@ -38,8 +38,9 @@ WANTED = [
 """The gradients' kernels need the most memory; each takes seconds, so not every type has all."""
 
 FORMULAS = [
-    ("_distribution_of_rows", {"WRITES": True}),
-    ("_distribution_of_rows", {"WRITES": False, "OWN": False}),
+    ("_mass_of_rows", {}),
+    ("_mass_of_rows", {"OWN": False}),
+    ("_distribution_of_rows", {}),
     ("_masses_of_rows", {}),
     *((name, {"KIND": kind}) for name in ("_divergence_of_rows", "_slope_of_rows") for kind in DIVERGENCES),
     *((name, {"KIND": "jsd", "OWN": False, "G": 1, "R": 1}) for name in ("_divergence_of_rows", "_slope_of_rows")),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ral.attention.backend import RowBackend
 from megatron_ral.attention.distribution import attention_distribution
+from megatron_ral.attention.formulas import choose_formulas
 from megatron_ral.attention.rows import choose_backend, head_mean_attention, row_divergence
 from megatron_ral.attention.torch_backend import TorchBackend
 from megatron_ral.attention.types import RowKeys, RowQK
@@ -89,6 +90,8 @@ def accuracy(device: torch.device, dtype: torch.dtype, width: int) -> Iterator[F
     name = f"{str(dtype).removeprefix('torch.')} {width}"
     backend, description = choose_backend(device, dtype, width)
     yield expect(f"{name}: rows by", description, device.type == "cpu" or "PyTorch" not in description, "Triton")
+    formulas = type(choose_formulas(torch.empty(1, 1, 1, 1, device=device))).__name__
+    yield expect(f"{name}: formulas by", formulas, device.type == "cpu" or formulas == "TritonFormulas", "Triton")
     for lag in (0, 1):
         rows, gradients = errors(device, dtype, width, lag, backend)
         yield at_most(f"{name}, lag {lag}: error of rows", rows, ROWS_BOUND)
