@@ -74,12 +74,14 @@ def added_by_the_term(path, stage, loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [{}, {"attention_target": "old"}, {"attention_target": "contrast"}], ids=["reference", "old", "contrast"]
+    "loss, most",
+    [({}, 60), ({"attention_target": "old"}, 60), ({"attention_target": "contrast"}, 80)],  # two maps of rows
+    ids=["reference", "old", "contrast"],
 )
-def test_the_attention_term_takes_at_most_sixty_kernels(material, loss):
+def test_the_attention_term_takes_few_kernels(material, loss, most):
     [kernels] = run_ranks(1, added_by_the_term, str(material["tiny"]), PIPELINE - 1, loss)
     assert {"_masses_of_rows", "_divergence_of_rows", "_slope_of_rows"} <= set(kernels)
-    assert sum(kernels.values()) <= 60, sorted(kernels.items(), key=lambda item: -item[1])
+    assert sum(kernels.values()) <= most, sorted(kernels.items(), key=lambda item: -item[1])
 
 
 def planted(path, fault, stage):
