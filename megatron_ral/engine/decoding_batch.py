@@ -12,7 +12,7 @@ Prompts whose responses have all finished are counted separately, because their 
 
 A pass over one token of each row reads and writes the same tensors until rows are dropped or the cache grows, and asks
 the host nothing. On a GPU it is therefore recorded once (`engine/decode_graph.py`) and started with one launch. The
-only wait of a step is that for its tokens. Passes that record attention rows are not recorded.
+only wait of a step is that for its tokens.
 
 With exploration the prompt's last token is fed again as the first token of each row. Its row predicts the first
 response token, and without this all responses of a prompt would share it, whatever their noise.
@@ -182,7 +182,7 @@ class DecodingBatch:
             if self._recorded is None and self._runs_like_the_last and can_record(self.device):
                 self._recorded = Recorded(lambda: self._step_pass(stage, process_groups, forbidden))
             result = self._recorded() if self._recorded else self._step_pass(stage, process_groups, forbidden)
-            self._runs_like_the_last = not self.settings.exploration.recorded_layers
+            self._runs_like_the_last = True
         return self._finish(result) if isinstance(result, PendingDraw) else result
 
     def _prefill(
@@ -227,8 +227,7 @@ class DecodingBatch:
         if self._first_pass:
             uniform = self._uniforms[:, 0]
         else:
-            place = self._device_step + 1 - int(self._feeds_prompt_end)
-            uniform = self._uniforms[self._device_rows].index_select(1, place)[:, 0]
+            uniform = self._uniforms[self._device_rows].index_select(1, self._predicted())[:, 0]
         return begin_draw(
             logits_Nv,
             uniform,
@@ -283,6 +282,10 @@ class DecodingBatch:
         ends = self.prompts.input_ids.gather(1, self.prompts.prompt_lengths[:, None] - 1)[:, 0]
         return ends.repeat_interleave(self.settings.group_size)
 
+    def _predicted(self) -> Tensor:
+        """Return the index of the response token that a decoding pass predicts, `step` as the device knows it, [1]."""
+        return self._device_step + 1 - int(self._feeds_prompt_end)
+
     def _record(self, layer: int, over_prompt_NP: Tensor, over_own_NS: Tensor) -> None:
         """Store the rows that predict the token of this step.
 
@@ -297,8 +300,9 @@ class DecodingBatch:
         row = torch.zeros(len(over_own_NS), P + R, device=self.device)
         row[:, : over_prompt_NP.shape[1]] = over_prompt_NP
         row.scatter_(1, self._prompt_end[self._device_rows, None], over_own_NS[:, :1])
-        row[:, P : P + self.step] = over_own_NS[:, 1 : self.step + 1]
-        self.attention[layer][self._device_rows, self.step] = row
+        over_response = over_own_NS[:, 1 : R + 1]
+        row[:, P : P + over_response.shape[1]] = over_response
+        self.attention[layer].index_put_((self._device_rows, self._predicted()), row)
 
     def _drop_finished(self, running_N: Tensor) -> None:
         """Drop finished rows and prompts once they have cost as much as the copy would (see the module's docstring).

@@ -15,6 +15,7 @@ from tests.distributed.runner import run_ranks
 from tests.distributed.test_generation import CASES, IDENTITY, R, make_settings, read
 
 NOISE = ExplorationSettings(sigma=4.0, noisy_layers=frozenset(range(8)))
+NOISE_AND_ROWS = ExplorationSettings(sigma=4.0, noisy_layers=frozenset(range(8)), recorded_layers=frozenset({0, 1}))
 
 
 def both(path, tensor, pipeline):
@@ -23,7 +24,11 @@ def both(path, tensor, pipeline):
     policy, prompts = open_policy(path, tensor, pipeline)[3], read(path)
     result = {}
     with policy.resident():
-        settings = {"noise": SamplingSettings(3, R, -1, 0, exploration=NOISE)}
+        settings = {
+            "noise": SamplingSettings(3, R, -1, 0, exploration=NOISE),
+            "rows": SamplingSettings(3, R, -1, 0, exploration=NOISE_AND_ROWS),
+            "rows of responses that end": SamplingSettings(4, R, 7, 0, num_tokens=10, exploration=NOISE_AND_ROWS),
+        }
         if tensor == pipeline == 1:
             settings |= {name: make_settings(policy, prompts, case) for name, case in CASES.items()}
         else:
@@ -38,6 +43,8 @@ def both(path, tensor, pipeline):
             equal = all(
                 torch.equal(mine.response_ids, theirs.response_ids)
                 and torch.equal(mine.rollout_logprobs, theirs.rollout_logprobs)
+                and mine.attention.keys() == theirs.attention.keys()
+                and all(torch.equal(mine.attention[layer], theirs.attention[layer]) for layer in mine.attention)
                 for mine, theirs in zip(plain, recorded, strict=True)
             )
             result[name] = equal, RecordedOperations.made, RecordedOperations.replays
