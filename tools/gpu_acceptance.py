@@ -19,6 +19,8 @@ from typing import Any, Sequence
 
 import psutil
 
+from megatron_ral.errors import UserError
+
 PROJECT = Path(__file__).resolve().parents[1]
 SECONDS = {
     "environment": 60,
@@ -140,9 +142,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts, print the table and return the exit status."""
-    sys.path.insert(0, str(PROJECT))
-    from megatron_ral.errors import UserError
-
     arguments = parse(argv)
     try:
         for part in arguments.parts:
