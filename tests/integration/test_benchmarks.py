@@ -131,7 +131,7 @@ SMALL = ["--prompt-length", "64", "--group-size", "2", "--length", "4", "--round
 
 def small_run(name: str, *arguments: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-m", f"tools.benchmarks.{name}", *SMALL, *arguments],
+        [sys.executable, "-m", f"tools.benchmarks.{name}", *arguments],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -142,7 +142,7 @@ def small_run(name: str, *arguments: str) -> list[str]:
 
 
 def test_ral_over_grpo_extrapolates_what_it_prints():
-    lines = small_run("ral_over_grpo", "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
+    lines = small_run("ral_over_grpo", *SMALL, "--layers", "1", "2", "--rollouts", "1", "--vocab-size", "512")
     rows = [re.split(r"\s{2,}", line)[:2] for line in lines]
     one = ["grpo", "bare grpo", "ral", "contrast"]
     for layers, sides in ((1, one), (2, [*one, "ral all layers", "contrast two"])):
@@ -171,3 +171,11 @@ def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower(
     assert any(line.endswith("3 prompts with 2 responses each: 3 calls, 3 pictures") for line in lines)
     assert lines[-3] == "ratio group_layout_tower 1.00" and lines[-2].startswith("ratio group_layout_old ")
     assert re.fullmatch(r"ratio group_layout \d+\.\d{3}", lines[-1])
+
+
+def test_generation_draws_the_tokens_of_transformers():
+    sizes = ["--prompts", "2", "--group-size", "2", "--length", "8"]
+    lines = small_run("generation", "--cores", "1", "--clock", "cpu", *sizes)
+    assert "greedy tokens that agree with transformers: one stage 1.000" in lines
+    names = [line.split()[1] for line in lines if line.startswith("ratio ")]
+    assert names == ["generation_ended", "generation_decoding", "generation"]

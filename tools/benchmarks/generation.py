@@ -119,24 +119,23 @@ def open_stages(args: argparse.Namespace):
     from megatron_ral.models.shape import read_shape
 
     prompts, _ = read_prompts(args)
-    engine, draw = (
-        FrozenEngine(read_shape(args.model), process_groups, EngineSettings(args.model, "float32")),
-        DecodingBatch.draw,
-    )
+    engine = FrozenEngine(read_shape(args.model), process_groups, EngineSettings(args.model, "float32"))
+    finish = DecodingBatch._finish
 
-    def draw_ends(batch, logits, process_groups):
-        token = draw(batch, logits, process_groups)
-        return (
-            token.masked_fill(batch.rows % 2 == 1, END)
-            if batch.step == args.length // 4 - 1
-            else token.masked_fill(token == END, END + 1)
-        )
+    def finish_with_ends(batch, pending):
+        token = finish(batch, pending)
+        if batch.step == args.length // 4 - 1:
+            token = token.masked_fill(batch.rows % 2 == 1, END)
+        else:
+            token = token.masked_fill(token == END, END + 1)
+        batch._drawn = token
+        return token
 
     def answer(length: int, greedy: bool, ended: bool, group_size: int):
         import torch
 
         settings = SamplingSettings(group_size, length, END if ended else -1, 0, 0.0 if greedy else 1.0)
-        DecodingBatch.draw = draw_ends if ended else draw
+        DecodingBatch._finish = finish_with_ends if ended else finish
         with engine.resident():
             rows = [
                 batch.response_ids.flatten(0, 1)
