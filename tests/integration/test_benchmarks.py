@@ -163,7 +163,7 @@ def test_ral_over_grpo_extrapolates_what_it_prints():
 
 
 def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower():
-    lines = small_run("group_layout", "--layers", "1", "--prompts", "3")
+    lines = small_run("group_layout", *SMALL, "--layers", "1", "--prompts", "3")
     table = {name: line.split()[1] for line in lines for name in ("group", "separate") if line.startswith(name + " ")}
     assert table == {"group": str(64 + 2 * 4), "separate": str(2 * (64 + 4))}
     [difference] = [float(line.split()[6]) for line in lines if line.startswith("gradients of both sides differ by ")]
