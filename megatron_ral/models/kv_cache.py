@@ -20,7 +20,7 @@ class GroupKVCache:
         group_size: Number of responses of each prompt.
     """
 
-    BLOCK = 64
+    BLOCK = 16
     """Steps by which the response part grows on the CPU. Growing copies it, at most 1 / BLOCK of what is read."""
     LEAST = 256
     """Steps that it has at first on a GPU, where it doubles, because every growth makes a recorded pass useless."""
