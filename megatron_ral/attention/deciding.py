@@ -52,7 +52,7 @@ def row_sums(values_KBGR: Tensor, groups: GroupBatch, mask_BGR: Tensor) -> tuple
 
     Args:
         values_KBGR: Values of each row at `QueryPosition.RESPONSE`. The last are the shares of visual attention on the
-            target (`mass.row_mass`).
+            target (`mass.row_masses`).
         groups: Groups of the rows.
         mask_BGR: Mask of the rows that count.
 

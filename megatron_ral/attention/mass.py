@@ -10,7 +10,7 @@ from megatron_ral.attention.types import RowKeys
 
 
 class RowMass(NamedTuple):
-    """Masses of each row's distribution, all [B, G, R], without gradient."""
+    """Masses of each row's distribution, all [B, G, R], or their sums over rows. Without gradient."""
 
     visual: Tensor
     """Mass on all visual tokens of the prompt."""
@@ -37,11 +37,6 @@ def row_masses(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, ta
         target_mask_BP: Mask of the visual tokens of annotated cells, bool.
     """
     return choose_formulas(attention_BGRS).masses(attention_BGRS, keys, visual_mask_BP, target_mask_BP)
-
-
-def row_mass(attention_BGRS: Tensor, keys: RowKeys, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> RowMass:
-    """Return `row_masses` by name."""
-    return RowMass(*row_masses(attention_BGRS, keys, visual_mask_BP, target_mask_BP))
 
 
 def target_share(distribution_BGRS: Tensor, visual_mask_BP: Tensor, target_mask_BP: Tensor) -> Tensor:

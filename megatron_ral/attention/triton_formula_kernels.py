@@ -25,29 +25,27 @@ LARGEST_SLOPE = tl.constexpr(3.4028234663852886e38 / 2**10)
 
 
 @triton.jit
-def _row_of(row, G, R):
-    """Return (b, g, r) of a row's number, 64 bits wide."""
-    row = tl.cast(row, tl.int64)
-    return row // (G * R), row // R % G, row % R
+def _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN: tl.constexpr):
+    """Return (b, g, r) of the program's row, 64 bits wide, pointers to its attention and columns, and its own column.
+
+    Without columns of their own it is one that no row has.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    b, g, r = row // (G * R), row // R % G, row % R
+    place = tl.load(own + b * o_b + r * o_r) if OWN else tl.cast(-1, tl.int64)
+    return b, g, r, attention + b * a_b + g * a_g + r * a_r, columns + b * c_b, place
 
 
 @triton.jit
 def _read(attention, columns, own, start, S, OWN: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (columns of a block, whether each exists, attention there on the keys that count, else 0)."""
+    """Return (columns of a block, whether each exists, 1 for the keys that count, else 0, attention on those)."""
     places = start + tl.arange(0, BLOCK)
     inside = places < S
     counted = tl.load(columns + places, mask=inside, other=0) != 0
     if OWN:
         counted = counted & (places != own)
-    return places, inside, tl.load(attention + places, mask=inside, other=0.0) * counted.to(tl.float32)
-
-
-@triton.jit
-def _own_place(own, OWN: tl.constexpr):
-    """Return the column of the row's own token, or one that no row has."""
-    if OWN:
-        return tl.load(own)
-    return tl.cast(-1, tl.int64)
+    counted = counted.to(tl.float32)
+    return places, inside, counted, tl.load(attention + places, mask=inside, other=0.0) * counted
 
 
 @triton.jit
@@ -148,13 +146,10 @@ def _mass_of_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    b, g, r = _row_of(row, G, R)
-    attention += b * a_b + g * a_g + r * a_r
-    columns += b * c_b
-    place = _own_place(own + b * o_b + r * o_r, OWN)
+    _b, _g, _r, attention, columns, place = _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, S, BLOCK):
-        _, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        _, _, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         total += value
     tl.store(mass_of + row, tl.sum(total))
 
@@ -179,14 +174,11 @@ def _distribution_of_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    b, g, r = _row_of(row, G, R)
-    attention += b * a_b + g * a_g + r * a_r
-    columns += b * c_b
-    place = _own_place(own + b * o_b + r * o_r, OWN)
+    _b, _g, _r, attention, columns, place = _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN)
     divisor = _divisor(tl.load(mass_of + row))
     result += tl.cast(row, tl.int64) * S
     for start in range(0, S, BLOCK):
-        places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        places, inside, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         tl.store(result + places, tl.div_rn(value, divisor), mask=inside)
 
 
@@ -216,15 +208,12 @@ def _masses_of_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    b, g, r = _row_of(row, G, R)
-    attention += b * a_b + g * a_g + r * a_r
-    columns += b * c_b
-    place = _own_place(own + b * o_b + r * o_r, OWN)
+    b, _g, _r, attention, columns, place = _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN)
     divisor = _divisor(tl.load(mass_of + row))
     on_visual = tl.zeros([BLOCK], tl.float32)
     on_target, on_prompt, first, entropy = on_visual, on_visual, on_visual, on_visual
     for start in range(0, S, BLOCK):
-        places, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        places, _, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         p = tl.div_rn(value, divisor)
         of_prompt = places < P
         on_visual += p * tl.load(visual + b * v_b + places, mask=of_prompt, other=0).to(tl.float32)
@@ -267,17 +256,14 @@ def _divergence_of_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    b, g, r = _row_of(row, G, R)
-    attention += b * a_b + g * a_g + r * a_r
+    b, g, r, attention, columns, place = _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN)
     target += b * t_b + g * t_g + r * t_r
-    columns += b * c_b
-    place = _own_place(own + b * o_b + r * o_r, OWN)
     mass = tl.load(mass_of + row)
     divisor = _divisor(mass)
     terms = tl.zeros([BLOCK], tl.float32)
     wanted = terms
     for start in range(0, S, BLOCK):
-        places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        places, inside, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         q = tl.load(target + places, mask=inside, other=0.0)
         terms += _value(tl.div_rn(value, divisor), q, KIND)
         wanted += q
@@ -314,18 +300,15 @@ def _slope_of_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    b, g, r = _row_of(row, G, R)
-    attention += b * a_b + g * a_g + r * a_r
+    b, g, r, attention, columns, place = _open_row(attention, columns, own, a_b, a_g, a_r, c_b, o_b, o_r, G, R, OWN)
     target += b * t_b + g * t_g + r * t_r
-    columns += b * c_b
-    place = _own_place(own + b * o_b + r * o_r, OWN)
     mass = tl.load(mass_of + b * m_b + g * m_g + r * m_r)
     factor = tl.load(grad + b * m_b + g * m_g + r * m_r)
     divisor = _divisor(mass)
     products = tl.zeros([BLOCK], tl.float32)
     wanted = products
     for start in range(0, S, BLOCK):
-        places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        places, inside, _, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         q = tl.load(target + places, mask=inside, other=0.0)
         p = tl.div_rn(value, divisor)
         products += p * _slope(p, q, KIND)
@@ -335,11 +318,8 @@ def _slope_of_rows(
     scale = tl.where(is_compared, tl.maximum(mass, LEAST_MASS, propagate_nan=tl.PropagateNan.ALL), float("inf"))
     result += tl.cast(row, tl.int64) * S
     for start in range(0, S, BLOCK):
-        places, inside, value = _read(attention, columns, place, start, S, OWN, BLOCK)
+        places, inside, counted, value = _read(attention, columns, place, start, S, OWN, BLOCK)
         q = tl.load(target + places, mask=inside, other=0.0)
-        counted = tl.load(columns + places, mask=inside, other=0) != 0
-        if OWN:
-            counted = counted & (places != place)
         slope = tl.div_rn(_slope(tl.div_rn(value, divisor), q, KIND) - inner, scale)
         slope = tl.clamp(slope, -LARGEST_SLOPE, LARGEST_SLOPE, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(result + places, slope * counted.to(tl.float32) * factor, mask=inside)
+        tl.store(result + places, slope * counted * factor, mask=inside)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from megatron_ral.attention.deciding import row_sums
 from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.attention.mass import row_mass
+from megatron_ral.attention.mass import RowMass, row_masses
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import sample_responses
@@ -151,9 +150,9 @@ def sample_prompts(
 def _attention_sums(rows: AttentionRows, groups: GroupBatch) -> dict[str, Tensor]:
     """Return sums over response rows: their number, their mass on visual tokens, and the shares on the target."""
     prompts, mask = groups.prompts, groups.response_mask
-    mass = row_mass(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    values, count, shares = row_sums(torch.stack([mass.visual, mass.target_share]), groups, mask)
-    sums = {"rows": count, "visual": values[0]}
+    masses = row_masses(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
+    totals, count, shares = row_sums(masses, groups, mask)
+    sums = {"rows": count, "visual": RowMass(*totals).visual}
     for name, (total, count) in shares.named().items():
         sums |= {name: total, f"{name}_count": count}
     return sums

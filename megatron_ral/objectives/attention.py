@@ -152,8 +152,8 @@ def attention_metrics(layer: int, rows: AttentionRows, batch: RlBatch) -> dict[s
     """
     rows, mask, prompts = rows.at(QueryPosition.RESPONSE), batch.loss_mask, batch.groups.prompts
     values = row_masses(rows.attention, rows.keys(), prompts.visual_mask, prompts.target_mask)
-    names = ["visual_mass", "prompt_mass", "sink_mass", "self_mass", "row_entropy"]
     sums, count, shares = row_sums(values, batch.groups, mask)
+    names = ["visual_mass", "prompt_mass", "sink_mass", "self_mass", "row_entropy"]  # in the order of RowMass
     metrics = sums_and_counts([f"attention/{name}" for name in names], sums, count.expand(len(names)))
     for name, (total, number) in shares.named().items():
         for tag in (f"attention/{name}", f"attention/{name}/layer_{layer}"):

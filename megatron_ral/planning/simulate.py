@@ -20,6 +20,7 @@ from megatron_ral.parallel.process_groups import simulate_rank
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.parallel.traffic import CountedTraffic, Traffic
 from megatron_ral.planning.fakes import Seen, Watched, counted_graphs, counted_triton, fake_tensors, first_chunks
+from megatron_ral.planning.gpu_work import replaced
 from megatron_ral.planning.launch_plan import LaunchPlan
 from megatron_ral.planning.simulated_policy import SimulatedBatch, SimulatedPolicy, kind_of
 from megatron_ral.planning.workload import make_groups, make_prompt
@@ -264,3 +265,20 @@ def simulate(
                 simulator.generation()
                 simulator.update(simulator.passes())
         return result
+
+
+def term_kernels(shape: ModelShape, plan: LaunchPlan, rank: SimulatedRank) -> dict[str, float]:
+    """Return what the attention term adds to the kernels of a micro-batch, by operator.
+
+    A number is negative where it saves some: a recorded layer is not recomputed. Simulates the rank again without it.
+
+    Args:
+        shape: model.
+        plan: plan of the launch.
+        rank: the rank with the term.
+    """
+    with replaced(AttentionTerm, "recorded_layers", frozenset()):
+        without = simulate(shape, plan, rank.layout).phases["update"]
+    update = rank.phases["update"]
+    names = {*update.seen.kernels, *without.seen.kernels}
+    return {name: (update.seen.kernels[name] - without.seen.kernels[name]) / update.simulated for name in names}

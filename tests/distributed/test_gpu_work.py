@@ -58,19 +58,11 @@ def test_a_step_mixes_no_devices_and_waits_for_tokens_alone(material, family, lo
 
 def added_by_the_term(path, stage, loss):
     """Return kernels of a micro-batch by operator, as far as an update with recorded rows has more than one without."""
-    from megatron_ral.objectives.attention import AttentionTerm
-    from megatron_ral.planning.simulate import simulate
+    from megatron_ral.planning.simulate import simulate, term_kernels
 
     plan, shape = plan_of(path, **loss)
-    place, found = plan.layout.with_rank(plan.layout.rank_of(0, 0, stage)), []
-    recorded = AttentionTerm.recorded_layers
-    for layers in (recorded, frozenset()):
-        AttentionTerm.recorded_layers = layers
-        found.append(simulate(shape, plan, place).phases["update"])
-    AttentionTerm.recorded_layers = recorded
-    with_rows, without = (phase.seen.kernels for phase in found)
-    assert found[0].simulated == found[1].simulated
-    return {name: more / found[0].simulated for name in with_rows if (more := with_rows[name] - without[name]) > 0}
+    rank = simulate(shape, plan, plan.layout.with_rank(plan.layout.rank_of(0, 0, stage)))
+    return {name: number for name, number in term_kernels(shape, plan, rank).items() if number > 0}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def equal_rows() -> dict:
 
 
 def not_finite() -> dict:
-    """A row with NaN stays NaN in its distribution and slope's neighbours, as in PyTorch."""
+    """A row with NaN has a mass and a distribution that are NaN, and is not compared, as in PyTorch."""
     rows = torch.rand(1, 1, 3, 40, generator=torch.Generator().manual_seed(0))
     target = TorchFormulas().distribution(rows.flip(-1), EVERY_COLUMN)[0]
     rows[0, 0, 1, 7] = torch.nan
@@ -157,7 +157,7 @@ def not_finite() -> dict:
 
 
 def formula_faults() -> list:
-    """Of good formulas, of one that is off by 1 %, of one that raises."""
+    """Return what `formulas_fault` says of good formulas, of one that is off by 1 %, of one that raises."""
 
     class Damaged(TritonFormulas):
         def key_mass(self, attention_BGRS, keys):

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ral.attention import blocks
 from megatron_ral.attention.distribution import attention_distribution
-from megatron_ral.attention.mass import row_mass
+from megatron_ral.attention.mass import RowMass, row_masses
 from megatron_ral.attention.rows import head_mean_attention, row_divergence
 from megatron_ral.attention.torch_backend import head_blocks, weight_blocks
 from megatron_ral.attention.types import RowKeys, RowQK
@@ -474,7 +474,7 @@ def test_row_mass_by_hand(monkeypatch, size):
     attention = torch.tensor([[[[0.08, 0.16, 0.24, 0.32, 0.2, 0.0], [0.25, 0.0, 0.0, 0.1, 0.15, 0.5]]]])
     keys = RowKeys(torch.ones(1, 6, dtype=torch.bool), torch.tensor([[4, 5]]))
     visual, target = torch.tensor([[False, True, True, False]]), torch.tensor([[False, False, True, False]])
-    mass = row_mass(attention, keys, visual, target)
+    mass = RowMass(*row_masses(attention, keys, visual, target))
     wanted = {
         "visual": [0.5, 0.0],
         "prompt": [1.0, 0.7],

@@ -8,7 +8,7 @@ import torch
 from megatron_ral.attention.deciding import deciding_rows, row_sums
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.attention.layer_rows import AttentionRows
-from megatron_ral.attention.mass import row_mass
+from megatron_ral.attention.mass import RowMass, row_masses
 from megatron_ral.attention.types import QueryPosition
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.evaluation.evaluate import _attention_sums
@@ -116,12 +116,8 @@ def test_numbers_of_a_hand_made_pattern():
 
 def test_prompts_without_annotation_and_unknown_answers_do_not_count():
     groups, attention = hand_made()
-    share = row_mass(
-        attention,
-        given_rows(attention, GroupLayout.of(groups)).keys(),
-        groups.prompts.visual_mask,
-        groups.prompts.target_mask,
-    ).target_share
+    keys, prompts = given_rows(attention, GroupLayout.of(groups)).keys(), groups.prompts
+    share = RowMass(*row_masses(attention, keys, prompts.visual_mask, prompts.target_mask)).target_share
     unknown = row_sums(share[None], replace(groups, answer_tokens=None), groups.response_mask)[2]
     assert unknown.deciding[1] == 0 and unknown.all_rows[1] == 7
     bare = replace(groups, prompts=replace(groups.prompts, target_mask=torch.zeros(1, 6, dtype=torch.bool)))

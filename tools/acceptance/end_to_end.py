@@ -14,6 +14,7 @@ from typing import Any, Iterator
 
 import torch
 
+from megatron_ral.demo.runs import curve
 from tools.acceptance.part import PROJECT, Figure, Setting, expect, note
 
 TASKS = ("digit-search", "video-search")
@@ -66,15 +67,6 @@ def begin(setting: Setting, task: str) -> subprocess.Popen:
         )
 
 
-def scalars(run: Path) -> dict[str, list[float]]:
-    """Return every logged scalar of a run by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def loads(folder: Path, setting: Setting) -> str:
     """Load an exported folder with transformers and run it; returns "finite" or what is wrong."""
     from transformers import AutoModelForImageTextToText
@@ -97,9 +89,8 @@ def run(setting: Setting) -> Iterator[Figure]:
         if status:
             continue
         output = setting.folder / task / "run"
-        for name, tag in (("sft", "loss/cross_entropy"), ("rl", "loss/token")):
-            logged = scalars(output / name)
-            losses, norms = (logged.get(wanted) or logged.get("loss") or [] for wanted in (tag, "grad_norm"))
+        for name, tag in (("sft", "loss"), ("rl", "loss/token")):
+            losses, norms = ([value for _, value in curve(output / name, logged)] for logged in (tag, "grad_norm"))
             finite = bool(losses) and all(map(math.isfinite, [*losses, *norms]))
             yield expect(
                 f"{task}, {name}: losses",

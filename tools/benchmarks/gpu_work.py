@@ -18,34 +18,19 @@ from typing import Any
 
 from megatron_ral.commands.common import quiet_third_parties
 from megatron_ral.config import load_config
-from megatron_ral.planning.gpu_work import replaced
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def simulated(arguments: argparse.Namespace) -> Any:
-    """Return the simulated step of one rank."""
+def plan_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return (shape of the model, plan of the launch)."""
     from megatron_ral.models.shape import read_shape
     from megatron_ral.planning.launch_plan import LaunchPlan
-    from megatron_ral.planning.simulate import simulate
 
     configs = PROJECT / "pretrained_configs"
     folder = f"model.path={configs / 'models' / arguments.model}"
     config = load_config(configs / "runs" / f"{arguments.run}.yaml", [folder, *arguments.overrides])
-    plan = LaunchPlan.from_config(config, arguments.world_size)
-    place = plan.layout.with_rank(plan.layout.rank_of(0, 0, arguments.stage))
-    return simulate(read_shape(config.model.path), plan, place)
-
-
-def attention_term(arguments: argparse.Namespace, update: Any) -> tuple[int, int]:
-    """Return (kernels that the attention term adds to a micro-batch, sum over the operators that it adds to)."""
-    from megatron_ral.objectives.attention import AttentionTerm
-
-    with replaced(AttentionTerm, "recorded_layers", frozenset()):
-        without = simulated(arguments).phases["update"]
-    more = {name: number - without.seen.kernels[name] for name, number in update.seen.kernels.items()}
-    difference = update.seen.kernels.total() - without.seen.kernels.total()
-    return round(difference / update.simulated), round(sum(filter(lambda n: n > 0, more.values())) / update.simulated)
+    return read_shape(config.model.path), LaunchPlan.from_config(config, arguments.world_size)
 
 
 def counts(phases: dict[str, Any]) -> dict[str, dict]:
@@ -80,7 +65,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the counts")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     arguments = parser.parse_intermixed_args()
-    rank = simulated(arguments)
+    from megatron_ral.planning.simulate import simulate, term_kernels
+
+    shape, plan = plan_of(arguments)
+    rank = simulate(shape, plan, plan.layout.with_rank(plan.layout.rank_of(0, 0, arguments.stage)))
     phases = counts(rank.phases)
     print("| phase | kernels | recorded | collectives | waits | attention calls | largest mask | peak GiB |")
     print("|---|---|---|---|---|---|---|---|")
@@ -95,7 +83,8 @@ def main() -> None:
             for what, number in phase[key].items():
                 print(f"{name}: {number:g} x {what}")
     if "update" in rank.phases:
-        difference, added = attention_term(arguments, rank.phases["update"])
+        kernels = term_kernels(shape, plan, rank).values()
+        difference, added = round(sum(kernels)), round(sum(number for number in kernels if number > 0))
         print(f"attention term: {difference} kernels of a micro-batch; operators that it adds to: {added}")
         phases["update"] |= {"attention_term": difference, "attention_term_added": added}
     if arguments.json:
