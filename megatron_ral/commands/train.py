@@ -10,7 +10,7 @@ stopped or out of time, with a checkpoint; 2 wrong input; anything else: a rank 
 import os
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_ral.commands.common import (
     Arguments,
@@ -23,7 +23,11 @@ from megatron_ral.commands.common import (
     say_error,
 )
 from megatron_ral.config import RunConfig
+from megatron_ral.config.rule import setting
 from megatron_ral.errors import AgreedError, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_ral.models.shape import ModelShape
 
 
 def _options(parser) -> None:
@@ -40,12 +44,17 @@ def _check_models(config: RunConfig):
     Raises:
         ConfigError: a model folder contradicts the settings, or another model folder.
     """
+    from megatron_ral.engine.settings import policy_shape
     from megatron_ral.models.shape import read_shape
+    from megatron_ral.weights.peft_folder import check_adapters
 
-    shape = read_shape(config.model.path)
+    shape = policy_shape(config)
     shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
     shape.layer_indices(config.rollout.attention_noise.layers, "rollout.attention_noise.layers")
+    if config.train.algorithm == "ral":
+        _check_trained_attention(config, shape)
+    check_adapters(config.adapter.path, shape)
     if config.model.reference_path:
         shape.check_same_architecture(
             read_shape(config.model.reference_path, "model.reference_path"), "model.reference_path"
@@ -63,6 +72,22 @@ def _check_models(config: RunConfig):
             f"is more than the {min(shape.vocab_size, teacher.vocab_size)} tokens of the vocabulary; 0 takes all",
         )
     return shape, teacher
+
+
+def _check_trained_attention(config: RunConfig, shape: "ModelShape") -> None:
+    """Raise ConfigError if a recorded layer's attention depends on no trained weight."""
+    if shape.adapter is None or {"q_proj", "k_proj"} & set(shape.adapter.targets):
+        return
+    keys = ["loss.attention_layers"] + ["distill.attention_layers"] * config.distills
+    for key in keys:
+        layers = setting(config, key)
+        if 0 in shape.layer_indices(layers, key):
+            raise ConfigError(
+                key,
+                list(layers),
+                "names the first layer, whose attention no adapter reaches; add q_proj or k_proj to adapter.targets, "
+                "or name later layers",
+            )
 
 
 def main(argv: Arguments = None) -> NoReturn:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Iterator, Optional
 
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
+from megatron_ral.config.adapter import PROJECTIONS
 from megatron_ral.config.rule import Launch, Rule, Severity, Subject, setting, without_effect
 from megatron_ral.config.sections import RunConfig
 
@@ -23,7 +24,7 @@ def _endless_source(config: RunConfig) -> Optional[int]:
     return next((index for index, source in enumerate(config.data.train[:-1]) if not source.num_samples), None)
 
 
-def _has_repeats(values: tuple[int, ...]) -> bool:
+def _has_repeats(values: tuple[object, ...]) -> bool:
     return len(set(values)) != len(values)
 
 
@@ -79,6 +80,31 @@ RULES: tuple[Rule, ...] = (
         "model.train_vision",
         lambda c: _is_rl(c) and c.model.train_vision,
         "is not possible with {train.algorithm}, which computes visual features once per rollout; set it to false",
+    ),
+    Rule(
+        ERROR,
+        "model.train_vision",
+        lambda c: c.adapter.rank > 0 and c.model.train_vision,
+        "is not possible with {adapter.rank}, which trains adapters of the language layers alone; set it to false, or "
+        "adapter.rank to 0",
+    ),
+    Rule(
+        ERROR,
+        "adapter.dropout",
+        lambda c: c.adapter.dropout != 0,
+        "is not possible: the log-probabilities of one response would differ from pass to pass; set it to 0",
+    ),
+    Rule(
+        ERROR,
+        "adapter.targets",
+        lambda c: not c.adapter.targets or _has_repeats(c.adapter.targets),
+        lambda c: f"must name at least one of {', '.join(PROJECTIONS)}, and each only once",
+    ),
+    Rule(
+        ERROR,
+        "adapter.rank",
+        lambda c: c.adapter.rank == 0 and bool(c.adapter.path),
+        "means no adapters, but {adapter.path}; set it to the r of adapter_config.json in that folder",
     ),
     Rule(
         ERROR,
@@ -183,6 +209,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.parallel.tensor_model_parallel_size == 1,
         "with {parallel.tensor_model_parallel_size}",
     ),
+    *without_effect("adapter alpha targets", lambda c: c.adapter.rank == 0, "with {adapter.rank}"),
     *without_effect(_DISTILL_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
     *without_effect(_TEACHER_KEYS, lambda c: not _is_rl(c), "with {train.algorithm}"),
     *without_effect(_DISTILL_KEYS, lambda c: _is_rl(c) and not c.distills, "without teacher.path"),

@@ -1,5 +1,5 @@
 """Sections of a run's configuration, with every default of the project. Those of the objective are in `loss.py`, of a
-teacher in `distill.py`, of the log and the watchdog in `watching.py`.
+teacher in `distill.py`, of adapters in `adapter.py`, of the log and the watchdog in `watching.py`.
 
 Each section is a frozen dataclass that checks the types and bounds of its own fields, strictly: no string becomes a
 number. Combinations of settings are checked in `rules.py`. Nothing here imports torch, so that a configuration is
@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass
+from megatron_ral.config.adapter import AdapterConfig
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
 from megatron_ral.config.fields import STRICT, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_ral.config.loss import LossConfig, OptimizerConfig
@@ -27,7 +28,8 @@ class ModelConfig:
     """Folder that the run starts from: a Hugging Face folder (config.json, safetensors, tokenizer, image processor), or
     a Megatron folder of any layout (tools/convert_checkpoint.py)."""
     reference_path: str = ""
-    """Folder of the frozen reference model, of either kind; empty for `path`."""
+    """Folder of the frozen reference model, of either kind; empty for `path`. With adapters and an empty folder, the
+    reference is the policy with its adapters off, and no second copy is held."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of parameters and activations. Optimizer state and reductions are always float32."""
     train_vision: bool = False
@@ -232,7 +234,8 @@ class TrainConfig:
     async_checkpoint: bool = True
     """Writing of checkpoints in a thread while training continues. It holds a copy of the state in host memory."""
     export: bool = True
-    """Export of the final weights as a Hugging Face folder, <output_dir>/hf."""
+    """Export of the final weights as a Hugging Face folder, <output_dir>/hf, with adapters merged. Adapters are also
+    written by themselves as a PEFT folder, <output_dir>/adapter."""
     max_skipped_steps: PositiveInt = 5
     """Number of consecutive steps with a non-finite loss or gradient after which the run stops. Each is skipped with a
     warning."""
@@ -253,8 +256,10 @@ class RunConfig:
     """Configuration of one run. It is saved, with all defaults, in every checkpoint."""
 
     seed: NonNegativeInt = 0
-    """Seed of the order of samples, of sampling and of the shuffled controls. No weight is drawn at random."""
+    """Seed of the order of samples, of sampling, of the shuffled controls and of new adapters. No other weight is drawn
+    at random."""
     model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -279,10 +284,15 @@ class RunConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """True if the run holds a frozen reference model."""
+        """True if the run makes passes of a frozen reference model."""
         # The divergence is logged at attention_coef = 0 too, so its target decides, not the coefficient.
         target = TARGETS[self.loss.attention_target]
         return self.train.algorithm == "ral" and (self.loss.kl_coef > 0 or target.needs is TargetPass.REFERENCE)
+
+    @property
+    def holds_reference(self) -> bool:
+        """True if the run holds weights of the reference. With adapters it is the policy without them."""
+        return self.needs_reference and not (self.adapter.rank and not self.model.reference_path)
 
     @property
     def distills(self) -> bool:

@@ -1,13 +1,30 @@
 """Settings of an engine: where its weights come from, how they are held, and how they are trained."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
 
 from megatron_ral.config.loss import OptimizerConfig
 from megatron_ral.config.sections import RunConfig
+from megatron_ral.models.adapters import AdapterShape
+from megatron_ral.models.shape import ModelShape, read_shape
+
+
+def policy_shape(config: RunConfig, key: str = "model.path", path: str = "") -> ModelShape:
+    """Return the shape of a run's policy, with its adapters.
+
+    Args:
+        config: Configuration of the run.
+        key: Setting or option that names the folder, for the error.
+        path: Folder of the model; empty for model.path.
+
+    Raises:
+        ConfigError, CheckpointError: As `read_shape`.
+    """
+    return replace(read_shape(path or config.model.path, key), adapter=AdapterShape.from_config(config.adapter))
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,11 +47,16 @@ class EngineSettings:
     """Gather and reduce while passes compute."""
     require_finite: bool = True
     """Refuse weights with NaN or infinite values. A replay takes them: they may be what it looks for."""
+    adapter_path: str = ""
+    """PEFT folder that adapters start from; empty for new ones."""
+    adapter_seed: int = 0
+    """Seed of new adapters."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "EngineSettings":
         """Return the settings of the policy."""
-        return cls._from_config(config, config.model.path)
+        settings = cls._from_config(config, config.model.path)
+        return replace(settings, adapter_path=config.adapter.path, adapter_seed=config.seed)
 
     @classmethod
     def reference_from_config(cls, config: RunConfig) -> "EngineSettings":
@@ -91,10 +113,6 @@ class TrainingSettings:
             config.parallel.offload_optimizer,
             config.parallel.recompute_activations,
         )
-
-    def is_trainable(self, name: str) -> bool:
-        """Return whether a parameter of a `MultimodalStage` is trained."""
-        return self.train_vision or not name.startswith("visual.")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of 0-based optimizer step `step`."""

@@ -27,7 +27,7 @@ from megatron_ral.engine.outputs import ForwardOutput
 from megatron_ral.engine.schedule import run_schedule
 from megatron_ral.engine.settings import EngineSettings, TrainingSettings
 from megatron_ral.engine.zero3_config import zero3_config
-from megatron_ral.errors import CheckpointError
+from megatron_ral.errors import CheckpointError, ConfigError
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.language import StageLayer
 from megatron_ral.models.multimodal import MultimodalStage
@@ -38,6 +38,7 @@ from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.parallel.vocab import vocab_parallel_logprobs
 from megatron_ral.runtime.progress import tick
 from megatron_ral.types import GroupBatch, PromptBatch, to_device
+from megatron_ral.weights.adapter_weights import load_adapters
 from megatron_ral.weights.stage_weights import load_stage
 
 
@@ -78,11 +79,12 @@ class StageEngine:
             problem = None
             try:
                 load_stage(self.stage, settings.path, settings.require_finite)
-            except CheckpointError as error:
+                load_adapters(self.stage, settings.adapter_path, settings.adapter_seed)
+            except (CheckpointError, ConfigError) as error:
                 problem = error
             raise_together(problem)
             for name, parameter in self.stage.named_parameters():
-                parameter.requires_grad_(training is not None and training.is_trainable(name))
+                parameter.requires_grad_(training is not None and shape.is_trained(name, training.train_vision))
             trainable = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
             self.stage.train(training is not None)
             self.deepspeed: Any

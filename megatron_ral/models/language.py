@@ -6,6 +6,7 @@ Departures from GPTModel:
   get the same values from a checkpoint, and the engine preserves that by summing their gradients;
 - norms are torch's RMSNorm under sequence parallelism too. `partial_over_tensor_ranks` marks those whose gradient is
   only a part of a sum over tensor ranks, which the engine then forms;
+- matrices of the layers may have low-rank adapters (`adapted_linear.py`);
 - a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack).
 """
 
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ral.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, add_adapters
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout, stage_sizes
@@ -179,6 +181,9 @@ def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmod
     spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if shape.adapter is not None:
+        attention.linear_qkv = layer.mlp.submodules.linear_fc1 = AdaptedColumnParallelLinear
+        attention.linear_proj = layer.mlp.submodules.linear_fc2 = AdaptedRowParallelLinear
     attention.core_attention = ModuleSpec(module=InstrumentedAttention)
     if shape.family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"over_heads": True})
@@ -207,6 +212,9 @@ def build_language_stage(
         position_embedding_type="mrope",
         rotary_base=cast(Any, shape.rope_theta),  # megatron only divides by its powers
     )
+    if shape.adapter is not None:
+        for layer in stage.decoder.layers:
+            add_adapters(layer, shape, layout, dtype, device)
     if sequence_parallel:
         # The block would fork a random number generator per tensor rank for dropout, which is always 0 here.
         stage.decoder.config = copy.copy(stage.decoder.config)

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_ral.models.adapters import adapter_weight
 from megatron_ral.models.families import build_tower
 from megatron_ral.models.shape import ModelShape
 
@@ -13,27 +14,59 @@ def visual_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in tower.named_parameters()}
 
 
+def matrix_shape(shape: ModelShape, name: str) -> tuple[int, int]:
+    """Return the shape [outputs, inputs] of a matrix of a language layer, by common name."""
+    H, query, key = (
+        shape.hidden_size,
+        *(heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups)),
+    )
+    sizes = {
+        "q_proj": (query, H),
+        "k_proj": (key, H),
+        "v_proj": (key, H),
+        "o_proj": (H, query),
+        "gate_proj": (shape.ffn_hidden_size, H),
+        "up_proj": (shape.ffn_hidden_size, H),
+        "down_proj": (H, shape.ffn_hidden_size),
+    }
+    return sizes[name.split(".")[-2]]
+
+
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint, by common name (see `weights.huggingface.common_name`)."""
     H, D = shape.hidden_size, shape.kv_channels
-    query, key = shape.num_attention_heads * D, shape.num_query_groups * D
     result = {f"visual.{name}": size for name, size in visual_shapes(shape).items()}
     result["model.embed_tokens.weight"] = (shape.vocab_size, H)
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
-        for part, rows in (("q", query), ("k", key), ("v", key)):
-            result[f"{prefix}.self_attn.{part}_proj.weight"] = (rows, H)
+        for part in "qkv":
+            name = f"{prefix}.self_attn.{part}_proj.weight"
+            result[name] = matrix_shape(shape, name)
             if shape.family.qkv_bias:
-                result[f"{prefix}.self_attn.{part}_proj.bias"] = (rows,)
+                result[f"{prefix}.self_attn.{part}_proj.bias"] = matrix_shape(shape, name)[:1]
             if shape.family.qk_norm and part != "v":
                 result[f"{prefix}.self_attn.{part}_norm.weight"] = (D,)
-        result[f"{prefix}.self_attn.o_proj.weight"] = (H, query)
-        for part in ("gate", "up"):
-            result[f"{prefix}.mlp.{part}_proj.weight"] = (shape.ffn_hidden_size, H)
-        result[f"{prefix}.mlp.down_proj.weight"] = (H, shape.ffn_hidden_size)
+        for place in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+            result[f"{prefix}.{place}_proj.weight"] = matrix_shape(shape, f"{prefix}.{place}_proj.weight")
         for norm in ("input_layernorm", "post_attention_layernorm"):
             result[f"{prefix}.{norm}.weight"] = (H,)
     result["model.norm.weight"] = (H,)
     if not shape.tie_word_embeddings:
         result["lm_head.weight"] = (shape.vocab_size, H)
     return result
+
+
+def adapter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of both factors of every adapter, by common name; empty for a model without adapters."""
+    result: dict[str, tuple[int, ...]] = {}
+    if shape.adapter is not None:
+        for name, size in expected_shapes(shape).items():
+            if name.startswith("model.layers.") and name.split(".")[-2] in shape.adapter.targets and len(size) == 2:
+                result[adapter_weight(name, "A")] = (shape.adapter.rank, size[1])
+                result[adapter_weight(name, "B")] = (size[0], shape.adapter.rank)
+    return result
+
+
+def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that the parameters of a model are made of, adapters included."""
+    return {**expected_shapes(shape), **adapter_shapes(shape)}

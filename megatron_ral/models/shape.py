@@ -5,11 +5,12 @@ No module is built here, so that a layout can be checked before a run starts.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Optional, Sequence
 
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
+from megatron_ral.models.adapters import AdapterShape, is_adapter
 from megatron_ral.models.families import FAMILIES, Family
 from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
 from megatron_ral.parallel.rank_layout import stage_sizes
@@ -56,6 +57,19 @@ class ModelShape:
     nothing, so that sampling never draws one."""
     vision: PretrainedConfig
     """Hugging Face's own configuration of the vision tower."""
+    adapter: Optional[AdapterShape] = field(default=None, compare=False)
+    """Adapters of the language layers; None: there are none."""
+
+    def is_trained(self, name: str, train_vision: bool = False) -> bool:
+        """Return whether a run trains a parameter of a `MultimodalStage`.
+
+        Args:
+            name: Name of the parameter.
+            train_vision: Whether the vision tower is trained.
+        """
+        if self.adapter is not None:
+            return is_adapter(name)
+        return train_vision or not name.startswith("visual.")
 
     @property
     def num_deepstack_layers(self) -> int:

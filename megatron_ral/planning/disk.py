@@ -8,7 +8,7 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
+from megatron_ral.models.parameter_shapes import adapter_shapes, expected_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.planning.memory import BYTES, GIB
 
@@ -53,6 +53,8 @@ def _numel(shapes: dict) -> int:
 
 def checkpoint_bytes(plan: DiskPlan, shape: ModelShape) -> int:
     """Return the bytes of one checkpoint: float32 weights and two moments of every trained parameter."""
+    if shape.adapter is not None:
+        return 12 * _numel(adapter_shapes(shape))
     return 12 * (_numel(expected_shapes(shape)) - (0 if plan.train_vision else _numel(visual_shapes(shape))))
 
 

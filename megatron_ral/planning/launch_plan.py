@@ -62,7 +62,9 @@ class LaunchPlan:
     passes: Mapping[str, bool]
     """Passes without gradient of one RL step in order, by name, with whether they record attention."""
     needs_reference: bool
-    """True if a frozen reference model is held."""
+    """True if passes of a frozen reference model are made."""
+    holds_reference: bool
+    """True if its weights are held beside the policy's."""
     temperature: float
     """Sampling temperature."""
     top_p: float
@@ -118,6 +120,7 @@ class LaunchPlan:
             is_supervised=is_supervised,
             passes=passes,
             needs_reference=config.needs_reference,
+            holds_reference=config.holds_reference,
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             num_epochs=config.rollout.num_epochs,

@@ -12,11 +12,11 @@ import psutil
 import torch
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.parameter_shapes import visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.planning.launch_plan import LaunchPlan, TeacherPlan
 from megatron_ral.planning.parameters import stage_parameters
+from megatron_ral.weights.resharding import held_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of one number by the name of its precision."""
@@ -60,10 +60,9 @@ def policy_bytes(shape: ModelShape, layout: RankLayout, dtype: str, train_vision
         train_vision: whether the vision tower is trained.
     """
     held = frozen_bytes(shape, layout, dtype)
-    visual = 0 if train_vision else sum(torch.Size(size).numel() for size in visual_shapes(shape).values())
     trained = max(
-        stage.per_rank - (visual // layout.data_size if stage.stage == 0 else 0)
-        for stage in stage_parameters(shape, layout)
+        sum(-(-part.numel // layout.data_size) for name, part in stage.items() if shape.is_trained(name, train_vision))
+        for stage in held_parameters(shape, layout.tensor_size, layout.pipeline_size)
     )
     return HeldBytes(held.shard + 16 * trained, held.gathered)
 
@@ -107,7 +106,7 @@ def check_fits(plan: LaunchPlan, shape: ModelShape, teacher: ModelShape) -> None
     offload = settings.cpu_offload and torch.cuda.is_available()
     held = teacher_bytes(settings, teacher, layout.world_size, offload)
     others = [policy_bytes(shape, layout, plan.dtype, plan.train_vision)]
-    if plan.needs_reference:
+    if plan.holds_reference:
         others.append(frozen_bytes(shape, layout, plan.dtype))
     needed = {
         "this device": (

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
+from megatron_ral.models.parameter_shapes import stored_shapes, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.weights.tensor_table import stage_tensors
@@ -28,7 +28,7 @@ class StageParameters:
 
 def stage_parameters(shape: ModelShape, layout: RankLayout) -> list[StageParameters]:
     """Return all stages of a layout. The sum of `unique` is the model's number of parameters."""
-    names, sizes, seen, result = list(visual_shapes(shape)), expected_shapes(shape), set(), []
+    names, sizes, seen, result = list(visual_shapes(shape)), stored_shapes(shape), set(), []
     for stage in range(layout.pipeline_size):
         place = RankLayout(stage, layout.pipeline_size, 1, layout.pipeline_size)
         layers = place.stage_layers(shape.num_layers)

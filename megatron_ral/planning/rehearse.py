@@ -192,7 +192,7 @@ def _count_memory(report: RankReport, plan: LaunchPlan, shape: ModelShape, teach
     """Fill in the bytes of every phase."""
     zero, phases, work = report.zero, report.rank.phases, plan.work
     offload = plan.parallel.offload_optimizer
-    between = {**zero.held(offload, plan.needs_reference), "teacher": teacher.shard}
+    between = {**zero.held(offload, plan.holds_reference), "teacher": teacher.shard}
     held = Counter({kind: size for kind, size in between.items() if size})
     features = (
         work.visual_tokens * (1 + shape.num_deepstack_layers) * shape.hidden_size * zero.itemsize

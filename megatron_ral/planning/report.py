@@ -103,7 +103,7 @@ def _job(rehearsal: Rehearsal) -> list[str]:
     host: Counter = Counter()
     for rank in rehearsal.ranks:
         parallel, zero = plan.parallel, rank.zero
-        models = 1 + plan.needs_reference
+        models = 1 + plan.holds_reference
         host[rank.stages[0]] = (
             zero.shard_numel * zero.itemsize * models * parallel.offload_parameters
             + 16 * zero.trained_numel * parallel.offload_optimizer

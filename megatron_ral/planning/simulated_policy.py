@@ -131,7 +131,7 @@ class SimulatedPolicy(PolicyEngine):
                 training.recompute or settings.gather == "layer",
             )
         for name, parameter in self.stage.named_parameters():
-            parameter.requires_grad_(training.is_trainable(name))
+            parameter.requires_grad_(shape.is_trained(name, training.train_vision))
             if parameter.requires_grad:
                 parameter.grad_dtype = torch.float32
                 parameter.register_post_accumulate_grad_hook(lambda p: watched.call_it("gradients", p.grad))

@@ -14,7 +14,7 @@ import torch
 from megatron_ral.attention.targets.registry import TargetPass
 from megatron_ral.config.sections import RunConfig
 from megatron_ral.data.processor import PromptProcessor
-from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
@@ -147,8 +147,8 @@ class Engines:
     policy: PolicyEngine
     sampler: Sampler
     """Source of the policy's responses."""
-    reference: Optional[FrozenEngine] = None
-    """Frozen reference, where the KL or target `reference` needs it."""
+    reference: Optional[FrozenEngine | PolicyBase] = None
+    """Frozen reference, where the KL or target `reference` needs it. With adapters, the policy without them."""
     teacher: Optional[TeacherEngine] = None
     """Model to distil from."""
 
@@ -253,7 +253,7 @@ def _passes(
     layers, needs = sorted(term.layers), term.target_pass
     own = num_on_policy_updates(settings.num_epochs) * (len(batches) // settings.num_minibatches)
 
-    def run(engine: StageEngine, recorded: bool, batches: Sequence[GroupBatch]) -> Passes:
+    def run(engine: StageEngine | PolicyBase, recorded: bool, batches: Sequence[GroupBatch]) -> Passes:
         if not batches:
             return []
         return engine.forward(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_ral.config import RunConfig
 from megatron_ral.config.rules import setting_warnings
 from megatron_ral.data.loader import PromptLoader
-from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.evaluation.evaluate import evaluate_prompts
 from megatron_ral.evaluation.generation import EvaluationSettings
@@ -37,6 +37,7 @@ from megatron_ral.training.logging.throughput import Throughput, ThroughputSetti
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
 from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
 from megatron_ral.types import Prompt
+from megatron_ral.weights.adapter_weights import export_adapters
 from megatron_ral.weights.stage_weights import export_stage
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,11 @@ class Trainer:
         self.policy = build_policy(config, shape, process_groups)
         reference = None
         if config.needs_reference:
-            reference = FrozenEngine(shape, process_groups, EngineSettings.reference_from_config(config))
+            if config.holds_reference:
+                settings = EngineSettings.reference_from_config(config)
+                reference = FrozenEngine(replace(shape, adapter=None), process_groups, settings)
+            else:
+                reference = PolicyBase(self.policy)
         self.engines = Engines(self.policy, NativeSampler(self.policy), reference, teacher)
         self.step_settings = StepSettings.from_config(config)
         self.rollout_settings = RolloutSettings.from_config(config)
@@ -163,6 +168,10 @@ class Trainer:
                     f"{config.train.output_dir}/hf",
                     config.model.format_tags,
                 )
+                if self.shape.adapter is not None:
+                    export_adapters(
+                        self.policy.stage, self.process_groups, config.model.path, f"{config.train.output_dir}/adapter"
+                    )
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError
-from megatron_ral.models.parameter_shapes import expected_shapes
+from megatron_ral.models.parameter_shapes import stored_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.runtime.progress import tick
@@ -67,15 +67,14 @@ class HeldParameter:
 
 def held_parameters(shape: ModelShape, tensor_size: int, pipeline_size: int) -> list[dict[str, HeldParameter]]:
     """Return the parameters of each pipeline stage, by their names in the stage."""
-    sizes = expected_shapes(shape)
+    sizes = stored_shapes(shape)
     stages: list[dict[str, HeldParameter]] = []
     for stage, table in enumerate(stage_tables(shape, tensor_size, pipeline_size)):
         stages.append({})
         for tensor in table:
             part = tensor.shard_shape(sizes.__getitem__, tensor_size)
-            cut_rows = tensor_size if tensor.cut_dim == 0 else 1
-            source_rows = sum(sizes[source][0] for source in tensor.sources)
-            real_rows = min(source_rows, part[0] * cut_rows) // tensor.interleaved
+            rows = tensor.real_rows or part[0] * (tensor_size if tensor.cut_dim == 0 else 1)
+            real_rows = rows // tensor.interleaved
             stages[-1][tensor.name] = HeldParameter(tensor, stage, tensor_size, part, real_rows)
     return stages
 

@@ -7,11 +7,13 @@ from typing import Any, Optional
 import torch
 
 from megatron_ral.errors import CheckpointError
+from megatron_ral.models.adapters import is_adapter
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.parallel.collectives import barrier, gather_shards
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
+from megatron_ral.weights.adapter_weights import whole_factors, with_adapter
 from megatron_ral.weights.conversion import check_weights, open_weights
 from megatron_ral.weights.huggingface import HuggingFacePlan
 from megatron_ral.weights.safetensors_files import TensorEntry
@@ -50,6 +52,8 @@ def load_stage(stage: MultimodalStage, path: str, require_finite: bool = True) -
     parameters = dict(stage.named_parameters())
     for tensor in describe_stage(stage):
         tick()
+        if is_adapter(tensor.name):
+            continue  # not of this folder (see `adapter_weights`)
         parameter, value = parameters[tensor.name], tensor.read(weights, layout.tensor_rank, layout.tensor_size)
         parameter.copy_(value)
         if require_finite and not parameter.isfinite().all():
@@ -63,6 +67,8 @@ def export_stage(
     stage: MultimodalStage, process_groups: ProcessGroups, source: str, output: str, format_tags: Optional[str] = None
 ) -> None:
     """Write the model as a Hugging Face folder. Every rank calls this while its stage's parameters are resident.
+
+    Adapters are merged into their matrices.
 
     Each pipeline stage writes one safetensors file, holding one parameter in memory at a time. The index, the
     configuration and the tokenizer are written last. Everything is written to a temporary folder, which is renamed when
@@ -84,16 +90,20 @@ def export_stage(
     plan = _export_plan(stage)
     writes = layout.tensor_rank == 0 and layout.data_rank == 0
     writer = plan.open_file(partial, layout.pipeline_rank) if writes else None
-    parameters = dict(stage.named_parameters())
+    parameters, factors = dict(stage.named_parameters()), {}
     for tensor in describe_stage(stage):
         tick()
         parameter = parameters[tensor.name]
+        if is_adapter(tensor.name):
+            factors.update(whole_factors(stage, tensor, process_groups))
+            continue
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of tied embeddings
         shards = gather_shards(parameter.detach(), process_groups.tensor) if tensor.cut_dim is not None else [parameter]
         if writer is not None:
             for name, value in zip(tensor.sources, tensor.split(tensor.join(shards, layout.tensor_size))):
-                writer.add(stage.shape.family.hub_name(name), value)
+                writer.add(stage.shape.family.hub_name(name), with_adapter(value, name, factors, stage.shape))
+        factors.clear()
     if writer is not None:
         writer.close()
     barrier()

@@ -11,7 +11,8 @@ from typing import Callable, Iterable, Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ral.models.parameter_shapes import visual_shapes
+from megatron_ral.models.adapters import FUSED, adapted_parts, adapter_weight
+from megatron_ral.models.parameter_shapes import matrix_shape, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.weights.huggingface import Weights
@@ -35,6 +36,8 @@ class StageTensor:
     """Number of equal blocks along `cut_dim`, each of which is cut by itself (2 for [gate; up])."""
     merge_parts: Optional[Callable[[list[Tensor]], Tensor]] = None
     """Function from one rank's parts of the Hugging Face tensors to its shard; None where whole tensors are needed."""
+    real_rows: Optional[int] = None
+    """Number of rows of the full parameter without the vocabulary's padding; None: all of them."""
 
     def cut(self, full: Tensor, tensor_rank: int, tensor_size: int) -> Tensor:
         """Return a tensor rank's shard of the full parameter."""
@@ -133,10 +136,58 @@ def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]
     return merge, split
 
 
+def _adapter(
+    shape: ModelShape,
+    layer: str,
+    fused: str,
+    weights: Sequence[str],
+    join: Optional[tuple[Callable, Callable]] = None,
+    interleaved: int = 1,
+) -> Iterator[StageTensor]:
+    """Yield A and B of the adapter of a matrix, or nothing if it has none.
+
+    Args:
+        shape: Shape of the model.
+        layer: Name of the layer inside the stage.
+        fused: Name of the matrix inside the layer, a key of `FUSED`.
+        weights: Common names of the matrices that it is made of.
+        join: `merge` and `split` of the rows of a column-parallel matrix; None: the matrix is row-parallel.
+        interleaved: As for StageTensor, of a column-parallel matrix.
+    """
+    adapted = [part in adapted_parts(shape, fused) for part in FUSED[fused]]
+    A, B = (
+        tuple(adapter_weight(weight, factor) for weight, there in zip(weights, adapted) if there) for factor in "AB"
+    )
+    if not A:
+        return
+    name = f"{layer}.{fused}.adapter"
+    if join is None:
+        yield StageTensor(f"{name}.A", A, _one, _same, 1, 1, _one)
+        yield StageTensor(f"{name}.B", B, _one, _same, None)
+        return
+    merge, split = join
+    sizes = [matrix_shape(shape, weight)[0] for weight in weights]
+
+    def merge_adapted(tensors: list[Tensor]) -> Tensor:
+        given = iter(tensors)
+        return merge(
+            [
+                next(given) if there else tensors[0].new_zeros(rows, tensors[0].shape[1])
+                for rows, there in zip(sizes, adapted)
+            ]
+        )
+
+    def split_adapted(full: Tensor) -> list[Tensor]:
+        return [part for part, there in zip(split(full), adapted) if there]
+
+    yield StageTensor(f"{name}.A", A, torch.cat, lambda full: list(full.chunk(len(A))), None)
+    yield StageTensor(f"{name}.B", B, merge_adapted, split_adapted, 0, interleaved)
+
+
 def stage_tensors(
     shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int, visual_names: Sequence[str] = ()
 ) -> Iterator[StageTensor]:
-    """Yield every parameter of a stage in module order.
+    """Yield every parameter of a stage in module order, but for adapters, which come before their matrices.
 
     Args:
         shape: Shape of the model.
@@ -147,7 +198,14 @@ def stage_tensors(
         visual_names: Names of the parameters inside the vision tower.
     """
     padded_rows = shape.padded_vocab_size(tensor_size)
-    vocabulary = (_padded(padded_rows), _first(shape.vocab_size), 0, 1, _padded(padded_rows // tensor_size))
+    vocabulary = (
+        _padded(padded_rows),
+        _first(shape.vocab_size),
+        0,
+        1,
+        _padded(padded_rows // tensor_size),
+        shape.vocab_size,
+    )
     for name in visual_names if first else ():
         yield StageTensor(f"visual.{name}", (f"visual.{name}",), _one, _same, None)
     if first:
@@ -161,9 +219,12 @@ def stage_tensors(
         yield StageTensor(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), _one, _same, None)
         for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
             sources = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
+            if kind == "weight":
+                yield from _adapter(shape, ours, "self_attention.linear_qkv", sources, (qkv_merge, qkv_split))
             yield StageTensor(
                 f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts
             )
+        yield from _adapter(shape, ours, "self_attention.linear_proj", (f"{attention}.o_proj.weight",))
         yield StageTensor(
             f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1, 1, _one
         )
@@ -178,15 +239,18 @@ def stage_tensors(
         yield StageTensor(
             f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), _one, _same, None
         )
+        sources = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
+        yield from _adapter(shape, ours, "mlp.linear_fc1", sources, (torch.cat, _halves), 2)
         yield StageTensor(
             f"{ours}.mlp.linear_fc1.weight",
-            (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
+            sources,
             torch.cat,
             _halves,
             0,
             2,
             torch.cat,
         )
+        yield from _adapter(shape, ours, "mlp.linear_fc2", (f"{theirs}.mlp.down_proj.weight",))
         yield StageTensor(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), _one, _same, 1, 1, _one)
     if last:
         yield StageTensor("language.decoder.final_layernorm.weight", ("model.norm.weight",), _one, _same, None)

@@ -215,7 +215,7 @@ def rehearsed_step(path: str, tensor: int, pipeline: int, P: int, visual: int, s
     result, work = rehearse(plan, read_shape(path), on_gpu=False), plan.work
     assert (work.micro_batch, work.group_size, work.response_length) == (2, GROUP_SIZE, LENGTH)
     for report in result.ranks:
-        held = sum(report.zero.held(plan.parallel.offload_optimizer, plan.needs_reference).values())
+        held = sum(report.zero.held(plan.parallel.offload_optimizer, plan.holds_reference).values())
         rows = sum(phase.held for name, phase in report.rank.phases.items() if name in ("old", "reference"))
         rows *= work.passes
         beside = held + report.memory["update"]["visual features"] + rows

@@ -104,7 +104,7 @@ def parameter_tables(
         {
             name: {"shape": list(held.shape), "cut_dim": held.tensor.cut_dim, "blocks": held.tensor.interleaved}
             for name, held in stage.items()
-            if train_vision or not name.startswith("visual.")
+            if shape.is_trained(name, train_vision)
         }
         for stage in held_parameters(shape, tensor_size, pipeline_size)
     ]

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ral.engine.settings import policy_shape
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.adapters import adapter_weight
 from megatron_ral.models.parameter_shapes import expected_shapes
-from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
 from megatron_ral.training.checkpoint.settings import read_saved_config
+from megatron_ral.weights.adapter_weights import with_adapter
 from megatron_ral.weights.conversion import open_weights
 from megatron_ral.weights.huggingface import Weights
 from megatron_ral.weights.resharding import ReshardedState, held_parameters
@@ -44,7 +46,7 @@ class TrainedWeights(Weights):
         self.source = model or config.model.path
         key = "--model" if model else f"model.path of '{self.path / CONFIG}'"
         try:
-            self.shape = read_shape(self.source, key)
+            self.shape = policy_shape(config, key, self.source)
         except ConfigError as error:
             remedy = f"{error.remedy}; give the folder that the run started from with --model"
             raise ConfigError(error.key, error.value, remedy) from None
@@ -69,8 +71,20 @@ class TrainedWeights(Weights):
         Raises:
             CheckpointError: The checkpoint has no master weights of the tensor.
         """
+        if self.shape.adapter is not None:
+            pair = [adapter_weight(name, factor) for factor in "AB"]
+            factors = {factor: self.trained(factor) for factor in pair if factor in self._held}
+            return with_adapter(self._frozen[name].to(self._dtype), name, factors, self.shape)
         if name.startswith("visual.") and not self._trains_vision:
             return self._frozen[name].to(self._dtype)
+        return self.trained(name)
+
+    def trained(self, name: str) -> Tensor:
+        """Return a tensor that the run trained, or a factor of an adapter, on the CPU.
+
+        Raises:
+            CheckpointError: The checkpoint has no master weights of the tensor.
+        """
         held = self._held[name]
         full = self._read.get(held.tensor.name)
         if full is None:

@@ -1,0 +1,117 @@
+"""Low-rank adapters of one rank's stage: filled at the start of a run, and written as a PEFT folder."""
+
+import shutil
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_ral.models.adapters import adapter_weight, is_adapter, merge_adapter
+from megatron_ral.models.multimodal import MultimodalStage
+from megatron_ral.models.parameter_shapes import adapter_shapes
+from megatron_ral.models.shape import ModelShape
+from megatron_ral.parallel.collectives import barrier, gather_shards
+from megatron_ral.parallel.process_groups import ProcessGroups
+from megatron_ral.runtime.progress import tick
+from megatron_ral.weights.peft_folder import WEIGHTS, new_factor, read_adapters, stored_name, write_config
+from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
+from megatron_ral.weights.tensor_table import StageTensor, stage_tables
+
+
+def adapter_table(stage: MultimodalStage) -> list[StageTensor]:
+    """Return the factors of a stage's adapters."""
+    table = stage_tables(stage.shape, stage.layout.tensor_size, stage.layout.pipeline_size)[stage.layout.pipeline_rank]
+    return [tensor for tensor in table if is_adapter(tensor.name)]
+
+
+@torch.no_grad()
+def load_adapters(stage: MultimodalStage, path: str, seed: int) -> None:
+    """Fill the adapters of a stage, if it has any.
+
+    Args:
+        stage: This rank's stage.
+        path: PEFT folder; empty for new adapters.
+        seed: Seed of new adapters.
+
+    Raises:
+        ConfigError, CheckpointError: as `peft_folder.read_adapters`.
+    """
+    if stage.shape.adapter is None:
+        return
+    parameters, sizes = dict(stage.named_parameters()), adapter_shapes(stage.shape)
+    stored = read_adapters(path, stage.shape) if path else None
+    for tensor in adapter_table(stage):
+        tick()
+        factors = [new_factor(name, sizes[name], seed) if stored is None else stored[name] for name in tensor.sources]
+        parameters[tensor.name].copy_(
+            tensor.cut(tensor.merge(factors), stage.layout.tensor_rank, stage.layout.tensor_size)
+        )
+
+
+@torch.no_grad()
+def whole_factors(stage: MultimodalStage, tensor: StageTensor, process_groups: ProcessGroups) -> dict[str, Tensor]:
+    """Return the factors of one parameter of an adapter, by common name. Tensor-parallel ranks call this together."""
+    parameter = stage.get_parameter(tensor.name).detach()
+    shards = gather_shards(parameter, process_groups.tensor) if tensor.cut_dim is not None else [parameter]
+    return dict(zip(tensor.sources, tensor.split(tensor.join(shards, stage.layout.tensor_size))))
+
+
+def with_adapter(weight: Tensor, name: str, factors: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+    """Return a weight with its adapter merged, or the weight itself if it has none.
+
+    Args:
+        weight: Whole weight.
+        name: Common name of the weight.
+        factors: Factors of adapters by common name, those of this weight among them.
+        shape: Shape of the model.
+    """
+    A, B = (factors.get(adapter_weight(name, factor)) for factor in "AB")
+    if A is None or B is None or shape.adapter is None:
+        return weight
+    return merge_adapter(weight, A, B, shape.adapter.scale)
+
+
+@torch.no_grad()
+def export_adapters(stage: MultimodalStage, process_groups: ProcessGroups, base: str, output: str) -> None:
+    """Write the adapters as a PEFT folder. Every rank calls this while its stage's parameters are resident.
+
+    Each pipeline stage writes its part, and the first rank joins the parts tensor by tensor.
+
+    Args:
+        stage: This rank's stage, with adapters.
+        process_groups: Process groups.
+        base: Folder of the base model, which the PEFT folder names.
+        output: Folder to write. An existing one is replaced.
+    """
+    layout, target, sizes = process_groups.layout, Path(output), adapter_shapes(stage.shape)
+    partial = target.with_name(target.name + ".partial")
+    if layout.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    table, writes = adapter_table(stage), layout.tensor_rank == 0 and layout.data_rank == 0
+    entries = [TensorEntry(name, stage.dtype, sizes[name]) for tensor in table for name in tensor.sources]
+    writer = SafetensorsWriter(partial / f"stage_{layout.pipeline_rank}", entries) if writes else None
+    for tensor in table:
+        tick()
+        for name, factor in whole_factors(stage, tensor, process_groups).items():
+            if writer is not None:
+                writer.add(name, factor)
+    if writer is not None:
+        writer.close()
+    barrier()
+    if layout.rank == 0:
+        parts = [SafetensorsFile(partial / f"stage_{number}") for number in range(layout.pipeline_size)]
+        joined = SafetensorsWriter(
+            partial / WEIGHTS, [TensorEntry(stored_name(name), stage.dtype, size) for name, size in sizes.items()]
+        )
+        for name in sizes:
+            joined.add(stored_name(name), next(part for part in parts if name in part).read(name))
+        joined.close()
+        for number in range(layout.pipeline_size):
+            (partial / f"stage_{number}").unlink()
+        write_config(partial, stage.shape, base)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    barrier()
