@@ -79,7 +79,9 @@ class LowRankAdapter(torch.nn.Module):
 class AdaptedColumnParallelLinear(ColumnParallelLinear):
     """Column-parallel matrix that may have an adapter."""
 
-    adapter: Optional[LowRankAdapter] = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.adapter: Optional[LowRankAdapter] = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super()._forward_impl(input, weight, *args, **kwargs)
@@ -96,7 +98,9 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
 class AdaptedRowParallelLinear(RowParallelLinear):
     """Row-parallel matrix that may have an adapter."""
 
-    adapter: Optional[LowRankAdapter] = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.adapter: Optional[LowRankAdapter] = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super()._forward_impl(input, weight, *args, **kwargs)

@@ -128,7 +128,8 @@ def _export_plan(stage: MultimodalStage) -> HuggingFacePlan:
     written: set[str] = set()
     files = []
     for table in _tables(stage):
-        names = {name for tensor in table for name in tensor.sources} - written  # tied embeddings are written once
+        # Tied embeddings are written once, and adapters not by themselves.
+        names = {name for tensor in table if not is_adapter(tensor.name) for name in tensor.sources} - written
         written |= names
         files.append(sorted(TensorEntry(hub_name(name), stage.dtype, shapes[name]) for name in names))
     return HuggingFacePlan(files)

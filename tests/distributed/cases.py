@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from megatron_ral.config import RunConfig
+from megatron_ral.config.adapter import AdapterConfig
 from megatron_ral.config.loss import LossConfig, OptimizerConfig
 from megatron_ral.config.sections import (
     DataConfig,
@@ -18,11 +19,10 @@ from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.engine.settings import EngineSettings
+from megatron_ral.engine.settings import EngineSettings, policy_shape
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.functional.advantages import group_advantages
-from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.base import Objective, finish_metrics
 from megatron_ral.parallel.collectives import gather_shards
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
@@ -44,12 +44,14 @@ def make_config(
     dtype: str = "float32",
     num_groups: int = NUM_GROUPS,
     learning_rate: float = 1e-3,
+    adapter: dict | None = None,
     **loss,
 ) -> RunConfig:
     settings = {"attention_coef": 2.0, "attention_target": "reference", "kl_coef": 0.04, **loss}
     return RunConfig(
         seed=3,
         model=ModelConfig(path=path, dtype=dtype),
+        adapter=AdapterConfig(**(adapter or {})),
         parallel=ParallelConfig(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
@@ -115,7 +117,7 @@ def open_policy(path: str, tensor: int, pipeline: int, process_groups=None, **lo
     """`groups`: process groups that are open already."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
     process_groups = process_groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    shape = read_shape(path)
+    shape = policy_shape(config)
     objective = build_objective(config, shape, process_groups)
     return config, process_groups, shape, build_policy(config, shape, process_groups), objective
 
@@ -171,7 +173,7 @@ def fixed_minibatch(
     attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all
     micro-batches have one shape."""
     config, process_groups, shape, policy, objective = opened
-    frozen = FrozenEngine(shape, process_groups, EngineSettings(other, config.model.dtype, sequence_parallel))
+    frozen = FrozenEngine(dataclasses.replace(shape, adapter=None), process_groups, EngineSettings(other, config.model.dtype, sequence_parallel))
     everything = [
         (*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
         for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))
