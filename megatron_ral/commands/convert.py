@@ -51,6 +51,9 @@ def parse_arguments(argv: Arguments) -> argparse.Namespace:
             options.add_argument(
                 "--model", default="", metavar="DIR", help="folder the run started from (default: its model.path)"
             )
+            options.add_argument(
+                "--adapter", action="store_true", help="write the adapters alone, as PEFT reads them, not merged"
+            )
     about = "compare all weights, and the logits of stock transformers with ours"
     verify = subparsers.add_parser("verify", help=about, description=about)
     verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
@@ -83,6 +86,10 @@ def convert(arguments: argparse.Namespace) -> int:
             done = conversion.to_hf(arguments.source, arguments.output, arguments.max_shard_bytes, bar.update)
         elif arguments.command == "from-run":
             weights = TrainedWeights(arguments.source, arguments.model)
+            if arguments.adapter:
+                weights.write_adapters(arguments.output)
+                print(f"from-run: wrote the adapters to {arguments.output}")
+                return 0
             done = conversion.to_hf(
                 weights.source, arguments.output, arguments.max_shard_bytes, bar.update, weights, weights.format_tags
             )

@@ -14,7 +14,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import barrier, gather_shards
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
-from megatron_ral.weights.peft_folder import WEIGHTS, new_factor, read_adapters, stored_name, write_config
+from megatron_ral.weights.peft_folder import fill_folder, new_factor, read_adapters
 from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
 from megatron_ral.weights.tensor_table import StageTensor, stage_tables
 
@@ -103,15 +103,13 @@ def export_adapters(stage: MultimodalStage, process_groups: ProcessGroups, base:
     barrier()
     if layout.rank == 0:
         parts = [SafetensorsFile(partial / f"stage_{number}") for number in range(layout.pipeline_size)]
-        joined = SafetensorsWriter(
-            partial / WEIGHTS, [TensorEntry(stored_name(name), stage.dtype, size) for name, size in sizes.items()]
-        )
-        for name in sizes:
-            joined.add(stored_name(name), next(part for part in parts if name in part).read(name))
-        joined.close()
+
+        def joined(name: str) -> Tensor:
+            return next(part for part in parts if name in part).read(name)
+
+        fill_folder(partial, stage.shape, base, stage.dtype, joined)
         for number in range(layout.pipeline_size):
             (partial / f"stage_{number}").unlink()
-        write_config(partial, stage.shape, base)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()

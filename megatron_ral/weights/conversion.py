@@ -127,7 +127,7 @@ def to_megatron(
     weights = open_weights(source)
     check_weights(weights, shape)
     moved = 0
-    with _renamed_when_complete(output) as partial:
+    with renamed_when_complete(output) as partial:
         for stage, table in enumerate(stage_tables(shape, tensor_size, pipeline_size)):
             entries = [
                 TensorEntry(
@@ -195,7 +195,7 @@ def to_hf(
         entries[-1].append(entry)
         size += entry.num_bytes
     plan = HuggingFacePlan(entries)
-    with _renamed_when_complete(output) as partial:
+    with renamed_when_complete(output) as partial:
         for number, names in enumerate(files):
             writer = plan.open_file(partial, number)
             for name in names:
@@ -226,7 +226,7 @@ def differing_weights(first: str | Path, second: str | Path) -> list[str]:
 
 
 @contextmanager
-def _renamed_when_complete(output: str | Path) -> Iterator[Path]:
+def renamed_when_complete(output: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder. It becomes `output` if the block ends well, and is removed if it does not.
 
     Raises:

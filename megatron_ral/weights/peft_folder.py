@@ -6,17 +6,18 @@ module, `.lora_A.weight` or `.lora_B.weight`.
 
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.folder import read_json
 from megatron_ral.models.parameter_shapes import adapter_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.weights.huggingface import common_name
-from megatron_ral.weights.safetensors_files import SafetensorsFile
+from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -61,8 +62,24 @@ def adapter_config(shape: ModelShape, base: str) -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, shape: ModelShape, base: str) -> None:
-    """Write adapter_config.json. Arguments: see `adapter_config`."""
+def fill_folder(
+    folder: Path, shape: ModelShape, base: str, dtype: torch.dtype, factor: Callable[[str], Tensor]
+) -> None:
+    """Write both files of a PEFT folder, factor by factor.
+
+    Args:
+        folder: Folder that exists.
+        shape: Shape of the model, with adapters.
+        base: Folder of the base model.
+        dtype: Type of the factors.
+        factor: Function from the common name of a factor to its value.
+    """
+    sizes = adapter_shapes(shape)
+    entries = [TensorEntry(stored_name(name), dtype, size) for name, size in sizes.items()]
+    writer = SafetensorsWriter(folder / WEIGHTS, entries)
+    for name in sizes:
+        writer.add(stored_name(name), factor(name).to(dtype))
+    writer.close()
     text = json.dumps(adapter_config(shape, base), indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -153,8 +170,6 @@ def new_factor(name: str, size: tuple[int, ...], seed: int) -> Tensor:
         size: Shape of the factor.
         seed: Seed of the run.
     """
-    from megatron_ral.functional.sampling import uniform_stream
-
     if name.endswith("lora_B.weight"):
         return torch.zeros(size)
     uniform = uniform_stream(size[0] * size[1], seed, "adapter", name)

@@ -173,7 +173,11 @@ def fixed_minibatch(
     attention is compared with, are those of another model; groups `equal_rewards` have no signal. alike: all
     micro-batches have one shape."""
     config, process_groups, shape, policy, objective = opened
-    frozen = FrozenEngine(dataclasses.replace(shape, adapter=None), process_groups, EngineSettings(other, config.model.dtype, sequence_parallel))
+    frozen = FrozenEngine(
+        dataclasses.replace(shape, adapter=None),
+        process_groups,
+        EngineSettings(other, config.model.dtype, sequence_parallel),
+    )
     everything = [
         (*row[:3], torch.ones_like(row[3]) if index in equal_rewards else row[3])
         for index, row in enumerate(fixed_groups(config.model.path, data, config.rollout.num_prompts))

@@ -2,24 +2,19 @@
 
 The adapters start from a folder that PEFT itself wrote, with random A and B, so that both have gradients at once."""
 
-import dataclasses
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
-from megatron_ral.engine.settings import EngineSettings, policy_shape
-from megatron_ral.errors import ConfigError
+from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.weights.adapter_weights import export_adapters
-from megatron_ral.weights.peft_folder import check_adapters
 from megatron_ral.weights.stage_weights import export_stage
-from tests.distributed.cases import GROUP_SIZE, make_config, micro_batches, one_step, fixed_groups, open_policy
+from tests.distributed.cases import fixed_groups, micro_batches, one_step, open_policy
 from tests.distributed.runner import run_ranks
 from tests.distributed.test_odd_shapes import odd_model
 
@@ -118,7 +113,9 @@ def test_both_exports_and_the_base(material, adapters, tmp_path, model):
     torch.testing.assert_close(found["merged"], found["on"], atol=1e-5, rtol=0)
 
     # the factors went through unchanged, and the merged weights are base + scale * B A
-    read, written = (load_file(f"{place}/adapter_model.safetensors") for place in (adapters[model]["path"], f"{folder}/adapter"))
+    read, written = (
+        load_file(f"{place}/adapter_model.safetensors") for place in (adapters[model]["path"], f"{folder}/adapter")
+    )
     assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
     base, merged = (AutoModelForImageTextToText.from_pretrained(path).eval() for path in (source, f"{folder}/hf"))
     weights, changed = dict(base.named_parameters()), 0

@@ -15,17 +15,19 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_ral.commands.convert import main as convert_checkpoint
 from megatron_ral.config import load_config
+from megatron_ral.engine.settings import policy_shape
 from megatron_ral.errors import AgreedError
-from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.runtime.random_state import random_state, seed_random_state
 from megatron_ral.training.checkpoint.files import newest_checkpoint, read_manifest, whole_checkpoints
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, find_checkpoint, restore_checkpoint
-from megatron_ral.training.checkpoint.settings import CheckpointSettings
+from megatron_ral.training.checkpoint.settings import CheckpointSettings, read_saved_config
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
 from megatron_ral.training.trainer import Inputs, Trainer
+from megatron_ral.weights.conversion import differing_weights
 from megatron_ral.weights.resharding import held_parameters
 from megatron_ral.weights.tensor_table import stage_tables
 from tests.conftest import PROJECT
@@ -50,7 +52,7 @@ def open_trainer(path: str, overrides: list[str], resume: bool) -> Trainer:
         pipeline_size=config.parallel.pipeline_model_parallel_size,
         seed=config.seed,
     )
-    return Trainer(config, read_shape(config.model.path), process_groups, Inputs.open(config, resume))
+    return Trainer(config, policy_shape(config), process_groups, Inputs.open(config, resume))
 
 
 def restore(trainer: Trainer) -> int:
@@ -81,12 +83,12 @@ def layout_settings(layout: tuple[int, int, int]) -> list[str]:
     return [f"parallel.tensor_model_parallel_size={layout[0]}", f"parallel.pipeline_model_parallel_size={layout[1]}"]
 
 
-def whole_state(folder: Path, model: str) -> dict[str, torch.Tensor]:
+def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of the state by Hugging Face name, joined from all ranks' files by the table of exports.
 
     Copies of a tensor are checked to be equal.
     """
-    manifest, shape, result = read_manifest(folder), read_shape(model), {}
+    manifest, shape, result = read_manifest(folder), policy_shape(read_saved_config(folder)), {}
     T, place = manifest.tensor_size, manifest.layout
     tables = stage_tables(shape, T, manifest.pipeline_size)
     for stage, held in enumerate(held_parameters(shape, T, manifest.pipeline_size)):
@@ -164,6 +166,14 @@ CASES = {
             "parallel.gather=layer",
         ],
     ),
+    "adapters, RL": (
+        RL,
+        "trained",
+        (2, 1, 2),
+        (1, 2, 1),
+        ["adapter.rank=3", "adapter.alpha=24.0", "optimizer.learning_rate=0.01", "train.export=true"],
+        ["rollout.generation_batch_size=2", "train.micro_batch_size=1", "parallel.gather=layer"],
+    ),
 }
 
 
@@ -185,7 +195,7 @@ def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, t
         str(again),
     )
     assert all(undisturbed), "training drew from a global random generator"
-    saved, mapped = whole_state(straight / checkpoint, str(model)), whole_state(again / checkpoint, str(model))
+    saved, mapped = whole_state(straight / checkpoint), whole_state(again / checkpoint)
     assert set(saved) == set(mapped)
     assert any(name.startswith("visual.") for name in saved) == ("vision" in case)
     for name, value in saved.items():
@@ -193,6 +203,19 @@ def test_a_run_resumed_in_another_layout_is_like_the_undisturbed_run(material, t
     moments = [value for name, value in saved.items() if name.endswith("exp_avg_sq")]
     assert sum(int(value.count_nonzero()) for value in moments) > 0.5 * sum(value.numel() for value in moments)
     check_like_straight(straight, cut)
+    if "adapters" in case:
+        assert {name.split("/")[0].split(".")[-2] for name in saved if "/" in name} == {"lora_A", "lora_B"}
+        check_exports(straight, tmp_path)
+
+
+def check_exports(run: Path, folder: Path) -> None:
+    """What `convert_checkpoint.py from-run` makes of a checkpoint of adapters is what the run exported, both ways."""
+    arguments = ["from-run", "--checkpoint", str(run / "checkpoints/step_00000004"), "--output"]
+    assert convert_checkpoint([*arguments, str(folder / "merged")]) == 0
+    assert not differing_weights(run / "hf", folder / "merged")
+    assert convert_checkpoint([*arguments, str(folder / "alone"), "--adapter"]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / "alone" / name).read_bytes() == (run / "adapter" / name).read_bytes()
 
 
 def test_entry_point_resumes_in_another_layout(material, trained_model, tmp_path):

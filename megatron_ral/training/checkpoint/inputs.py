@@ -16,8 +16,8 @@ from megatron_ral.models.folder import config_folder
 
 INPUTS = "inputs.json"
 """File of a checkpoint with the list."""
-MODELS = ("model.path", "model.reference_path", "teacher.path")
-"""Settings that name model folders."""
+MODELS = ("model.path", "model.reference_path", "teacher.path", "adapter.path")
+"""Settings that name folders of a model or of adapters."""
 SOURCES = "data.train"
 """Setting that names globs of shards."""
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")

@@ -13,8 +13,9 @@ from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
 from megatron_ral.training.checkpoint.settings import read_saved_config
 from megatron_ral.weights.adapter_weights import with_adapter
-from megatron_ral.weights.conversion import open_weights
+from megatron_ral.weights.conversion import open_weights, renamed_when_complete
 from megatron_ral.weights.huggingface import Weights
+from megatron_ral.weights.peft_folder import fill_folder
 from megatron_ral.weights.resharding import ReshardedState, held_parameters
 
 
@@ -99,6 +100,18 @@ class TrainedWeights(Weights):
             # Queries, keys and values are one parameter and their biases another, and readers ask for them in turn.
             self._read = dict([*list(self._read.items())[-1:], (held.tensor.name, full)])
         return held.tensor.split(full)[held.tensor.sources.index(name)].to(self._dtype)
+
+    def write_adapters(self, output: str | Path) -> None:
+        """Write the adapters as a PEFT folder, which must not exist.
+
+        Raises:
+            CheckpointError: The run trained no adapters, or the checkpoint is damaged.
+            ConfigError: `output` exists.
+        """
+        if self.shape.adapter is None:
+            raise CheckpointError(f"'{self.path}'", None, "is of a run without adapters; leave --adapter out")
+        with renamed_when_complete(output) as partial:
+            fill_folder(partial, self.shape, self.source, self._dtype, self.trained)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""

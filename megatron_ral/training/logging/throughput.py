@@ -56,7 +56,8 @@ class ThroughputSettings:
             num_epochs, has_other_tower = config.rollout.num_epochs, bool(config.model.reference_path)
             old = 1 - num_on_policy_updates(num_epochs) / config.rollout.num_minibatches
             no_gradient = 1 + old + config.needs_reference  # generation counts one
-        passes = no_gradient + 3 * num_epochs
+        # With adapters a backward pass forms no gradients of the base weights, half of its work.
+        passes = no_gradient + (2 if config.adapter.rank else 3) * num_epochs
         return cls(
             num_epochs=num_epochs,
             policy_passes=passes,
