@@ -84,6 +84,8 @@ def kind(annotation: ast.expr) -> str:
     if outer == "Annotated":
         bounds = [f"{BOUNDS[ast.unparse(part.func)]} {ast.unparse(part.args[0])}" for part in parts[1:]]
         return f"{kind(parts[0])} {', '.join(bounds)}"
+    if outer == "tuple" and ast.unparse(parts[0]).startswith("Literal"):
+        return f"list of any of {kind(parts[0])}"
     if outer == "tuple":
         return f"list of {_several(parts[0])}"
     if outer == "dict":

@@ -1,14 +1,10 @@
 """Section `adapter` of a run's configuration: low-rank adapters, trained in place of the weights."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from megatron_ral.config.fields import STRICT, NonNegativeInt, PositiveFloat
-
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-"""Matrices of a language layer that can have an adapter, by their names in transformers."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,7 +17,15 @@ class AdapterConfig:
     learning rate of full training."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale alpha / rank of the product B A."""
-    targets: tuple[Projection, ...] = PROJECTIONS
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     """Adapted matrices of every language layer, by their names in transformers."""
     dropout: float = 0.0
     """Dropout in front of A, which has to be 0: the log-probabilities of one response would differ from pass to pass,
@@ -29,3 +33,7 @@ class AdapterConfig:
     path: str = ""
     """PEFT folder (adapter_config.json, adapter_model.safetensors) that the adapters start from; empty for new ones,
     whose B is zero, so that the model starts as model.path."""
+
+
+PROJECTIONS = AdapterConfig().targets
+"""Matrices of a language layer that can have an adapter, by their names in transformers."""

@@ -21,6 +21,7 @@ RUNS = {
     "sft_7b": 8,
     "grpo_7b": 8,
     "ral_7b": 8,
+    "ral_7b_lora": 8,
     "ral_zero_7b": 8,
     "ral_explored_7b": 8,
     "distill_32b_to_7b": 8,
@@ -75,7 +76,9 @@ def check_settings(config, name: str) -> None:
     assert ("<think>" in config.data.prompt_suffix) == (name != "ral_zero_7b")
     assert (config.rollout.attention_noise.sigma > 0) == ("explored" in name)
     assert (config.loss.attention_target == "contrast") == ("explored" in name)
-    assert config.optimizer.learning_rate == (5e-6 if name == "sft_7b" else 1e-5)
+    rates = {"sft_7b": 5e-6, "ral_7b_lora": 1e-4}
+    assert config.optimizer.learning_rate == rates.get(name, 1e-5)
+    assert (config.adapter.rank > 0) == name.endswith("lora")
 
 
 @pytest.mark.parametrize("name", RUNS)
