@@ -45,7 +45,10 @@ def main(argv: Arguments = None) -> int:
                 None,
                 f"is of a run with {manifest['world_size']} processes, not {world_size}; start as many",
             )
-        config = load_config(folder / "config.yaml", [f"model.path='{folder / 'hf'}'"])
+        places = [f"model.path='{folder / 'hf'}'"]
+        if (folder / "adapter").is_dir():
+            places.append(f"adapter.path='{folder / 'adapter'}'")
+        config = load_config(folder / "config.yaml", places)
         batches, _, tensors = load_replay(folder, int(os.environ.get("RANK", 0)))
         shape = policy_shape(config)
         teacher_shape = read_shape(config.teacher.path, "teacher.path") if config.distills else None

@@ -79,7 +79,7 @@ class StageEngine:
             problem = None
             try:
                 load_stage(self.stage, settings.path, settings.require_finite)
-                load_adapters(self.stage, settings.adapter_path, settings.adapter_seed)
+                load_adapters(self.stage, settings.adapter_path, settings.adapter_seed, settings.require_finite)
             except (CheckpointError, ConfigError) as error:
                 problem = error
             raise_together(problem)

@@ -42,6 +42,7 @@ from megatron_ral.types import (
     TeacherOutputs,
     TrainBatch,
 )
+from megatron_ral.weights.adapter_weights import export_adapters
 from megatron_ral.weights.stage_weights import export_stage
 
 MANIFEST = "replay.json"
@@ -152,7 +153,11 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, settings: ReplaySe
     save_file(tensors, partial / f"rank_{layout.rank:05d}.safetensors")
     (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(tree))
     with policy.resident():
-        export_stage(policy.stage, policy.process_groups, settings.model_path, str(partial / "hf"))
+        export_stage(
+            policy.stage, policy.process_groups, settings.model_path, str(partial / "hf"), merges_adapters=False
+        )
+        if policy.shape.adapter is not None:
+            export_adapters(policy.stage, policy.process_groups, settings.model_path, str(partial / "adapter"))
     if layout.rank == 0:
         (partial / "config.yaml").write_text(settings.config_text)
         manifest = {

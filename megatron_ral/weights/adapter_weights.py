@@ -26,13 +26,14 @@ def adapter_table(stage: MultimodalStage) -> list[StageTensor]:
 
 
 @torch.no_grad()
-def load_adapters(stage: MultimodalStage, path: str, seed: int) -> None:
+def load_adapters(stage: MultimodalStage, path: str, seed: int, require_finite: bool = True) -> None:
     """Fill the adapters of a stage, if it has any.
 
     Args:
         stage: This rank's stage.
         path: PEFT folder; empty for new adapters.
         seed: Seed of new adapters.
+        require_finite: Refuse values that are not finite.
 
     Raises:
         ConfigError, CheckpointError: as `peft_folder.read_adapters`.
@@ -40,7 +41,7 @@ def load_adapters(stage: MultimodalStage, path: str, seed: int) -> None:
     if stage.shape.adapter is None:
         return
     parameters, sizes = dict(stage.named_parameters()), adapter_shapes(stage.shape)
-    stored = read_adapters(path, stage.shape) if path else None
+    stored = read_adapters(path, stage.shape, require_finite) if path else None
     for tensor in adapter_table(stage):
         tick()
         factors = [new_factor(name, sizes[name], seed) if stored is None else stored[name] for name in tensor.sources]

@@ -99,16 +99,22 @@ def check_adapters(path: str, shape: ModelShape) -> None:
         _open(path, shape)
 
 
-def read_adapters(path: str, shape: ModelShape) -> Mapping[str, Tensor]:
-    """Return the factors of all adapters in float32, by common name. Arguments and errors: see `check_adapters`.
+def read_adapters(path: str, shape: ModelShape, require_finite: bool = True) -> Mapping[str, Tensor]:
+    """Return the factors of all adapters in float32, by common name.
+
+    Args:
+        path: PEFT folder.
+        shape: Shape of the model, with the adapters that the settings ask for.
+        require_finite: Refuse NaN and infinite values.
 
     Raises:
-        CheckpointError: a factor has NaN or infinite values, too.
+        ConfigError: as `check_adapters`.
+        CheckpointError: a file is damaged, or a value is refused.
     """
     file, names = _open(path, shape)
     factors = {name: file.read(stored).float() for name, stored in names.items()}
     for name, factor in factors.items():
-        if not bool(factor.isfinite().all()):
+        if require_finite and not bool(factor.isfinite().all()):
             raise CheckpointError(
                 f"'{path}'", None, f"has NaN or infinite values in '{names[name]}'; give an earlier adapter"
             )

@@ -64,11 +64,14 @@ def load_stage(stage: MultimodalStage, path: str, require_finite: bool = True) -
 
 @torch.no_grad()
 def export_stage(
-    stage: MultimodalStage, process_groups: ProcessGroups, source: str, output: str, format_tags: Optional[str] = None
+    stage: MultimodalStage,
+    process_groups: ProcessGroups,
+    source: str,
+    output: str,
+    format_tags: Optional[str] = None,
+    merges_adapters: bool = True,
 ) -> None:
     """Write the model as a Hugging Face folder. Every rank calls this while its stage's parameters are resident.
-
-    Adapters are merged into their matrices.
 
     Each pipeline stage writes one safetensors file, holding one parameter in memory at a time. The index, the
     configuration and the tokenizer are written last. Everything is written to a temporary folder, which is renamed when
@@ -80,6 +83,7 @@ def export_stage(
         source: Model folder to copy everything but the weights from.
         output: Folder to write. An existing one is replaced.
         format_tags: model.format_tags of the run, by which the tokenizer is edited; None: it is copied as it is.
+        merges_adapters: Write matrices with their adapters merged. False: write the base.
     """
     layout, target = process_groups.layout, Path(output)
     partial = target.with_name(target.name + ".partial")
@@ -95,7 +99,8 @@ def export_stage(
         tick()
         parameter = parameters[tensor.name]
         if is_adapter(tensor.name):
-            factors.update(whole_factors(stage, tensor, process_groups))
+            if merges_adapters:
+                factors.update(whole_factors(stage, tensor, process_groups))
             continue
         if getattr(parameter, "shared", False):
             continue  # the last stage's copy of tied embeddings

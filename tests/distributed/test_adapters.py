@@ -1,4 +1,4 @@
-"""Low-rank adapters: every layout like one process, the base untouched, both exports as PEFT and transformers read them.
+"""Low-rank adapters: every layout like one process, the base untouched, both exports as PEFT and transformers read it.
 
 The adapters start from a folder that PEFT itself wrote, with random A and B, so that both have gradients at once."""
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.models.shape import read_shape
+from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.weights.adapter_weights import export_adapters
 from megatron_ral.weights.stage_weights import export_stage
@@ -104,10 +105,20 @@ def steps(path, other, data, tensor, pipeline, size, sequence_parallel, adapter)
 
 @pytest.mark.parametrize("model", ["tiny", "qwen3"])
 def test_both_exports_and_the_base(material, adapters, tmp_path, model):
-    """Ours with adapters on = our merged export = stock transformers on it = stock PEFT on the adapter folder; ours with
-    adapters off = the base, bit for bit."""
+    """Ours with adapters on = our merged export = stock PEFT with our adapter folder; with adapters off = the base, bit
+    for bit. Gradients and optimizer state are held for the adapters alone."""
     source, folder = str(material[model]), tmp_path
-    found = run_ranks(8, export_both, source, str(material["data"]), str(folder), adapters[model])[0]
+    ranks = run_ranks(8, export_both, source, str(material["data"]), str(folder), adapters[model])
+    for _, held, stage in ranks:
+        shards = {
+            kind: sum(-(-numel // 2) for numel, trained in stage if trained or kind == "all")
+            for kind in ("all", "trained")
+        }
+        assert held["parameters"] == 4 * shards["all"]
+        assert held["gradients"] == held["master weights"] == 4 * shards["trained"]
+        assert held["optimizer state"] - 8 * shards["trained"] in (0, 4)
+        assert 0 < 20 * shards["trained"] < shards["all"]
+    found = ranks[0][0]
     assert torch.equal(found["off"], found["base"]) and not torch.equal(found["on"], found["base"])
     assert torch.equal(found["on again"], found["on"])
     torch.testing.assert_close(found["merged"], found["on"], atol=1e-5, rtol=0)
@@ -135,10 +146,11 @@ def test_both_exports_and_the_base(material, adapters, tmp_path, model):
     torch.testing.assert_close(stock[0], stock[1], atol=1e-5, rtol=0)
 
 
-def export_both(path: str, data: str, folder: str, adapter: dict) -> dict:
-    """Write both exports, and return the log-probabilities of fixed responses in every way."""
+def export_both(path: str, data: str, folder: str, adapter: dict) -> tuple[dict, dict, list]:
+    """Write both exports. Return the log-probabilities of fixed responses in every way, the bytes that this rank holds,
+    and (numbers, trained) of its parameters."""
     opened = open_policy(path, 2, 2, adapter=adapter, sequence_parallel=True)
-    config, process_groups, _, policy, _ = opened
+    _, process_groups, _, policy, _ = opened
     batches = [scored.groups for scored in micro_batches(fixed_groups(path, data, 4), 4, None)]
 
     def logprobs(engine) -> torch.Tensor:
@@ -151,10 +163,7 @@ def export_both(path: str, data: str, folder: str, adapter: dict) -> dict:
         export_adapters(policy.stage, process_groups, path, f"{folder}/adapter")
     for name, where in (("base", path), ("merged", f"{folder}/hf")):
         result[name] = logprobs(FrozenEngine(read_shape(where), process_groups, EngineSettings(where, "float32", True)))
-    rank = process_groups.layout.rank
-    from megatron_ral.parallel.collectives import gather_from_all
-
     every = gather_from_all(result)
+    held = [(parameter.ds_numel, parameter.requires_grad) for parameter in policy.stage.parameters()]
     stop_groups()
-    del config, rank
-    return every[-1]
+    return every[-1], policy.shard_bytes(), held

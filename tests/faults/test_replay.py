@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -81,8 +82,11 @@ def test_damaged_weight_that_one_sample_meets(material, tmp_path):
     assert f"micro-batch {1 - micro_batch} of every data rank alone: loss = nan" not in report
 
 
-def test_weights_that_blew_up_in_rl(material, tmp_path):
-    """A learning rate of 1000: the updates after the first are skipped, and weights and moments stand still."""
+@pytest.mark.parametrize(
+    "settings", [["optimizer.learning_rate=1000.0"], ["optimizer.learning_rate=3.0e+38", "adapter.rank=2"]]
+)
+def test_weights_that_blew_up_in_rl(material, tmp_path, settings):
+    """An absurd learning rate: the updates after the first are skipped, and weights and moments stand still."""
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
     ended = run_job(
         2,
@@ -94,7 +98,7 @@ def test_weights_that_blew_up_in_rl(material, tmp_path):
             "logging.probe_interval=0",
             "logging.eval_interval=0",
             "train.num_steps=2",
-            "optimizer.learning_rate=1000.0",
+            *settings,
             "parallel.pipeline_model_parallel_size=2",
             "loss.attention_target=old",
             "train.keep_replays=1",

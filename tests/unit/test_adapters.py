@@ -69,7 +69,10 @@ def folder(material, tmp_path):
 
 
 def test_a_folder_is_read_as_it_was_written(material, folder):
-    values, stored = read_adapters(str(folder), adapted(material["tiny"])), load_file(folder / "adapter_model.safetensors")
+    values, stored = (
+        read_adapters(str(folder), adapted(material["tiny"])),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     assert len(values) == len(stored) == 2 * 7 * 4
     name = "layers.2.mlp.down_proj.lora_B.weight"
     assert torch.equal(values[f"model.{name}"], stored[f"base_model.model.model.language_model.{name}"])
@@ -161,8 +164,9 @@ def test_first_values():
     A, B = (new_factor(f"model.layers.0.self_attn.q_proj.lora_{factor}.weight", (64, 100), 3) for factor in "AB")
     assert not B.any() and A.abs().max() <= 0.1 and A.std() == pytest.approx(0.1 / 3**0.5, rel=0.05)
     assert torch.equal(A, new_factor("model.layers.0.self_attn.q_proj.lora_A.weight", (64, 100), 3))
-    for other in ("model.layers.1.self_attn.q_proj.lora_A.weight", 3), ("model.layers.0.self_attn.q_proj.lora_A.weight", 4):
-        assert not torch.equal(A, new_factor(other[0], (64, 100), other[1]))
+    for layer, seed in (1, 3), (0, 4):
+        other = new_factor(f"model.layers.{layer}.self_attn.q_proj.lora_A.weight", (64, 100), seed)
+        assert not torch.equal(A, other)
 
 
 def test_merging_is_the_product_in_float64():
