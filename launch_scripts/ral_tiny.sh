@@ -5,6 +5,7 @@
 #   TASK=video-search bash launch_scripts/ral_tiny.sh      # the same on clips (mp4) instead of images
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
+# Adapters (adapter.rank=8) are for RL alone, because SFT starts from random weights, which leave nothing to adapt.
 # A phase whose result is already in OUTPUT_DIR is skipped, and an interrupted training run is resumed. Other settings
 # need another OUTPUT_DIR.
 set -euo pipefail
@@ -36,6 +37,7 @@ for argument in "$@"; do
         --dry-run) dry_run=1 && continue ;;
         sft:*) sft_overrides+=("${argument#sft:}") ;;
         rl:*) rl_overrides+=("${argument#rl:}") ;;
+        adapter.*) rl_overrides+=("$argument") ;;
         seed=*) seed="${argument#seed=}" sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
         *) sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
     esac
