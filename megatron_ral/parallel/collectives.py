@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_ral.errors import AgreedError, UserError
 from megatron_ral.parallel.process_groups import ProcessGroups
 
+MAXIMUM = ":max"
+"""End of the name of a metric whose largest value over ranks is taken in place of the sum."""
+
 
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum a tensor over the group, in place and without gradient. Return the tensor."""
@@ -154,25 +157,31 @@ def wait(work: dist.Work) -> None:
 
 
 def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGroups) -> dict[str, float]:
-    """Sum named scalars over data-parallel ranks and pipeline stages.
+    """Sum named scalars over data-parallel ranks and pipeline stages. Of a name that ends with `:max` take the largest.
 
     Copies on tensor-parallel ranks count once. A metric counts as zero on the ranks that do not have it: only the last
     stage has token losses, only one stage has the attention of a layer, and a data-parallel rank may have no samples.
+    Values whose largest is taken are therefore never negative.
 
     Args:
         metrics: Scalars of this rank by name.
         process_groups: Process groups.
 
     Returns:
-        Sums in float64 by name, equal on every rank.
+        Sums and maxima in float64 by name, equal on every rank.
     """
     names = sorted(set().union(*gather_from_all(sorted(metrics))))
     if not names:
         return {}
     numbers = (torch.as_tensor(metrics.get(name, 0.0), dtype=torch.float64) for name in names)
     values = torch.stack([number.to(process_groups.device, non_blocking=True) for number in numbers])
+    maxima = [index for index, name in enumerate(names) if name.endswith(MAXIMUM)]
+    largest = values[maxima] if maxima else None
     all_reduce_sum_(values, process_groups.pipeline)
     all_reduce_sum_(values, process_groups.data)
+    if largest is not None:
+        all_reduce_max_(largest, process_groups.pipeline)
+        values[maxima] = all_reduce_max_(largest, process_groups.data)
     return dict(zip(names, values.tolist()))
 
 
