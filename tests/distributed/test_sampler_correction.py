@@ -1,4 +1,4 @@
-"""Weights against the sampler in whole RL steps: nothing changes with equal samplers, every update has them with others."""
+"""Weights against the sampler in whole RL steps: equal samplers change nothing, others reach every update."""
 
 import dataclasses
 import math
@@ -76,13 +76,17 @@ def test_with_equal_samplers_the_update_is_that_without_the_correction(material,
 
 
 @pytest.mark.parametrize(
-    "mode, factor, largest, cut",
-    [("token_truncate", 1.5, 1.5, 0.0), ("token_truncate", 3.0, 3.0, 1.0), ("sequence_mask", 3.0, 3.0**7, 1.0)],
+    "mode, num_epochs, factor, largest, cut",
+    [
+        ("token_truncate", 1, 1.5, 1.5, 0.0),
+        ("token_truncate", 2, 3.0, 3.0, 1.0),
+        ("sequence_mask", 2, 3.0, 3.0**7, 1.0),
+    ],
 )
-def test_every_update_of_a_rollout_has_the_samplers_logprobs(material, mode, factor, largest, cut):
-    """Two minibatches in two epochs: a token that one of the four updates weighted by something else would move the
-    mean. The first update of each minibatch is on policy, the second is not, and the weight is the same."""
-    arguments = str(material["tiny"]), str(material["data"]), 1, 2, 2, math.log(factor), mode
+def test_every_update_of_a_rollout_has_the_samplers_logprobs(material, mode, num_epochs, factor, largest, cut):
+    """A token that some update weighted by something else would move the mean. With one epoch the first update is on
+    policy and the second is not; with two the same samples come back when the policy has moved."""
+    arguments = str(material["tiny"]), str(material["data"]), 1, 2, num_epochs, math.log(factor), mode
     metrics, changes = run_ranks(2, one_rollout, *arguments)[-1]
     assert metrics["sampling/logprob_difference"] == pytest.approx(math.log(factor), rel=1e-5)
     assert metrics["sampling/ratio_max"] == pytest.approx(largest, rel=1e-4) and metrics["sampling/ratio_cut"] == cut
