@@ -142,7 +142,7 @@ def add_metrics(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of each finished metric over the updates that have it, of those named `.._max` the largest."""
-    result = {}
+    result: dict[str, float] = {}
     for name in sorted(set[str]().union(*updates)):
         values = [update[name] for update in updates if name in update]
         result[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
