@@ -3,7 +3,7 @@
 Every function states whether its result carries gradient, and runs no collective in a group of one rank.
 """
 
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,22 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)
     return shards
+
+
+def shards_in_turn(tensor: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """Yield the tensors of all ranks, which have equal shapes, in group order and without gradient.
+
+    One rank's tensor is in memory at a time beside this rank's own. Every rank of the group takes all of them, and is
+    done with one before it asks for the next.
+    """
+    if group.size() == 1:
+        yield tensor
+        return
+    own, buffer = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for rank in dist.get_process_group_ranks(group):
+        shard = own if rank == dist.get_rank() else buffer
+        dist.broadcast(shard, src=rank, group=group)
+        yield shard
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
