@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.engine.gather import gathered
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import read_json
@@ -151,8 +152,8 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, settings: ReplaySe
     tree = {"batches": pack(list(skipped.minibatch), tensors), "scores": pack(list(skipped.scores), tensors, "scores")}
     save_file(tensors, partial / f"rank_{layout.rank:05d}.safetensors")
     (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(tree))
-    with policy.resident():
-        export_stage(policy.stage, policy.process_groups, settings.model_path, str(partial / "hf"))
+    hf = str(partial / "hf")
+    export_stage(policy.stage, policy.process_groups, settings.model_path, hf, gathered=gathered)
     if layout.rank == 0:
         (partial / "config.yaml").write_text(settings.config_text)
         manifest = {

@@ -13,6 +13,7 @@ from megatron_ral.config import RunConfig
 from megatron_ral.config.rules import setting_warnings
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.engine.frozen import FrozenEngine
+from megatron_ral.engine.gather import gathered
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.evaluation.evaluate import evaluate_prompts
 from megatron_ral.evaluation.generation import EvaluationSettings
@@ -155,13 +156,14 @@ class Trainer:
                 )
             )
         if config.train.export and done == config.train.num_steps:
-            with progress.within("export", is_long=True), self.policy.resident():
+            with progress.within("export", is_long=True):
                 export_stage(
                     self.policy.stage,
                     self.process_groups,
                     config.model.path,
                     f"{config.train.output_dir}/hf",
                     config.model.format_tags,
+                    gathered,
                 )
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)
