@@ -1,6 +1,7 @@
 """Weights as a stream: names, shapes and values of an export, bit for bit, with no more than a few parameters held."""
 
 import hashlib
+import time
 import weakref
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def streams(path: str, data: str, dtype: str, tensor: int, pipeline: int, output
                 assert (value is not None) == receives
             del value
         found[f"{name} held"] = numbers.peak
+        deadline = time.monotonic() + 60.0
+        while numbers.held and time.monotonic() < deadline:  # gloo's threads let go of a buffer a moment later
+            time.sleep(0.01)
         assert numbers.held == 0
     with policy.resident():
         again = [value for _, value in stream_policy(policy, receives=receives) if value is not None]
@@ -93,7 +97,7 @@ def streams(path: str, data: str, dtype: str, tensor: int, pipeline: int, output
         for part in describe_stage(policy.stage)
     ]
     stop_groups()
-    return found | {"layout": layout, "largest": max(sizes), "stage": sum(sizes)}
+    return found | {"layout": layout, "largest": max(sizes)}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_stream_equals_the_whole_model_and_what_export_writes(material, tmp_path
     assert files.keys() == wanted.keys() and len(files) > 40
     assert all(same(files[name], wanted[name]) for name in files)
     assert digest(tmp_path / "sharded") == digest(tmp_path / "resident")
-    trained = {name for name in wanted if "visual." not in name}
+    trained, largest = {name for name in wanted if "visual." not in name}, max(r["largest"] for r in results)
     for result in results:
         layout, receives = result["layout"], result["layout"].tensor_rank == 0
         names = [name for name, _ in result["all"]]
@@ -125,12 +129,11 @@ def test_stream_equals_the_whole_model_and_what_export_writes(material, tmp_path
         for name, value in [*result["own"], *result["all"], *result["trained"]]:
             assert same(value, wanted[name]) if receives else value is None, name
         for stream in ("own", "all", "trained"):
-            # Receiving: two whole parameters, this rank's part, and another rank's. Else: the two parts.
-            bound = (2 + 2 / tensor if receives else 2 / tensor) * max(r["largest"] for r in results)
+            # Receiving: two whole parameters, this rank's part, and another rank's. Else: parameters that are not cut,
+            # or two parts, and what gloo lets go of late.
+            bound = ((2 if receives else 1) + 2 / tensor) * largest
             assert 0 < result[f"{stream} held"] <= bound, (stream, layout, result[f"{stream} held"], bound)
-    assert 2 * (2 + 2 / tensor) * max(r["largest"] for r in results) < sum(
-        value.numel() for value in wanted.values()
-    ), "a stream that held the whole model would pass"
+    assert 2 * (2 + 2 / tensor) * largest < sum(value.numel() for value in wanted.values()), "all would pass"
     own = [
         name
         for result in results
