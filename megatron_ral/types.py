@@ -183,7 +183,7 @@ class ResponseBatch:
     """Lengths with the end-of-turn token, [B, G] int64."""
     rollout_logprobs: Tensor
     """Log-probabilities under the sampler, at its temperature and before top-p, [B, G, R] float32. They serve as a
-    check and are never used as `old_logprobs`."""
+    check and as the denominator of `loss.sampler_correction`, and are never used as `old_logprobs`."""
     finished: Tensor
     """Mask of the responses that ended with the end-of-turn token rather than at the length limit, [B, G] bool."""
     attention: Mapping[int, Tensor] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from megatron_ral.config.fields import (
@@ -46,6 +46,13 @@ class LossConfig:
     dual_clip: NonNegativeFloat = 0.0
     """Upper bound of the ratio where the advantage is negative, above 1 (verl: 3); 0 for none. Not possible with
     cispo."""
+    sampler_correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
+    """Importance weight of the policy loss against the sampler, p_old / mu, where p_old is the rollout policy by the
+    training engine and mu the sampler. token_truncate: the ratio of each token, at most the cap. sequence_mask: the
+    ratio of the whole response, 0 above the cap. Without gradient; KL, entropy and attention terms stay as they are."""
+    sampler_correction_cap: Annotated[float, Gt(1), Le(1e6)] = 2.0
+    """Bound on the weight of `sampler_correction`. It is above 1, because equal samplers have the ratio 1 up to
+    rounding."""
     kl_coef: NonNegativeFloat = 0.04
     """Weight of the KL divergence from the frozen reference model. With 0 no reference is held, unless target
     `reference` needs it."""

@@ -32,6 +32,11 @@ def _is_rl(config: RunConfig) -> bool:
     return config.train.algorithm == "ral"
 
 
+def _corrects(config: RunConfig) -> bool:
+    """Say whether the policy loss has weights against the sampler."""
+    return _is_rl(config) and config.loss.sampler_correction != "none" and config.loss.policy_coef > 0
+
+
 def _allowed_keys(config: RunConfig) -> str:
     target = _target(config)
     return (
@@ -136,6 +141,22 @@ RULES: tuple[Rule, ...] = (
         "loss.dual_clip",
         lambda c: c.loss.dual_clip > 0 and c.loss.policy_loss == "cispo",
         "has no effect with {loss.policy_loss}; set it to 0",
+    ),
+    Rule(
+        ERROR,
+        "loss.sampler_correction",
+        lambda c: _corrects(c) and c.rollout.top_p < 1,
+        "is not possible with {rollout.top_p}, because the sampler's log-probabilities are those before the nucleus is "
+        "cut and not those of what it draws; set rollout.top_p to 1, or the correction to none",
+    ),
+    Rule(
+        ERROR,
+        "loss.sampler_correction",
+        lambda c: _corrects(c) and (c.rollout.has_views or c.rollout.attention_noise.sigma > 0),
+        lambda c: (
+            f"is not possible with {{rollout.{'views.keep' if c.rollout.has_views else 'attention_noise.sigma'}}}, "
+            "because its weights would take back what is explored; set it to none"
+        ),
     ),
     Rule(
         ERROR,
@@ -250,6 +271,16 @@ RULES: tuple[Rule, ...] = (
         "loss policy_loss clip_low clip_high dual_clip",
         lambda c: c.distills and c.loss.policy_coef == 0,
         "with {loss.policy_coef}",
+    ),
+    *without_effect(
+        "loss sampler_correction sampler_correction_cap",
+        lambda c: not _is_rl(c) or c.loss.policy_coef == 0,
+        lambda c: "with {loss.policy_coef}" if _is_rl(c) else "with {train.algorithm}",
+    ),
+    *without_effect(
+        "loss sampler_correction_cap",
+        lambda c: _is_rl(c) and c.loss.policy_coef > 0 and c.loss.sampler_correction == "none",
+        "with {loss.sampler_correction}",
     ),
     Rule(
         WARNING,

@@ -11,7 +11,8 @@ All ranks of a data-parallel process group run the same layers in the same order
 in the same order.
 """
 
-from typing import Any, Optional, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -46,6 +47,19 @@ def release_parameters(parameters: Sequence[Any]) -> None:
     whole = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.AVAILABLE]
     if whole:
         whole[0].partition(param_list=whole)
+
+
+@contextmanager
+def gathered(parameter: Any) -> Iterator[None]:
+    """Hold one parameter whole inside the context. All data-parallel ranks enter it. One that is whole already stays so
+    afterwards."""
+    is_sharded = parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+    Gather([parameter]).wait()
+    try:
+        yield
+    finally:
+        if is_sharded:
+            release_parameters([parameter])
 
 
 class ArrivingWeights:

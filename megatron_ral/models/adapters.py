@@ -50,6 +50,11 @@ def is_adapter(name: str) -> bool:
     return ".adapter." in name
 
 
+def adapted_matrix(name: str) -> str:
+    """Return the parameter of a `MultimodalStage` that a factor of an adapter belongs to, or the parameter itself."""
+    return f"{name.partition('.adapter.')[0]}.weight" if is_adapter(name) else name
+
+
 def adapter_weight(weight: str, factor: str) -> str:
     """Return the common name of an adapter's factor.
 
@@ -80,3 +85,16 @@ def merge_adapter(weight: Tensor, A_rI: Tensor, B_Or: Tensor, scale: float) -> T
         scale: Factor of the product.
     """
     return torch.addmm(weight.float(), B_Or.float(), A_rI.float(), alpha=scale).to(weight.dtype)
+
+
+def with_adapter(weight: Tensor, name: str, factors: Mapping[str, Tensor], adapter: AdapterShape | None) -> Tensor:
+    """Return a weight with its adapter merged, or the weight itself if it has none.
+
+    Args:
+        weight: Whole weight.
+        name: Common name of the weight.
+        factors: Factors of adapters by common name, those of this weight among them.
+        adapter: Sizes of the adapters of the model.
+    """
+    A, B = (factors.get(adapter_weight(name, factor)) for factor in "AB")
+    return weight if A is None or B is None or adapter is None else merge_adapter(weight, A, B, adapter.scale)

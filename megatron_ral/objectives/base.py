@@ -1,7 +1,7 @@
 """Objective of an optimizer step: a list of terms, called back by the engine on the stages that own their inputs.
 
 Every loss is a *sum over rows, over denominators of the whole optimizer step*, so that adding up micro-batches, ranks
-and stages gives the loss of the step, however it is cut. Metrics likewise are sums.
+and stages gives the loss of the step, however it is cut. Metrics likewise are sums, or maxima.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from megatron_ral.attention.layer_rows import AttentionRows
 from megatron_ral.attention.types import QueryPosition
+from megatron_ral.parallel.collectives import MAXIMUM
 
 Metrics = Mapping[str, Tensor]
-"""Sums by tag. `name:sum` and `name:count` are divided by `finish_metrics`; other values are means already."""
+"""Sums by tag. `name:sum` and `name:count` are divided by `finish_metrics`; other values are means already. Of
+`name:max`, which is never negative, the largest is taken in place of the sum."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def sums_and_counts(names: Sequence[str], sums: Tensor, counts: Tensor) -> dict[
 
 def add_metrics(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Add metrics to others, those of one type in one operation. No gradient."""
-    added = {name: value.detach() for name, value in more.items() if name in total}
+    maxima = [name for name in more if name in total and name.endswith(MAXIMUM)]
+    added = {name: value.detach() for name, value in more.items() if name in total and name not in maxima}
+    total.update({name: torch.maximum(total[name], more[name].detach()) for name in maxima})
     total.update({name: value.detach() for name, value in more.items() if name not in total})
     for dtype in {value.dtype for value in added.values()}:
         names = [name for name, value in added.items() if value.dtype == dtype]
@@ -136,9 +140,18 @@ def add_metrics(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         total.update(zip(names, values))
 
 
+def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each finished metric over the updates that have it, of those named `.._max` the largest."""
+    result: dict[str, float] = {}
+    for name in sorted(set[str]().union(*updates)):
+        values = [update[name] for update in updates if name in update]
+        result[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return result
+
+
 def finish_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Divide `name:sum` by `name:count` and drop those without a count. Other metrics are means already."""
-    done = {name: value for name, value in sums.items() if not name.endswith((":sum", ":count"))}
+    """Divide `name:sum` by `name:count` and drop those without a count. Other metrics are means or maxima already."""
+    done = {name.removesuffix(MAXIMUM): value for name, value in sums.items() if not name.endswith((":sum", ":count"))}
     for name, value in sums.items():
         if name.endswith(":sum"):
             stem = name[: -len(":sum")]

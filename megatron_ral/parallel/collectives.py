@@ -3,7 +3,7 @@
 Every function states whether its result carries gradient, and runs no collective in a group of one rank.
 """
 
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from megatron_ral.errors import AgreedError, UserError
 from megatron_ral.parallel.process_groups import ProcessGroups
+
+MAXIMUM = ":max"
+"""End of the name of a metric whose largest value over ranks is taken in place of the sum."""
 
 
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -45,6 +48,22 @@ def gather_shards(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)
     return shards
+
+
+def shards_in_turn(tensor: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """Yield the tensors of all ranks, which have equal shapes, in group order and without gradient.
+
+    One rank's tensor is in memory at a time beside this rank's own. Every rank of the group takes all of them, and is
+    done with one before it asks for the next.
+    """
+    if group.size() == 1:
+        yield tensor
+        return
+    own, buffer = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for rank in dist.get_process_group_ranks(group):
+        shard = own if rank == dist.get_rank() else buffer
+        dist.broadcast(shard, src=rank, group=group)
+        yield shard
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -154,25 +173,31 @@ def wait(work: dist.Work) -> None:
 
 
 def sum_metrics(metrics: Mapping[str, Tensor | float], process_groups: ProcessGroups) -> dict[str, float]:
-    """Sum named scalars over data-parallel ranks and pipeline stages.
+    """Sum named scalars over data-parallel ranks and pipeline stages. Of a name that ends with `:max` take the largest.
 
     Copies on tensor-parallel ranks count once. A metric counts as zero on the ranks that do not have it: only the last
     stage has token losses, only one stage has the attention of a layer, and a data-parallel rank may have no samples.
+    Values whose largest is taken are therefore never negative.
 
     Args:
         metrics: Scalars of this rank by name.
         process_groups: Process groups.
 
     Returns:
-        Sums in float64 by name, equal on every rank.
+        Sums and maxima in float64 by name, equal on every rank.
     """
     names = sorted(set().union(*gather_from_all(sorted(metrics))))
     if not names:
         return {}
     numbers = (torch.as_tensor(metrics.get(name, 0.0), dtype=torch.float64) for name in names)
     values = torch.stack([number.to(process_groups.device, non_blocking=True) for number in numbers])
+    maxima = [index for index, name in enumerate(names) if name.endswith(MAXIMUM)]
+    largest = values[maxima] if maxima else None
     all_reduce_sum_(values, process_groups.pipeline)
     all_reduce_sum_(values, process_groups.data)
+    if largest is not None:
+        all_reduce_max_(largest, process_groups.pipeline)
+        values[maxima] = all_reduce_max_(largest, process_groups.data)
     return dict(zip(names, values.tolist()))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ral.attention.group_layout import AttentionRecord
 from megatron_ral.config import RunConfig, dump_config
+from megatron_ral.engine.gather import gathered
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.folder import read_json
@@ -152,12 +153,10 @@ def save_replay(policy: PolicyEngine, skipped: SkippedUpdate, settings: ReplaySe
     tree = {"batches": pack(list(skipped.minibatch), tensors), "scores": pack(list(skipped.scores), tensors, "scores")}
     save_file(tensors, partial / f"rank_{layout.rank:05d}.safetensors")
     (partial / f"rank_{layout.rank:05d}.json").write_text(json.dumps(tree))
-    with policy.resident():
-        export_stage(
-            policy.stage, policy.process_groups, settings.model_path, str(partial / "hf"), merges_adapters=False
-        )
-        if policy.shape.adapter is not None:
-            export_adapters(policy.stage, policy.process_groups, settings.model_path, str(partial / "adapter"))
+    groups, source = policy.process_groups, settings.model_path
+    export_stage(policy.stage, groups, source, str(partial / "hf"), gathered=gathered, merges_adapters=False)
+    if policy.shape.adapter is not None:
+        export_adapters(policy.stage, groups, source, str(partial / "adapter"), gathered)
     if layout.rank == 0:
         (partial / "config.yaml").write_text(settings.config_text)
         manifest = {

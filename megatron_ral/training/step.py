@@ -20,7 +20,7 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.objectives.attention import AttentionTerm
-from megatron_ral.objectives.base import Objective, finish_metrics
+from megatron_ral.objectives.base import Objective, finish_metrics, mean_over_updates
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, shuffled_visual_columns
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.collectives import sum_metrics
@@ -226,9 +226,7 @@ def rl_step(
         if not result.applied:
             batches = report.rollout[index * len(minibatch) : (index + 1) * len(minibatch)]
             report.skipped.append(SkippedUpdate(number, minibatch, [batch.score for batch in batches], updates[-1]))
-    for name in sorted(set().union(*updates)):
-        values = [update[name] for update in updates if name in update]
-        report.metrics[name] = sum(values) / len(values)
+    report.metrics.update(mean_over_updates(updates))
     # The first update is on policy (its divergence to `old` is zero by construction): the last one shows the term.
     for name, update in (("last", updates[-1]), ("first", updates[0])):
         if "attention/divergence" in update:

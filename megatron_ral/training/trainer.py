@@ -13,6 +13,7 @@ from megatron_ral.config import RunConfig
 from megatron_ral.config.rules import setting_warnings
 from megatron_ral.data.loader import PromptLoader
 from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
+from megatron_ral.engine.gather import gathered
 from megatron_ral.engine.settings import EngineSettings
 from megatron_ral.evaluation.evaluate import evaluate_prompts
 from megatron_ral.evaluation.generation import EvaluationSettings
@@ -160,17 +161,22 @@ class Trainer:
                 )
             )
         if config.train.export and done == config.train.num_steps:
-            with progress.within("export", is_long=True), self.policy.resident():
+            with progress.within("export", is_long=True):
                 export_stage(
                     self.policy.stage,
                     self.process_groups,
                     config.model.path,
                     f"{config.train.output_dir}/hf",
                     config.model.format_tags,
+                    gathered,
                 )
                 if self.shape.adapter is not None:
                     export_adapters(
-                        self.policy.stage, self.process_groups, config.model.path, f"{config.train.output_dir}/adapter"
+                        self.policy.stage,
+                        self.process_groups,
+                        config.model.path,
+                        f"{config.train.output_dir}/adapter",
+                        gathered,
                     )
         log.close(done)
         self._summary(time.perf_counter() - started, first, done)

@@ -2,20 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_ral.models.adapters import adapter_weight, is_adapter, merge_adapter
+from megatron_ral.models.adapters import is_adapter
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.parameter_shapes import adapter_shapes
-from megatron_ral.models.shape import ModelShape
-from megatron_ral.parallel.collectives import barrier, gather_shards
+from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
 from megatron_ral.weights.peft_folder import fill_folder, new_factor, read_adapters
 from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
+from megatron_ral.weights.stream import Gathered, is_whole, own_tensors
 from megatron_ral.weights.tensor_table import StageTensor, stage_tables
 
 
@@ -51,31 +50,10 @@ def load_adapters(stage: MultimodalStage, path: str, seed: int, require_finite: 
 
 
 @torch.no_grad()
-def whole_factors(stage: MultimodalStage, tensor: StageTensor, process_groups: ProcessGroups) -> dict[str, Tensor]:
-    """Return the factors of one parameter of an adapter, by common name. Tensor-parallel ranks call this together."""
-    parameter = stage.get_parameter(tensor.name).detach()
-    shards = gather_shards(parameter, process_groups.tensor) if tensor.cut_dim is not None else [parameter]
-    return dict(zip(tensor.sources, tensor.split(tensor.join(shards, stage.layout.tensor_size))))
-
-
-def with_adapter(weight: Tensor, name: str, factors: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
-    """Return a weight with its adapter merged, or the weight itself if it has none.
-
-    Args:
-        weight: Whole weight.
-        name: Common name of the weight.
-        factors: Factors of adapters by common name, those of this weight among them.
-        shape: Shape of the model.
-    """
-    A, B = (factors.get(adapter_weight(name, factor)) for factor in "AB")
-    if A is None or B is None or shape.adapter is None:
-        return weight
-    return merge_adapter(weight, A, B, shape.adapter.scale)
-
-
-@torch.no_grad()
-def export_adapters(stage: MultimodalStage, process_groups: ProcessGroups, base: str, output: str) -> None:
-    """Write the adapters as a PEFT folder. Every rank calls this while its stage's parameters are resident.
+def export_adapters(
+    stage: MultimodalStage, process_groups: ProcessGroups, base: str, output: str, gathered: Gathered = is_whole
+) -> None:
+    """Write the adapters as a PEFT folder. Every rank calls this.
 
     Each pipeline stage writes its part, and the first rank joins the parts tensor by tensor.
 
@@ -84,6 +62,7 @@ def export_adapters(stage: MultimodalStage, process_groups: ProcessGroups, base:
         process_groups: Process groups.
         base: Folder of the base model, which the PEFT folder names.
         output: Folder to write. An existing one is replaced.
+        gathered: Context of one parameter in which it is whole; by default all are whole already.
     """
     layout, target, sizes = process_groups.layout, Path(output), adapter_shapes(stage.shape)
     partial = target.with_name(target.name + ".partial")
@@ -96,8 +75,9 @@ def export_adapters(stage: MultimodalStage, process_groups: ProcessGroups, base:
     writer = SafetensorsWriter(partial / f"stage_{layout.pipeline_rank}", entries) if writes else None
     for tensor in table:
         tick()
-        for name, factor in whole_factors(stage, tensor, process_groups).items():
-            if writer is not None:
+        values = own_tensors(tensor, stage.get_parameter(tensor.name), process_groups, gathered, writes)
+        for name, factor in zip(tensor.sources, list(values)):
+            if writer is not None and factor is not None:
                 writer.add(name, factor)
     if writer is not None:
         writer.close()

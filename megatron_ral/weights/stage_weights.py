@@ -10,13 +10,13 @@ from megatron_ral.errors import CheckpointError
 from megatron_ral.models.adapters import is_adapter
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.models.parameter_shapes import expected_shapes
-from megatron_ral.parallel.collectives import barrier, gather_shards
+from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.runtime.progress import tick
-from megatron_ral.weights.adapter_weights import whole_factors, with_adapter
 from megatron_ral.weights.conversion import check_weights, open_weights
 from megatron_ral.weights.huggingface import HuggingFacePlan
 from megatron_ral.weights.safetensors_files import TensorEntry
+from megatron_ral.weights.stream import Gathered, is_whole, stream_weights
 from megatron_ral.weights.tensor_table import StageTensor, stage_tables
 
 
@@ -69,11 +69,12 @@ def export_stage(
     source: str,
     output: str,
     format_tags: Optional[str] = None,
+    gathered: Gathered = is_whole,
     merges_adapters: bool = True,
 ) -> None:
-    """Write the model as a Hugging Face folder. Every rank calls this while its stage's parameters are resident.
+    """Write the model as a Hugging Face folder. Every rank calls this.
 
-    Each pipeline stage writes one safetensors file, holding one parameter in memory at a time. The index, the
+    Each pipeline stage writes one safetensors file from a stream of its weights (`weights/stream.py`). The index, the
     configuration and the tokenizer are written last. Everything is written to a temporary folder, which is renamed when
     it is complete.
 
@@ -83,6 +84,7 @@ def export_stage(
         source: Model folder to copy everything but the weights from.
         output: Folder to write. An existing one is replaced.
         format_tags: model.format_tags of the run, by which the tokenizer is edited; None: it is copied as it is.
+        gathered: Context of one parameter in which it is whole; by default all are whole already.
         merges_adapters: Write matrices with their adapters merged. False: write the base.
     """
     layout, target = process_groups.layout, Path(output)
@@ -94,21 +96,11 @@ def export_stage(
     plan = _export_plan(stage)
     writes = layout.tensor_rank == 0 and layout.data_rank == 0
     writer = plan.open_file(partial, layout.pipeline_rank) if writes else None
-    parameters, factors = dict(stage.named_parameters()), {}
-    for tensor in describe_stage(stage):
-        tick()
-        parameter = parameters[tensor.name]
-        if is_adapter(tensor.name):
-            if merges_adapters:
-                factors.update(whole_factors(stage, tensor, process_groups))
-            continue
-        if getattr(parameter, "shared", False):
-            continue  # the last stage's copy of tied embeddings
-        shards = gather_shards(parameter.detach(), process_groups.tensor) if tensor.cut_dim is not None else [parameter]
-        if writer is not None:
-            for name, value in zip(tensor.sources, tensor.split(tensor.join(shards, layout.tensor_size))):
-                writer.add(stage.shape.family.hub_name(name), with_adapter(value, name, factors, stage.shape))
-        factors.clear()
+    for name, value in stream_weights(
+        stage, process_groups, gathered, receives=writes, merges_adapters=merges_adapters
+    ):
+        if writer is not None and value is not None:
+            writer.add(name, value)
     if writer is not None:
         writer.close()
     barrier()

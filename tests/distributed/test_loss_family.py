@@ -27,6 +27,8 @@ FAMILY = {
         "entropy_coef": 0.5,
         **FILTERED,
     },
+    "weights of tokens": {"sampler_correction": "token_truncate", **FILTERED},
+    "weights of responses": {"sampler_correction": "sequence_mask", "aggregation": "sequence_mean"},
     "cispo": {"policy_loss": "cispo", "aggregation": "sequence_sum_norm", "clip_low": 1.0, "kl_clamp": 0.1, **FILTERED},
 }
 
@@ -39,6 +41,8 @@ def test_layout_and_cut_equal_one_process(material, name):
     first = alone["history"][0]
     for term in ("loss/policy", "kl", "loss/attention", "attention_norm", "entropy", "clip_ratio/high"):
         assert abs(first[term]) > 1e-5, term
+    if "sampler_correction" in FAMILY[name]:
+        assert 0 < first["sampling/ratio_cut"] < 0.9 and first["sampling/ratio_max"] > 2 > first["sampling/ratio_mean"]
     for world, tensor, pipeline, size in ((1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 2), (4, 1, 2, 1)):
         result = run_ranks(world, step, *paths, tensor, pipeline, size, 2)[-1]
         for index, (ours, wanted) in enumerate(zip(result["history"], alone["history"])):

@@ -4,6 +4,7 @@ The formulas are written anew from the sources below. Their sequences are flat (
 
     TRL   huggingface/trl   trl/trainer/grpo_trainer.py     commit f2cd57710ae345ea6428ae95363267fcf38a3dc8
     verl  volcengine/verl   verl/trainer/ppo/core_algos.py  commit b178a3cd56f58b2d502255daba591e92833930a7
+          for weights against the sampler verl/trainer/ppo/rollout_corr_helper.py of the same commit
 """
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.aggregation import token_weights
 from megatron_ral.functional.kl import kl_estimate
+from megatron_ral.functional.sampler_correction import sampler_correction
 from megatron_ral.functional.surrogates import cispo_loss, grpo_loss, gspo_loss
 
 B, G, R, LIMIT = 3, 4, 6, 11
@@ -116,8 +118,8 @@ def verl_aggregate(per_token, mode):
     return per_sequence.sum() / (TOTALS["num_sequences"] * LIMIT)
 
 
-def verl(policy, mode, low=0.2, high=0.3, c=3.0):
-    """`vanilla` lines 1210-1235, `gspo` 1286-1305, `cispo` 1743-1758."""
+def verl(policy, mode, low=0.2, high=0.3, c=3.0, weights=1.0):
+    """`vanilla` lines 1210-1235, `gspo` 1286-1305, `cispo` 1743-1758; weights against the sampler 1239, 1309, 1765."""
 
     def loss(new):
         logp, old, A = new.flatten(0, 1), OLD.flatten(0, 1), ADVANTAGES.flatten()[:, None]
@@ -129,11 +131,11 @@ def verl(policy, mode, low=0.2, high=0.3, c=3.0):
             ratio = difference.clamp(-20.0, 20.0).exp()
         bounded = ratio.clamp(1 - low, 1 + high)
         if policy == "cispo":
-            return verl_aggregate(-bounded.detach() * A * logp, mode)
+            return verl_aggregate(-bounded.detach() * A * logp * weights, mode)
         per_token = torch.maximum(-A * ratio, -A * bounded)
         if policy == "vanilla":
             per_token = torch.where(A < 0, torch.minimum(-A * c, per_token), per_token)
-        return verl_aggregate(per_token, mode)
+        return verl_aggregate(per_token * weights, mode)
 
     return loss
 
@@ -193,3 +195,74 @@ def test_verl_advantages():
         mean, std = rewards[b].mean(), rewards[b].std()
         assert torch.allclose(group_advantages(rewards)[b], ((rewards[b] - mean) / (std + 1e-6)).float(), atol=1e-6)
         assert torch.allclose(group_advantages(rewards, scale="none")[b], (rewards[b] - mean).float(), atol=1e-6)
+
+
+# --- weights against the sampler, in both -----------------------------------------------------------------------------
+
+SAMPLER = OLD + rand(B, G, R, seed=8)
+"""Log-probabilities of a sampler that differs far from OLD: of both modes some weights are cut and some are not."""
+
+
+def corrected(function, aggregation, mode, cap, **bounds):
+    """Our loss with weights against the sampler; OLD is the rollout policy by the training engine."""
+
+    def loss(new):
+        weights = sampler_correction(OLD, SAMPLER, MASK, mode, cap).weights * token_weights(MASK, aggregation, **TOTALS)
+        return (function(new, OLD, ADVANTAGES, MASK, **bounds).loss * weights).sum()
+
+    return loss
+
+
+def trl_ratio(mode, clip_max):
+    """Lines 2580-2619 without a lower bound: [B * G, T] of tokens, [B * G, 1] of sequences."""
+    difference = (OLD - SAMPLER).flatten(0, 1) * FLAT
+    if mode == "token_truncate":
+        return difference.exp().clamp(max=clip_max)
+    ratio = difference.sum(-1, keepdim=True).exp()
+    return torch.where(ratio > clip_max, 0.0, ratio)
+
+
+@pytest.mark.parametrize("cap", [2.0, 3.0])  # ours and verl's default, TRL's
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type, aggregation", [("grpo", "sequence_mean"), ("dapo", "token_mean")])
+def test_trl_weights_against_the_sampler(loss_type, aggregation, mode, cap):
+    """Line 3117: the surrogate of each token times its ratio, before the sums; the denominators stay."""
+    ratio = trl_ratio(mode, cap)
+
+    def theirs(new):
+        logp, old, A = new.flatten(0, 1), OLD.flatten(0, 1), ADVANTAGES.flatten()[:, None]
+        weight = (logp - old).exp()
+        summed = (torch.maximum(-weight * A, -weight.clamp(0.8, 1.3) * A) * ratio * FLAT).sum(1)
+        return (summed / FLAT.sum(1)).mean() if loss_type == "grpo" else summed.sum() / FLAT.sum()
+
+    compare(corrected(grpo_loss, aggregation, mode, cap, clip_low=0.2, clip_high=0.3), theirs)
+    cut = ratio == (cap if mode == "token_truncate" else 0.0)
+    counted = cut[FLAT.bool()] if mode == "token_truncate" else cut
+    assert counted.any() and not counted.all()
+
+
+def verl_weights(mode, cap):
+    """Lines 529-566: weights of tokens or of sequences, cut at the cap. Lines 222 and 282-300: `seq_sum_k1` keeps a
+    response whose sum of -log ratios is at least log(1 / cap)."""
+    difference = (OLD - SAMPLER).flatten(0, 1)
+    if mode == "token_truncate":
+        return (difference.clamp(-20.0, 20.0).exp() * FLAT).clamp(max=cap)
+    total = (difference * FLAT).sum(-1, keepdim=True)
+    kept = (-difference.clamp(-20.0, 20.0) * FLAT).sum(-1, keepdim=True) >= -torch.tensor(cap).log()
+    return (total.clamp(-20.0, 20.0).exp().expand_as(FLAT) * FLAT).clamp(max=cap) * kept
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize("policy", ["vanilla", "gspo", "cispo"])
+def test_verl_weights_against_the_sampler(policy, mode):
+    """A response that `seq_sum_k1` rejects leaves verl's denominators too. Here, as in TRL, it stays in them, and so it
+    does in this comparison."""
+    function = {"vanilla": grpo_loss, "gspo": gspo_loss, "cispo": cispo_loss}[policy]
+    bounds = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0 if policy == "vanilla" else 0.0}
+    weights = verl_weights(mode, 2.0)
+
+    compare(corrected(function, "token_mean", mode, 2.0, **bounds), verl(policy, "token-mean", weights=weights))
+    ours = sampler_correction(OLD, SAMPLER, MASK, mode, 2.0).weights * MASK
+    assert torch.allclose(ours.flatten(0, 1), weights, rtol=1e-12, atol=0)
+    cut = ours[MASK] == (2.0 if mode == "token_truncate" else 0.0)
+    assert cut.any() and not cut.all()

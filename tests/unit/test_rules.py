@@ -39,6 +39,32 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "loss.dual_clip",
         "= 3.0 has no effect with loss.policy_loss = cispo",
     ),
+    (
+        ["loss.sampler_correction=token_truncate", "rollout.top_p=0.9"],
+        "loss.sampler_correction",
+        "= token_truncate is not possible with rollout.top_p = 0.9",
+    ),
+    (
+        ["loss.sampler_correction=sequence_mask", "rollout.attention_noise={sigma: 2.0}"],
+        "loss.sampler_correction",
+        "= sequence_mask is not possible with rollout.attention_noise.sigma = 2.0",
+    ),
+    (
+        ["loss.sampler_correction=sequence_mask", "rollout.views={keep: 0.3}"],
+        "loss.sampler_correction",
+        "= sequence_mask is not possible with rollout.views.keep = 0.3",
+    ),
+    (["loss.sampler_correction_cap=3.0"], "loss.sampler_correction_cap", "with loss.sampler_correction = none"),
+    (
+        ["train.algorithm=sft", "loss.sampler_correction=token_truncate", "rollout.top_p=0.9"],
+        "loss.sampler_correction",
+        "= token_truncate has no effect with train.algorithm = sft",
+    ),
+    (
+        [TEACHER, "loss={policy_coef: 0.0, sampler_correction: token_truncate}", "rollout.top_p=0.9"],
+        "loss.sampler_correction",
+        "= token_truncate has no effect with loss.policy_coef = 0.0",
+    ),
     ([TEACHER, "loss.filter_equal_rewards=true"], "loss.filter_equal_rewards", "= true is not possible with a teacher"),
     (
         [TEACHER, "rollout.refill_rounds=3"],

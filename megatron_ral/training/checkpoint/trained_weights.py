@@ -7,12 +7,11 @@ from torch import Tensor
 
 from megatron_ral.engine.settings import policy_shape
 from megatron_ral.errors import CheckpointError, ConfigError
-from megatron_ral.models.adapters import adapter_weight
+from megatron_ral.models.adapters import adapter_weight, with_adapter
 from megatron_ral.models.parameter_shapes import expected_shapes
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.training.checkpoint.files import CONFIG, damage, read_manifest, state_file
 from megatron_ral.training.checkpoint.settings import read_saved_config
-from megatron_ral.weights.adapter_weights import with_adapter
 from megatron_ral.weights.conversion import open_weights, renamed_when_complete
 from megatron_ral.weights.huggingface import Weights
 from megatron_ral.weights.peft_folder import fill_folder
@@ -75,7 +74,7 @@ class TrainedWeights(Weights):
         if self.shape.adapter is not None:
             pair = [adapter_weight(name, factor) for factor in "AB"]
             factors = {factor: self.trained(factor) for factor in pair if factor in self._held}
-            return with_adapter(self._frozen[name].to(self._dtype), name, factors, self.shape)
+            return with_adapter(self._frozen[name].to(self._dtype), name, factors, self.shape.adapter)
         if name.startswith("visual.") and not self._trains_vision:
             return self._frozen[name].to(self._dtype)
         return self.trained(name)

@@ -25,6 +25,8 @@ LAYOUT = {
         "entropy": ["Multiline", [r"^entropy$"]],
         "ratio": ["Multiline", [r"^ratio$"]],
         "sampler against training engine": ["Multiline", [r"^sampling/logprob_difference$"]],
+        "training engine / sampler": ["Multiline", [r"^sampling/ratio_(mean|max)$"]],
+        "ratios to the sampler above the cap": ["Multiline", [r"^sampling/ratio_cut$"]],
         "optimizer": ["Multiline", [r"^grad_norm$", r"^skipped_steps$"]],
         "loss": ["Multiline", [r"^loss$", r"^loss/.*"]],
     },
