@@ -76,7 +76,7 @@ def export_adapters(
     for tensor in table:
         tick()
         values = own_tensors(tensor, stage.get_parameter(tensor.name), process_groups, gathered, writes)
-        for name, factor in zip(tensor.sources, list(values)):
+        for factor, name in zip(values, tensor.sources):  # in this order, so that `values` runs to its end
             if writer is not None and factor is not None:
                 writer.add(name, factor)
     if writer is not None:

@@ -81,7 +81,7 @@ def stream_weights(
                 if is_own and merges_adapters:
                     read = own_tensors(tensor, parameters[tensor.name], process_groups, gathered, receives)
                     factors.update(
-                        (name, value.clone()) for name, value in zip(tensor.sources, read) if value is not None
+                        (name, value.clone()) for value, name in zip(read, tensor.sources) if value is not None
                     )
                 continue
             if is_own:
