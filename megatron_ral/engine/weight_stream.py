@@ -32,5 +32,5 @@ def _changes(policy: PolicyEngine, name: str) -> bool:
     """Return whether updates change a weight, by its name inside `MultimodalStage`, or its adapter."""
     if policy.shape.adapter is None:
         return policy.shape.is_trained(name, policy.training.train_vision)
-    adapted = (fused for fused in FUSED if adapted_parts(policy.shape, fused))
+    adapted = (fused for fused in FUSED if adapted_parts(policy.shape.adapter, fused))
     return any(name.endswith(f".{fused}.weight") for fused in adapted)

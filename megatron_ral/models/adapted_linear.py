@@ -124,7 +124,7 @@ def add_adapters(
     assert shape.adapter is not None
     rank = shape.adapter.rank
     for fused in FUSED:
-        parts = adapted_parts(shape, fused)
+        parts = adapted_parts(shape.adapter, fused)
         if not parts:
             continue
         linear = cast(Any, layer.get_submodule(fused))

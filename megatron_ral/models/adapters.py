@@ -6,7 +6,7 @@ has the rows of the fused matrix: each of them reads the block of its own part.
 """
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Mapping
 
 import torch
 from torch import Tensor
@@ -65,14 +65,14 @@ def adapter_weight(weight: str, factor: str) -> str:
     return f"{weight.removesuffix('.weight')}.lora_{factor}.weight"
 
 
-def adapted_parts(shape: Any, fused: str) -> tuple[str, ...]:
+def adapted_parts(adapter: AdapterShape | None, fused: str) -> tuple[str, ...]:
     """Return the adapted parts of a fused matrix, in its order.
 
     Args:
-        shape: Shape of the model (`ModelShape`).
+        adapter: Sizes of the adapters; None: there are none.
         fused: Key of `FUSED`.
     """
-    return tuple(part for part in FUSED[fused] if shape.adapter is not None and part in shape.adapter.targets)
+    return tuple(part for part in FUSED[fused] if adapter is not None and part in adapter.targets)
 
 
 def merge_adapter(weight: Tensor, A_rI: Tensor, B_Or: Tensor, scale: float) -> Tensor:

@@ -154,7 +154,7 @@ def _adapter(
         join: `merge` and `split` of the rows of a column-parallel matrix; None: the matrix is row-parallel.
         interleaved: As for StageTensor, of a column-parallel matrix.
     """
-    adapted = [part in adapted_parts(shape, fused) for part in FUSED[fused]]
+    adapted = [part in adapted_parts(shape.adapter, fused) for part in FUSED[fused]]
     A, B = (
         tuple(adapter_weight(weight, factor) for weight, there in zip(weights, adapted) if there) for factor in "AB"
     )
