@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_ral.demo.explored import (
-    LESSON,
     LESSON_SIZE,
     SEARCH_DATA,
     arm_settings,
@@ -32,7 +31,8 @@ from megatron_ral.demo.heat_maps import draw_heat_map, draw_picture, is_right
 from megatron_ral.demo.runs import beside, call, side_by_side, train_once
 from megatron_ral.evaluation.attention_page import PageSample
 
-LESSONS = ("single", "search", "biased")
+LESSONS = {"single": "data/single", "small": "small/search", "search": "data/search", "biased": "data/biased"}
+"""Lesson -> folder and split of its pictures: single cells, search in 2 x 2 cells, in 3 x 3, and the wrong cell."""
 SHOWN = {"grpo": "GRPO", "contrast": "contrast"}
 COLOURS = {"grpo": "tab:blue", "contrast": "tab:orange"}
 CELLS = 9
@@ -69,27 +69,30 @@ class Comparison:
 
     def make_data(self) -> None:
         """Write the pictures and a model with random weights."""
-        data, model = self.root / "data", self.root / "model"
-        sizes = {name: LESSON_SIZE * steps for name, steps in zip(LESSONS, self.lessons, strict=True)}
-        sizes |= {"rl": LESSON_SIZE * self.num_rollouts, "heldout": max(self.num_prompts, 4)}
-        options = [part for name, size in sizes.items() for part in (f"--num-{name}", size)]
-        if not (data / "dataset_info.json").is_file():
-            call(
-                beside(data, ".log"),
-                *("tools/make_digit_search.py", "--output", data, "--force", "--seed", self.seed),
-                *(*SEARCH_DATA, "--distinct", *options),
-            )
+        sizes = {LESSONS[name]: LESSON_SIZE * steps for name, steps in zip(LESSONS, self.lessons, strict=True)}
+        sizes |= {"data/rl": LESSON_SIZE * self.num_rollouts, "data/heldout": max(self.num_prompts, 4)}
+        for name, grid in (("small", 2), ("data", 3)):
+            folder = self.root / name
+            if not (folder / "dataset_info.json").is_file():
+                splits = ("single", "search", "biased", "rl", "heldout")
+                options = [part for split in splits for part in (f"--num-{split}", sizes.get(f"{name}/{split}", 4))]
+                call(
+                    beside(folder, ".log"),
+                    *("tools/make_digit_search.py", "--output", folder, "--force", "--seed", self.seed),
+                    *(*SEARCH_DATA, "--grid", grid, "--distinct", *options),
+                )
+        model = self.root / "model"
         if not (model / "config.json").is_file():
             call(
                 beside(model, ".log"),
                 *("tools/make_tiny_model.py", "--output", model, "--force", "--seed", self.seed, "--even-layers", 1),
             )
 
-    def supervise(self, target: Path, model: Path, lessons: Sequence[str], processes: int) -> None:
+    def supervise(self, target: Path, model: Path, lessons: Sequence[str], processes: int, *settings: str) -> None:
         """Train on some of the lessons in their order."""
         steps = {name: count for name, count in zip(LESSONS, self.lessons, strict=True) if name in lessons}
         shards = ", ".join(
-            f"{{shards: '{self.root}/data/{name}-*.tar', num_samples: {LESSON_SIZE * count}}}"
+            f"{{shards: '{self.root}/{LESSONS[name]}-*.tar', num_samples: {LESSON_SIZE * count}}}"
             for name, count in steps.items()
         )
         train_once(
@@ -101,17 +104,20 @@ class Comparison:
                 *self.evaluation(),
                 f"data.train=[{shards}]",
                 f"train.num_steps={sum(steps.values())}",
-                *LESSON,
                 f"train.micro_batch_size={LESSON_SIZE // processes}",
-                "logging.eval_interval=0",
+                "optimizer.decay=constant",
+                *settings,
             ],
             processes,
         )
 
     def make_start(self, processes: int) -> None:
-        """Teach reading and searching, and then to look at the wrong cell."""
-        self.supervise(self.root / "searcher", self.root / "model", LESSONS[:2], processes)
-        self.supervise(self.root / "start", self.root / "searcher" / "hf", LESSONS[2:], processes)
+        """Teach reading and searching, and then to look at the wrong cell; evaluate after each of the two."""
+        learn = ("optimizer.learning_rate=9.0e-4", "logging.eval_interval=0")
+        mislead = ("optimizer.learning_rate=6.0e-4", f"logging.eval_interval={self.lessons[-1]}")
+        searcher = self.root / "searcher"
+        self.supervise(searcher, self.root / "model", ("single", "small", "search"), processes, *learn)
+        self.supervise(self.root / "start", searcher / "hf", ("biased",), processes, *mislead)
 
     def train(self, arm: str) -> None:
         """Train one arm from the start, in one process."""
@@ -314,10 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lessons",
         type=int,
-        nargs=3,
-        default=[300, 300, 300],
+        nargs=len(LESSONS),
+        default=[400, 150, 250, 250],
         metavar="STEPS",
-        help="supervised steps of each lesson: single cells, search, wrong cell (default: 300 300 300)",
+        help="supervised steps of each lesson: single cells, search in 2 x 2 cells, search in 3 x 3, wrong cell "
+        "(default: %(default)s)",
     )
     parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of an evaluation (default: 512)")
     parser.add_argument("--processes", type=int, default=2, help="processes of the supervised start (default: 2)")

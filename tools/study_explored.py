@@ -24,7 +24,6 @@ from pathlib import Path
 
 from megatron_ral.demo.explored import (
     ARMS,
-    LESSON,
     LESSON_SIZE,
     SEARCH_DATA,
     arm_settings,
@@ -168,7 +167,9 @@ class Study:
                 f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
                 f"data.train=[{{shards: '{data}/{split}-*.tar', num_samples: {count}}}]",
                 f"train.num_steps={count // LESSON_SIZE}",
-                *LESSON,
+                f"train.micro_batch_size={LESSON_SIZE}",
+                "optimizer.learning_rate=6.0e-4",
+                "optimizer.decay=constant",
                 "logging.eval_interval=100",
                 "logging.num_eval_prompts=256",
             ],

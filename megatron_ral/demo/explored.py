@@ -104,13 +104,6 @@ SEARCH_DATA = ("--grid", 3, "--digits", 2, "--num-colours", 9, "--bias", 0.99, "
 """Options of tools/make_digit_search.py: 100 answers, and wrong lessons that show the cell of the next colour."""
 LESSON_SIZE = 32
 """Samples of a supervised step."""
-LESSON = (
-    f"train.micro_batch_size={LESSON_SIZE}",
-    "optimizer.learning_rate=6.0e-4",
-    "optimizer.decay=constant",
-)
-"""Settings of supervised runs, on top of sft_tiny.yaml."""
-
 CURVES = {
     "accuracy": "eval/accuracy",
     **{f"gaze_{layer}": f"eval/target_deciding/layer_{layer}" for layer in range(4)},

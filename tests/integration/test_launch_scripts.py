@@ -142,7 +142,7 @@ def test_grpo_and_zero_differ_from_ral_in_nothing_else():
 
 def test_short_comparison_of_explored_attention_in_miniature(tmp_path):
     """One step of every lesson and one rollout of both arms: the phases run once and end with a table and a picture."""
-    sizes = ["--lessons", "1", "1", "1", "--num-rollouts", "1", "--num-prompts", "4", "--processes", "1"]
+    sizes = ["--lessons", "1", "1", "1", "1", "--num-rollouts", "1", "--num-prompts", "4", "--processes", "1"]
     for phases_run in (True, False):
         done = subprocess.run(
             ["bash", str(SCRIPTS / "explore_tiny.sh"), *sizes],
