@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ral.demo.explored import (
     LESSON_SIZE,
@@ -29,7 +30,9 @@ from megatron_ral.demo.explored import (
 )
 from megatron_ral.demo.heat_maps import draw_heat_map, draw_picture, is_right
 from megatron_ral.demo.runs import beside, call, side_by_side, train_once
-from megatron_ral.evaluation.attention_page import PageSample
+
+if TYPE_CHECKING:  # importing it loads the engine
+    from megatron_ral.evaluation.attention_page import PageSample
 
 LESSONS = {"single": "data/single", "small": "small/search", "search": "data/search", "biased": "data/biased"}
 """Lesson -> folder and split of its pictures: single cells, search in 2 x 2 cells, in 3 x 3, and the wrong cell."""
@@ -67,20 +70,22 @@ class Comparison:
         yield
         self.seconds[name] = time.perf_counter() - begin
 
-    def make_data(self) -> None:
-        """Write the pictures and a model with random weights."""
+    def make_data(self, folder: str, grid: int) -> None:
+        """Write the pictures of one number of cells."""
         sizes = {LESSONS[name]: LESSON_SIZE * steps for name, steps in zip(LESSONS, self.lessons, strict=True)}
         sizes |= {"data/rl": LESSON_SIZE * self.num_rollouts, "data/heldout": max(self.num_prompts, 4)}
-        for name, grid in (("small", 2), ("data", 3)):
-            folder = self.root / name
-            if not (folder / "dataset_info.json").is_file():
-                splits = ("single", "search", "biased", "rl", "heldout")
-                options = [part for split in splits for part in (f"--num-{split}", sizes.get(f"{name}/{split}", 4))]
-                call(
-                    beside(folder, ".log"),
-                    *("tools/make_digit_search.py", "--output", folder, "--force", "--seed", self.seed),
-                    *(*SEARCH_DATA, "--grid", grid, "--distinct", *options),
-                )
+        target = self.root / folder
+        if not (target / "dataset_info.json").is_file():
+            splits = ("single", "search", "biased", "rl", "heldout")
+            call(
+                beside(target, ".log"),
+                *("tools/make_digit_search.py", "--output", target, "--force", "--seed", self.seed),
+                *(*SEARCH_DATA, "--grid", grid, "--distinct"),
+                *(part for split in splits for part in (f"--num-{split}", sizes.get(f"{folder}/{split}", 4))),
+            )
+
+    def make_model(self) -> None:
+        """Write a model with random weights."""
         model = self.root / "model"
         if not (model / "config.json").is_file():
             call(
@@ -137,7 +142,7 @@ class Comparison:
         )
 
 
-def answer_prompts(model: Path, heldout: str, layer: int, num_prompts: int) -> list[PageSample]:
+def answer_prompts(model: Path, heldout: str, layer: int, num_prompts: int) -> "list[PageSample]":
     """Answer the first held-out prompts greedily and record the attention rows of one layer."""
     from megatron_ral.commands.attention import make_samples, parse_arguments
 
@@ -146,7 +151,7 @@ def answer_prompts(model: Path, heldout: str, layer: int, num_prompts: int) -> l
     return make_samples(parse_arguments([str(model), heldout, *settings, *options]))[0]
 
 
-def choose_example(models: Sequence[Sequence[PageSample]]) -> tuple[tuple[PageSample, ...], str]:
+def choose_example(models: "Sequence[Sequence[PageSample]]") -> "tuple[tuple[PageSample, ...], str]":
     """Return the responses of all models to one prompt, and which prompt that is.
 
     The first prompt that the last model alone answers rightly is taken; if there is none, the first whose responses
@@ -214,7 +219,7 @@ def table(figures: Figures, num_rollouts: int) -> list[str]:
     ]
 
 
-def draw(figures: Figures, prompt: Sequence[PageSample], which: str, num_rollouts: int, output: Path) -> None:
+def draw(figures: Figures, prompt: "Sequence[PageSample]", which: str, num_rollouts: int, output: Path) -> None:
     """Draw accuracy over rollouts, and where the start and both arms look on one held-out picture.
 
     Args:
@@ -284,7 +289,8 @@ def run(comparison: Comparison, processes: int) -> None:
     """Run the phases that are missing."""
     root, rollouts = comparison.root, comparison.num_rollouts
     with comparison.phase("data", f"pictures and a model with random weights ({root}/*.log)"):
-        comparison.make_data()
+        side_by_side("data", comparison.make_data, [("data", 3), ("small", 2)], 2)
+        comparison.make_model()
     with comparison.phase("start", "reading, searching, and the wrong place, under supervision"):
         comparison.make_start(processes)
     with comparison.phase("arms", f"{rollouts} rollouts of GRPO and of contrast, side by side"):

@@ -4,32 +4,33 @@ Shared by `tools/attention_before_after.py` and `tools/explore_tiny.py`.
 """
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_ral.evaluation.attention_page import PageSample
-from megatron_ral.evaluation.attention_pictures import Panel
+if TYPE_CHECKING:  # importing them loads the engine
+    from megatron_ral.evaluation.attention_page import PageSample
+    from megatron_ral.evaluation.attention_pictures import Panel
 
 
-def picture_shares(sample: PageSample, layer: int) -> np.ndarray:
+def picture_shares(sample: "PageSample", layer: int) -> np.ndarray:
     """Return [visual tokens] shares, sum 1, of the deciding row's attention to the picture."""
     row = sample.masses[layer][sample.deciding_token]
     return row / row.sum()
 
 
-def given_answer(sample: PageSample) -> str:
+def given_answer(sample: "PageSample") -> str:
     """Return the text between the answer tags, or a question mark."""
     found = re.search(r"<answer>(.*?)</answer>", sample.completion)
     return found[1] if found else "?"
 
 
-def is_right(sample: PageSample) -> bool:
+def is_right(sample: "PageSample") -> bool:
     """Return whether the answer is the reference."""
     return given_answer(sample) == sample.reference
 
 
-def draw_picture(axis: Any, panel: Panel, grey: bool = False) -> None:
+def draw_picture(axis: Any, panel: "Panel", grey: bool = False) -> None:
     """Draw the picture with the asked cell framed.
 
     Args:
@@ -44,7 +45,7 @@ def draw_picture(axis: Any, panel: Panel, grey: bool = False) -> None:
     axis.imshow(image, extent=(0, panel.image.width, panel.image.height, 0), cmap="gray" if grey else None)
 
 
-def draw_heat_map(axis: Any, sample: PageSample, layer: int, font_size: float) -> Any:
+def draw_heat_map(axis: Any, sample: "PageSample", layer: int, font_size: float) -> Any:
     """Draw a response's attention over its picture, with the verdict below; return the image for a colour bar.
 
     Args:
