@@ -13,6 +13,7 @@ Writes DIR/report.json, DIR/explored.png and a table. A phase whose result is in
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,8 @@ class Comparison:
     """Held-out prompts of an evaluation."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> wall seconds."""
+    processor_seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> processor seconds."""
 
     @property
     def heldout(self) -> str:
@@ -64,11 +67,13 @@ class Comparison:
 
     @contextmanager
     def phase(self, name: str, text: str) -> Iterator[None]:
-        """Say what is done inside the context, and keep its wall seconds."""
+        """Say what is done inside the context, and keep its seconds."""
         print(f"{name}: {text}", flush=True)
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), os.times()
         yield
         self.seconds[name] = time.perf_counter() - begin
+        now = os.times()
+        self.processor_seconds[name] = sum(now[:4]) - sum(used[:4])
 
     def make_data(self, folder: str, grid: int) -> None:
         """Write the pictures of one number of cells."""
@@ -311,10 +316,15 @@ def report(comparison: Comparison) -> None:
             for model in ("start", *SHOWN)
         ]
         draw(figures, *choose_example(models), comparison.num_rollouts, root / "explored.png")
-    written = {"seed": comparison.seed, **asdict(figures), "seconds": comparison.seconds}
+    seconds, used = comparison.seconds, comparison.processor_seconds
+    written = {"seed": comparison.seed, **asdict(figures), "seconds": seconds, "processor_seconds": used}
     (root / "report.json").write_text(json.dumps(written, indent=1) + "\n")
     print("\n".join(["", *table(figures, comparison.num_rollouts), "", f"picture: {root / 'explored.png'}"]))
-    print(f"seconds: {sum(comparison.seconds.values()):.0f}", {k: round(v) for k, v in comparison.seconds.items()})
+    print(
+        "seconds: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        + f", together {sum(seconds.values()):.0f}; of the processors {sum(used.values()):.0f}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
