@@ -236,9 +236,10 @@ def draw(figures: Figures, prompt: "Sequence[PageSample]", which: str, num_rollo
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(15, 4.9))
-    grid = figure.add_gridspec(1, 6, width_ratios=(1.7, 0.12, 1, 1, 1, 1), left=0.05, right=0.99, top=0.74, bottom=0.2)
+    figure = plt.figure(figsize=(15, 4.3))
+    grid = figure.add_gridspec(1, 6, width_ratios=(1.5, 0.12, 1, 1, 1, 1), left=0.05, right=0.99, top=0.78, bottom=0.2)
     axis = figure.add_subplot(grid[0])
+    steps: tuple[int, ...] = ()
     for arm, points in figures.curves.items():
         steps, values = zip(*points, strict=True)
         axis.plot(steps, [100 * value for value in values], "o-", color=COLOURS[arm], lw=2.5, label=SHOWN[arm])
@@ -255,7 +256,7 @@ def draw(figures: Figures, prompt: "Sequence[PageSample]", which: str, num_rollo
     ceiling = 100 * figures.rows["searcher"][0]
     axis.axhline(ceiling, color="grey", ls="--", lw=1)
     axis.text(0, ceiling + 1.5, "before it was taught the wrong cell", color="grey", fontsize=9)
-    axis.set(xlim=(-0.5, num_rollouts * 1.32), ylim=(-2, 100))
+    axis.set(xlim=(-0.5, num_rollouts * 1.4), ylim=(-2, 100), xticks=steps)
     axis.set_xlabel("rollouts (32 questions, 8 answers each)", fontsize=11)
     axis.set_ylabel("right answers, % of held-out pictures", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
@@ -271,21 +272,21 @@ def draw(figures: Figures, prompt: "Sequence[PageSample]", which: str, num_rollo
         place.set_title(title, fontsize=12, color=COLOURS.get(row, "black"))
         place.text(
             0.5,
-            -0.26,
-            f"asked cell gets {figures.rows[row][1]:.0%}\nover all held-out pictures",
+            -0.17,
+            f"asked cell: {figures.rows[row][1]:.0%}\nin the mean over all pictures",
             transform=place.transAxes,
             ha="center",
             va="top",
             fontsize=10,
         )
     figure.text(
-        0.7,
-        0.95,
-        f"Where does it look when it decides?  Share of its attention to the picture, layer {figures.layer}",
+        0.69,
+        0.93,
+        f"Where does it look when it decides? Numbers: share of its attention to the picture (layer {figures.layer})",
         ha="center",
         fontsize=13,
     )
-    figure.text(0.99, 0.02, f"Shown: {which}.", ha="right", fontsize=8, color="grey")
+    figure.text(0.99, 0.01, f"Shown: {which}.", ha="right", fontsize=8, color="grey")
     figure.savefig(output, dpi=100)
     plt.close(figure)
 
