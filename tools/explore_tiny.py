@@ -1,14 +1,14 @@
 """Show in minutes what explored attention does: GRPO and contrast from one start that looks at the wrong place.
 
-    python tools/explore_tiny.py --output-dir DIR [--seed 0] [--num-rollouts 20]
+    python tools/explore_tiny.py --output-dir DIR [--seed 0] [--num-rollouts 15]
 
 Each picture of digit search has 3 x 3 cells with a number of two digits. A model with random weights learns to read a
-single cell, to search for the cell of a colour, and then, from lessons that are wrong, to look at the cell of the next
-colour. From this start GRPO and contrast, which pulls attention to where right responses looked under noise, train
-side by side, one core each, on the same prompts in the same order. Arms and settings are those of the study
-(tools/study_explored.py, docs/results/explored.md). Everything depends on the seed: data, weights, order and noise.
+single cell and to search for the cell of a colour. This base model is the same for all seeds. Each seed then teaches it
+with wrong lessons to look at the cell of the next colour. From this start GRPO and contrast, which pulls attention to
+where right responses looked under noise, train side by side, one core each, on the same prompts in the same order.
+Lessons, arms and settings are those of the study (tools/study_explored.py, docs/results/explored.md).
 
-Writes DIR/report.json, DIR/explored.png and a table. A phase whose result is in DIR is not repeated.
+Writes report.json and explored.png to DIR/seed_N, and a table. A phase whose result is in DIR is not repeated.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from megatron_ral.demo.runs import beside, call, side_by_side, train_once
 if TYPE_CHECKING:  # importing it loads the engine
     from megatron_ral.evaluation.attention_page import PageSample
 
-LESSONS = {"single": "data/single", "small": "small/search", "search": "data/search", "biased": "data/biased"}
-"""Lesson -> folder and split of its pictures: single cells, search in 2 x 2 cells, in 3 x 3, and the wrong cell."""
+LESSONS = {"single": "lessons", "search": "lessons", "biased": "data"}
+"""Lesson, a split of the pictures -> folder of its pictures."""
 SHOWN = {"grpo": "GRPO", "contrast": "contrast"}
 COLOURS = {"grpo": "tab:blue", "contrast": "tab:orange"}
 CELLS = 9
@@ -47,6 +47,7 @@ class Comparison:
     """Folder of one comparison, and its phases."""
 
     root: Path
+    """Pictures and base model, which all seeds share."""
     seed: int
     lessons: tuple[int, ...]
     """Supervised steps of each lesson."""
@@ -57,6 +58,11 @@ class Comparison:
     """Phase -> wall seconds."""
     processor_seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> processor seconds."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of what the seed makes."""
+        return self.root / f"seed_{self.seed}"
 
     @property
     def heldout(self) -> str:
@@ -75,66 +81,67 @@ class Comparison:
         now = os.times()
         self.processor_seconds[name] = sum(now[:4]) - sum(used[:4])
 
-    def make_data(self, folder: str, grid: int) -> None:
-        """Write the pictures of one number of cells."""
-        sizes = {LESSONS[name]: LESSON_SIZE * steps for name, steps in zip(LESSONS, self.lessons, strict=True)}
-        sizes |= {"data/rl": LESSON_SIZE * self.num_rollouts, "data/heldout": max(self.num_prompts, 4)}
+    def make_data(self, folder: str, *options: str) -> None:
+        """Write the pictures of some of the lessons, or those of the wrong lessons and of the arms."""
+        sizes = {(LESSONS[name], name): LESSON_SIZE * steps for name, steps in zip(LESSONS, self.lessons, strict=True)}
+        sizes |= {("data", "rl"): LESSON_SIZE * self.num_rollouts, ("data", "heldout"): max(self.num_prompts, 4)}
         target = self.root / folder
         if not (target / "dataset_info.json").is_file():
             splits = ("single", "search", "biased", "rl", "heldout")
             call(
                 beside(target, ".log"),
-                *("tools/make_digit_search.py", "--output", target, "--force", "--seed", self.seed),
-                *(*SEARCH_DATA, "--grid", grid, "--distinct"),
-                *(part for split in splits for part in (f"--num-{split}", sizes.get(f"{folder}/{split}", 4))),
+                *("tools/make_digit_search.py", "--output", target, "--force", *SEARCH_DATA, *options),
+                *(part for split in splits for part in (f"--num-{split}", sizes.get((folder, split), 4))),
             )
 
     def make_model(self) -> None:
         """Write a model with random weights."""
         model = self.root / "model"
         if not (model / "config.json").is_file():
-            call(
-                beside(model, ".log"),
-                *("tools/make_tiny_model.py", "--output", model, "--force", "--seed", self.seed, "--even-layers", 1),
-            )
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
 
-    def supervise(self, target: Path, model: Path, lessons: Sequence[str], processes: int, *settings: str) -> None:
-        """Train on some of the lessons in their order."""
-        steps = {name: count for name, count in zip(LESSONS, self.lessons, strict=True) if name in lessons}
-        shards = ", ".join(
-            f"{{shards: '{self.root}/{LESSONS[name]}-*.tar', num_samples: {LESSON_SIZE * count}}}"
-            for name, count in steps.items()
-        )
+    def supervise(self, lesson: str, model: Path, target: Path, seed: int, processes: int, interval: int) -> None:
+        """Train on one lesson.
+
+        Args:
+            interval: steps between evaluations. 0: none.
+        """
+        steps = dict(zip(LESSONS, self.lessons, strict=True))[lesson]
+        shards = f"'{self.root}/{LESSONS[lesson]}/{lesson}-*.tar'"
         train_once(
             "sft_tiny",
             model,
             target,
-            self.seed,
+            seed,
             [
                 *self.evaluation(),
-                f"data.train=[{shards}]",
-                f"train.num_steps={sum(steps.values())}",
+                f"data.train=[{{shards: {shards}, num_samples: {LESSON_SIZE * steps}}}]",
+                f"train.num_steps={steps}",
                 f"train.micro_batch_size={LESSON_SIZE // processes}",
+                "optimizer.learning_rate=6.0e-4",
                 "optimizer.decay=constant",
-                *settings,
+                f"logging.eval_interval={interval}",
             ],
             processes,
         )
 
+    def make_base(self, processes: int) -> None:
+        """Teach reading and searching."""
+        reader = self.root / "reader"
+        self.supervise("single", self.root / "model", reader, 0, processes, 0)
+        self.supervise("search", reader / "hf", self.root / "searcher", 0, processes, 0)
+
     def make_start(self, processes: int) -> None:
-        """Teach reading and searching, and then to look at the wrong cell; evaluate after each of the two."""
-        learn = ("optimizer.learning_rate=9.0e-4", "logging.eval_interval=0")
-        mislead = ("optimizer.learning_rate=6.0e-4", f"logging.eval_interval={self.lessons[-1]}")
-        searcher = self.root / "searcher"
-        self.supervise(searcher, self.root / "model", ("single", "small", "search"), processes, *learn)
-        self.supervise(self.root / "start", searcher / "hf", ("biased",), processes, *mislead)
+        """Teach to look at the wrong cell; evaluate before and after."""
+        start, steps = self.folder / "start", self.lessons[-1]
+        self.supervise("biased", self.root / "searcher" / "hf", start, self.seed, processes, steps)
 
     def train(self, arm: str) -> None:
         """Train one arm from the start, in one process."""
         train_once(
             "ral_tiny",
-            self.root / "start" / "hf",
-            self.root / arm,
+            self.folder / "start" / "hf",
+            self.folder / arm,
             self.seed,
             [
                 *self.evaluation(),
@@ -187,9 +194,9 @@ class Figures:
 
     @classmethod
     def read(cls, comparison: Comparison) -> "Figures":
-        start = read_curves(comparison.root / "start")
+        start = read_curves(comparison.folder / "start")
         layer = searching_layer(lambda number: start[f"gaze_{number}"][0][1])
-        arms = {arm: read_curves(comparison.root / arm) for arm in SHOWN}
+        arms = {arm: read_curves(comparison.folder / arm) for arm in SHOWN}
 
         def row(curves: dict[str, list[tuple[int, float]]], place: int) -> tuple[float, float]:
             return curves["accuracy"][place][1], curves[f"gaze_{layer}"][place][1]
@@ -295,9 +302,11 @@ def run(comparison: Comparison, processes: int) -> None:
     """Run the phases that are missing."""
     root, rollouts = comparison.root, comparison.num_rollouts
     with comparison.phase("data", f"pictures and a model with random weights ({root}/*.log)"):
-        side_by_side("data", comparison.make_data, [("data", 3), ("small", 2)], 2)
+        side_by_side("data", comparison.make_data, [("lessons",), ("data", "--distinct")], 2)
         comparison.make_model()
-    with comparison.phase("start", "reading, searching, and the wrong place, under supervision"):
+    with comparison.phase("base", f"reading single cells, then searching ({root}/*.log)"):
+        comparison.make_base(processes)
+    with comparison.phase("start", f"learning to look at the wrong cell ({comparison.folder}/*.log)"):
         comparison.make_start(processes)
     with comparison.phase("arms", f"{rollouts} rollouts of GRPO and of contrast, side by side"):
         side_by_side("arms", comparison.train, [(arm,) for arm in SHOWN], len(SHOWN))
@@ -310,17 +319,17 @@ def report(comparison: Comparison) -> None:
 
     quiet_third_parties()
     choose_deepspeed_accelerator()
-    root, figures = comparison.root, Figures.read(comparison)
+    folder, figures = comparison.folder, Figures.read(comparison)
     with comparison.phase("picture", "where the models look"):
         models = [
-            answer_prompts(root / model / "hf", comparison.heldout, figures.layer, min(comparison.num_prompts, 128))
+            answer_prompts(folder / model / "hf", comparison.heldout, figures.layer, min(comparison.num_prompts, 128))
             for model in ("start", *SHOWN)
         ]
-        draw(figures, *choose_example(models), comparison.num_rollouts, root / "explored.png")
+        draw(figures, *choose_example(models), comparison.num_rollouts, folder / "explored.png")
     seconds, used = comparison.seconds, comparison.processor_seconds
     written = {"seed": comparison.seed, **asdict(figures), "seconds": seconds, "processor_seconds": used}
-    (root / "report.json").write_text(json.dumps(written, indent=1) + "\n")
-    print("\n".join(["", *table(figures, comparison.num_rollouts), "", f"picture: {root / 'explored.png'}"]))
+    (folder / "report.json").write_text(json.dumps(written, indent=1) + "\n")
+    print("\n".join(["", *table(figures, comparison.num_rollouts), "", f"picture: {folder / 'explored.png'}"]))
     print(
         "seconds: "
         + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
@@ -332,16 +341,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the phases that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-rollouts", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--num-rollouts", type=int, default=15)
     parser.add_argument(
         "--lessons",
         type=int,
         nargs=len(LESSONS),
-        default=[400, 150, 250, 250],
+        default=[600, 600, 350],
         metavar="STEPS",
-        help="supervised steps of each lesson: single cells, search in 2 x 2 cells, search in 3 x 3, wrong cell "
-        "(default: %(default)s)",
+        help="supervised steps of each lesson: single cells, search, wrong cell (default: %(default)s)",
     )
     parser.add_argument("--num-prompts", type=int, default=512, help="held-out prompts of an evaluation (default: 512)")
     parser.add_argument("--processes", type=int, default=2, help="processes of the supervised start (default: 2)")

@@ -235,8 +235,8 @@ def test_table_and_picture_of_the_short_comparison(tmp_path):
         layers = {
             f"target_deciding/layer_{layer}": [(step, value) for step, _ in share] for layer, value in gaze.items()
         }
-        finished(tmp_path / run, accuracy=accuracy, **{"target_deciding/layer_2": share}, **layers)
-    figures = explore_tiny.Figures.read(explore_tiny.Comparison(tmp_path, 3, (1, 1, 1, 1), 10, 512))
+        finished(tmp_path / "seed_3" / run, accuracy=accuracy, **{"target_deciding/layer_2": share}, **layers)
+    figures = explore_tiny.Figures.read(explore_tiny.Comparison(tmp_path, 3, (1, 1, 1), 10, 512))
     assert figures.layer == 2 and figures.lead == pytest.approx(0.35)
     assert figures.rows["searcher"] == pytest.approx((0.8, 0.9)) and figures.rows["start"] == pytest.approx(
         (0.01, 0.04)
