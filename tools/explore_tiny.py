@@ -250,20 +250,16 @@ def draw(figures: Figures, prompt: "Sequence[PageSample]", which: str, num_rollo
     for arm, points in figures.curves.items():
         steps, values = zip(*points, strict=True)
         axis.plot(steps, [100 * value for value in values], "o-", color=COLOURS[arm], lw=2.5, label=SHOWN[arm])
-        axis.annotate(
-            f"{SHOWN[arm]}\n{values[-1]:.0%}",
-            (steps[-1], 100 * values[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=COLOURS[arm],
-            fontsize=12,
-            fontweight="bold",
-            va="center",
-        )
+    low, high = sorted(figures.curves, key=lambda arm: figures.rows[arm][0])
+    ends = {arm: 100 * figures.rows[arm][0] for arm in (low, high)}
+    middle, gap = sum(ends.values()) / 2, max(ends[high] - ends[low], 8)  # so that the names do not lie on one another
+    for arm, height in ((low, middle - gap / 2), (high, middle + gap / 2)):
+        text, place = f"{SHOWN[arm]}: {ends[arm]:.0f} %", (1.03 * num_rollouts, height)
+        axis.text(*place, text, color=COLOURS[arm], va="center", fontsize=12, fontweight="bold")
     ceiling = 100 * figures.rows["searcher"][0]
     axis.axhline(ceiling, color="grey", ls="--", lw=1)
     axis.text(0, ceiling + 1.5, "before it was taught the wrong cell", color="grey", fontsize=9)
-    axis.set(xlim=(-0.5, num_rollouts * 1.4), ylim=(-2, 100), xticks=steps)
+    axis.set(xlim=(-0.5, num_rollouts * 1.6), ylim=(-2, 100), xticks=steps)
     axis.set_xlabel("rollouts (32 questions, 8 answers each)", fontsize=11)
     axis.set_ylabel("right answers, % of held-out pictures", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
