@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ral.demo import heat_maps, runs
 from megatron_ral.evaluation.attention_page import PageSample
 from megatron_ral.evaluation.attention_pictures import Panel
-from tools import distill_study, explore_tiny, study, study_explored
+from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored
 
 
 def finished(run: Path, **curves) -> None:
@@ -254,3 +255,19 @@ def test_table_and_picture_of_the_short_comparison(tmp_path):
     ]
     explore_tiny.draw(figures, samples, "the first", 10, tmp_path / "explored.png")
     assert (tmp_path / "explored.png").stat().st_size > 10_000
+
+
+def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys):
+    arguments = make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "1"])
+    model = make_tiny_model.build_model(arguments, make_tiny_model.build_tokenizer(arguments.task))
+    tokens = torch.arange(24).reshape(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    first, second = (layer.self_attn for layer in model.model.language_model.layers[:2])
+    for name in ("q_proj", "k_proj"):
+        for kind, weight in getattr(first, name).named_parameters():
+            assert not weight.any() and not weight.grad.any(), (name, kind)
+        assert getattr(second, name).weight.grad.any()
+    assert first.v_proj.weight.grad.any()
+    with pytest.raises(SystemExit):
+        make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "4"])
+    assert "--even-layers must lie in 0..3" in capsys.readouterr().err
