@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO and explored attention side by side on a bare CPU machine, from a start that looks at the wrong place: ends with
-# a table and a picture. At most 10 minutes on two cores.
+# a table and a picture. About 10 minutes on two free cores; another seed takes less, because all share a base model.
 #
 #   bash launch_scripts/explore_tiny.sh
 #   SEED=3 bash launch_scripts/explore_tiny.sh
