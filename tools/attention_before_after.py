@@ -9,7 +9,6 @@ attention to the picture). The examples are the first prompts that are answered 
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from megatron_ral.commands.attention import make_samples, parse_arguments
 from megatron_ral.commands.common import quiet_third_parties
+from megatron_ral.demo.heat_maps import draw_heat_map, draw_picture, is_right, picture_shares
 from megatron_ral.evaluation.attention_page import PageSample
 
 
@@ -42,42 +42,14 @@ def answer_prompts(model: Path, arguments: argparse.Namespace) -> list[PageSampl
     return make_samples(report)[0]
 
 
-def picture_shares(sample: PageSample, layer: int) -> np.ndarray:
-    """Return [visual tokens] shares, sum 1, of the deciding row's attention to the picture."""
-    row = sample.masses[layer][sample.deciding_token]
-    return row / row.sum()
-
-
-def given_answer(sample: PageSample) -> str:
-    """Return the text between the answer tags, or a question mark."""
-    found = re.search(r"<answer>(.*?)</answer>", sample.completion)
-    return found[1] if found else "?"
-
-
 def draw(pairs: Sequence[tuple[PageSample, PageSample]], layer: int, row_names: Sequence[str], output: Path) -> None:
     """Write one column per prompt: picture, attention before, attention after, with the asked cell framed."""
     figure, axes = plt.subplots(3, len(pairs), figsize=(2.35 * len(pairs) + 0.7, 9), squeeze=False)
     for column, pair in zip(axes.T, pairs, strict=True):
-        panel = pair[0].panels[0]
-        extent, grey = (0, panel.image.width, panel.image.height, 0), panel.image.convert("L")
-        for axis, sample in zip(column, (None, *pair), strict=True):
-            axis.set(xticks=[], yticks=[])
-            x0, y0, x1, y1 = panel.boxes[0]
-            axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="w", lw=4))
-            if sample is None:
-                axis.imshow(panel.image, extent=extent)
-                axis.set_title(f"{pair[0].question}\nright answer: {pair[0].reference}", fontsize=11)
-                continue
-            cells = panel.tokens(picture_shares(sample, layer))
-            axis.imshow(grey, extent=extent, cmap="gray")
-            heat = axis.imshow(cells, extent=extent, cmap="inferno", vmin=0, vmax=1, alpha=0.75)
-            for (y, x), share in np.ndenumerate(cells):
-                place = ((x + 0.5) * extent[1] / cells.shape[1], (y + 0.9) * extent[2] / cells.shape[0])
-                colour = "black" if share > 0.7 else "white"
-                axis.text(*place, f"{share:.0%}", color=colour, ha="center", fontsize=12, fontweight="bold")
-            right = given_answer(sample) == sample.reference
-            verdict = f"answers {given_answer(sample)}: {'right' if right else 'wrong'}"
-            axis.set_xlabel(verdict, fontsize=12, color="tab:green" if right else "tab:red")
+        draw_picture(column[0], pair[0].panels[0])
+        column[0].set_title(f"{pair[0].question}\nright answer: {pair[0].reference}", fontsize=11)
+        for axis, sample in zip(column[1:], pair, strict=True):
+            heat = draw_heat_map(axis, sample, layer, 12)
     for axis, name in zip(axes[:, 0], row_names, strict=True):
         axis.set_ylabel(name, fontsize=10.5)
     figure.suptitle(f"Where layer {layer} looks at the token that predicts the digit (asked cell framed)", fontsize=13)
@@ -100,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ["picture"]
     for name, samples in zip(("before RL", "after RL"), zip(*pairs, strict=True), strict=True):
         share = np.mean([picture_shares(sample, arguments.layer)[sample.target].sum() for sample in samples])
-        right = np.mean([given_answer(sample) == sample.reference for sample in samples])
+        right = np.mean([is_right(sample) for sample in samples])
         names.append(f"attention {name}\nasked cell, mean of {len(samples)}: {share:.0%}")
         print(f"{name}: share of the asked cell {share:.3f}, answers right {right:.3f}, {len(samples)} prompts")
-    corrected = [pair for pair in pairs if [given_answer(s) == s.reference for s in pair] == [False, True]]
+    corrected = [pair for pair in pairs if [is_right(sample) for sample in pair] == [False, True]]
     draw((corrected or pairs)[:4], arguments.layer, names, arguments.output)
     return 0
 

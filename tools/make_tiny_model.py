@@ -178,6 +178,10 @@ def build_model(args: argparse.Namespace, tokenizer):
     )
     torch.manual_seed(args.seed)
     model = make_model(config)
+    for layer in model.model.language_model.layers[: args.even_layers]:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for parameter in projection.parameters():
+                torch.nn.init.zeros_(parameter)
     model.generation_config = GenerationConfig(**ends)
     return model
 
@@ -217,17 +221,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ"
     )
     parser.add_argument(
+        "--even-layers",
+        type=int,
+        default=0,
+        help="leading layers whose queries and keys are zero; they get no gradient, so that these layers attend to all "
+        "tokens alike, and the model learns to search in a later one",
+    )
+    parser.add_argument(
         "--initializer-range", type=float, default=0.08, help="standard deviation of the weights at the start"
     )
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+        free = isinstance(value, bool) or name in ("seed", "even_layers")
+        if isinstance(value, int) and not free and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.rope_theta <= 1.0:
         parser.error(f"--rope-theta must be above 1, got {args.rope_theta}")
     if args.initializer_range <= 0.0:
         parser.error(f"--initializer-range must be above 0, got {args.initializer_range}")
+    if not 0 <= args.even_layers < args.num_layers:
+        parser.error(
+            f"--even-layers must lie in 0..{args.num_layers - 1} (one layer has to search), got {args.even_layers}"
+        )
     if args.hidden_size % args.num_heads or args.hidden_size // args.num_heads % 16:
         parser.error(
             f"--hidden-size {args.hidden_size} must be --num-heads ({args.num_heads}) times a multiple of 16 "

@@ -22,87 +22,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
+from megatron_ral.demo.explored import (
+    ARMS,
+    LESSON_SIZE,
+    SEARCH_DATA,
+    arm_settings,
+    read_curves,
+    searching_layer,
+)
+from megatron_ral.demo.runs import beside, call, draw_curves, mean_and_error, side_by_side, train_once
 
 TUNING_SEEDS = (0, 1)
-BASE = (
-    "loss.kl_coef=0.0",
-    "loss.attention_layers=[0,1,2,3]",  # a base model may search in any of them
-    "optimizer.decay=constant",
-    "optimizer.learning_rate=3.0e-4",
-)
-OFF = ("loss.attention_coef=0.0",)
-DECIDING = ("loss.attention_keys=visual", "loss.attention_rows=deciding")
-RATIO = ("loss.attention_grad_ratio=1.0",)
-WEIGHT = ("loss.attention_coef=10.0",)  # about a ratio of 1, without the second backward pass that a ratio takes
-NOISE = (
-    "rollout.attention_noise.sigma=16.0",
-    "rollout.attention_noise.shared=true",
-    "rollout.attention_noise.decay=linear",
-)
-PULL = ("loss.attention_negative_weight=0.0",)  # towards where right responses looked, and nowhere away from
-VIEWS = ("rollout.views.keep=0.3", "rollout.generation_batch_size=128")
-SHUFFLED = ("loss.attention_advantages=shuffled",)
-LITERAL = ("loss.attention_layers=[-1]", "loss.attention_coef=1.0")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train from the start."""
-
-    title: str
-    settings: tuple[str, ...]
-    tuning: bool = False
-    """Tried on the tuning seeds alone."""
-
-
-def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
-    return (f"loss.attention_target={name}", *DECIDING, *(setting for part in more for setting in part))
-
-
-# A coefficient, because a ratio to the gradient of the tokens is 0 where no group is mixed.
-_ORACLE = ("loss.attention_coef=0.3", "loss.attention_row=predictor", "loss.attention_divergence=forward_kl")
-ARMS = {
-    "grpo": Arm("GRPO", OFF),
-    "grpo_warm": Arm("GRPO, temperature 1.5", (*OFF, "rollout.temperature=1.5")),
-    "contrast": Arm("contrast of explored attention", _target("contrast", WEIGHT, NOISE, PULL)),
-    "contrast_shuffled": Arm("contrast, success shuffled", _target("contrast", WEIGHT, NOISE, PULL, SHUFFLED)),
-    "noise": Arm("noise alone", (*OFF, *NOISE)),
-    "explored": Arm("explored attention in the paper's loss", _target("explored", RATIO, NOISE, PULL)),
-    "oracle": Arm("annotated cell (control)", _target("oracle", _ORACLE)),
-    "explored_shuffled": Arm("explored, advantages shuffled", _target("explored", RATIO, NOISE, PULL, SHUFFLED)),
-    "contrast_quiet": Arm("contrast without noise", _target("contrast", WEIGHT, PULL)),
-    "literal": Arm("RAL as published", LITERAL),
-    "views": Arm("contrast of partial views", _target("contrast", WEIGHT, VIEWS, PULL)),
-    "views_shuffled": Arm("partial views, success shuffled", _target("contrast", WEIGHT, VIEWS, PULL, SHUFFLED)),
-    "evidence": Arm(
-        "annotated cell after success (EASE)", _target("evidence", RATIO, ("loss.attention_row=predictor",))
-    ),
-}
-for _name, _of, *_changed in (
-    ("grpo@lr=6e-4", "grpo", "optimizer.learning_rate=6.0e-4"),
-    ("grpo@lr=1.5e-4", "grpo", "optimizer.learning_rate=1.5e-4"),
-    ("grpo_warm@lr=6e-4", "grpo_warm", "optimizer.learning_rate=6.0e-4"),
-    ("grpo@temperature=2", "grpo", "rollout.temperature=2.0"),
-    ("contrast@lr=6e-4", "contrast", "optimizer.learning_rate=6.0e-4"),
-    ("contrast@lr=1.5e-4", "contrast", "optimizer.learning_rate=1.5e-4"),
-    ("contrast@sigma=8", "contrast", "rollout.attention_noise.sigma=8.0"),
-    ("contrast@lead=1", "contrast", "rollout.attention_noise.sigma=1.0", "rollout.attention_noise.scale=lead"),
-    ("contrast@negative=0.3", "contrast", "loss.attention_negative_weight=0.3"),
-    ("contrast@negative=1", "contrast", "loss.attention_negative_weight=1.0"),
-    ("explored@negative=1", "explored", "loss.attention_negative_weight=1.0"),
-    ("oracle@ratio=1", "oracle", "loss.attention_grad_ratio=1.0"),
-    ("oracle@coef=3", "oracle", "loss.attention_coef=3.0"),
-    ("contrast@ratio=1", "contrast", "loss.attention_grad_ratio=1.0"),
-    ("contrast@coef=4", "contrast", "loss.attention_coef=4.0"),
-    ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
-    ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
-    ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
-    ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
-    ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
-):
-    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, *_changed), tuning=True)
-
 REPORTED = tuple(name for name, arm in ARMS.items() if not arm.tuning)
 
 
@@ -113,26 +43,19 @@ class Task:
     title: str
     cell_pixels: int
     single: int
-    """Samples of single cells. 32 samples are a step of supervised training."""
+    """Samples of single cells."""
     search: int
     """Samples of right searches."""
     biased: int
     """Samples of wrong searches."""
     settings: tuple[str, ...] = ()
-    """Settings of all arms."""
+    """Settings of all arms with noise."""
 
 
 TASKS = {
     "tokens-9": Task("9 visual tokens", 28, 19200, 19200, 11200),
     "tokens-36": Task("36 visual tokens", 56, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
     "tokens-144": Task("144 visual tokens", 112, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
-}
-CURVES = {
-    "accuracy": "eval/accuracy",
-    **{f"gaze_{layer}": f"eval/target_deciding/layer_{layer}" for layer in range(4)},
-    "equal": "frac_reward_zero_std",
-    "ratio": "attention/grad_ratio",
-    "format": "eval/format_rate",
 }
 
 
@@ -172,11 +95,8 @@ def base_of(seed: int) -> int:
 
 
 def settings_of(task: str, arm: str) -> tuple[str, ...]:
-    """Return the settings of an arm. Of two for one key the later one holds."""
-    noisy = any("attention_noise" in setting for setting in ARMS[arm].settings)
-    everything = (*BASE, *ARMS[arm].settings, *(TASKS[task].settings if noisy else ()))
-    by_key = {setting.split("=")[0]: setting for setting in everything}
-    return tuple(by_key.values())
+    """Return the settings of an arm."""
+    return arm_settings(arm, TASKS[task].settings)
 
 
 @dataclass(frozen=True)
@@ -204,10 +124,9 @@ class Study:
                 continue
             call(
                 beside(folder, ".log"),
-                *("tools/make_digit_search.py", "--output", folder, "--force", "--grid", 3, "--digits", 2),
-                *("--num-colours", 9, "--cell-pixels", TASKS[task].cell_pixels, "--bias", 0.99, *options),
-                *("--bias-by", "colour", "--num-single", 9600, "--num-search", 19200, "--num-biased", 12800),
-                *("--num-rl", 4096, "--num-heldout", 1024),
+                *("tools/make_digit_search.py", "--output", folder, "--force", *SEARCH_DATA, *options),
+                *("--cell-pixels", TASKS[task].cell_pixels, "--num-single", 9600, "--num-search", 19200),
+                *("--num-biased", 12800, "--num-rl", 4096, "--num-heldout", 1024),
             )
             call(beside(folder, ".log"), "tools/index_shards.py", f"{folder}/*.tar", "--model", model)
 
@@ -233,8 +152,8 @@ class Study:
 
     def record(self, task: str, seed: int, arm: str, target: Path, seconds: float, **more: object) -> None:
         """Add the line of a finished run."""
-        curves = {name: curve(target, tag) for name, tag in CURVES.items()}
-        self.results.add({"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": curves})
+        line = {"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": read_curves(target)}
+        self.results.add(line)
 
     def supervise(self, task: str, model: Path, target: Path, seed: int, data: Path, split: str) -> float:
         """Train on a split of a data set, and return the processor seconds."""
@@ -247,8 +166,8 @@ class Study:
             [
                 f"data.eval_shards='{self.data(task)}/heldout-*.tar'",
                 f"data.train=[{{shards: '{data}/{split}-*.tar', num_samples: {count}}}]",
-                f"train.num_steps={count // 32}",
-                "train.micro_batch_size=32",
+                f"train.num_steps={count // LESSON_SIZE}",
+                f"train.micro_batch_size={LESSON_SIZE}",
                 "optimizer.learning_rate=6.0e-4",
                 "optimizer.decay=constant",
                 "logging.eval_interval=100",
@@ -313,7 +232,7 @@ def value_at(line: dict, rollout: int, name: str = "accuracy") -> float:
 def gaze_of(results: Results, line: dict) -> str:
     """Return the name of the curve of the layer in which the base model of a run looks at the asked cell."""
     start = results.find(line["task"], line["seed"], "start") or line
-    return max((f"gaze_{layer}" for layer in range(4)), key=lambda name: start["curves"][name][0][1])
+    return f"gaze_{searching_layer(lambda layer: start['curves'][f'gaze_{layer}'][0][1])}"
 
 
 def rollouts_to(line: dict, level: float) -> float:

@@ -1,6 +1,7 @@
 """Many training runs for one question: started side by side, each once, and read back from their event files.
 
-Shared by the studies `tools/study.py`, `tools/study_explored.py` and `tools/distill_study.py`.
+Shared by `tools/explore_tiny.py` and the studies `tools/study.py`, `tools/study_explored.py` and
+`tools/distill_study.py`.
 """
 
 import hashlib
@@ -41,13 +42,14 @@ def call(log: Path, *arguments: object) -> float:
     return used.ru_utime + used.ru_stime
 
 
-def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str]) -> float:
-    """Train in one process, unless that is done already, and return the processor seconds that it took now.
+def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequence[str], processes: int = 1) -> float:
+    """Train, unless that is done already, and return the processor seconds that it took now.
 
     Args:
         config: name of a file in pretrained_configs/runs.
         target: output folder. The rest of an interrupted run is deleted there; a finished run with other settings is
             refused.
+        processes: data-parallel processes.
     """
     made_with, file = beside(target, ".settings"), PROJECT / "pretrained_configs" / "runs" / f"{config}.yaml"
     inputs = [f"{config}.yaml {hashlib.sha256(file.read_bytes()).hexdigest()}", str(model), str(seed), *settings]
@@ -64,7 +66,7 @@ def train_once(config: str, model: Path, target: Path, seed: int, settings: Sequ
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        1,
+        processes,
         "-m",
         "megatron_ral.train",
         "--config",

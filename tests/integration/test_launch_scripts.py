@@ -143,6 +143,26 @@ def test_grpo_and_zero_differ_from_ral_in_nothing_else():
     }
 
 
+def test_short_comparison_of_explored_attention_in_miniature(tmp_path):
+    """One step of every lesson and one rollout of both arms: the phases run once and end with a table and a picture."""
+    sizes = ["--lessons", "1", "1", "1", "--num-rollouts", "1", "--num-prompts", "4", "--processes", "1"]
+    for phases_run in (True, False):
+        done = subprocess.run(
+            ["bash", str(SCRIPTS / "explore_tiny.sh"), *sizes],
+            capture_output=True,
+            text=True,
+            env=environment(OUTPUT_DIR=tmp_path / "out", SEED=7),
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "start + 1 rollouts of contrast" in done.stdout and "Contrast is NOT ahead of GRPO" in done.stdout
+        report = json.loads((tmp_path / "out" / "seed_7" / "report.json").read_text())
+        assert report["seed"] == 7 and set(report["rows"]) == {"searcher", "start", "grpo", "contrast"}
+        assert [step for step, _ in report["curves"]["contrast"]] == [0, 1]
+        assert (tmp_path / "out" / "seed_7" / "explored.png").stat().st_size > 10_000
+        assert phases_run == (report["seconds"]["arms"] > 5), report["seconds"]
+
+
 class Node:
     """One node of a job: ral_70b.sh in a session of its own."""
 

@@ -1,12 +1,18 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ral.demo import runs
-from tools import distill_study, study, study_explored
+from megatron_ral.demo import heat_maps, runs
+from megatron_ral.evaluation.attention_page import PageSample
+from megatron_ral.evaluation.attention_pictures import Panel
+from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored
 
 
 def finished(run: Path, **curves) -> None:
@@ -182,3 +188,86 @@ def test_settings_of_every_arm_are_a_configuration(arm):
             word in arm for word in ("noise", "explored", "contrast")
         ) or "quiet" in arm
         assert config.attention_acts == (not arm.startswith(("grpo", "noise")))
+
+
+def answered(reply: str, cell: int, reference: str = "42") -> PageSample:
+    """A response whose deciding row looks at one cell of 3 x 3 with 80 % of its attention to the picture."""
+    row = np.full(9, 0.02)
+    row[cell] = 0.16 * 4
+    masses = {1: np.stack([np.full(9, 1.0), row])}
+    panel = Panel(Image.new("RGB", (84, 84), "navy"), "", [(28, 0, 56, 28)], 0, 3, 3)
+    completion = f"<think>red{reply}</think><answer>{reply}</answer>"
+    target = np.arange(9) == 1
+    return PageSample(
+        "k", "Which digits are red?", reference, completion, 1.0, {}, ["red", reply], 1, masses, target, [panel], 1
+    )
+
+
+def test_shares_of_the_picture_in_a_heat_map():
+    shares = heat_maps.picture_shares(answered("42", 1), 1)
+    assert shares.sum() == pytest.approx(1) and shares[1] == pytest.approx(0.8)
+    assert heat_maps.is_right(answered("42", 1)) and not heat_maps.is_right(answered("24", 1))
+    assert heat_maps.given_answer(replace(answered("42", 1), completion="red42")) == "?"
+
+
+def test_example_of_the_short_comparison_is_one_that_contrast_alone_answers():
+    right, wrong = answered("42", 1), answered("17", 5)
+    without_row = replace(right, deciding_token=-1)
+    start, grpo, contrast = (
+        [wrong, wrong, wrong, wrong],
+        [right, wrong, wrong, wrong],
+        [right, without_row, right, wrong],
+    )
+    prompt, which = explore_tiny.choose_example([start, grpo, contrast])
+    assert [id(sample) for sample in prompt] == [id(start[2]), id(grpo[2]), id(contrast[2])]
+    assert which == "the first held-out picture that contrast alone answers rightly"
+    prompt, which = explore_tiny.choose_example([[without_row, wrong], [right, right], [right, right]])
+    assert prompt == (wrong, right, right) and which == "the first held-out picture"
+
+
+def test_table_and_picture_of_the_short_comparison(tmp_path):
+    """The base model searched in layer 2, where contrast ends at 50 % and GRPO at 20 %."""
+    gaze = {0: 0.2, 1: 0.3, 3: 0.1}
+    for run, accuracy, share in (
+        ("start", [(0, 0.8), (9, 0.0)], [(0, 0.9), (9, 0.05)]),
+        ("grpo", [(0, 0.01), (5, 0.05), (10, 0.1)], [(0, 0.04), (5, 0.1), (10, 0.2)]),
+        ("contrast", [(0, 0.01), (5, 0.2), (10, 0.45)], [(0, 0.04), (5, 0.3), (10, 0.5)]),
+    ):
+        layers = {
+            f"target_deciding/layer_{layer}": [(step, value) for step, _ in share] for layer, value in gaze.items()
+        }
+        finished(tmp_path / "seed_3" / run, accuracy=accuracy, **{"target_deciding/layer_2": share}, **layers)
+    figures = explore_tiny.Figures.read(explore_tiny.Comparison(tmp_path, 3, (1, 1, 1), 10, 512))
+    assert figures.layer == 2 and figures.lead == pytest.approx(0.35)
+    assert figures.rows["searcher"] == pytest.approx((0.8, 0.9)) and figures.rows["start"] == pytest.approx(
+        (0.01, 0.04)
+    )
+    text = "\n".join(explore_tiny.table(figures, 10))
+    [grpo] = [line for line in text.splitlines() if "of GRPO" in line and "start +" in line]
+    assert grpo.split()[-2:] == ["10.0%", "20.0%"]
+    assert "Contrast is ahead of GRPO: +35.0 points." in text and "layer 2 of 0 to 3" in text
+    assert "NOT ahead" in "\n".join(
+        explore_tiny.table(replace(figures, rows=dict.fromkeys(figures.rows, (0.1, 0.1))), 10)
+    )
+    samples = [
+        replace(answered(reply, cell), masses={2: answered(reply, cell).masses[1]})
+        for reply, cell in (("17", 5), ("17", 5), ("42", 1))
+    ]
+    explore_tiny.draw(figures, samples, "the first", 10, tmp_path / "explored.png")
+    assert (tmp_path / "explored.png").stat().st_size > 10_000
+
+
+def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys):
+    arguments = make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "1"])
+    model = make_tiny_model.build_model(arguments, make_tiny_model.build_tokenizer(arguments.task))
+    tokens = torch.arange(24).reshape(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    first, second = (layer.self_attn for layer in model.model.language_model.layers[:2])
+    for name in ("q_proj", "k_proj"):
+        for kind, weight in getattr(first, name).named_parameters():
+            assert not weight.any() and not weight.grad.any(), (name, kind)
+        assert getattr(second, name).weight.grad.any()
+    assert first.v_proj.weight.grad.any()
+    with pytest.raises(SystemExit):
+        make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "4"])
+    assert "--even-layers must lie in 0..3" in capsys.readouterr().err

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# GRPO and explored attention side by side on a bare CPU machine, from a start that looks at the wrong place: ends with
+# a table and a picture. About 10 minutes on two free cores; another seed takes less, because all share a base model.
+#
+#   bash launch_scripts/explore_tiny.sh
+#   SEED=3 bash launch_scripts/explore_tiny.sh
+#
+# A phase whose result is already in OUTPUT_DIR is skipped. Options go to tools/explore_tiny.py.
+set -euo pipefail
+
+# ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
+SEED="${SEED:-2}"                    # of the wrong lessons, the order of the prompts and the noise
+OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/explore_tiny in the project; all seeds share its base model
+# ---------------------------------------------------------------------------------------------------------------------
+
+# shellcheck source=launch_scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+OUTPUT_DIR="$(realpath -m "${OUTPUT_DIR:-$PROJECT/outputs/explore_tiny}")"
+cd "$PROJECT"
+setup_environment
+"$PYTHON" tools/explore_tiny.py --output-dir "$OUTPUT_DIR" --seed "$SEED" "$@"
