@@ -10,9 +10,12 @@ from typing import Sequence
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.families import FAMILIES, Family
+from megatron_ral.models.families import FAMILIES, Family, find_family
 from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
 from megatron_ral.parallel.rank_layout import stage_sizes
+
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Entries of a config.json that give the number of experts of a layer, by the names of different families."""
 
 
 @dataclass(frozen=True)
@@ -229,14 +232,14 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
             f"is quantized (config.json has a quantization_config, method {method!r}), and only floating-point "
             "weights of 16 or 32 bits can be trained; give the folder of the unquantized model",
         )
-    if config.model_type not in FAMILIES:
-        raise ConfigError(key, path, f"is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
+    _refuse_experts(config, key, path)
+    family = find_family(config.model_type, key, path)
     text = config.text_config
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     _refuse_unknown_variants(text, width, key, path)
     return ModelShape(
         path=str(path),
-        family=FAMILIES[config.model_type],
+        family=family,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         ffn_hidden_size=text.intermediate_size,
@@ -254,6 +257,18 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
         visual_token_ids=_visual_token_ids(config),
         vision=config.vision_config,
     )
+
+
+def _refuse_experts(config: PretrainedConfig, key: str, path: str) -> None:
+    """Raise ConfigError for a mixture of experts, which is known by the name of its type or its number of experts."""
+    for part in (config, config.get_text_config()):
+        if "moe" in part.model_type.split("_") or any(getattr(part, name, None) for name in _NUMBERS_OF_EXPERTS):
+            raise ConfigError(
+                key,
+                path,
+                f"is a '{config.model_type}' model with a mixture of experts, and only dense models can be trained; "
+                f"take a dense model of a known family: {', '.join(FAMILIES)}",
+            )
 
 
 def _visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:

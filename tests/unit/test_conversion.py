@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.weights.conversion import differing_weights, to_hf, to_megatron
@@ -221,6 +222,24 @@ def test_command_line(material, tmp_path):
     assert other.returncode == 1 and "80 differ" in other.stdout
     wrong = run("to-hf", "--megatron", material["tiny"], "--output", tmp_path / "x")
     assert wrong.returncode == 2 and "is not a Megatron folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "model_type, text",
+    [
+        ("qwen3_vl_moe", {}),
+        ("qwen3_5_moe", {}),
+        ("glm4v_moe", {}),
+        ("qwen3_moe", {}),
+        ("internvl", {"model_type": "qwen3_moe"}),
+        ("qwen3_vl", {"num_experts": 8}),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name_with_the_families_that_work(tmp_path, model_type, text):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
+    with pytest.raises(ConfigError, match=f"'{model_type}' model with a mixture of experts") as error:
+        read_shape(str(tmp_path))
+    assert error.value.key == "model.path" and all(family in error.value.remedy for family in FAMILIES)
 
 
 PUBLISHED = {
