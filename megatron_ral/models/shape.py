@@ -10,7 +10,7 @@ from typing import Sequence
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.families import FAMILIES, Family, find_family
+from megatron_ral.models.families import FAMILIES, Family, PatchRules, find_family
 from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
 from megatron_ral.parallel.rank_layout import stage_sizes
 
@@ -47,7 +47,7 @@ class ModelShape:
     rope_theta: float
     """Base of the rotary frequencies."""
     mrope_section: tuple[int, ...]
-    """Number of rotary frequencies of each axis (time, height, width)."""
+    """Number of rotary frequencies of each axis (time, height, width); one number where positions have one axis."""
     tie_word_embeddings: bool
     """True if the LM head is the embedding matrix."""
     image_token_id: int
@@ -59,6 +59,11 @@ class ModelShape:
     nothing, so that sampling never draws one."""
     vision: PretrainedConfig
     """Hugging Face's own configuration of the vision tower."""
+
+    @property
+    def patches(self) -> PatchRules:
+        """Sizes of patches and visual tokens."""
+        return self.family.patch_rules(self.vision)
 
     @property
     def num_deepstack_layers(self) -> int:
@@ -128,6 +133,7 @@ class ModelShape:
             "temporal_patch_size": "frames of one patch",
             "spatial_merge_size": "patches along a side of one visual token",
             "tokens_per_second": "temporal positions of a second of video",
+            "image_size": "pixels along the sides of a tile",
         }
         if teacher.family != self.family:
             raise ConfigError(
@@ -235,8 +241,10 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
     _refuse_experts(config, key, path)
     family = find_family(config.model_type, key, path)
     text = config.text_config
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    _refuse_unknown_variants(text, width, key, path)
+    for name, value, known in family.fixed_values(config):
+        if value != known:
+            raise ConfigError(key, path, f": config.json has {name} = {value!r}; only {known!r} is known")
+    image_token, video_token, visual_tokens = family.token_ids(config)
     return ModelShape(
         path=str(path),
         family=family,
@@ -245,17 +253,17 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
         ffn_hidden_size=text.intermediate_size,
         num_attention_heads=text.num_attention_heads,
         num_query_groups=text.num_key_value_heads,
-        kv_channels=width,
+        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(text.rope_parameters["rope_theta"]),
-        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        mrope_section=family.rotary_sections(text),
         tie_word_embeddings=config.tie_word_embeddings,
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        visual_token_ids=_visual_token_ids(config),
-        vision=config.vision_config,
+        image_token_id=image_token,
+        video_token_id=video_token,
+        visual_token_ids=visual_tokens,
+        vision=family.vision_config(config),
     )
 
 
@@ -269,25 +277,3 @@ def _refuse_experts(config: PretrainedConfig, key: str, path: str) -> None:
                 f"is a '{config.model_type}' model with a mixture of experts, and only dense models can be trained; "
                 f"take a dense model of a known family: {', '.join(FAMILIES)}",
             )
-
-
-def _visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-    found = (getattr(config, name, None) for name in names)
-    return tuple(sorted({value for value in found if value is not None}))
-
-
-def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path: str) -> None:
-    """Raise ConfigError if the config.json of a known family asks for something that this project does not do."""
-    rope = text.rope_parameters
-    asked = {
-        "hidden_act": (text.hidden_act, "silu"),
-        "attention_dropout": (text.attention_dropout, 0.0),
-        "attention_bias": (getattr(text, "attention_bias", False), False),
-        "layer_types": (sorted(set(getattr(text, "layer_types", None) or ["full_attention"])), ["full_attention"]),
-        "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
-        "rope_parameters.mrope_section, summed": (sum(rope.get("mrope_section") or ()), width // 2),
-    }
-    for name, (value, known) in asked.items():
-        if value != known:
-            raise ConfigError(key, path, f": config.json has text_config.{name} = {value!r}; only {known!r} is known")
