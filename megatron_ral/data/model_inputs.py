@@ -101,10 +101,11 @@ def vision_tokens(
     for key, number in ids.items():
         if number not in tokenizer.added_tokens_decoder:
             name = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
+            file = "config.json" if key.endswith("_id") else "tokenizer_config.json"
             raise ConfigError(
                 f"'{path}'",
                 None,
-                f"has {key} = {number} in config.json, which is no added token of its tokenizer (it is {name!r}); "
+                f"has {key} = {number} in {file}, which is no added token of its tokenizer (it is {name!r}); "
                 "config and tokenizer are not of one model",
             )
     rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())

@@ -102,7 +102,7 @@ class Family:
     end_of_turn: str = "<|im_end|>"
     """Token that ends a response."""
     timed_video: bool = False
-    """Form of a video in the prompt: one run of visual tokens per temporal patch, each behind a time stamp in text
+    """Form of a video in the prompt: one run of visual tokens per temporal patch, each behind a time or number in text
     (True), or a single run for the whole video (False)."""
     template_has_pair: bool = True
     """Presence of the tokens around visual input in the chat template's text; False: they come with the visual tokens.
