@@ -107,7 +107,7 @@ class Prompt:
     """Patches of the images and videos in the order of their tokens, [patches, channels * temporal * patch * patch]
     float32. 0 rows for text alone."""
     grid_thw: Tensor
-    """Patches of each image and video along time, height and width, [V, 3] int64."""
+    """Patches of each image and video along time, height and width, [V, 3] int64. Tiles of an image lie along time."""
     is_video: Tensor
     """Mask of the videos, [V] bool."""
     seconds_per_grid: Tensor

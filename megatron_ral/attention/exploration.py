@@ -165,8 +165,8 @@ def move_inside_picture(scores_BKWMP: Tensor, noise: VisualNoise) -> Tensor:
 def visual_cells(prompt: Prompt, grid: int) -> Tensor:
     """Return the cell of each visual token of a prompt, [visual tokens] int64, counted over all images and frames.
 
-    Each image, and each temporal patch of a video, is divided into `grid` x `grid` cells, or into as many as it has
-    visual tokens along a side if these are fewer.
+    Each image (or tile of one), and each temporal patch of a video, is divided into `grid` x `grid` cells, or into as
+    many as it has visual tokens along a side if these are fewer.
 
     Args:
         prompt: Prompt.

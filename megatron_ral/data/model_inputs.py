@@ -2,13 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping, cast
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.errors import ConfigError, UserError
-from megatron_ral.models.families import VisionTokens
+from megatron_ral.models.families import Family, VisionTokens, find_family
 from megatron_ral.models.folder import check_fetched, read_json
 
 _PROCESSOR_TEMPLATE = "chat_template.json"
@@ -28,19 +27,19 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
-    """Return config, tokenizer and image processor of a Hugging Face folder.
+def load_inputs(path: str) -> tuple[Any, Family, Any, Any]:
+    """Return config, family, tokenizer and image processor of a Hugging Face folder.
 
     Raises:
-        ConfigError: a file is missing or cannot be read.
+        ConfigError: a file is missing or cannot be read, or the family is unknown.
         CheckpointError: files of the folder were not fetched.
     """
     if Path(path).is_dir():
         check_fetched(path, f"'{path}'")
     try:
         config = AutoConfig.from_pretrained(path)
-        image_processor = _load_image_processor(path)
-        return config, load_tokenizer(path), image_processor
+        family = find_family(config.model_type, f"'{path}'")
+        return config, family, load_tokenizer(path), _load_image_processor(path, family)
     except UserError:
         raise
     except Exception as error:  # transformers raises many types for what these files can hold
@@ -48,64 +47,65 @@ def load_inputs(path: str) -> tuple[Any, Any, Qwen2VLImageProcessorPil]:
         raise ConfigError(f"'{path}'", None, f"holds no usable tokenizer and image processor ({reason})") from None
 
 
-def _load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
-    settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(path)
-    kind = settings.get("image_processor_type", "Qwen" if "patch_size" in settings else "none")
-    if not kind.startswith("Qwen"):
+def _load_image_processor(path: str, family: Family) -> Any:
+    processor_class = family.image_processor_class()
+    settings, _ = processor_class.get_image_processor_dict(path)
+    kind = settings.get("image_processor_type", family.image_processors if "patch_size" in settings else "none")
+    if not kind.startswith(family.image_processors):
+        known = processor_class.__name__.removesuffix("Pil")
         raise ConfigError(
             f"'{path}'",
             None,
-            f"names the image processor {kind} in preprocessor_config.json; only Qwen2VLImageProcessor is known, so "
+            f"names the image processor {kind} in preprocessor_config.json; only {known} is known, so "
             "copy the file from the model that the folder was made from",
         )
-    return Qwen2VLImageProcessorPil.from_pretrained(path)
+    return processor_class.from_pretrained(path)
 
 
-def check_image_processor(path: str, processor: Qwen2VLImageProcessorPil, vision: Any) -> None:
+def check_image_processor(path: str, processor: Any, sizes: Mapping[str, Any]) -> None:
     """Check that an image processor makes the patches that a vision tower takes, from pixels between 0 and 1.
 
     Args:
         path: Model folder, for the error.
         processor: Image processor of the folder.
-        vision: `vision_config` of the folder.
+        sizes: Settings that follow from the vision tower (`Family.image_processor_sizes`).
 
     Raises:
         ConfigError: naming the first value that differs.
     """
-    of_config = "which config.json has in vision_config"
+    of_config, known = "which config.json has in vision_config", "the only value that is known"
     wanted = {
-        "patch_size": (vision.patch_size, of_config),
-        "temporal_patch_size": (vision.temporal_patch_size, of_config),
-        "merge_size": (vision.spatial_merge_size, of_config),
-        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True, "the only value that is known")),
-        "rescale_factor": (1 / 255, "the only value that is known"),
+        **{name: (value, of_config) for name, value in sizes.items()},
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True, known)),
+        "rescale_factor": (1 / 255, known),
     }
     for name, (value, why) in wanted.items():
-        if not math.isclose(getattr(processor, name), value, rel_tol=1e-6):
+        found = getattr(processor, name)
+        if not (math.isclose(found, value, rel_tol=1e-6) if isinstance(value, (int, float)) else found == value):
             raise ConfigError(
-                f"'{path}'",
-                None,
-                f"has {name} = {getattr(processor, name)} in preprocessor_config.json instead of {value}, {why}",
+                f"'{path}'", None, f"has {name} = {found} in preprocessor_config.json instead of {value}, {why}"
             )
     if not all(value > 0 for value in processor.image_std):
         raise ConfigError(f"'{path}'", None, f"has image_std = {list(processor.image_std)} in preprocessor_config.json")
 
 
-def vision_tokens(path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> VisionTokens:
+def vision_tokens(
+    path: str, family: Family, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> VisionTokens:
     """Return the names of the visual tokens.
 
     Raises:
         ConfigError: the tokenizer has other tokens than config.json names, or more than the model has rows.
     """
-    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
+    ids = family.named_token_ids(config, tokenizer)
     for key, number in ids.items():
         if number not in tokenizer.added_tokens_decoder:
             name = tokenizer.convert_ids_to_tokens(number) if isinstance(number, int) else None
+            file = "config.json" if key.endswith("_id") else "tokenizer_config.json"
             raise ConfigError(
                 f"'{path}'",
                 None,
-                f"has {key} = {number} in config.json, which is no added token of its tokenizer (it is {name!r}); "
+                f"has {key} = {number} in {file}, which is no added token of its tokenizer (it is {name!r}); "
                 "config and tokenizer are not of one model",
             )
     rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
@@ -118,4 +118,4 @@ def vision_tokens(path: str, config: PretrainedConfig, tokenizer: PreTrainedToke
         )
     if tokenizer.pad_token_id in ids.values():
         raise ConfigError(f"'{path}'", None, f"pads with {tokenizer.pad_token}, a visual token; name another pad_token")
-    return VisionTokens(*tokenizer.convert_ids_to_tokens(list(ids.values())))
+    return VisionTokens(*tokenizer.convert_ids_to_tokens([cast(int, number) for number in ids.values()]))

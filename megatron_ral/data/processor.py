@@ -1,8 +1,8 @@
 """Sample -> Prompt: chat template, visual tokens, rotary positions, target mask.
 
-`visuals.py` makes the patches with the settings of Hugging Face's Qwen2-VL image processor. The tokenizer is the one of
-the checkpoint folder (`format_tags.py` says where it is edited). Visual tokens are counted here, where the sample's key
-is known for the error. A model folder is tried on one image and one video before any sample is read.
+`visuals.py` makes the patches with the settings of the checkpoint's image processor. The tokenizer is the one of the
+checkpoint folder (`format_tags.py` says where it is edited). Visual tokens are counted here, where the sample's key is
+known for the error. A model folder is tried on one image and one video before any sample is read.
 """
 
 import io
@@ -26,8 +26,6 @@ from megatron_ral.data.same_inputs import check_same_patches, check_same_tokeniz
 from megatron_ral.data.video import VideoSettings
 from megatron_ral.data.visuals import Visual, VisualReader
 from megatron_ral.errors import ConfigError
-from megatron_ral.functional.positions import multimodal_positions
-from megatron_ral.models.families import find_family
 from megatron_ral.models.folder import config_folder
 from megatron_ral.rewards.answer import taught_response
 from megatron_ral.types import FramePictures, Prompt, Sample
@@ -61,19 +59,18 @@ class PromptProcessor:
         prompt_suffix: str = "",
         format_tags: str = AUTO,
     ):
-        config, tokenizer, self.image_processor = load_inputs(path)
-        self.family = find_family(config.model_type, f"'{path}'")
+        self.config, self.family, tokenizer, self.image_processor = load_inputs(path)
         self.format_tags = choose_tags(tokenizer, format_tags)
         self.tokenizer: Any = edited_tokenizer(tokenizer, self.format_tags)
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
         self.prompt_suffix = prompt_suffix
-        self.vision_tokens = vision_tokens(path, config, self.tokenizer)
-        self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
-        self.vision = config.vision_config
-        check_image_processor(path, self.image_processor, self.vision)
-        self.merge_size = self.vision.spatial_merge_size
-        self.reader = VisualReader(self.image_processor, self.family, self.merge_size)
+        self.vision_tokens = vision_tokens(path, self.family, self.config, self.tokenizer)
+        self.image_token_id, self.video_token_id, _ = self.family.token_ids(self.config)
+        self.vision = self.family.vision_config(self.config)
+        check_image_processor(path, self.image_processor, self.family.image_processor_sizes(self.vision))
+        self.rules = self.family.patch_rules(self.vision)
+        self.reader = VisualReader(self.image_processor, self.family, self.rules)
         self.end_token_id = self.tokenizer.convert_tokens_to_ids(self.family.end_of_turn)
         self.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         if self.end_token_id is None or self.end_token_id == self.tokenizer.unk_token_id:
@@ -82,7 +79,8 @@ class PromptProcessor:
             "image": self.vision_tokens.image,
             "video": self.family.video_placeholder(self.vision_tokens),
         }
-        pair = self.vision_tokens.start, self.vision_tokens.end
+        tokens, has_pair = self.vision_tokens, self.family.template_has_pair
+        pair = (tokens.start, tokens.end) if has_pair else ("", "")
         self.response_prefix = prefilled_text(self.tokenizer, path, placeholders, pair, self.family.end_of_turn)
         """Text that the chat template writes of every response (`<think>`), among the prompt's tokens; mostly none."""
         self._try_visuals(path)
@@ -136,7 +134,7 @@ class PromptProcessor:
         visuals = self.reader.read(sample)
         input_ids = torch.tensor(self._tokenize(sample, visuals))
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
-        num_features = sum(len(cast(Tensor, visual.pixels)) for visual in visuals) // self.merge_size**2
+        num_features = sum(len(cast(Tensor, visual.pixels)) for visual in visuals) // self.rules.merge_size**2
         if int(visual_mask.sum()) != num_features:
             raise SampleError(
                 f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
@@ -149,8 +147,8 @@ class PromptProcessor:
         runs = [self.reader.run_grids(visual) for visual in visuals]
         intervals = [self._temporal_interval(visual) for visual, grids in zip(visuals, runs) for _ in grids]
         no_grids = torch.zeros(0, 3, dtype=torch.int64)
-        position_ids, next_position = multimodal_positions(
-            visual_mask, torch.cat([no_grids, *runs]), self.merge_size, intervals
+        position_ids, next_position = self.family.positions(
+            visual_mask, torch.cat([no_grids, *runs]), self.rules.merge_size, intervals
         )
         target_mask = torch.zeros_like(visual_mask)
         target_mask[visual_mask] = torch.cat([target_mask[:0], *(visual.targets for visual in visuals)])
@@ -181,7 +179,7 @@ class PromptProcessor:
         visuals = self.reader.read(sample, measure_only=True)
         return SampleLengths(
             prompt_length=len(self._tokenize(sample, visuals)),
-            visual_tokens=sum(int(visual.grid.prod()) for visual in visuals) // self.merge_size**2,
+            visual_tokens=sum(int(visual.grid.prod()) for visual in visuals) // self.rules.merge_size**2,
             response_length=len(self._reference_ids(sample, include_process=True)),
             num_images=len(sample.images),
             num_videos=len(sample.videos),
@@ -190,19 +188,13 @@ class PromptProcessor:
 
     def fingerprint(self) -> str:
         """Return a digest of the rules behind a sample's lengths: tokenizer, chat template, sizes of media."""
-        picture = {
-            name: getattr(self.image_processor, name, None)
-            for name in ("do_resize", "patch_size", "temporal_patch_size", "merge_size")
-        }
-        size = {name: self.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
         rules = [
             FINGERPRINT_VERSION,
             self.tokenizer.backend_tokenizer.to_str(),
             self.tokenizer.chat_template,
             self.prompt_suffix,
-            picture,
-            size,
-            asdict(self.video),
+            *self.family.image_size_rules(self.image_processor),
+            {name: value for name, value in asdict(self.video).items() if name != "frame" or value},
             self.family.timed_video,
             self.image_token_id,
             self.video_token_id,
@@ -225,7 +217,7 @@ class PromptProcessor:
                 rules by which a picture becomes patches.
             CheckpointError: files of the folder were not fetched.
         """
-        _, tokenizer, image_processor = load_inputs(path)
+        _, _, tokenizer, image_processor = load_inputs(path)
         check_same_tokenizer(self.tokenizer, edited_tokenizer(tokenizer, self.format_tags), key, other_key)
         check_same_patches(self.image_processor, image_processor, key, other_key)
 
@@ -236,18 +228,7 @@ class PromptProcessor:
             prompt: prompt that the sequence begins with.
             input_ids: [L] int64 tokens of the whole sequence.
         """
-        patches = prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
-        video = prompt.is_video
-        types = (input_ids == self.image_token_id).int() + 2 * (input_ids == self.video_token_id).int()
-        result: dict[str, Any] = {"input_ids": input_ids[None], "mm_token_type_ids": types[None]}
-        if not video.all():
-            result["pixel_values"] = torch.cat([part for part, is_video in zip(patches, video) if not is_video])
-            result["image_grid_thw"] = prompt.grid_thw[~video]
-        if video.any():
-            result["pixel_values_videos"] = torch.cat([part for part, is_video in zip(patches, video) if is_video])
-            result["video_grid_thw"] = prompt.grid_thw[video]
-            result |= self.family.stock_video_inputs(prompt.seconds_per_grid[video])
-        return result
+        return self.family.stock_inputs(prompt, input_ids, self.config)
 
     def decode(self, token_ids: Tensor) -> str:
         """Return the text of a response, prefilled text included and special tokens removed."""
@@ -281,11 +262,7 @@ class PromptProcessor:
         pixels = [cast(Tensor, visual.pixels) for visual in visuals]
         if len(visuals) == 1:
             return pixels[0]
-        return torch.cat([torch.zeros(0, self._patch_width), *pixels])
-
-    @property
-    def _patch_width(self) -> int:
-        return self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
+        return torch.cat([torch.zeros(0, self.rules.width), *pixels])
 
     def _temporal_interval(self, visual: Visual) -> float:
         """Return the rotary positions from one temporal patch to the next."""
@@ -323,10 +300,10 @@ class PromptProcessor:
 
     def _visual_text(self, visual: Visual) -> str:
         """Return the text of one image or video, one placeholder per visual token."""
-        lengths = (self.reader.run_grids(visual).prod(dim=1) // self.merge_size**2).tolist()
+        lengths = (self.reader.run_grids(visual).prod(dim=1) // self.rules.merge_size**2).tolist()
         if visual.is_video:
             return self.family.video_text(self.vision_tokens, lengths, visual.stamps)
-        return self.vision_tokens.image * lengths[0]
+        return self.family.image_text(self.vision_tokens, lengths[0])
 
     def _try_visuals(self, path: str) -> None:
         """Make a prompt with an image and one with a video.
@@ -335,14 +312,14 @@ class PromptProcessor:
             ConfigError: tokens and visual features do not fit each other.
         """
         stream = io.BytesIO()
-        Image.new("RGB", (4 * self.vision.patch_size * self.merge_size,) * 2, "grey").save(stream, "PNG")
+        Image.new("RGB", (4 * self.rules.token_side,) * 2, "grey").save(stream, "PNG")
         picture = stream.getvalue()
         for images, videos in (((picture,), ()), ((), (FramePictures((picture,) * 4, fps=2.0),))):
             sample = Sample("probe", "probe", PROBE_QUESTION, "", "", "", images, (), videos)
             try:
                 width = self._prompt(sample, limited=False).pixel_values.shape[1]
-                if width != self._patch_width:
-                    raise ValueError(f"a patch has {width} numbers, but config.json asks for {self._patch_width}")
+                if width != self.rules.width:
+                    raise ValueError(f"a patch has {width} numbers, but config.json asks for {self.rules.width}")
             except Exception as error:  # code of the folder's processor meets pixels here for the first time
                 kind, reason = "an image" if images else "a video", " ".join(str(error).split())[:200]
                 raise ConfigError(

@@ -8,7 +8,7 @@ raises SampleError with the reason `broken_video` and without the sample's key, 
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from megatron_ral.data.issues import SampleError
 from megatron_ral.data.pictures import MAX_SIDE, picture_size, read_picture
 from megatron_ral.data.video_file import VideoTrack, broken_video, open_track
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.families import FAMILIES
+from megatron_ral.functional.patches import cut_frames
+from megatron_ral.models.families import FAMILIES, PatchRules
 from megatron_ral.types import FramePictures
 
 MAX_CLIP_BYTES = 4 * 2**30
@@ -53,6 +54,8 @@ class VideoSettings:
     """Standard deviation of each channel, in [0, 1]."""
     family: str = "qwen2_5_vl"
     """Key of `FAMILIES`."""
+    frame: tuple[int, ...] = ()
+    """Patches of every frame along height and width; empty where they follow from the frame's own size."""
     fps: float = 1.0
     """Frames sampled per second."""
     max_frames: int = 128
@@ -79,21 +82,16 @@ class VideoSettings:
             )
 
     @classmethod
-    def from_image_processor(cls, processor, **choices) -> "VideoSettings":
+    def from_checkpoint(cls, rules: PatchRules, processor: Any, **choices: Any) -> "VideoSettings":
         """Return the settings of a checkpoint.
 
         Args:
-            processor: Qwen2VLImageProcessorPil of the checkpoint.
+            rules: sizes of the checkpoint's patches.
+            processor: image processor of the checkpoint, which has the normalisation.
             choices: family and limits that differ from the defaults.
         """
-        return cls(
-            processor.patch_size,
-            processor.temporal_patch_size,
-            processor.merge_size,
-            tuple(processor.image_mean),
-            tuple(processor.image_std),
-            **choices,
-        )
+        sizes = rules.patch_size, rules.temporal_patch_size, rules.merge_size
+        return cls(*sizes, tuple(processor.image_mean), tuple(processor.image_std), frame=rules.frame, **choices)
 
     @property
     def token_side(self) -> int:
@@ -277,6 +275,8 @@ def video_grid(num_frames: int, height: int, width: int, settings: VideoSettings
     Source: smart_resize of Qwen2VLVideoProcessor and of Qwen3VLVideoProcessor in transformers 5.23.
     """
     side, patch = settings.token_side, settings.temporal_patch_size
+    if settings.frame:
+        return math.ceil(num_frames / patch), settings.frame[0], settings.frame[1]
     frames = max(num_frames, patch)
     counted, height, width = FAMILIES[settings.family].counted_size(
         num_frames, height, width, temporal_patch_size=patch, token_side=side
@@ -325,8 +325,7 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
     frames = frames.float().sub_(mean).div_(std)
     frames = torch.cat([frames, frames[-1:].expand(t * depth - len(frames), -1, -1, -1)])
-    cut = frames.view(t, depth, 3, h // merge, merge, patch, w // merge, merge, patch)
-    return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), torch.tensor([t, h, w])
+    return cut_frames(frames, depth, patch, merge), torch.tensor([t, h, w])
 
 
 def seconds_per_grid(video: DecodedVideo, settings: VideoSettings) -> float:

@@ -1,15 +1,14 @@
 """Images and videos of a sample -> patches, grids and target tokens."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.pictures import image_grid, patchify_image, picture_size, read_picture
+from megatron_ral.data.pictures import picture_size, read_picture
 from megatron_ral.data.targets import clip_cells, image_cells
 from megatron_ral.data.video import (
     VideoSettings,
@@ -19,7 +18,7 @@ from megatron_ral.data.video import (
     seconds_per_grid,
     video_grid,
 )
-from megatron_ral.models.families import Family
+from megatron_ral.models.families import Family, PatchRules
 from megatron_ral.types import FramePictures, Sample
 
 
@@ -47,12 +46,12 @@ class VisualReader:
     Args:
         image_processor: image processor of the checkpoint.
         family: family of the checkpoint.
-        merge_size: patches of a visual token and side in the vision tower.
+        rules: sizes of the patches that the vision tower takes.
     """
 
-    def __init__(self, image_processor: Qwen2VLImageProcessorPil, family: Family, merge_size: int):
-        self.image_processor, self.family, self.merge_size = image_processor, family, merge_size
-        self.video = VideoSettings.from_image_processor(image_processor, family=family.model_type)
+    def __init__(self, image_processor: Any, family: Family, rules: PatchRules):
+        self.image_processor, self.family, self.rules = image_processor, family, rules
+        self.video = VideoSettings.from_checkpoint(rules, image_processor, family=family.model_type)
 
     def read(self, sample: Sample, *, measure_only: bool = False) -> list[Visual]:
         """Return the images of a sample, then its videos.
@@ -73,8 +72,9 @@ class VisualReader:
                 visual = self._image(picture)
                 if sample.target_boxes and number == 0:
                     size = picture if isinstance(picture, tuple) else picture.size
-                    rows, columns = self.token_grid(visual.grid)[1:]
-                    visual.targets = image_cells(sample.target_boxes, *size, rows, columns).flatten()
+                    for view in self.family.picture_views(self.token_grid(visual.grid), self.rules.token_side, *size):
+                        rows, columns = view.tokens.shape
+                        visual.targets[view.tokens] = image_cells(sample.target_boxes, *size, rows, columns)
                 visuals.append(visual)
             for number, video in enumerate(sample.videos):
                 visuals.append(self._video(video, sample.target_frames if number == 0 else (), measure_only))
@@ -85,7 +85,7 @@ class VisualReader:
     def token_grid(self, grid: Tensor) -> tuple[int, int, int]:
         """Return the visual tokens (t, rows, columns) of patches (t, h, w)."""
         t, h, w = grid.tolist()
-        return t, h // self.merge_size, w // self.merge_size
+        return t, h // self.rules.merge_size, w // self.rules.merge_size
 
     def run_grids(self, visual: Visual) -> Tensor:
         """Return the grid of each run of visual tokens in the prompt, [runs, 3] int64 patches."""
@@ -94,15 +94,15 @@ class VisualReader:
         return visual.grid[None]
 
     def _no_targets(self, grid: Tensor) -> Tensor:
-        return torch.zeros(int(grid.prod()) // self.merge_size**2, dtype=torch.bool)
+        return torch.zeros(int(grid.prod()) // self.rules.merge_size**2, dtype=torch.bool)
 
     def _image(self, picture: Image.Image | tuple[int, int]) -> Visual:
         """Return the visual of a picture, or that of its width and height alone, without pixels."""
         try:
             if isinstance(picture, tuple):
-                pixels, grid = None, image_grid(*picture, self.image_processor)
+                pixels, grid = None, self.family.image_grid(*picture, self.image_processor, self.rules)
             else:
-                pixels, grid = patchify_image(picture, self.image_processor)
+                pixels, grid = self.family.patchify_image(picture, self.image_processor, self.rules)
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"image cannot be used ({error})", "broken_image") from None
         return Visual(pixels, grid, self._no_targets(grid))

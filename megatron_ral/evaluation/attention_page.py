@@ -156,10 +156,11 @@ def _figure(panel: Panel, side: int) -> str:
         f'width:{100 * (x1 - x0) / width:.2f}%;height:{100 * (y1 - y0) / height:.2f}%"></span>'
         for x0, y0, x1, y1 in panel.boxes
     )
+    (rows, columns), cells = panel.cells.shape, " ".join(map(str, panel.cells.flatten()))
     return (
         f'<figure class="{"asked" if panel.boxes else "plain"}" style="width:{round(side * min(1, width / height))}px">'
         f'<div class="picture"><img alt="{escape(panel.label)}" src="{_data_uri(shown)}">'
-        f'<canvas width="{panel.columns}" height="{panel.rows}" data-first="{panel.first_token}"></canvas>{boxes}</div>'
+        f'<canvas width="{columns}" height="{rows}" data-cells="{cells}"></canvas>{boxes}</div>'
         f"<figcaption>{escape(panel.label)}</figcaption></figure>"
     )
 
@@ -248,9 +249,9 @@ for (const section of document.querySelectorAll('section.sample')) {
     const row = token >= 0 ? all[token] : mean();
     const peak = Math.max(...row, 1e-30);
     for (const canvas of section.querySelectorAll('canvas')) {
-      const image = new ImageData(canvas.width, canvas.height), first = Number(canvas.dataset.first);
+      const image = new ImageData(canvas.width, canvas.height), cells = canvas.dataset.cells.split(' ');
       for (let cell = 0; cell < canvas.width * canvas.height; cell++) {
-        const level = 3 * row[first + cell] / peak;  // black, red, yellow, white
+        const level = 3 * row[cells[cell]] / peak;  // black, red, yellow, white
         for (let c = 0; c < 3; c++) image.data[4 * cell + c] = 255 * Math.min(Math.max(level - c, 0), 1);
         image.data[4 * cell + 3] = 255;
       }

@@ -15,6 +15,7 @@ from megatron_ral.data.pictures import read_picture
 from megatron_ral.data.targets import in_span
 from megatron_ral.data.video import VideoSettings, read_clip
 from megatron_ral.evaluation.probes import ProbeView
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.types import Box, Prompt
 
 _SIDE = 224
@@ -37,16 +38,12 @@ class Panel:
     label: str
     boxes: Sequence[Box]
     """Target boxes in pixels of the image; empty where the image is no target."""
-    first_token: int
-    """Index of its first visual token among the visual tokens of the prompt."""
-    rows: int
-    """Rows of its grid of visual tokens."""
-    columns: int
-    """Columns of its grid of visual tokens."""
+    cells: np.ndarray
+    """[rows, columns] index, among the visual tokens of the prompt, of the token that shows each cell of the image."""
 
     def tokens(self, masses: np.ndarray) -> np.ndarray:
         """Return the panel's part, [rows, columns], of one value per visual token of the prompt."""
-        return masses[self.first_token : self.first_token + self.rows * self.columns].reshape(self.rows, self.columns)
+        return masses[self.cells]
 
     def scaled(self, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> "Panel":
         """Return the panel resized to `side` pixels on its longer side."""
@@ -106,13 +103,16 @@ def most_attended(panels: Sequence[Panel], share: np.ndarray, limit: int = _SHEE
 
 
 def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
-    """Yield the images and sampled frames of a prompt in the order of their visual tokens."""
-    sample, start = prompt.sample, 0
+    """Yield the views of images, and the sampled frames, of a prompt in the order of their visual tokens."""
+    sample, start, family = prompt.sample, 0, FAMILIES[settings.family]
     for number, (grid, is_video) in enumerate(zip(prompt.grid_thw.tolist(), prompt.is_video.tolist())):
         rows, columns = (value // settings.merge_size for value in grid[1:])
         if not is_video:
             image = read_picture(sample.images[number])
-            yield Panel(image, f"image {number + 1}", () if number else sample.target_boxes, start, rows, columns)
+            boxes = () if number else sample.target_boxes
+            for view in family.picture_views((grid[0], rows, columns), settings.token_side, *image.size):
+                label = f"image {number + 1}" + (f", {view.name}" if view.name else "")
+                yield Panel(image, label, boxes, start + view.tokens.numpy())
         else:
             clip = read_clip(sample.videos[number - len(sample.images)], settings)
             spans = sample.target_frames if number == len(sample.images) else ()
@@ -122,7 +122,8 @@ def sample_panels(prompt: Prompt, settings: VideoSettings) -> Iterator[Panel]:
                 whole = (0.0, 0.0, float(image.width), float(image.height))
                 boxes = [box for span, where in zip(spans, shown) if where[index] for box in span.boxes or (whole,)]
                 token = start + index // settings.temporal_patch_size * rows * columns
-                yield Panel(image, f"{clip.timestamps[index]:.1f} s", boxes, token, rows, columns)
+                cells = token + np.arange(rows * columns).reshape(rows, columns)
+                yield Panel(image, f"{clip.timestamps[index]:.1f} s", boxes, cells)
         start += grid[0] * rows * columns
 
 

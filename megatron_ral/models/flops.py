@@ -47,9 +47,6 @@ def tower_flops_per_patch(shape: ModelShape) -> float:
     The projector's matrices are used once per visual token, which is merge^2 patches. The tower's attention is not
     counted, because it depends on windows; it is a few percent of the tower at the picture sizes of the paper.
     """
-    per_token = shape.vision.spatial_merge_size**2
-    weights = 0.0
-    for name, size in visual_shapes(shape).items():
-        if len(size) > 1 and not name.startswith("pos_embed"):
-            weights += math.prod(size) / (per_token if "merger" in name else 1)
-    return 2 * weights
+    merge, products = shape.patches.merge_size, shape.family.products_per_patch
+    shapes = visual_shapes(shape).items()
+    return 2 * sum(math.prod(size) * products(name, size, merge) for name, size in shapes)

@@ -11,9 +11,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.adapters import AdapterShape, is_adapter
-from megatron_ral.models.families import FAMILIES, Family
+from megatron_ral.models.families import FAMILIES, Family, PatchRules, find_family
 from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
 from megatron_ral.parallel.rank_layout import stage_sizes
+
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Entries of a config.json that give the number of experts of a layer, by the names of different families."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class ModelShape:
     rope_theta: float
     """Base of the rotary frequencies."""
     mrope_section: tuple[int, ...]
-    """Number of rotary frequencies of each axis (time, height, width)."""
+    """Number of rotary frequencies of each axis (time, height, width); one number where positions have one axis."""
     tie_word_embeddings: bool
     """True if the LM head is the embedding matrix."""
     image_token_id: int
@@ -70,6 +73,11 @@ class ModelShape:
         if self.adapter is not None:
             return is_adapter(name)
         return train_vision or not name.startswith("visual.")
+
+    @property
+    def patches(self) -> PatchRules:
+        """Sizes of patches and visual tokens."""
+        return self.family.patch_rules(self.vision)
 
     @property
     def num_deepstack_layers(self) -> int:
@@ -139,6 +147,7 @@ class ModelShape:
             "temporal_patch_size": "frames of one patch",
             "spatial_merge_size": "patches along a side of one visual token",
             "tokens_per_second": "temporal positions of a second of video",
+            "image_size": "pixels along the sides of a tile",
         }
         if teacher.family != self.family:
             raise ConfigError(
@@ -243,50 +252,42 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
             f"is quantized (config.json has a quantization_config, method {method!r}), and only floating-point "
             "weights of 16 or 32 bits can be trained; give the folder of the unquantized model",
         )
-    if config.model_type not in FAMILIES:
-        raise ConfigError(key, path, f"is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
+    _refuse_experts(config, key, path)
+    family = find_family(config.model_type, key, path)
     text = config.text_config
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    _refuse_unknown_variants(text, width, key, path)
+    for name, value, known in family.fixed_values(config):
+        if value != known:
+            raise ConfigError(key, path, f": config.json has {name} = {value!r}; only {known!r} is known")
+    image_token, video_token, visual_tokens = family.token_ids(config)
     return ModelShape(
         path=str(path),
-        family=FAMILIES[config.model_type],
+        family=family,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         ffn_hidden_size=text.intermediate_size,
         num_attention_heads=text.num_attention_heads,
         num_query_groups=text.num_key_value_heads,
-        kv_channels=width,
+        kv_channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(text.rope_parameters["rope_theta"]),
-        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        mrope_section=family.rotary_sections(text),
         tie_word_embeddings=config.tie_word_embeddings,
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        visual_token_ids=_visual_token_ids(config),
-        vision=config.vision_config,
+        image_token_id=image_token,
+        video_token_id=video_token,
+        visual_token_ids=visual_tokens,
+        vision=family.vision_config(config),
     )
 
 
-def _visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-    found = (getattr(config, name, None) for name in names)
-    return tuple(sorted({value for value in found if value is not None}))
-
-
-def _refuse_unknown_variants(text: PretrainedConfig, width: int, key: str, path: str) -> None:
-    """Raise ConfigError if the config.json of a known family asks for something that this project does not do."""
-    rope = text.rope_parameters
-    asked = {
-        "hidden_act": (text.hidden_act, "silu"),
-        "attention_dropout": (text.attention_dropout, 0.0),
-        "attention_bias": (getattr(text, "attention_bias", False), False),
-        "layer_types": (sorted(set(getattr(text, "layer_types", None) or ["full_attention"])), ["full_attention"]),
-        "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
-        "rope_parameters.mrope_section, summed": (sum(rope.get("mrope_section") or ()), width // 2),
-    }
-    for name, (value, known) in asked.items():
-        if value != known:
-            raise ConfigError(key, path, f": config.json has text_config.{name} = {value!r}; only {known!r} is known")
+def _refuse_experts(config: PretrainedConfig, key: str, path: str) -> None:
+    """Raise ConfigError for a mixture of experts, which is known by the name of its type or its number of experts."""
+    for part in (config, config.get_text_config()):
+        if "moe" in part.model_type.split("_") or any(getattr(part, name, None) for name in _NUMBERS_OF_EXPERTS):
+            raise ConfigError(
+                key,
+                path,
+                f"is a '{config.model_type}' model with a mixture of experts, and only dense models can be trained; "
+                f"take a dense model of a known family: {', '.join(FAMILIES)}",
+            )

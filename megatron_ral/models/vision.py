@@ -1,14 +1,14 @@
 """Pictures and videos through the vision tower, in calls of bounded size.
 
-A tower reads frames: a picture is one frame, a video has one per temporal patch. Frames do not see each other, neither
-in attention nor in positions (Qwen2.5-VL, Qwen3-VL). A sequence of frames may therefore be cut between any two of them,
+A tower reads frames: a picture is one frame or several (tiles), a video has one per temporal patch. Frames do not see
+each other, neither in attention nor in positions. A sequence of frames may therefore be cut between any two of them,
 and frames of one size that follow each other may stand as one video, whatever they belong to. Features are the same.
 
 All that a tower derives from sizes is computed on the host, so that no block waits for the device.
 """
 
 from itertools import groupby
-from typing import Any, Iterator, NamedTuple, Sequence, cast
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def encode_frames(
 ) -> Tensor:
     """Return the features of consecutive frames. They carry gradient to the tower.
 
-    Without frames the tower reads one blank token, whose result is unused. A trained tower then has zero gradients,
+    Without frames the tower reads a small blank one, whose result is unused. A trained tower then has zero gradients,
     where a data-parallel rank without pictures would otherwise have none.
 
     Args:
@@ -85,9 +85,8 @@ def encode_frames(
         [visual tokens, 1 + D, H]: replacements of the word embeddings, then the features of D layers (DeepStack).
     """
     if not frames:
-        merge = cast(int, tower.spatial_merge_size)
-        blank = torch.zeros(merge * merge, pixels[0].shape[1])
-        features = _call(tower, family, [Frame(merge, merge)], [blank])
+        frame = Frame(*family.blank_frame(tower))
+        features = _call(tower, family, [frame], [torch.zeros(frame.patches, pixels[0].shape[1])])
         return features[:0] + 0.0 * features.sum()
     parts = []
     for call in calls(frames, PATCHES_PER_CALL):
@@ -98,11 +97,11 @@ def encode_frames(
 
 
 def _call(tower: torch.nn.Module, family: Family, frames: Sequence[Frame], pixels: Sequence[Tensor]) -> Tensor:
-    parameter, config = next(tower.parameters()), cast(Any, tower.config)
+    parameter = next(tower.parameters())
     device, dtype = parameter.device, parameter.dtype
     runs = [(len(list(equal)), *frame) for frame, equal in groupby(frames)]
     inputs = family.tower_inputs(tower, torch.tensor(runs))
-    flash = uses_flash(device, dtype, config.hidden_size // config.num_heads)
+    flash = uses_flash(device, dtype, family.head_width(tower))
     rows = sum(frame.patches for frame in frames)
     output = tower(
         _upload_pixels(pixels, device).to(dtype),

@@ -214,7 +214,7 @@ def _count_memory(report: RankReport, plan: LaunchPlan, shape: ModelShape, teach
     others = Counter({"KV cache": (work.in_flight - 1) * report.rank.cache_bytes})
     encoded = Counter({"visual features": waiting["visual features"]})
     if "vision" in phases:  # while the other batches are generated
-        pictures = work.pictures_per_call(plan.layout.tensor_size, shape.vision.spatial_merge_size)
+        pictures = work.pictures_per_call(plan.layout.tensor_size, shape.patches.merge_size)
         memory("vision", zero.whole, phases["vision"], encoded, others, scale=pictures)
     if "token" in phases:
         generating = max((phases["prefill"], phases["token"]), key=lambda phase: phase.seen.peak_bytes)

@@ -165,7 +165,7 @@ class SimulatedPolicy(PolicyEngine):
 def kind_of(shape: ModelShape, layout: RankLayout) -> Callable[[Tensor], Optional[str]]:
     """Return a function that names the kind of a new tensor by its shape, or None where the shape tells nothing."""
     columns = shape.padded_vocab_size(layout.tensor_size) // layout.tensor_size
-    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
+    patch = shape.patches.width
 
     def kind(tensor: Tensor) -> Optional[str]:
         if tensor.dim() == 2 and tensor.shape[-1] == patch and tensor.dtype == torch.float32:

@@ -101,19 +101,24 @@ class Workload:
         )
 
 
+def visual_tokens(shape: ModelShape, work: Workload) -> int:
+    """Return the visual tokens of a prompt, whole frames of them where the family's frames have one size."""
+    return work.visual_tokens - work.visual_tokens % shape.patches.frame_tokens
+
+
 def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
     """Return one prompt of the largest length: a picture, then text."""
-    length, visual = work.prompt_length, work.visual_tokens
-    merge = shape.vision.spatial_merge_size
+    length, visual, rules = work.prompt_length, visual_tokens(shape, work), shape.patches
     mask = torch.arange(length) < visual
-    patch = 3 * shape.vision.temporal_patch_size * shape.vision.patch_size**2
-    grids = [[1, work.grid[0] * merge, work.grid[1] * merge]] if visual else []
+    sides = rules.frame or (work.grid[0] * rules.merge_size, work.grid[1] * rules.merge_size)
+    frames = visual // rules.frame_tokens if rules.frame else 1
+    grids = [[frames, *sides]] if visual else []
     return Prompt(
         sample=_SAMPLE,
         input_ids=torch.where(mask, shape.image_token_id, 1),
         position_ids=torch.arange(length).expand(3, -1),
         next_position=length,
-        pixel_values=torch.empty(visual * merge * merge, patch),
+        pixel_values=torch.empty(visual * rules.merge_size**2, rules.width),
         grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
         is_video=torch.zeros(len(grids), dtype=torch.bool),
         seconds_per_grid=torch.zeros(len(grids)),
@@ -136,7 +141,7 @@ def make_groups(engine: StageEngine, work: Workload, size: int, embeds: bool) ->
     G, R = work.group_size, work.response_length
     features = None
     if embeds:
-        size_of_one = work.visual_tokens, 1 + shape.num_deepstack_layers, shape.hidden_size
+        size_of_one = visual_tokens(shape, work), 1 + shape.num_deepstack_layers, shape.hidden_size
         place = {"dtype": engine.stage.dtype, "device": engine.process_groups.device}
         features = tuple(torch.empty(size_of_one, **place) for _ in range(size))
     return GroupBatch(prompts, torch.ones(size, G, R, dtype=torch.int64), torch.full((size, G), R), features)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ral.data.format_tags import export_tokenizer
 from megatron_ral.errors import CheckpointError
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.folder import ADAPTER, config_folder, foreign_content, read_json
 from megatron_ral.models.shape import read_shape
 from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
@@ -34,7 +35,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 """File of a folder whose weights are in one file."""
 _TIED = EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_SPELLINGS = (("model.language_model.", "model."), ("model.visual.", "visual."))
+_SPELLINGS = tuple(dict.fromkeys(pair for family in FAMILIES.values() for pair in family.spellings))
 """Beginnings of names that transformers and the hub have used, and the common ones."""
 _BUFFER = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
 """Rotary frequencies, which old versions of transformers stored and every version computes from config.json."""

@@ -44,11 +44,16 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
     [
         ("qwen2.5-vl-72b", 8, 4, 73_410_777_344),
         ("qwen2.5-vl-3b", 4, 3, 3_754_622_976),
+        ("qwen3-vl-2b", 2, 1, 2_127_532_032),
+        ("qwen3-vl-4b", 2, 3, 4_437_815_808),
         ("qwen3-vl-8b", 4, 2, 8_767_123_696),
+        ("qwen3-vl-32b", 8, 4, 33_357_390_064),
+        ("internvl3.5-1b", 2, 2, 1_060_897_792),
+        ("internvl3.5-38b", 8, 3, 38_390_405_504),
     ],
 )
 def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):
-    """3B: tied embeddings, 2 key/value heads under 4 tensor ranks."""
+    """Qwen2.5-VL 3B: tied embeddings, 2 key/value heads under 4 tensor ranks. Qwen3-VL 2B and 4B: tied as well."""
     path = MODELS / size
     ranks = list(range(tensor * pipeline))
     counts = run_ranks(1, build_every_rank, str(path), tensor, pipeline, ranks)[0]

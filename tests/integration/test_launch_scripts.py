@@ -24,6 +24,8 @@ RUNS = {
     "ral_7b_lora": 8,
     "ral_zero_7b": 8,
     "ral_explored_7b": 8,
+    "ral_qwen3vl_4b": 8,
+    "ral_qwen3vl_8b": 8,
     "distill_32b_to_7b": 8,
     "ral_32b": 32,
     "ral_70b": 64,
@@ -88,7 +90,7 @@ def test_run_is_what_its_name_says(name):
     check_settings(load_config(PROJECT / f"pretrained_configs/runs/{name}.yaml", ["model.path=x"]), name)
 
 
-@pytest.mark.parametrize("name", chosen(list(RUNS), ["sft_7b", "distill_32b_to_7b", "ral_70b"]))
+@pytest.mark.parametrize("name", chosen(list(RUNS), ["sft_7b", "distill_32b_to_7b", "ral_qwen3vl_4b", "ral_70b"]))
 def test_dry_run(name, tmp_path):
     from megatron_ral.config import load_config
 

@@ -42,7 +42,7 @@ class _Page(HTMLParser):
             self.sections[-1]["img"] += 1
         elif self.sections and tag == "canvas":
             self.sections[-1]["canvas"].append(
-                (int(attributes["data-first"]), int(attributes["width"]), int(attributes["height"]))
+                (attributes["data-cells"].split(), int(attributes["width"]), int(attributes["height"]))
             )
         elif self.sections and kind in ("target", "tokens-by-layer"):
             self.sections[-1][kind] += 1
@@ -104,7 +104,8 @@ def test_page_of_attention_by_token(material, clips, tmp_path, capsys, kind, pan
         data = json.loads(section["masses"])
         assert data["target"] == np.flatnonzero(sample.target).tolist() and data["visual"] == len(sample.target)
         assert all(
-            first >= 0 and first + width * height <= data["visual"] for first, width, height in section["canvas"]
+            len(cells) == width * height and all(0 <= int(cell) < data["visual"] for cell in cells)
+            for cells, width, height in section["canvas"]
         )
         for layer, part in data["layers"].items():
             rows = np.frombuffer(base64.b64decode(part["rows"]), "<u2").reshape(len(sample.tokens), data["visual"])

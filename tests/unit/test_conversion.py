@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.errors import CheckpointError, ConfigError
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.parameter_shapes import expected_shapes, visual_shapes
 from megatron_ral.models.shape import read_shape
 from megatron_ral.weights.conversion import differing_weights, to_hf, to_megatron
@@ -52,6 +53,8 @@ def odd_folder(
         ("tiny", 4, 4, 512, False, torch.float32),
         ("qwen3", 1, 8, 509, True, torch.bfloat16),
         ("qwen3", 2, 7, 510, False, torch.float32),
+        ("internvl", 1, 7, 509, True, torch.bfloat16),
+        ("internvl", 4, 4, 511, False, torch.float32),
     ],
 )
 def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv_heads, layers, vocab, tied, dtype):
@@ -77,7 +80,9 @@ def stored_names(folder: Path) -> list[str]:
     return [name for file in folder.glob("*.safetensors") for name in SafetensorsFile(file).shapes]
 
 
-@pytest.mark.parametrize("family, kv_heads, tensor", [("tiny", 2, 2), ("tiny", 1, 4), ("qwen3", 4, 4)])
+@pytest.mark.parametrize(
+    "family, kv_heads, tensor", [("tiny", 2, 2), ("tiny", 1, 4), ("qwen3", 4, 4), ("internvl", 2, 4)]
+)
 def test_a_rank_reads_no_more_than_its_shard(material, tmp_path, family, kv_heads, tensor):
     source = odd_folder(material[family], tmp_path / "hf", kv_heads=kv_heads, layers=4, vocab=509, tied=False)
     shape, read = read_shape(str(source)), []
@@ -109,7 +114,7 @@ def header_bytes(path: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-@pytest.mark.parametrize("kind", ["untied", "qwen3"])
+@pytest.mark.parametrize("kind", ["untied", "qwen3", "internvl"])
 def test_result_loads_in_stock_transformers(material, tmp_path, kind):
     to_megatron(material[kind], tmp_path / "m", 2, 2)
     to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
@@ -223,12 +228,39 @@ def test_command_line(material, tmp_path):
     assert wrong.returncode == 2 and "is not a Megatron folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "model_type, text",
+    [
+        ("qwen3_vl_moe", {}),
+        ("qwen3_5_moe", {}),
+        ("glm4v_moe", {}),
+        ("qwen3_moe", {}),
+        ("internvl", {"model_type": "qwen3_moe"}),
+        ("qwen3_vl", {"num_experts": 8}),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name_with_the_families_that_work(tmp_path, model_type, text):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
+    with pytest.raises(ConfigError, match=f"'{model_type}' model with a mixture of experts") as error:
+        read_shape(str(tmp_path))
+    assert error.value.key == "model.path" and all(family in error.value.remedy for family in FAMILIES)
+
+
 PUBLISHED = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-32b": 33_452_718_336,
     "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3-vl-2b": 2_127_532_032,
+    "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
+    "qwen3-vl-32b": 33_357_390_064,
+    "internvl3.5-1b": 1_060_897_792,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 8_528_318_464,
+    "internvl3.5-14b": 15_119_523_840,
+    "internvl3.5-38b": 38_390_405_504,
 }
 
 

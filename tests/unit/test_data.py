@@ -15,10 +15,10 @@ from megatron_ral.config.sections import DataConfig
 from megatron_ral.data.index import open_index
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import PromptLoader, open_sources
-from megatron_ral.data.pictures import patchify_image
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import find_shards, open_shards, parse_sample, read_entry
 from megatron_ral.errors import DataError
+from megatron_ral.functional.patches import patchify_image
 from megatron_ral.types import FramePictures, Sample
 from tests.unit.test_video import clip as mp4_clip
 

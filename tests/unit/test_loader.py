@@ -15,7 +15,6 @@ from PIL import Image
 
 from megatron_ral.commands.shards import index_shard
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.data import visuals as visuals_module
 from megatron_ral.data.archive import scan_archive
 from megatron_ral.data.index import index_path, open_index
 from megatron_ral.data.issues import SampleError
@@ -24,6 +23,7 @@ from megatron_ral.data.order import EpochOrder
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, read_entry
 from megatron_ral.errors import DataError
+from megatron_ral.models.families import Family
 from megatron_ral.types import FramePictures
 from tests.unit.shard_faults import KINDS, picture, pixel_bomb, text, write_faulty_set, write_members
 from tests.unit.test_data import Ranks, good, loader, write_shard
@@ -122,7 +122,7 @@ def test_hostile_numbers_are_faults_of_their_sample(members, reason):
 def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, monkeypatch):
     write_shard(tmp_path / "a.tar", [good("s0"), good("s1")])
     stream = loader(tmp_path / "a.tar", processor)
-    patchify = visuals_module.patchify_image
+    patchify = Family.patchify_image
     failures, own = [ZeroDivisionError("once")], {thread.ident for thread in threading.enumerate()}
 
     def fails_once(*args):
@@ -131,7 +131,7 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, mo
             raise failures.pop()
         return patchify(*args)
 
-    monkeypatch.setattr(visuals_module, "patchify_image", fails_once)
+    monkeypatch.setattr(Family, "patchify_image", fails_once)
     assert len(stream.take(3)) == 3
     [text] = stream.quarantined.values()
     assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}

@@ -13,12 +13,13 @@ from PIL import Image, ImageFile
 
 from megatron_ral.commands import inspect, shards
 from megatron_ral.data.issues import SampleError
-from megatron_ral.data.pictures import patchify_image, picture_size, read_picture
+from megatron_ral.data.pictures import picture_size, read_picture
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.data.targets import image_cells
 from megatron_ral.data.video import frames_video
 from megatron_ral.evaluation.attention_pictures import sample_panels
+from megatron_ral.functional.patches import patchify_image
 from megatron_ral.types import Sample
 from tests.unit.picture_cases import BLUE, LEFT_RIGHT, RED, REFUSED, SIDE, TURNED, encoded, halves, png, stored
 

@@ -25,7 +25,7 @@ from megatron_ral.data.video import (
     visual_token_count,
 )
 from megatron_ral.errors import ConfigError
-from megatron_ral.models.families import FAMILIES
+from megatron_ral.models.families import FAMILIES, PatchRules
 
 CODECS = {  # short groups of pictures, so that decoding skips some
     "mp4": ("mp4", "libx264", "yuv420p", {"g": "6", "bf": "2"}),
@@ -38,7 +38,9 @@ CODECS = {  # short groups of pictures, so that decoding skips some
 
 def settings(family="qwen2_5_vl", **choices) -> VideoSettings:
     stock = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
-    return VideoSettings.from_image_processor(Qwen2VLImageProcessorPil(**stock), family=family, **choices)
+    processor = Qwen2VLImageProcessorPil(**stock)
+    rules = PatchRules(processor.patch_size, processor.temporal_patch_size, processor.merge_size)
+    return VideoSettings.from_checkpoint(rules, processor, family=family, **choices)
 
 
 def clip(kind="mp4", count=20, times=None) -> bytes:
