@@ -11,7 +11,8 @@ from typing import Iterator, Optional
 
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
 from megatron_ral.config.adapter import PROJECTIONS
-from megatron_ral.config.rule import Launch, Rule, Severity, Subject, setting, without_effect
+from megatron_ral.config.launch_rules import LAUNCH_RULES
+from megatron_ral.config.rule import Launch, Rule, Severity, Subject, without_effect
 from megatron_ral.config.sections import RunConfig
 
 
@@ -356,45 +357,6 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 """Rules over a configuration."""
-
-LAUNCH_RULES: tuple[Rule, ...] = (
-    Rule(
-        ERROR,
-        "parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size",
-        lambda a: a.world_size % a.model_ranks > 0,
-        lambda a: (
-            f"({a.config.parallel.tensor_model_parallel_size} * {a.config.parallel.pipeline_model_parallel_size}) does "
-            f"not divide the world size {a.world_size}; start a multiple of {a.model_ranks} processes"
-        ),
-        lambda a: a.model_ranks,
-    ),
-    Rule(
-        ERROR,
-        "teacher.tensor_model_parallel_size * teacher.pipeline_model_parallel_size",
-        lambda a: a.config.distills and a.world_size % a.teacher_ranks > 0,
-        lambda a: (
-            f"({a.config.teacher_layout[0]} * {a.config.teacher_layout[1]}) does not divide the world size "
-            f"{a.world_size}; the teacher runs on the ranks of the policy"
-        ),
-        lambda a: a.teacher_ranks,
-    ),
-    Rule(
-        ERROR,
-        lambda a: a.batch_key,
-        lambda a: a.training and setting(a.config, a.batch_key) % (a.data_ranks * a.updates) > 0,
-        lambda a: (
-            f"is not divisible by the {a.data_ranks} data-parallel ranks"
-            + (" * {rollout.num_minibatches}" if a.batch_key == "rollout.num_prompts" else "")
-        ),
-    ),
-    Rule(
-        ERROR,
-        "train.micro_batch_size",
-        lambda a: a.training and a.groups_per_rank % min(a.config.train.micro_batch_size, a.groups_per_rank) > 0,
-        lambda a: f"does not divide the {a.groups_per_rank} prompt groups that one rank handles per optimizer step",
-    ),
-)
-"""Rules over a configuration and a number of processes. The first one that applies is reported."""
 
 
 def check_settings(config: RunConfig) -> None:
