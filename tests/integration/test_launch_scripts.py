@@ -154,7 +154,7 @@ def test_short_comparison_of_explored_attention_in_miniature(tmp_path):
             capture_output=True,
             text=True,
             env=environment(OUTPUT_DIR=tmp_path / "out", SEED=7),
-            timeout=600,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
         assert "start + 1 rollouts of contrast" in done.stdout and "Contrast is NOT ahead of GRPO" in done.stdout
