@@ -3,6 +3,7 @@
 #
 #   bash launch_scripts/ral_tiny.sh [dotted.key=value ...] [--dry-run]
 #   TASK=video-search bash launch_scripts/ral_tiny.sh      # the same on clips (mp4) instead of images
+#   FAMILY=qwen3_vl bash launch_scripts/ral_tiny.sh        # the same with a tiny model of another family
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
 # A phase whose result is already in OUTPUT_DIR is skipped, and an interrupted training run is resumed. Other settings
@@ -11,7 +12,8 @@ set -euo pipefail
 
 # ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 TASK="${TASK:-digit-search}"         # or video-search
-OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task and set of overrides
+FAMILY="${FAMILY:-qwen2_5_vl}"       # or another family of tools/make_tiny_model.py: qwen3_vl, internvl
+OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task, family, overrides
 DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search or data/video_search in the project
 NPROC_PER_NODE="${NPROC_PER_NODE:-2}"
 NNODES="${NNODES:-1}"                # more than 1: OUTPUT_DIR and DATA_DIR must be on a shared disk
@@ -29,6 +31,8 @@ case "$TASK" in
     *) echo "error: TASK = $TASK is neither digit-search nor video-search" >&2 && exit 2 ;;
 esac
 task_name="${TASK/-/_}"
+family=()
+[ "$FAMILY" = qwen2_5_vl ] || { suffix+="-${FAMILY//_/-}" && family=("family=$FAMILY"); }
 
 overrides=() sft_overrides=() rl_overrides=() seed=0 dry_run=""
 for argument in "$@"; do
@@ -68,15 +72,16 @@ rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.ou
 if [ -n "$dry_run" ]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
-    "$PYTHON" tools/make_tiny_model.py --task "$TASK" --output "$scratch/model" > /dev/null 2>&1
+    "$PYTHON" tools/make_tiny_model.py --family "$FAMILY" --task "$TASK" --output "$scratch/model" \
+        > /dev/null 2> "$scratch/error" || { tail -1 "$scratch/error" >&2 && exit 2; }
     launch megatron_ral.train "${sft[@]}" "model.path='$scratch/model'" --dry-run
     launch megatron_ral.train "${rl[@]}" "model.path='$scratch/model'" --dry-run
     exit 0
 fi
 
 mkdir -p "$OUTPUT_DIR/seconds"
-printf '%s\n' "processes=$NPROC_PER_NODE*$NNODES" "data=$DATA_DIR" ${overrides[@]+"${overrides[@]}"} \
-    > "$OUTPUT_DIR/arguments.new.$NODE_RANK"
+printf '%s\n' "processes=$NPROC_PER_NODE*$NNODES" "data=$DATA_DIR" ${family[@]+"${family[@]}"} \
+    ${overrides[@]+"${overrides[@]}"} > "$OUTPUT_DIR/arguments.new.$NODE_RANK"
 if [ -f "$OUTPUT_DIR/arguments" ] && ! cmp -s "$OUTPUT_DIR/arguments" "$OUTPUT_DIR/arguments.new.$NODE_RANK"; then
     rm "$OUTPUT_DIR/arguments.new.$NODE_RANK"
     echo "error: OUTPUT_DIR = $OUTPUT_DIR was made with other arguments ($(tr '\n' ' ' < "$OUTPUT_DIR/arguments")); " \
@@ -111,7 +116,8 @@ make_once() {
 }
 
 make_once data "$DATA_DIR/dataset_info.json" "$PYTHON" "tools/make_$task_name.py" --output "$DATA_DIR"
-make_once model "$model/config.json" "$PYTHON" tools/make_tiny_model.py --task "$TASK" --output "$model" --seed "$seed"
+make_once model "$model/config.json" "$PYTHON" tools/make_tiny_model.py --family "$FAMILY" --task "$TASK" \
+    --output "$model" --seed "$seed"
 
 [ -d "$OUTPUT_DIR/sft/hf" ] || run_phase sft launch megatron_ral.train --resume "${sft[@]}"
 [ -f "$OUTPUT_DIR/sft/evaluation.json" ] || run_phase sft_evaluation \

@@ -94,6 +94,7 @@ def make_material(root: Path) -> None:
         ("make_digit_search.py", "--output", root / "data", *shards),
         (model, "--output", root / "made_untied", "--untied", "--seed", 3),
         (model, "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3),
+        (model, "--output", root / "made_internvl", "--family", "internvl", "--vision-depth", 3, "--tile-patches", 6),
         # wider, deeper, more heads, another padding of the vocabulary
         (model, "--output", root / "made_teacher", "--untied", "--seed", 6, *wide),
     )
@@ -103,6 +104,7 @@ def make_material(root: Path) -> None:
     perturbed_copy(root / "made_untied", root / "untied", seed=5)
     perturbed_copy(root / "untied", root / "untied_other", seed=3)
     perturbed_copy(root / "made_qwen3", root / "qwen3", seed=4)
+    perturbed_copy(root / "made_internvl", root / "internvl", seed=8)
     perturbed_copy(root / "made_teacher", root / "teacher", seed=6)
 
 
@@ -111,7 +113,7 @@ def material(request) -> dict[str, Path]:
     """Folders by name, shared by all workers: read, never written.
 
     tiny: tied embeddings; tiny_other: other weights; untied: separate LM head; untied_other: the same with
-    other weights; qwen3: the second family; teacher: a larger model of the first family; data: shards.
+    other weights; qwen3, internvl: other families; teacher: a larger model of the first family; data: shards.
     """
     root = made_once(request, "material", make_material)
     return {
@@ -121,6 +123,7 @@ def material(request) -> dict[str, Path]:
         "untied": root / "untied",
         "untied_other": root / "untied_other",
         "qwen3": root / "qwen3",
+        "internvl": root / "internvl",
         "data": root / "data",
         "root": root,
     }

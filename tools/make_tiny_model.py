@@ -1,5 +1,5 @@
-"""Write a randomly initialised, tiny Qwen2.5-VL or Qwen3-VL as a complete Hugging Face folder, for tests and
-demonstrations.
+"""Write a randomly initialised, tiny Qwen2.5-VL, Qwen3-VL or InternVL3.5 as a complete Hugging Face folder, for tests
+and demonstrations.
 
 The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with
 its chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B
@@ -29,7 +29,13 @@ VISION_PAD = "<|vision_pad|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
-PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16}
+PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16, "internvl": 14}
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 TASKS = ("digit-search", "video-search")
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -62,6 +68,16 @@ CHAT_TEMPLATE = """\
 """
 
 
+def chat_template(family: str) -> str:
+    """Return the chat template, with the text that the family has for an image and a video."""
+    if family != "internvl":
+        return CHAT_TEMPLATE
+    replaced = CHAT_TEMPLATE
+    for theirs, ours in ((IMAGE_PAD, "context_image_token"), (VIDEO_PAD, "video_token")):
+        replaced = replaced.replace(VISION_START + theirs + VISION_END, INTERNVL_TOKENS[ours] + "\\n")
+    return replaced
+
+
 def task_text(task: str) -> list[str]:
     """Return every word that a task can use, to train the tokenizer. Video search has the words of digit search too."""
     lines = ["system\n", "user\n", "assistant\n"]
@@ -71,8 +87,8 @@ def task_text(task: str) -> list[str]:
     return lines + ([scene_question(scene) for scene in range(1, 10)] if task == "video-search" else [])
 
 
-def build_tokenizer(task: str):
-    """Return a byte-level BPE in which every word of the task is one token, with Qwen2.5-VL's special tokens and chat
+def build_tokenizer(task: str, family: str):
+    """Return a byte-level BPE in which every word of the task is one token, with the family's special tokens and chat
     template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -95,15 +111,18 @@ def build_tokenizer(task: str):
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    named = INTERNVL_TOKENS if family == "internvl" else {}
+    special = [*SPECIAL_TOKENS, *named.values()]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (TURN_END, END_OF_TEXT)],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(family),
         model_max_length=4096,
+        **({"extra_special_tokens": named} if named else {}),
     )
 
 
@@ -112,6 +131,8 @@ def build_model(args: argparse.Namespace, tokenizer):
     import torch
     from transformers import (
         GenerationConfig,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         Qwen3VLConfig,
@@ -155,7 +176,21 @@ def build_model(args: argparse.Namespace, tokenizer):
         "temporal_patch_size": 2,
         "initializer_range": args.initializer_range,
     }
-    if args.family == "qwen3_vl":
+    if args.family == "internvl":
+        make_config, make_model = InternVLConfig, InternVLForConditionalGeneration
+        text_config |= {"model_type": "qwen3", "head_dim": args.hidden_size // args.num_heads}
+        text_config["rope_parameters"].pop("mrope_section")
+        vision_config = {
+            "num_hidden_layers": args.vision_depth,
+            "hidden_size": args.vision_hidden_size,
+            "intermediate_size": args.vision_intermediate_size,
+            "num_attention_heads": args.vision_num_heads,
+            "attention_bias": True,
+            "patch_size": [PATCH_SIZE[args.family]] * 2,
+            "image_size": [PATCH_SIZE[args.family] * args.tile_patches] * 2,
+            "initializer_range": args.initializer_range,
+        }
+    elif args.family == "qwen3_vl":
         make_config, make_model = Qwen3VLConfig, Qwen3VLForConditionalGeneration
         text_config["head_dim"] = args.hidden_size // args.num_heads
         vision_config["num_position_embeddings"] = 64
@@ -164,13 +199,20 @@ def build_model(args: argparse.Namespace, tokenizer):
         make_config, make_model = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
         text_config["max_window_layers"] = args.num_layers
         vision_config |= {"window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [args.vision_depth - 1]}
+    if args.family == "internvl":
+        image = token_id(INTERNVL_TOKENS["context_image_token"])
+        visual = {"image_token_id": image, "image_seq_length": args.tile_patches**2 // 4}
+    else:
+        visual = {
+            "image_token_id": token_id(IMAGE_PAD),
+            "video_token_id": token_id(VIDEO_PAD),
+            "vision_start_token_id": token_id(VISION_START),
+            "vision_end_token_id": token_id(VISION_END),
+        }
     config = make_config(
         text_config=text_config,
         vision_config=vision_config,
-        image_token_id=token_id(IMAGE_PAD),
-        video_token_id=token_id(VIDEO_PAD),
-        vision_start_token_id=token_id(VISION_START),
-        vision_end_token_id=token_id(VISION_END),
+        **visual,
         tie_word_embeddings=not args.untied,
         initializer_range=args.initializer_range,
         dtype="float32",
@@ -182,10 +224,14 @@ def build_model(args: argparse.Namespace, tokenizer):
     return model
 
 
-def build_image_processor(family: str):
-    """Return the family's image processor, with a lower bound of one visual token, to leave small images unscaled."""
+def build_image_processor(family: str, tile_patches: int):
+    """Return the family's image processor, which leaves small images unscaled where the family can."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    if family == "internvl":
+        side = tile_patches * PATCH_SIZE[family]
+        return GotOcr2ImageProcessorPil(size={"height": side, "width": side})
     cell = (2 * PATCH_SIZE[family]) ** 2
     return Qwen2VLImageProcessorPil(min_pixels=cell, max_pixels=cell * 16384, patch_size=PATCH_SIZE[family])
 
@@ -212,6 +258,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-hidden-size", type=int, default=96, help="width of the vision encoder")
     parser.add_argument("--vision-intermediate-size", type=int, default=256, help="width of its feed-forward layers")
     parser.add_argument("--vision-num-heads", type=int, default=4, help="heads of the vision encoder")
+    parser.add_argument(
+        "--tile-patches",
+        type=int,
+        default=4,
+        help="patches along a side of a tile of internvl, even; 4: a visual token for each cell of a search picture",
+    )
     parser.add_argument("--vocab-size", type=int, default=512, help="rows of the word embeddings, unused ones included")
     parser.add_argument(
         "--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ"
@@ -240,6 +292,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--vision-hidden-size {args.vision_hidden_size} must be --vision-num-heads ({args.vision_num_heads}) "
             "times a multiple of 4 (two rotary axes)"
         )
+    if args.tile_patches % 2:
+        parser.error(f"--tile-patches {args.tile_patches} must be even (a visual token is 2 x 2 patches)")
     if args.output.exists():
         if not args.force:
             parser.error(f"--output {args.output} exists already; give --force to replace it")
@@ -251,7 +305,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the model to a temporary folder beside --output, then rename it."""
     args = parse_arguments(argv)
-    tokenizer = build_tokenizer(args.task)
+    tokenizer = build_tokenizer(args.task, args.family)
     if len(tokenizer) > args.vocab_size:
         sys.exit(f"--vocab-size must be at least {len(tokenizer)}, the tokens in use, got {args.vocab_size}")
     model = build_model(args, tokenizer)
@@ -263,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        build_image_processor(args.family).save_pretrained(partial)
+        build_image_processor(args.family, args.tile_patches).save_pretrained(partial)
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)

@@ -120,9 +120,9 @@ def wanted(material):
     return slow_responses(material, "tiny")
 
 
-@pytest.fixture(scope="module")
-def wanted_qwen3(material):
-    return slow_responses(material, "qwen3")
+@pytest.fixture(scope="module", params=["qwen3", "internvl"])
+def wanted_of_others(material, request):
+    return slow_responses(material, request.param)
 
 
 def test_responses_end_at_different_steps(wanted):
@@ -226,9 +226,9 @@ def test_equals_a_loop_without_cache(wanted, layout):
 
 
 @pytest.mark.parametrize("layout", ["one process, by two, block 3", "TP=2 PP=2"])
-def test_the_second_family_equals_a_loop_without_cache(wanted_qwen3, layout):
-    """Its vision tower adds to the first two layers, and queries and keys are normed."""
-    check_layout(wanted_qwen3, layout)
+def test_other_families_equal_a_loop_without_cache(wanted_of_others, layout):
+    """Qwen3-VL: the tower adds to the first two layers, and queries and keys are normed. InternVL: tiles."""
+    check_layout(wanted_of_others, layout)
 
 
 def test_batches_take_turns_on_the_stages(wanted):

@@ -72,8 +72,9 @@ def group_against_sequences(path, data):
     return result
 
 
-def test_group_equals_separate_sequences(material):
-    result = run_ranks(1, group_against_sequences, str(material["tiny"]), str(material["data"]))[0]
+@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl"])
+def test_group_equals_separate_sequences(material, family):
+    result = run_ranks(1, group_against_sequences, str(material[family]), str(material["data"]))[0]
     group, alone = result["group"], result["separate"]
     assert group["logprobs"].abs().max() > 1
     assert torch.allclose(group["logprobs"], alone["logprobs"], atol=1e-5)

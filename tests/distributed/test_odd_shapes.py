@@ -70,10 +70,11 @@ def test_logits_and_attention_rows_of_an_exported_step_equal_transformers(
     check_against_transformers(results, source, output, str(material["data"]))
 
 
-def test_qwen3_step_like_one_process(material, tmp_path):
-    """Deep visual features, normalised heads, sequence parallelism and both kinds of parallel ranks at once."""
-    other = perturbed_copy(material["qwen3"], tmp_path / "other", seed=9)
-    arguments = (str(material["qwen3"]), str(other), str(material["data"]))
+@pytest.mark.parametrize("family", ["qwen3", "internvl"])
+def test_other_families_step_like_one_process(material, tmp_path, family):
+    """Deep visual features, tiles, normalised heads, sequence parallelism and both kinds of parallel ranks at once."""
+    other = perturbed_copy(material[family], tmp_path / "other", seed=9)
+    arguments = (str(material[family]), str(other), str(material["data"]))
     alone = run_ranks(1, one_step, *arguments, 1, 1, 8, 1, (-1, 1))[0]
     result = run_ranks(8, one_step, *arguments, 2, 2, 2, 1, (-1, 1), True)[0]
     check_step(result, alone)

@@ -1,4 +1,4 @@
-"""Logits and gradients of every layout against stock transformers, for both families and odd shapes, on text, one
+"""Logits and gradients of every layout against stock transformers, for all families and odd shapes, on text, one
 image, two images, a video, and an image with a video."""
 
 import dataclasses
@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.collectives import gather_objects, gather_shards
@@ -27,7 +28,6 @@ from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 from tests.tiers import chosen
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 KINDS = {"tied": ("--num-kv-heads", 1), "untied": ("--num-kv-heads", 2, "--untied")}
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 3))
 GROUP_SIZE, LENGTH = 2, 6
@@ -165,7 +165,8 @@ def reference(path: str, dtype: torch.dtype = torch.float32) -> tuple[list[torch
     gradients = {
         common_name(name): parameter.grad.float()
         for name, parameter in model.named_parameters()
-        if ".visual." not in name and (name != "lm_head.weight" or not model.config.tie_word_embeddings)
+        if not common_name(name).startswith("visual.")
+        and (name != "lm_head.weight" or not model.config.tie_word_embeddings)
     }
     return logits, gradients
 
@@ -194,7 +195,10 @@ def check_against_stock(result: dict, path: str) -> None:
             (1, 1, "untied", "qwen2_5_vl"),
             (1, 1, "tied", "qwen3_vl"),
             (1, 1, "untied", "qwen3_vl"),
+            (1, 1, "tied", "internvl"),
+            (1, 1, "untied", "internvl"),
             (2, 1, "untied", "qwen3_vl"),
+            (2, 2, "tied", "internvl"),
             (4, 1, "tied", "qwen2_5_vl"),
             (1, 2, "tied", "qwen3_vl"),
             (2, 2, "untied", "qwen2_5_vl"),
@@ -208,7 +212,7 @@ def test_logits_and_gradients_equal_stock_transformers(models, family, kind, ten
     check_against_stock(run_ranks(tensor * pipeline, logits_and_gradients, path, tensor, pipeline)[-1], path)
 
 
-@pytest.mark.parametrize("tensor, pipeline, family", [(4, 1, "qwen3_vl"), (2, 2, "qwen2_5_vl")])
+@pytest.mark.parametrize("tensor, pipeline, family", [(4, 1, "qwen3_vl"), (2, 2, "qwen2_5_vl"), (2, 1, "internvl")])
 def test_sequence_parallel_and_export(models, tmp_path, family, tensor, pipeline):
     """The same under sequence parallelism (lengths that its ranks do not divide); the exported folder is the source."""
     path = str(models / f"{family}_tied")
@@ -232,6 +236,7 @@ def distance(ours: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
         (2, 1, True, "qwen3_vl"),
         (1, 3, False, "qwen3_vl"),
         (2, 2, False, "qwen2_5_vl"),
+        (1, 1, False, "internvl"),
     ],
 )
 def test_bfloat16_is_as_near_to_float32_as_stock_bfloat16(models, family, tensor, pipeline, sequence_parallel):

@@ -48,6 +48,8 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
         ("qwen3-vl-4b", 2, 3, 4_437_815_808),
         ("qwen3-vl-8b", 4, 2, 8_767_123_696),
         ("qwen3-vl-32b", 8, 4, 33_357_390_064),
+        ("internvl3.5-1b", 2, 2, 1_060_897_792),
+        ("internvl3.5-38b", 8, 3, 38_390_405_504),
     ],
 )
 def test_every_rank_is_built_and_adds_up(size, tensor, pipeline, total):

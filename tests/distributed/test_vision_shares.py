@@ -27,7 +27,9 @@ def features_and_gradients(path: str, tensor: int, sequence_parallel: bool, limi
     _, prompts, ids, lengths = prompts_and_responses(path)
     totals = StepTotals(int(lengths.sum()), lengths.numel(), LENGTH)
     read: list[int] = []
-    policy.stage.visual.patch_embed.register_forward_hook(lambda module, inputs, output: read.append(len(output)))
+    tower = policy.stage.visual  # InternVL's reads tiles, of which each is 36 patches
+    first = tower.patch_embed if hasattr(tower, "patch_embed") else tower.vision_tower.embeddings.patch_embeddings
+    first.register_forward_hook(lambda module, inputs, output: read.append(output.shape[:-1].numel()))
     features = policy.encode_visual(pad_prompts(prompts, 0))
     encoded = sum(read)
     batches = [
@@ -48,7 +50,7 @@ def features_and_gradients(path: str, tensor: int, sequence_parallel: bool, limi
     }
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen3"])
+@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl"])
 def test_shares_of_tensor_ranks_give_the_features_and_gradients_of_one_process(material, family):
     path = str(material[family])
     [alone] = run_ranks(1, features_and_gradients, path, 1, False, 32_768)

@@ -425,7 +425,14 @@ def export_and_read(path, data, output, tensor, pipeline):
 
 @pytest.mark.parametrize(
     "world, tensor, pipeline, kind",
-    [(1, 1, 1, "tiny"), (2, 2, 1, "tiny"), (2, 1, 2, "tiny"), (4, 2, 2, "untied"), (2, 2, 1, "qwen3")],
+    [
+        (1, 1, 1, "tiny"),
+        (2, 2, 1, "tiny"),
+        (2, 1, 2, "tiny"),
+        (4, 2, 2, "untied"),
+        (2, 2, 1, "qwen3"),
+        (2, 2, 1, "internvl"),
+    ],
 )
 def test_exported_folder_in_stock_transformers(material, tmp_path, world, tensor, pipeline, kind):
     """The outside reference: logits and eager attention of stock transformers on the exported folder."""

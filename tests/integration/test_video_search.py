@@ -181,3 +181,14 @@ def test_unknown_task_is_refused():
         env={**os.environ, "TASK": "chess"},
     )
     assert done.returncode == 2 and "TASK = chess is neither digit-search nor video-search" in done.stderr
+
+
+def test_unknown_family_is_refused():
+    done = subprocess.run(
+        ["bash", "launch_scripts/ral_tiny.sh", "--dry-run"],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env={**os.environ, "FAMILY": "chess"},
+    )
+    assert done.returncode == 2 and "argument --family: invalid choice: 'chess'" in done.stderr

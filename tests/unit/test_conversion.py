@@ -53,6 +53,8 @@ def odd_folder(
         ("tiny", 4, 4, 512, False, torch.float32),
         ("qwen3", 1, 8, 509, True, torch.bfloat16),
         ("qwen3", 2, 7, 510, False, torch.float32),
+        ("internvl", 1, 7, 509, True, torch.bfloat16),
+        ("internvl", 4, 4, 511, False, torch.float32),
     ],
 )
 def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv_heads, layers, vocab, tied, dtype):
@@ -78,7 +80,9 @@ def stored_names(folder: Path) -> list[str]:
     return [name for file in folder.glob("*.safetensors") for name in SafetensorsFile(file).shapes]
 
 
-@pytest.mark.parametrize("family, kv_heads, tensor", [("tiny", 2, 2), ("tiny", 1, 4), ("qwen3", 4, 4)])
+@pytest.mark.parametrize(
+    "family, kv_heads, tensor", [("tiny", 2, 2), ("tiny", 1, 4), ("qwen3", 4, 4), ("internvl", 2, 4)]
+)
 def test_a_rank_reads_no_more_than_its_shard(material, tmp_path, family, kv_heads, tensor):
     source = odd_folder(material[family], tmp_path / "hf", kv_heads=kv_heads, layers=4, vocab=509, tied=False)
     shape, read = read_shape(str(source)), []
@@ -110,7 +114,7 @@ def header_bytes(path: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-@pytest.mark.parametrize("kind", ["untied", "qwen3"])
+@pytest.mark.parametrize("kind", ["untied", "qwen3", "internvl"])
 def test_result_loads_in_stock_transformers(material, tmp_path, kind):
     to_megatron(material[kind], tmp_path / "m", 2, 2)
     to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
@@ -251,6 +255,12 @@ PUBLISHED = {
     "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
+    "internvl3.5-1b": 1_060_897_792,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 8_528_318_464,
+    "internvl3.5-14b": 15_119_523_840,
+    "internvl3.5-38b": 38_390_405_504,
 }
 
 

@@ -68,7 +68,7 @@ def check_against_stock(family: str, attention: str = "sdpa") -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("limit", [32_768, 300, 1], ids=["one_call", "some_calls", "a_call_per_frame"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_values_and_gradients_are_those_of_transformers(monkeypatch, family, limit, attention):
     monkeypatch.setattr(vision, "PATCHES_PER_CALL", limit)
     check_against_stock(family, attention)
@@ -85,7 +85,7 @@ def reference_varlen(query, key, value, bounds, key_bounds, longest, longest_key
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_way_of_a_gpu_with_a_kernel_of_the_cpu(monkeypatch, family):
     """No GPU here: the kernel is replaced, everything around it is what CUDA runs."""
     kernel = Mock(side_effect=reference_varlen)
@@ -106,7 +106,7 @@ def test_flash_attention_is_for_16_bits_on_cuda(monkeypatch):
     assert not packed_attention.uses_flash(CPU, torch.bfloat16, 80)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("grid", [[1, 92, 100], [1, 46, 200], [4, 50, 46]])
 def test_a_picture_of_2300_tokens_takes_at_most_two_attention_calls_per_block(monkeypatch, family, grid):
     """transformers makes one per window (up to 156) and one per frame."""
@@ -159,7 +159,7 @@ def test_shares_are_consecutive_and_about_equal():
     assert share(frames_of(torch.tensor([[4, 2, 6]])), 2) == [[Frame(2, 6)] * 2] * 2  # a video is cut between frames
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_without_pictures_the_tower_has_zero_gradients(family):
     tower, _ = towers(family)
     features = encode_frames(tower, FAMILIES[family], [], [pixels_of(family)[:0]])
