@@ -94,7 +94,7 @@ def make_material(root: Path) -> None:
         ("make_digit_search.py", "--output", root / "data", *shards),
         (model, "--output", root / "made_untied", "--untied", "--seed", 3),
         (model, "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3),
-        (model, "--output", root / "made_internvl", "--family", "internvl", "--vision-depth", 3),
+        (model, "--output", root / "made_internvl", "--family", "internvl", "--vision-depth", 3, "--tile-patches", 6),
         # wider, deeper, more heads, another padding of the vocabulary
         (model, "--output", root / "made_teacher", "--untied", "--seed", 6, *wide),
     )

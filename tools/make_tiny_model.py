@@ -36,8 +36,6 @@ INTERNVL_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-TILE_PATCHES = 6
-"""Patches along a side of a tile of InternVL: 3 x 3 visual tokens, one for each cell of a search picture."""
 TASKS = ("digit-search", "video-search")
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -189,7 +187,7 @@ def build_model(args: argparse.Namespace, tokenizer):
             "num_attention_heads": args.vision_num_heads,
             "attention_bias": True,
             "patch_size": [PATCH_SIZE[args.family]] * 2,
-            "image_size": [PATCH_SIZE[args.family] * TILE_PATCHES] * 2,
+            "image_size": [PATCH_SIZE[args.family] * args.tile_patches] * 2,
             "initializer_range": args.initializer_range,
         }
     elif args.family == "qwen3_vl":
@@ -203,7 +201,7 @@ def build_model(args: argparse.Namespace, tokenizer):
         vision_config |= {"window_size": 112, "tokens_per_second": 2, "fullatt_block_indexes": [args.vision_depth - 1]}
     if args.family == "internvl":
         image = token_id(INTERNVL_TOKENS["context_image_token"])
-        visual = {"image_token_id": image, "image_seq_length": TILE_PATCHES**2 // 4}
+        visual = {"image_token_id": image, "image_seq_length": args.tile_patches**2 // 4}
     else:
         visual = {
             "image_token_id": token_id(IMAGE_PAD),
@@ -230,13 +228,13 @@ def build_model(args: argparse.Namespace, tokenizer):
     return model
 
 
-def build_image_processor(family: str):
+def build_image_processor(family: str, tile_patches: int):
     """Return the family's image processor, which leaves small images unscaled where the family can."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     if family == "internvl":
-        side = TILE_PATCHES * PATCH_SIZE[family]
+        side = tile_patches * PATCH_SIZE[family]
         return GotOcr2ImageProcessorPil(size={"height": side, "width": side})
     cell = (2 * PATCH_SIZE[family]) ** 2
     return Qwen2VLImageProcessorPil(min_pixels=cell, max_pixels=cell * 16384, patch_size=PATCH_SIZE[family])
@@ -264,6 +262,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-hidden-size", type=int, default=96, help="width of the vision encoder")
     parser.add_argument("--vision-intermediate-size", type=int, default=256, help="width of its feed-forward layers")
     parser.add_argument("--vision-num-heads", type=int, default=4, help="heads of the vision encoder")
+    parser.add_argument(
+        "--tile-patches",
+        type=int,
+        default=4,
+        help="patches along a side of a tile of internvl, even; 4: a visual token for each cell of a search picture",
+    )
     parser.add_argument("--vocab-size", type=int, default=512, help="rows of the word embeddings, unused ones included")
     parser.add_argument(
         "--rope-theta", type=float, default=10.0, help="base of the rotary embedding; small, so that cells differ"
@@ -304,6 +308,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--vision-hidden-size {args.vision_hidden_size} must be --vision-num-heads ({args.vision_num_heads}) "
             "times a multiple of 4 (two rotary axes)"
         )
+    if args.tile_patches % 2:
+        parser.error(f"--tile-patches {args.tile_patches} must be even (a visual token is 2 x 2 patches)")
     if args.output.exists():
         if not args.force:
             parser.error(f"--output {args.output} exists already; give --force to replace it")
@@ -327,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        build_image_processor(args.family).save_pretrained(partial)
+        build_image_processor(args.family, args.tile_patches).save_pretrained(partial)
         if output.exists():
             shutil.rmtree(output)
         os.rename(partial, output)

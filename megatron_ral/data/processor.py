@@ -312,7 +312,7 @@ class PromptProcessor:
             ConfigError: tokens and visual features do not fit each other.
         """
         stream = io.BytesIO()
-        Image.new("RGB", (4 * self.rules.token_side,) * 2, "grey").save(stream, "PNG")
+        Image.new("RGB", (4 * self.rules.token_side, 4 * self.rules.token_side), "grey").save(stream, "PNG")
         picture = stream.getvalue()
         for images, videos in (((picture,), ()), ((), (FramePictures((picture,) * 4, fps=2.0),))):
             sample = Sample("probe", "probe", PROBE_QUESTION, "", "", "", images, (), videos)
