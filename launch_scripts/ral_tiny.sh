@@ -7,6 +7,7 @@
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
 # Adapters (adapter.rank=8) are for RL alone, because SFT starts from random weights, which leave nothing to adapt.
+# Their learning rate is 1e-3 (full training: 3e-4) unless another one is given.
 # A phase whose result is already in OUTPUT_DIR is skipped, and an interrupted training run is resumed. Other settings
 # need another OUTPUT_DIR.
 set -euo pipefail
@@ -35,13 +36,16 @@ task_name="${TASK/-/_}"
 family=()
 [ "$FAMILY" = qwen2_5_vl ] || { suffix+="-${FAMILY//_/-}" && family=("family=$FAMILY"); }
 
-overrides=() sft_overrides=() rl_overrides=() seed=0 dry_run=""
+overrides=() sft_overrides=() rl_overrides=() rl_defaults=() seed=0 dry_run=""
 for argument in "$@"; do
     case "$argument" in
         --dry-run) dry_run=1 && continue ;;
         sft:*) sft_overrides+=("${argument#sft:}") ;;
         rl:*) rl_overrides+=("${argument#rl:}") ;;
-        adapter.*) rl_overrides+=("$argument") ;;
+        adapter.*)
+            rl_defaults=("optimizer.learning_rate=1.0e-3")
+            rl_overrides+=("$argument")
+            ;;
         seed=*) seed="${argument#seed=}" sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
         *) sft_overrides+=("$argument") rl_overrides+=("$argument") ;;
     esac
@@ -69,7 +73,7 @@ sft=(--config "$config/sft_tiny.yaml" "model.path='$model'" "train.output_dir='$
     ${sft_overrides[@]+"${sft_overrides[@]}"})
 rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.output_dir='$OUTPUT_DIR/rl'"
     "data.train.0.shards='$DATA_DIR/rl-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
-    ${rl_overrides[@]+"${rl_overrides[@]}"})
+    ${rl_defaults[@]+"${rl_defaults[@]}"} ${rl_overrides[@]+"${rl_overrides[@]}"})
 
 if [ -n "$dry_run" ]; then
     scratch="$(mktemp -d)"
