@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.evaluation.prompt_set import read_prompts
+from megatron_ral.weights.conversion import differing_weights
 from tests.faults.launch import run_job
 from tests.integration.cases import RL, SFT, write_config
 
@@ -82,11 +82,8 @@ def test_damaged_weight_that_one_sample_meets(material, tmp_path):
     assert f"micro-batch {1 - micro_batch} of every data rank alone: loss = nan" not in report
 
 
-@pytest.mark.parametrize(
-    "settings", [["optimizer.learning_rate=1000.0"], ["optimizer.learning_rate=3.0e+38", "adapter.rank=2"]]
-)
-def test_weights_that_blew_up_in_rl(material, tmp_path, settings):
-    """An absurd learning rate: the updates after the first are skipped, and weights and moments stand still."""
+def test_weights_that_blew_up_in_rl(material, tmp_path):
+    """A learning rate of 1000: the updates after the first are skipped, and weights and moments stand still."""
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
     ended = run_job(
         2,
@@ -98,7 +95,7 @@ def test_weights_that_blew_up_in_rl(material, tmp_path, settings):
             "logging.probe_interval=0",
             "logging.eval_interval=0",
             "train.num_steps=2",
-            *settings,
+            "optimizer.learning_rate=1000.0",
             "parallel.pipeline_model_parallel_size=2",
             "loss.attention_target=old",
             "train.keep_replays=1",
@@ -135,3 +132,27 @@ def test_replay_of_a_finite_batch_says_so(material, tmp_path):
         shutil.copy(source, file)
     again = run_job(2, tmp_path / "again", [folder], module="megatron_ral.replay")
     assert again.codes == [1, 1] and "not reproduced" in again.output[0], again.output
+
+
+def test_adapters_that_blew_up(material, tmp_path):
+    """A replay holds the base as it was and the adapters by themselves, and runs again from both."""
+    path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
+    settings = [
+        f"model.reference_path='{material['tiny_other']}'",  # without rewards the KL alone has a gradient
+        "adapter.rank=2",
+        "optimizer.learning_rate=2.0e+37",
+        "logging.probe_interval=0",
+        "logging.eval_interval=0",
+        "train.num_steps=1",
+        "train.keep_replays=1",
+        "train.export=false",
+        f"train.output_dir={tmp_path}/run",
+    ]
+    ended = run_job(2, tmp_path / "job", ["--config", path, *overrides, *settings])
+    assert ended.codes == [0, 0], ended.output
+    [folder] = replay_of(ended.output[0])
+    assert not differing_weights(material["tiny"], f"{folder}/hf")
+    factors = load_file(f"{folder}/adapter/adapter_model.safetensors")
+    assert len(factors) == 2 * 7 * 4 and max(float(factor.abs().max()) for factor in factors.values()) > 1e36
+    again = run_job(2, tmp_path / "again", [folder], module="megatron_ral.replay")
+    assert again.codes == [0, 0] and "reproduced: the loss" in again.output[0], again.output
