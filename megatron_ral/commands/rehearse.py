@@ -26,7 +26,7 @@ def main(argv: Arguments = None) -> int:
     from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
 
     choose_deepspeed_accelerator()
-    from megatron_ral.engine.settings import policy_shape
+    from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.planning.hardware import Hardware
     from megatron_ral.planning.launch_plan import LaunchPlan
     from megatron_ral.planning.rehearse import rehearse
@@ -55,7 +55,7 @@ def main(argv: Arguments = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     hardware = Hardware(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(Hardware)})
     config = load_config(arguments.config, arguments.overrides)
-    shape = policy_shape(config)
+    shape = shape_from_config(config)
     plan = LaunchPlan.from_config(config, arguments.world_size, arguments.visual_tokens)
     if arguments.search:
         print(search(plan, shape, hardware))

@@ -28,7 +28,7 @@ def main(argv: Arguments = None) -> int:
 
     choose_deepspeed_accelerator()
     from megatron_ral.data.processor import PromptProcessor
-    from megatron_ral.engine.settings import policy_shape
+    from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.models.folder import read_json
     from megatron_ral.models.shape import read_shape
     from megatron_ral.objectives.supervised import supervised_objective
@@ -50,7 +50,7 @@ def main(argv: Arguments = None) -> int:
             places.append(f"adapter.path='{folder / 'adapter'}'")
         config = load_config(folder / "config.yaml", places)
         batches, _, tensors = load_replay(folder, int(os.environ.get("RANK", 0)))
-        shape = policy_shape(config)
+        shape = shape_from_config(config)
         teacher_shape = read_shape(config.teacher.path, "teacher.path") if config.distills else None
     process_groups = start_groups(
         tensor_size=config.parallel.tensor_model_parallel_size,

@@ -44,11 +44,11 @@ def _check_models(config: RunConfig):
     Raises:
         ConfigError: a model folder contradicts the settings, or another model folder.
     """
-    from megatron_ral.engine.settings import policy_shape
+    from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.models.shape import read_shape
     from megatron_ral.weights.peft_folder import check_adapters
 
-    shape = policy_shape(config)
+    shape = shape_from_config(config)
     shape.check_layout(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     shape.layer_indices(config.loss.attention_layers)
     shape.layer_indices(config.rollout.attention_noise.layers, "rollout.attention_noise.layers")

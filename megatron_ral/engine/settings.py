@@ -12,7 +12,7 @@ from megatron_ral.models.adapters import AdapterShape
 from megatron_ral.models.shape import ModelShape, read_shape
 
 
-def policy_shape(config: RunConfig, key: str = "model.path", path: str = "") -> ModelShape:
+def shape_from_config(config: RunConfig, key: str = "model.path", path: str = "") -> ModelShape:
     """Return the shape of a run's policy, with its adapters.
 
     Args:

@@ -36,8 +36,8 @@ class StageTensor:
     """Number of equal blocks along `cut_dim`, each of which is cut by itself (2 for [gate; up])."""
     merge_parts: Optional[Callable[[list[Tensor]], Tensor]] = None
     """Function from one rank's parts of the Hugging Face tensors to its shard; None where whole tensors are needed."""
-    real_rows: Optional[int] = None
-    """Number of rows of the full parameter without the vocabulary's padding; None: all of them."""
+    real_rows: int = 0
+    """Number of rows of the full parameter without the vocabulary's padding; 0: all of them."""
 
     def cut(self, full: Tensor, tensor_rank: int, tensor_size: int) -> Tensor:
         """Return a tensor rank's shard of the full parameter."""

@@ -19,7 +19,7 @@ from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
-from megatron_ral.engine.settings import EngineSettings, policy_shape
+from megatron_ral.engine.settings import EngineSettings, shape_from_config
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.functional.advantages import group_advantages
@@ -122,7 +122,7 @@ def open_policy(path: str, tensor: int, pipeline: int, process_groups=None, **lo
     """`groups`: process groups that are open already."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, **loss)
     process_groups = process_groups or start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    shape = policy_shape(config)
+    shape = shape_from_config(config)
     objective = build_objective(config, shape, process_groups)
     return config, process_groups, shape, build_policy(config, shape, process_groups), objective
 

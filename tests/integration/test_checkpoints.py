@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ral.commands.convert import main as convert_checkpoint
 from megatron_ral.config import load_config
-from megatron_ral.engine.settings import policy_shape
+from megatron_ral.engine.settings import shape_from_config
 from megatron_ral.errors import AgreedError
 from megatron_ral.parallel.collectives import barrier
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
@@ -52,7 +52,7 @@ def open_trainer(path: str, overrides: list[str], resume: bool) -> Trainer:
         pipeline_size=config.parallel.pipeline_model_parallel_size,
         seed=config.seed,
     )
-    return Trainer(config, policy_shape(config), process_groups, Inputs.open(config, resume))
+    return Trainer(config, shape_from_config(config), process_groups, Inputs.open(config, resume))
 
 
 def restore(trainer: Trainer) -> int:
@@ -88,7 +88,7 @@ def whole_state(folder: Path) -> dict[str, torch.Tensor]:
 
     Copies of a tensor are checked to be equal.
     """
-    manifest, shape, result = read_manifest(folder), policy_shape(read_saved_config(folder)), {}
+    manifest, shape, result = read_manifest(folder), shape_from_config(read_saved_config(folder)), {}
     T, place = manifest.tensor_size, manifest.layout
     tables = stage_tables(shape, T, manifest.pipeline_size)
     for stage, held in enumerate(held_parameters(shape, T, manifest.pipeline_size)):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ral.engine.settings import policy_shape
+from megatron_ral.engine.settings import shape_from_config
 from megatron_ral.errors import CheckpointError, ConfigError
 from megatron_ral.models.adapters import adapter_weight, with_adapter
 from megatron_ral.models.parameter_shapes import expected_shapes
@@ -46,7 +46,7 @@ class TrainedWeights(Weights):
         self.source = model or config.model.path
         key = "--model" if model else f"model.path of '{self.path / CONFIG}'"
         try:
-            self.shape = policy_shape(config, key, self.source)
+            self.shape = shape_from_config(config, key, self.source)
         except ConfigError as error:
             remedy = f"{error.remedy}; give the folder that the run started from with --model"
             raise ConfigError(error.key, error.value, remedy) from None
