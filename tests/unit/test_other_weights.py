@@ -184,7 +184,7 @@ def prefixed(prefix, only=""):
 
 def language_model_under_a_prefix(folder, tensors):
     save(
-        {(name if "visual" in name else f"language_model.{name}"): value for name, value in tensors.items()},
+        {(name if "visual" in name else f"inner.{name}"): value for name, value in tensors.items()},
         folder / FILE,
     )
 
@@ -338,8 +338,7 @@ REFUSED = [
     (prefixed("model.", "model."), "under the prefix 'model.' of a wrapper (first: 'model.model.embed_tokens.weight')"),
     (
         language_model_under_a_prefix,
-        "has 50 of its 80 weights under the prefix 'language_model.' of a wrapper (first: "
-        "'language_model.model.embed_tokens.weight')",
+        "has 50 of its 80 weights under the prefix 'inner.' of a wrapper (first: 'inner.model.embed_tokens.weight')",
     ),
     (
         inside("base_layer.", "q_proj."),

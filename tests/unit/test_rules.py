@@ -33,6 +33,16 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "loss.attention_store",
         "= qk is not possible with loss.attention_target = hindsight; set rows",
     ),
+    (
+        ["adapter={rank: 8}", "train.algorithm=sft", "model.train_vision=true"],
+        "model.train_vision",
+        "is not possible with adapter.rank = 8",
+    ),
+    (["adapter={rank: 8, dropout: 0.1}"], "adapter.dropout", "= 0.1 is not possible: "),
+    (["adapter={rank: 8, targets: []}"], "adapter.targets", "= [] must name at least one of q_proj"),
+    (["adapter={path: p}"], "adapter.rank", "= 0 means no adapters, but adapter.path = p"),
+    (["adapter={alpha: 8.0}"], "adapter.alpha", "= 8.0 has no effect with adapter.rank = 0"),
+    (["adapter={targets: [q_proj]}"], "adapter.targets", "has no effect with adapter.rank = 0"),
     (["loss.dual_clip=0.5"], "loss.dual_clip", "= 0.5 must be 0 (off) or more than 1"),
     (
         ["loss={dual_clip: 3.0, policy_loss: cispo}"],

@@ -195,7 +195,7 @@ def answered(reply: str, cell: int, reference: str = "42") -> PageSample:
     row = np.full(9, 0.02)
     row[cell] = 0.16 * 4
     masses = {1: np.stack([np.full(9, 1.0), row])}
-    panel = Panel(Image.new("RGB", (84, 84), "navy"), "", [(28, 0, 56, 28)], 0, 3, 3)
+    panel = Panel(Image.new("RGB", (84, 84), "navy"), "", [(28, 0, 56, 28)], np.arange(9).reshape(3, 3))
     completion = f"<think>red{reply}</think><answer>{reply}</answer>"
     target = np.arange(9) == 1
     return PageSample(
@@ -259,7 +259,7 @@ def test_table_and_picture_of_the_short_comparison(tmp_path):
 
 def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys):
     arguments = make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "1"])
-    model = make_tiny_model.build_model(arguments, make_tiny_model.build_tokenizer(arguments.task))
+    model = make_tiny_model.build_model(arguments, make_tiny_model.build_tokenizer(arguments.task, arguments.family))
     tokens = torch.arange(24).reshape(2, 12)
     model(input_ids=tokens, labels=tokens).loss.backward()
     first, second = (layer.self_attn for layer in model.model.language_model.layers[:2])
