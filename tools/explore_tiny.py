@@ -183,7 +183,7 @@ def choose_example(models: "Sequence[Sequence[PageSample]]") -> "tuple[tuple[Pag
 
 @dataclass(frozen=True)
 class Figures:
-    """What the table and the picture show."""
+    """Figures of the table and the picture."""
 
     layer: int
     """Layer that looked at the asked cell most before the wrong lessons."""

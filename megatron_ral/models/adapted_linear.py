@@ -76,37 +76,38 @@ class LowRankAdapter(torch.nn.Module):
         return torch.add(output, F.linear(inner, B), alpha=self.scale)
 
 
-class AdaptedColumnParallelLinear(ColumnParallelLinear):
+class _Adapted(torch.nn.Module):
+    """Part of a linear layer that adds its adapter's output, if it has one, before anything is summed over ranks."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.adapter: Optional[LowRankAdapter] = None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = cast(Any, super())._forward_impl(input, weight, *args, **kwargs)
+        if self.adapter is None or not self.adapter.enabled:
+            return output
+        return self.adapter.add_to(output, self._shared_inner(self.adapter.inner(input)))
+
+    def _shared_inner(self, inner: Tensor) -> Tensor:
+        """Return A x as B has to read it."""
+        return inner
+
+
+class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
     """Column-parallel matrix that may have an adapter."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.adapter: Optional[LowRankAdapter] = None
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = super()._forward_impl(input, weight, *args, **kwargs)
-        if self.adapter is None or not self.adapter.enabled:
-            return output
-        inner, group = self.adapter.inner(input), cast(Any, self.tp_group)
+    def _shared_inner(self, inner: Tensor) -> Tensor:
+        group = cast(Any, self.tp_group)
         if self.sequence_parallel:
-            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=group)
-        elif self.config.tensor_model_parallel_size > 1:
-            inner = copy_to_tensor_model_parallel_region(inner, group=group)
-        return self.adapter.add_to(output, inner)
+            return gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=group)
+        if self.config.tensor_model_parallel_size > 1:
+            return copy_to_tensor_model_parallel_region(inner, group=group)
+        return inner
 
 
-class AdaptedRowParallelLinear(RowParallelLinear):
+class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     """Row-parallel matrix that may have an adapter."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.adapter: Optional[LowRankAdapter] = None
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = super()._forward_impl(input, weight, *args, **kwargs)
-        if self.adapter is None or not self.adapter.enabled:
-            return output
-        return self.adapter.add_to(output, self.adapter.inner(input))
 
 
 def add_adapters(
