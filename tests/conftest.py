@@ -95,6 +95,7 @@ def make_material(root: Path) -> None:
         (model, "--output", root / "made_untied", "--untied", "--seed", 3),
         (model, "--output", root / "made_qwen3", "--family", "qwen3_vl", "--vision-depth", 3),
         (model, "--output", root / "made_internvl", "--family", "internvl", "--vision-depth", 3, "--tile-patches", 6),
+        (model, "--output", root / "made_qwen3_5", "--family", "qwen3_5"),
         # wider, deeper, more heads, another padding of the vocabulary
         (model, "--output", root / "made_teacher", "--untied", "--seed", 6, *wide),
     )
@@ -105,6 +106,7 @@ def make_material(root: Path) -> None:
     perturbed_copy(root / "untied", root / "untied_other", seed=3)
     perturbed_copy(root / "made_qwen3", root / "qwen3", seed=4)
     perturbed_copy(root / "made_internvl", root / "internvl", seed=8)
+    perturbed_copy(root / "made_qwen3_5", root / "qwen3_5", seed=10)
     perturbed_copy(root / "made_teacher", root / "teacher", seed=6)
 
 
@@ -113,7 +115,7 @@ def material(request) -> dict[str, Path]:
     """Folders by name, shared by all workers: read, never written.
 
     tiny: tied embeddings; tiny_other: other weights; untied: separate LM head; untied_other: the same with
-    other weights; qwen3, internvl: other families; teacher: a larger model of the first family; data: shards.
+    other weights; qwen3, internvl, qwen3_5: other families; teacher: a larger model of the first family; data: shards.
     """
     root = made_once(request, "material", make_material)
     return {
@@ -124,6 +126,7 @@ def material(request) -> dict[str, Path]:
         "untied_other": root / "untied_other",
         "qwen3": root / "qwen3",
         "internvl": root / "internvl",
+        "qwen3_5": root / "qwen3_5",
         "data": root / "data",
         "root": root,
     }

@@ -1,5 +1,5 @@
-"""Write a randomly initialised, tiny Qwen2.5-VL, Qwen3-VL or InternVL3.5 as a complete Hugging Face folder, for tests
-and demonstrations.
+"""Write a randomly initialised, tiny Qwen2.5-VL, Qwen3-VL, Qwen3.5 or InternVL3.5 as a complete Hugging Face folder, for
+tests and demonstrations.
 
 The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with
 its chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B
@@ -29,7 +29,7 @@ VISION_PAD = "<|vision_pad|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD]
-PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16, "internvl": 14}
+PATCH_SIZE = {"qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_5": 16, "internvl": 14}
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -135,11 +135,14 @@ def build_model(args: argparse.Namespace, tokenizer):
         InternVLForConditionalGeneration,
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
     )
 
     token_id = tokenizer.convert_tokens_to_ids
+    layers = range(args.num_layers)
     half_head = args.hidden_size // args.num_heads // 2
     spatial = half_head * 3 // 8
     ends = {
@@ -195,6 +198,26 @@ def build_model(args: argparse.Namespace, tokenizer):
         text_config["head_dim"] = args.hidden_size // args.num_heads
         vision_config["num_position_embeddings"] = 64
         vision_config["deepstack_visual_indexes"] = list(range(min(3, args.vision_depth - 1)))
+    elif args.family == "qwen3_5":
+        make_config, make_model = Qwen3_5Config, Qwen3_5ForConditionalGeneration
+        half_rotated, value_heads = half_head // 2, args.num_heads
+        spatial = half_rotated * 3 // 8
+        text_config["rope_parameters"] |= {
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [half_rotated - 2 * spatial, spatial, spatial],
+        }
+        interval = args.full_attention_interval
+        kinds = ["full_attention" if not (layer + 1) % interval else "linear_attention" for layer in layers]
+        text_config |= {
+            "head_dim": args.hidden_size // args.num_heads,
+            "layer_types": kinds,
+            "linear_num_key_heads": value_heads // 2 if value_heads % 2 == 0 else value_heads,
+            "linear_num_value_heads": value_heads,
+            "linear_key_head_dim": 2 * half_head,
+            "linear_value_head_dim": 2 * half_head,
+            "linear_conv_kernel_dim": 4,
+        }
+        vision_config["num_position_embeddings"] = 64
     else:
         make_config, make_model = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
         text_config["max_window_layers"] = args.num_layers
@@ -221,7 +244,8 @@ def build_model(args: argparse.Namespace, tokenizer):
     torch.manual_seed(args.seed)
     model = make_model(config)
     for layer in model.model.language_model.layers[: args.even_layers]:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+        attention = getattr(layer, "self_attn", None)  # linear attention has none
+        for projection in () if attention is None else (attention.q_proj, attention.k_proj):
             for parameter in projection.parameters():
                 torch.nn.init.zeros_(parameter)
     model.generation_config = GenerationConfig(**ends)
@@ -267,6 +291,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=4,
         help="patches along a side of a tile of internvl, even; 4: a visual token for each cell of a search picture",
+    )
+    parser.add_argument(
+        "--full-attention-interval",
+        type=int,
+        default=2,
+        help="qwen3_5: layers of which the last has softmax attention and the others linear attention (4 in Qwen3.5)",
     )
     parser.add_argument("--vocab-size", type=int, default=512, help="rows of the word embeddings, unused ones included")
     parser.add_argument(

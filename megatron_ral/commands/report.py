@@ -56,7 +56,9 @@ def main(argv: Arguments = None) -> int:
     print(f"{'  without aim':<56}" + "".join(f"{report[stage]['target_chance']:>8.3f}" for stage in ("sft", "rl")))
     for name, description in BY_LAYER.items():
         for layer, shares in enumerate(zip(report["sft"][name], report["rl"][name])):
-            label = f"  {description if layer == 0 else '':<40} layer {layer}"
+            if None in shares:
+                continue  # linear attention
+            label, description = f"  {description:<40} layer {layer}", ""
             print(f"{label:<56}" + "".join(f"{share:>8.3f}" for share in shares))
     gain = 100 * (report["rl"]["accuracy"] - report["sft"]["accuracy"])
     print(f"\naccuracy after RL - after SFT: {gain:+.1f} points")

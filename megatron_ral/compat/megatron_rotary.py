@@ -2,7 +2,8 @@
 
 megatron-core's attention forms the cosines and sines of the same angles again for queries and keys in every layer, a
 third of the kernels of a decoding step. Its function for that takes the angles as `freqs`. Here `freqs` is
-[2, S, B, 1, D]: cosines and sines, in the precision of the queries. The results are the same bit for bit.
+[2, S, B, 1, D]: cosines and sines, in the precision of the queries. Vectors that are wider keep their rest as it is.
+The results are the same bit for bit.
 
 A call with plain angles [S, B, 1, D] does what it did.
 
@@ -18,12 +19,15 @@ from torch import Tensor
 
 
 def rotate(vectors: Tensor, freqs: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """Return queries or keys [S, B, heads, D] rotated by `freqs`; carries gradient."""
+    """Return queries or keys [S, B, heads, D or more] whose first D channels `freqs` rotates; carries gradient."""
     if freqs.dim() != 5:
         return apply_rotary_pos_emb(vectors, freqs, *rest, **named)
     cosine, sine = freqs
-    first, second = vectors.chunk(2, dim=-1)
-    return vectors * cosine + torch.cat((-second, first), dim=-1) * sine
+    width = cosine.shape[-1]
+    rotated, rest = (vectors, None) if width == vectors.shape[-1] else vectors.tensor_split([width], dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cosine + torch.cat((-second, first), dim=-1) * sine
+    return rotated if rest is None else torch.cat([rotated, rest], dim=-1)
 
 
 def use_prepared_rotation() -> None:

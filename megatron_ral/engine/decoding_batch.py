@@ -94,8 +94,10 @@ class DecodingBatch:
         self._inputs: Optional[PromptBatch] = inputs
         self._fed: Optional[Tensor] = None
         self._next_position = inputs.next_position.repeat_interleave(settings.group_size)
-        self._cache: Optional[GroupKVCache] = GroupKVCache(inputs.prompt_lengths, settings.group_size)
         self._first_pass, self._feeds_prompt_end = True, settings.exploration.is_on
+        self._cache: Optional[GroupKVCache] = GroupKVCache(
+            inputs.prompt_lengths, settings.group_size, self._feeds_prompt_end
+        )
         self._device_step = torch.zeros(1, dtype=torch.int64, device=self.device)
         """Step of the cache that the pass under way appends, [1] int64."""
         self._recorded: Optional[Recorded[Tensor | PendingDraw]] = None

@@ -113,8 +113,12 @@ class TeacherEngine(FrozenEngine):
             self.head = TeacherHead(shape, settings.path, student_shape, student, settings.torch_dtype)
 
     def matching_layer(self, student_layer: int) -> int:
-        """Return the teacher's layer at the same relative depth, rounded up, so that last goes with last."""
-        return -(-(student_layer + 1) * self.shape.num_layers // self.student_shape.num_layers) - 1
+        """Return the teacher's layer at the same relative depth, rounded up, so that last goes with last.
+
+        Depth is counted in layers with softmax attention, because no other has an attention distribution.
+        """
+        ours, theirs = self.student_shape.softmax_layers, self.shape.softmax_layers
+        return theirs[-(-(ours.index(student_layer) + 1) * len(theirs) // len(ours)) - 1]
 
     def read(
         self,

@@ -18,6 +18,9 @@ from megatron_ral.rewards.score import ERROR, UNPARSED
 from megatron_ral.rollout.scoring import ScoringIssueLog, score_responses, scoring_issues
 from megatron_ral.types import GroupBatch, Prompt, PromptBatch, ResponseBatch, Score
 
+LayerShares = tuple[float | None, ...]
+"""Share in every layer; None for a layer with linear attention, which has no attention distribution."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,11 +37,11 @@ class Evaluation:
     target_attention: float
     """Attention mass on the target's visual tokens / mass on all visual tokens in the measured layer, mean over the
     response rows of annotated samples."""
-    target_attention_by_layer: tuple[float, ...]
+    target_attention_by_layer: LayerShares
     """`target_attention` of every layer."""
-    target_deciding_by_layer: tuple[float, ...]
+    target_deciding_by_layer: LayerShares
     """Same share at deciding rows alone: those that predict the first token of the answer (`attention/deciding.py`)."""
-    target_peak_by_layer: tuple[float, ...]
+    target_peak_by_layer: LayerShares
     """Largest such share among the rows of a response, mean over responses."""
     target_chance: float
     """Share of the visual tokens that are the target's, mean over annotated samples: that of attention without aim."""
@@ -69,7 +72,7 @@ def evaluate_prompts(
         collect: Function called with each batch of responses and its score.
     """
     sums: dict[str, float] = {}
-    layers, issues = range(engine.shape.num_layers), ScoringIssueLog()
+    layers, issues = engine.shape.softmax_layers, ScoringIssueLog()
     with engine.resident():
         for responses, _, attention in greedy_batches(engine, prompts, processor, settings, layers, _attention_sums):
             score = score_responses(responses, processor, settings.reward, engine, settings.reward_time_limit)
@@ -87,17 +90,19 @@ def evaluate_prompts(
     def mean(name: str, count: str) -> float:
         return total.get(name, 0.0) / max(total.get(count, 0.0), 1.0)
 
-    def by_layer(name: str) -> tuple[float, ...]:
-        return tuple(mean(f"{name}/{index}", f"{name}_count/{index}") for index in layers)
+    def by_layer(name: str) -> LayerShares:
+        return tuple(
+            mean(f"{name}/{index}", f"{name}_count/{index}") if index in layers else None
+            for index in range(engine.shape.num_layers)
+        )
 
-    target_attention = by_layer("target_mass")
     return Evaluation(
         accuracy=mean("accuracy", "prompts"),
         format_rate=mean("format", "prompts"),
         unparsed_rate=mean(UNPARSED, "prompts"),
         error_rate=mean(ERROR, "prompts"),
-        target_attention=target_attention[layer],
-        target_attention_by_layer=target_attention,
+        target_attention=mean(f"target_mass/{layer}", f"target_mass_count/{layer}"),
+        target_attention_by_layer=by_layer("target_mass"),
         target_deciding_by_layer=by_layer("target_deciding"),
         target_peak_by_layer=by_layer("target_peak"),
         target_chance=mean("chance", "annotated"),

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_ral.models.adapters import FUSED, adapted_parts
+from megatron_ral.models.gated_delta_net import GatedDeltaNet
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
 
@@ -113,7 +114,7 @@ class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
 def add_adapters(
     layer: torch.nn.Module, shape: ModelShape, layout: RankLayout, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give the matrices of a language layer the adapters that the shape asks for.
+    """Give the matrices of a language layer the adapters that the shape asks for, but those of linear attention none.
 
     Args:
         layer: Layer whose matrices are of this module's classes.
@@ -126,7 +127,8 @@ def add_adapters(
     rank = shape.adapter.rank
     for fused in FUSED:
         parts = adapted_parts(shape.adapter, fused)
-        if not parts:
+        is_linear_attention = fused.startswith("self_attention.") and isinstance(layer.self_attention, GatedDeltaNet)
+        if not parts or is_linear_attention:
             continue
         linear = cast(Any, layer.get_submodule(fused))
         outputs, inputs = linear.weight.shape
@@ -145,7 +147,7 @@ def _part_of_row(shape: ModelShape, layout: RankLayout, fused: str, parts: tuple
     numbers = torch.tensor([parts.index(part) if part in parts else -1 for part in FUSED[fused]])
     if fused == "mlp.linear_fc1":  # gate and up are cut over tensor ranks each by itself
         return numbers.repeat_interleave(shape.ffn_hidden_size // layout.tensor_size)
-    heads = shape.num_attention_heads // shape.num_query_groups
+    heads = shape.num_attention_heads // shape.num_query_groups * (2 if shape.family.output_gate else 1)
     of_group = numbers.repeat_interleave(torch.tensor([heads, 1, 1]) * shape.kv_channels)
     return of_group.repeat(shape.num_query_groups).chunk(layout.tensor_size)[layout.tensor_rank]
 

@@ -18,11 +18,15 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
     """Return the forward FLOPs of the language model over one group [prompt | response 1 | ... | response G].
 
         layers * (2 * W * (P + sum_g R_g) + 4 * Q * pairs) + 2 * H * V * sum_g R_g
-        W = H * (2 Q + 2 K) + 3 * H * F          weights of one layer's matrices
+        W = H * (2 Q + 2 K) + 3 * H * F          weights of one layer's matrices, with an output gate H * (3 Q + 2 K)
         pairs = P (P + 1) / 2 + sum_g (R_g P + R_g (R_g + 1) / 2)
 
-    H, F and V are the hidden, feed-forward and vocabulary sizes; Q and K are the widths of all query and all key heads.
-    A multiplication and an addition are two operations. The backward pass takes twice as many.
+    A layer with linear attention has matrices and a convolution of its own, and per token and value head 6 * Dk * Dv in
+    place of the pairs: two reads of the state and one write, as the recurrence has them.
+
+    H, F and V are the hidden, feed-forward and vocabulary sizes; Q and K are the widths of all query and all key heads;
+    Dk and Dv are the widths of a key and a value. A multiplication and an addition are two operations. The backward
+    pass takes twice as many.
 
     Args:
         shape: Shape of the model.
@@ -30,15 +34,21 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
         response_lengths: Number of tokens R_g of each response; empty for the prompt alone.
     """
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
-    weights = hidden * (2 * query + 2 * shape.num_query_groups * shape.kv_channels) + 3 * hidden * shape.ffn_hidden_size
+    queries = (3 if shape.family.output_gate else 2) * query  # with their gates, and the output matrix
+    softmax = hidden * (queries + 2 * shape.num_query_groups * shape.kv_channels)
+    layers = len(shape.softmax_layers)
+    weights = layers * softmax + shape.num_layers * 3 * hidden * shape.ffn_hidden_size
+    linear = shape.linear_attention
+    if linear is not None:
+        sizes = [math.prod(size) for size in linear.weight_shapes(hidden).values() if len(size) > 1]
+        rule = 3 * linear.num_value_heads * linear.key_head_dim * linear.value_head_dim
+        weights += len(linear.layers) * (sum(sizes) + rule)
     responses = sum(response_lengths)
     pairs = prompt_length * (prompt_length + 1) / 2 + sum(
         length * prompt_length + length * (length + 1) / 2 for length in response_lengths
     )
-    return float(
-        shape.num_layers * (2 * weights * (prompt_length + responses) + 4 * query * pairs)
-        + 2 * hidden * shape.vocab_size * responses
-    )
+    tokens = prompt_length + responses
+    return float(2 * weights * tokens + layers * 4 * query * pairs + 2 * hidden * shape.vocab_size * responses)
 
 
 def tower_flops_per_patch(shape: ModelShape) -> float:

@@ -1,5 +1,8 @@
 """KV cache for group decoding: prompt keys once per group, response keys per row, finished rows dropped.
 
+Layers with linear attention have a state in place of keys and values: the last inputs of a convolution, and a matrix
+per head. Each prompt leaves one, and every row continues a copy of it.
+
 A row is one response that is being generated. At first a batch of B prompts has B G rows, prompt by prompt. After
 `select` it has N rows, and prompts may have different numbers of them.
 """
@@ -18,6 +21,8 @@ class GroupKVCache:
     Args:
         prompt_lengths: [B] int64, on the device of the keys.
         group_size: Number of responses of each prompt.
+        feeds_prompt_end: True if the last token of each prompt is fed again as the first of each row, so that states
+            must not hold it.
     """
 
     BLOCK = 16
@@ -25,9 +30,15 @@ class GroupKVCache:
     LEAST = 256
     """Steps that it has at first on a GPU, where it doubles, because every growth makes a recorded pass useless."""
 
-    def __init__(self, prompt_lengths: Tensor, group_size: int):
+    def __init__(self, prompt_lengths: Tensor, group_size: int, feeds_prompt_end: bool = False):
         self.prompt_lengths = prompt_lengths
         """[B] int64."""
+        self.state_lengths = prompt_lengths - int(feeds_prompt_end)
+        """Number of prompt tokens that states hold before the first row is fed, [B] int64."""
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        """0-based layer -> states of the prompts: inputs [B, kernel - 1, channels] and matrices [B, h, Dk, Dv]."""
+        self.continued: dict[int, tuple[Tensor, Tensor]] = {}
+        """0-based layer -> states of the rows, like those of the prompts with N in place of B."""
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
         """0-based layer -> keys and values of the prompts [B, k, P, D]."""
         self.response: dict[int, tuple[Tensor, Tensor]] = {}
@@ -57,6 +68,18 @@ class GroupKVCache:
         They are copied, because a view would hold the fused queries, keys and values in memory.
         """
         self.prompt[layer] = (key_BPkD.transpose(1, 2).contiguous(), value_BPkD.transpose(1, 2).contiguous())
+
+    def store_state(self, layer: int, tail: Tensor, matrices: Tensor) -> None:
+        """Store the state that the prompts leave in a layer, see `states`."""
+        self.states[layer] = (tail.contiguous(), matrices)
+
+    def row_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the states of the rows in a layer, which the caller changes in place. The first call makes them."""
+        if layer not in self.continued:
+            places = self.row_prompt.to(self.prompt_lengths.device)
+            tail, matrices = self.states.pop(layer)
+            self.continued[layer] = tail.index_select(0, places), matrices.index_select(0, places)
+        return self.continued[layer]
 
     def reserve(self, step: int) -> bool:
         """Make room for the tokens of a 0-based step, and return whether tensors were replaced for it."""
@@ -110,6 +133,8 @@ class GroupKVCache:
         rows = rows.to(self.prompt_lengths.device)
         for layer, (keys, values) in self.response.items():
             self.response[layer] = keys.index_select(0, rows), values.index_select(0, rows)
+        for layer, (tail, matrices) in self.continued.items():
+            self.continued[layer] = tail.index_select(0, rows), matrices.index_select(0, rows)
         if prompts is not None:
             row_prompt = torch.searchsorted(prompts, row_prompt)
             prompts = prompts.to(self.prompt_lengths.device)
@@ -120,6 +145,8 @@ class GroupKVCache:
                     keys[:, :, :longest].index_select(0, prompts),
                     values[:, :, :longest].index_select(0, prompts),
                 )
+            for layer, (tail, matrices) in self.states.items():
+                self.states[layer] = tail.index_select(0, prompts), matrices.index_select(0, prompts)
         if self.noise is not None:
             length = self.noise.cells_BP.shape[1] if longest is None else longest
             self.noise = self.noise.select(rows, prompts, length)

@@ -25,29 +25,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ral.compat.megatron_output_gate import GatedSelfAttention
 from megatron_ral.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, add_adapters
+from megatron_ral.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
+from megatron_ral.models.norms import RMSNorm
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout, stage_sizes
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Root mean square norm with megatron-core's signature.
-
-    Args:
-        config: Configuration of the model.
-        hidden_size: Width of the input.
-        eps: Number added to the mean square.
-        over_heads: True for the norms of q and k. Every tensor rank sees other heads there, so that its gradient is a
-            part of the whole. Under sequence parallelism this holds for every norm, because ranks see other tokens.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, over_heads: bool = False, **unused
-    ):
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        cast(Any, self.weight).partial_over_tensor_ranks = over_heads or config.sequence_parallel
 
 
 class LayerParameters(Protocol):
@@ -141,6 +125,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
+        attention_output_gate=shape.family.output_gate,
+        layernorm_zero_centered_gamma=shape.family.zero_centred_norms,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         sequence_parallel=sequence_parallel,
@@ -175,20 +161,32 @@ def _pipeline_layers(shape: ModelShape, layout: RankLayout) -> list[list[str]] |
 
 
 def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmodules:
-    """Return the layer spec of this stage, with our modules in place of megatron-core's."""
+    """Return the layer specs of this stage, with our modules in place of megatron-core's."""
     local = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.family.qk_norm)
     spec = cast(Any, copy.deepcopy(local))
     spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    matrices = attention.linear_qkv, attention.linear_proj
     if shape.adapter is not None:
         attention.linear_qkv = layer.mlp.submodules.linear_fc1 = AdaptedColumnParallelLinear
         attention.linear_proj = layer.mlp.submodules.linear_fc2 = AdaptedRowParallelLinear
     attention.core_attention = ModuleSpec(module=InstrumentedAttention)
     if shape.family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"over_heads": True})
+    if shape.family.output_gate:
+        layer.self_attention.module = GatedSelfAttention
+    specs = {True: spec}
+    if shape.linear_attention is not None:
+        specs[False] = copy.deepcopy(spec)
+        specs[False].submodules.self_attention = ModuleSpec(
+            module=GatedDeltaNet,
+            params={"shape": shape.linear_attention},
+            submodules=GatedDeltaNetSubmodules(*matrices),
+        )
+    layers = layout.stage_layers(shape.num_layers)
     return TransformerBlockSubmodules(
-        [spec] * len(layout.stage_layers(shape.num_layers)), layer_norm=cast(Any, RMSNorm)
+        [specs[index in shape.softmax_layers] for index in layers], layer_norm=cast(Any, RMSNorm)
     )
 
 
@@ -210,6 +208,7 @@ def build_language_stage(
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         scatter_embedding_sequence_parallel=False,
         position_embedding_type="mrope",
+        rotary_percent=shape.rotary_width / shape.kv_channels,
         rotary_base=cast(Any, shape.rope_theta),  # megatron only divides by its powers
     )
     if shape.adapter is not None:

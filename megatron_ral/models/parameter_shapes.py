@@ -21,7 +21,7 @@ def matrix_shape(shape: ModelShape, name: str) -> tuple[int, int]:
         *(heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups)),
     )
     sizes = {
-        "q_proj": (query, H),
+        "q_proj": (query * (2 if shape.family.output_gate else 1), H),
         "k_proj": (key, H),
         "v_proj": (key, H),
         "o_proj": (H, query),
@@ -39,14 +39,18 @@ def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     result["model.embed_tokens.weight"] = (shape.vocab_size, H)
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
-        for part in "qkv":
+        is_softmax = layer in shape.softmax_layers
+        if not is_softmax and shape.linear_attention is not None:
+            weights = shape.linear_attention.weight_shapes(H)
+            result |= {f"{prefix}.linear_attn.{name}": size for name, size in weights.items()}
+        for part in "qkv" if is_softmax else "":
             name = f"{prefix}.self_attn.{part}_proj.weight"
             result[name] = matrix_shape(shape, name)
             if shape.family.qkv_bias:
                 result[f"{prefix}.self_attn.{part}_proj.bias"] = matrix_shape(shape, name)[:1]
             if shape.family.qk_norm and part != "v":
                 result[f"{prefix}.self_attn.{part}_norm.weight"] = (D,)
-        for place in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+        for place in (*(("self_attn.o",) if is_softmax else ()), "mlp.gate", "mlp.up", "mlp.down"):
             result[f"{prefix}.{place}_proj.weight"] = matrix_shape(shape, f"{prefix}.{place}_proj.weight")
         for norm in ("input_layernorm", "post_attention_layernorm"):
             result[f"{prefix}.{norm}.weight"] = (H,)

@@ -13,6 +13,7 @@ from megatron_ral.errors import ConfigError
 from megatron_ral.models.adapters import AdapterShape, is_adapter
 from megatron_ral.models.families import FAMILIES, Family, PatchRules, find_family
 from megatron_ral.models.folder import check_fetched, config_folder, foreign_content
+from megatron_ral.models.linear_attention import LinearAttentionShape
 from megatron_ral.parallel.rank_layout import stage_sizes
 
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -60,6 +61,8 @@ class ModelShape:
     nothing, so that sampling never draws one."""
     vision: PretrainedConfig
     """Hugging Face's own configuration of the vision tower."""
+    linear_attention: Optional[LinearAttentionShape] = None
+    """Sizes of the layers with linear attention; None: there are none."""
     adapter: Optional[AdapterShape] = field(default=None, compare=False)
     """Adapters of the language layers; None: there are none."""
 
@@ -73,6 +76,17 @@ class ModelShape:
         if self.adapter is not None:
             return is_adapter(name)
         return train_vision or not name.startswith("visual.")
+
+    @property
+    def softmax_layers(self) -> tuple[int, ...]:
+        """0-based layers with softmax attention, the only ones that have attention distributions."""
+        linear = () if self.linear_attention is None else self.linear_attention.layers
+        return tuple(layer for layer in range(self.num_layers) if layer not in linear)
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a query that positions rotate, from the first."""
+        return 2 * sum(self.mrope_section)
 
     @property
     def patches(self) -> PatchRules:
@@ -92,11 +106,18 @@ class ModelShape:
             key: Setting that names the layer.
 
         Raises:
-            ConfigError: there is no such layer.
+            ConfigError: there is no such layer, or it has linear attention.
         """
         index = layer + self.num_layers if layer < 0 else layer
         if not 0 <= index < self.num_layers:
             raise ConfigError(key, None, f"names layer {layer} but '{self.path}' has {self.num_layers} layers")
+        if index not in self.softmax_layers:
+            raise ConfigError(
+                key,
+                None,
+                f"names layer {layer} of '{self.path}', which has linear attention and hence no attention "
+                f"distribution; layers with softmax attention: {', '.join(map(str, self.softmax_layers))}",
+            )
         return index
 
     def layer_indices(self, layers: Sequence[int], key: str = "loss.attention_layers") -> list[int]:
@@ -107,7 +128,7 @@ class ModelShape:
             key: Setting that names the layers.
 
         Raises:
-            ConfigError: there is no such layer, or one is named twice.
+            ConfigError: there is no such layer, it has linear attention, or one is named twice.
         """
         indices = [self.layer_index(layer, key) for layer in layers]
         if len(set(indices)) != len(indices):
@@ -200,6 +221,13 @@ class ModelShape:
                 tensor_size,
                 f"neither divides nor is a multiple of the {self.num_query_groups} key/value heads of '{self.path}'",
             )
+        linear = self.linear_attention
+        if linear is not None and linear.num_key_heads % tensor_size:
+            raise ConfigError(
+                key,
+                tensor_size,
+                f"does not divide the {linear.num_key_heads} key heads of linear attention of '{self.path}'",
+            )
         key = f"{section}.pipeline_model_parallel_size"
         if self.num_layers < pipeline_size:
             raise ConfigError(key, pipeline_size, f"is more than the {self.num_layers} layers of '{self.path}'")
@@ -278,6 +306,7 @@ def read_shape(path: str, key: str = "model.path") -> ModelShape:
         video_token_id=video_token,
         visual_token_ids=visual_tokens,
         vision=family.vision_config(config),
+        linear_attention=family.linear_attention(text),
     )
 
 

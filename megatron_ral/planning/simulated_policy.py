@@ -42,6 +42,10 @@ class _NamedCache(GroupKVCache):
         with self.watched.kind("KV cache") if layer not in self.response else nullcontext():
             return super().append(layer, step, key_NkD, value_NkD)
 
+    def row_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        with self.watched.kind("KV cache") if layer not in self.continued else nullcontext():
+            return super().row_states(layer)
+
     def _grown(self, held: Tensor) -> Tensor:
         with self.watched.kind("KV cache"):
             return super()._grown(held)

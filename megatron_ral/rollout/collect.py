@@ -101,7 +101,7 @@ class RolloutSettings:
         noise = self.noise
         return ExplorationSettings(
             noise.sigma * schedule_factor(step, self.num_steps, 0, noise.decay),
-            frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or range(shape.num_layers)),
+            frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or shape.softmax_layers),
             noise.grid,
             is_shared=noise.shared,
             by_lead=noise.scale == "lead",

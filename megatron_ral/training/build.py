@@ -79,7 +79,7 @@ def build_objective(
     terms: list[Term] = [PolicyGradientTerm(loss), attention]
     if teacher is not None:
         layers = shape.layer_indices(distill.attention_layers, "distill.attention_layers")
-        default = range(shape.num_layers) if distill.attention_coef > 0 else [shape.num_layers - 1]
+        default = shape.softmax_layers if distill.attention_coef > 0 else shape.softmax_layers[-1:]
         terms += [
             TokenDistillationTerm(distill, process_groups.tensor, teacher.head),
             AttentionDistillationTerm(distill, frozenset(layers or default)),

@@ -37,6 +37,8 @@ SINGLE = "model.safetensors"
 _TIED = EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPELLINGS = tuple(dict.fromkeys(pair for family in FAMILIES.values() for pair in family.spellings))
 """Beginnings of names that transformers and the hub have used, and the common ones."""
+_UNUSED = tuple({start for family in FAMILIES.values() for start in family.unused_weights})
+"""Beginnings of the names of stored weights that some family leaves out."""
 _BUFFER = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
 """Rotary frequencies, which old versions of transformers stored and every version computes from config.json."""
 _ROWS_COMPARED = 4096
@@ -100,7 +102,7 @@ class HuggingFaceWeights(Weights):
         self._dtypes: dict[str, torch.dtype] = {}
         for opened in self._files():
             for name in opened.shapes:
-                if _BUFFER.search(name):
+                if _BUFFER.search(name) or (name.startswith(_UNUSED) and self._leaves_out(name)):
                     continue
                 common = common_name(name)
                 if common in where:
@@ -144,6 +146,10 @@ class HuggingFaceWeights(Weights):
                     "export, copy the folder again"
                 )
         return list(files.values())
+
+    def _leaves_out(self, name: str) -> bool:
+        """Return whether the family of the folder's model leaves a stored weight out."""
+        return name.startswith(read_shape(str(self.path)).family.unused_weights)
 
     def _settle_tied_head(self, where: dict[str, tuple[SafetensorsFile, str]]) -> None:
         """Leave out a stored head that is the embedding; let it stand for an embedding that is not stored."""

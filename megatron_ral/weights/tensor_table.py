@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ral.models.adapters import FUSED, adapted_parts, adapter_weight
+from megatron_ral.models.linear_attention import LinearAttentionShape
 from megatron_ral.models.parameter_shapes import matrix_shape, visual_shapes
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.rank_layout import RankLayout
@@ -117,21 +118,27 @@ def _halves(full: Tensor) -> list[Tensor]:
 def _qkv_layout(shape: ModelShape, num_groups: int) -> tuple[Callable, Callable]:
     """Return `merge` and `split` of q, k and v: three tensors to one, interleaved per key/value head, and back.
 
+    With an output gate transformers has a gate behind each query head, and megatron-core all gates of a key/value head
+    behind all its queries.
+
     Args:
         shape: Shape of the model.
         num_groups: Number of key/value heads in the tensors.
     """
     K, D, m = num_groups, shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
+    kinds = 2 if shape.family.output_gate else 1  # queries, and gates
 
     def merge(tensors: list[Tensor]) -> Tensor:
         rest = tensors[0].shape[1:]
-        parts = [tensor.reshape(K, -1, *rest) for tensor in tensors]
+        queries = tensors[0].reshape(K, m, kinds, -1, *rest).transpose(1, 2)
+        parts = [queries.reshape(K, -1, *rest), *(tensor.reshape(K, -1, *rest) for tensor in tensors[1:])]
         return torch.cat(parts, dim=1).reshape(-1, *rest)
 
     def split(full: Tensor) -> list[Tensor]:
         rest = full.shape[1:]
-        parts = full.reshape(K, (m + 2) * D, *rest).split([m * D, D, D], dim=1)
-        return [part.reshape(-1, *rest) for part in parts]
+        queries, *parts = full.reshape(K, (m * kinds + 2) * D, *rest).split([m * kinds * D, D, D], dim=1)
+        queries = queries.reshape(K, kinds, m, D, *rest).transpose(1, 2)
+        return [part.reshape(-1, *rest) for part in (queries, *parts)]
 
     return merge, split
 
@@ -184,6 +191,55 @@ def _adapter(
     yield StageTensor(f"{name}.B", B, merge_adapted, split_adapted, 0, interleaved)
 
 
+def _softmax_attention(shape: ModelShape, ours: str, theirs: str, tensor_size: int) -> Iterator[StageTensor]:
+    """Yield the parameters of softmax attention of a layer.
+
+    Args:
+        shape: Shape of the model.
+        ours: Name of the layer inside the stage.
+        theirs: Common name of the layer.
+        tensor_size: Number of tensor-parallel ranks.
+    """
+    qkv_merge, qkv_split = _qkv_layout(shape, shape.num_query_groups)
+    whole_groups = shape.num_query_groups % tensor_size == 0
+    qkv_parts = _qkv_layout(shape, shape.num_query_groups // tensor_size)[0] if whole_groups else None
+    attention = f"{theirs}.self_attn"
+    for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
+        sources = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
+        if kind == "weight":
+            yield from _adapter(shape, ours, "self_attention.linear_qkv", sources, (qkv_merge, qkv_split))
+        yield StageTensor(f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts)
+    yield from _adapter(shape, ours, "self_attention.linear_proj", (f"{attention}.o_proj.weight",))
+    yield StageTensor(
+        f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1, 1, _one
+    )
+    for part in "qk" if shape.family.qk_norm else "":
+        yield StageTensor(
+            f"{ours}.self_attention.{part}_layernorm.weight",
+            (f"{attention}.{part}_norm.weight",),
+            _one,
+            _same,
+            None,
+        )
+
+
+def _linear_attention(linear: LinearAttentionShape, ours: str, theirs: str) -> Iterator[StageTensor]:
+    """Yield the parameters of linear attention of a layer.
+
+    Args:
+        linear: Sizes of the layer.
+        ours: Name of the module inside the stage.
+        theirs: Common name of the module.
+    """
+    inputs = tuple(f"{theirs}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
+    yield StageTensor(f"{ours}.dt_bias", (f"{theirs}.dt_bias",), _one, _same, 0, 1, _one)
+    yield StageTensor(f"{ours}.A_log", (f"{theirs}.A_log",), _one, _same, 0, 1, _one)
+    yield StageTensor(f"{ours}.in_proj.weight", inputs, linear.merge_inputs, linear.split_inputs, 0)
+    yield StageTensor(f"{ours}.out_proj.weight", (f"{theirs}.out_proj.weight",), _one, _same, 1, 1, _one)
+    yield StageTensor(f"{ours}.conv1d.weight", (f"{theirs}.conv1d.weight",), linear.merge_conv, linear.split_conv, 0)
+    yield StageTensor(f"{ours}.out_norm.weight", (f"{theirs}.norm.weight",), _one, _same, None)
+
+
 def stage_tensors(
     shape: ModelShape, layers: range, first: bool, last: bool, tensor_size: int, visual_names: Sequence[str] = ()
 ) -> Iterator[StageTensor]:
@@ -210,32 +266,13 @@ def stage_tensors(
         yield StageTensor(f"visual.{name}", (f"visual.{name}",), _one, _same, None)
     if first:
         yield StageTensor("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), *vocabulary)
-    qkv_merge, qkv_split = _qkv_layout(shape, shape.num_query_groups)
-    whole_groups = shape.num_query_groups % tensor_size == 0
-    qkv_parts = _qkv_layout(shape, shape.num_query_groups // tensor_size)[0] if whole_groups else None
     for index, layer in enumerate(layers):
         ours, theirs = f"language.decoder.layers.{index}", f"model.layers.{layer}"
-        attention = f"{theirs}.self_attn"
         yield StageTensor(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), _one, _same, None)
-        for kind in ("weight", "bias") if shape.family.qkv_bias else ("weight",):
-            sources = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
-            if kind == "weight":
-                yield from _adapter(shape, ours, "self_attention.linear_qkv", sources, (qkv_merge, qkv_split))
-            yield StageTensor(
-                f"{ours}.self_attention.linear_qkv.{kind}", sources, qkv_merge, qkv_split, 0, 1, qkv_parts
-            )
-        yield from _adapter(shape, ours, "self_attention.linear_proj", (f"{attention}.o_proj.weight",))
-        yield StageTensor(
-            f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), _one, _same, 1, 1, _one
-        )
-        for part in "qk" if shape.family.qk_norm else "":
-            yield StageTensor(
-                f"{ours}.self_attention.{part}_layernorm.weight",
-                (f"{attention}.{part}_norm.weight",),
-                _one,
-                _same,
-                None,
-            )
+        if layer in shape.softmax_layers:
+            yield from _softmax_attention(shape, ours, theirs, tensor_size)
+        elif shape.linear_attention is not None:
+            yield from _linear_attention(shape.linear_attention, f"{ours}.self_attention", f"{theirs}.linear_attn")
         yield StageTensor(
             f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), _one, _same, None
         )

@@ -120,7 +120,7 @@ def wanted(material):
     return slow_responses(material, "tiny")
 
 
-@pytest.fixture(scope="module", params=["qwen3", "internvl"])
+@pytest.fixture(scope="module", params=["qwen3", "internvl", "qwen3_5"])
 def wanted_of_others(material, request):
     return slow_responses(material, request.param)
 
@@ -227,7 +227,8 @@ def test_equals_a_loop_without_cache(wanted, layout):
 
 @pytest.mark.parametrize("layout", ["one process, by two, block 3", "TP=2 PP=2"])
 def test_other_families_equal_a_loop_without_cache(wanted_of_others, layout):
-    """Qwen3-VL: the tower adds to the first two layers, and queries and keys are normed. InternVL: tiles."""
+    """Qwen3-VL: the tower adds to the first two layers, and queries and keys are normed. InternVL: tiles.
+    Qwen3.5: half of the layers have a state in place of a cache."""
     check_layout(wanted_of_others, layout)
 
 

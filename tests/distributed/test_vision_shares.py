@@ -50,7 +50,7 @@ def features_and_gradients(path: str, tensor: int, sequence_parallel: bool, limi
     }
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl"])
+@pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl", "qwen3_5"])
 def test_shares_of_tensor_ranks_give_the_features_and_gradients_of_one_process(material, family):
     path = str(material[family])
     [alone] = run_ranks(1, features_and_gradients, path, 1, False, 32_768)

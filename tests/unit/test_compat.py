@@ -60,6 +60,15 @@ def method_source(owner: type, name: str) -> str:
     return next(ast.unparse(node) for node in tree.body[0].body if getattr(node, "name", "") == name)
 
 
+def test_megatron_still_forgets_to_cut_the_output_gate():
+    from megatron.core.transformer.attention import SelfAttention
+
+    source = method_source(SelfAttention, "get_query_key_value_tensors")
+    assert "query = query[:, :, idx * size" in source and "gate = gate[:, :, idx * size" not in source
+    with pytest.raises(RuntimeError):  # four heads of gates for two heads of outputs
+        SelfAttention._apply_output_gate(None, torch.ones(1, 1, 2 * 8), torch.ones(1, 1, 4, 8))
+
+
 def test_deepspeed_norm_still_counts_tied_copies():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as optimizer
 

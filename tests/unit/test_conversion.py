@@ -32,6 +32,8 @@ def odd_folder(
         num_key_value_heads=kv_heads, num_hidden_layers=layers, vocab_size=vocab, tie_word_embeddings=tied
     )
     raw["text_config"].pop("layer_types", None)
+    if "linear_num_key_heads" in raw["text_config"]:
+        raw["text_config"].update(linear_num_key_heads=4, linear_num_value_heads=8)
     raw["tie_word_embeddings"] = tied
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (target / "config.json").write_text(json.dumps(raw))
@@ -55,6 +57,8 @@ def odd_folder(
         ("qwen3", 2, 7, 510, False, torch.float32),
         ("internvl", 1, 7, 509, True, torch.bfloat16),
         ("internvl", 4, 4, 511, False, torch.float32),
+        ("qwen3_5", 1, 7, 509, True, torch.bfloat16),
+        ("qwen3_5", 2, 8, 511, False, torch.float32),
     ],
 )
 def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv_heads, layers, vocab, tied, dtype):
@@ -114,7 +118,7 @@ def header_bytes(path: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-@pytest.mark.parametrize("kind", ["untied", "qwen3", "internvl"])
+@pytest.mark.parametrize("kind", ["untied", "qwen3", "internvl", "qwen3_5"])
 def test_result_loads_in_stock_transformers(material, tmp_path, kind):
     to_megatron(material[kind], tmp_path / "m", 2, 2)
     to_hf(tmp_path / "m", tmp_path / "hf", max_shard_bytes=1_000_000)
@@ -255,6 +259,11 @@ PUBLISHED = {
     "qwen3-vl-4b": 4_437_815_808,
     "qwen3-vl-8b": 8_767_123_696,
     "qwen3-vl-32b": 33_357_390_064,
+    "qwen3.5-0.8b": 852_985_920,
+    "qwen3.5-2b": 2_213_241_664,
+    "qwen3.5-4b": 4_539_265_536,
+    "qwen3.5-9b": 9_409_813_744,
+    "qwen3.5-27b": 27_356_728_560,
     "internvl3.5-1b": 1_060_897_792,
     "internvl3.5-2b": 2_348_347_392,
     "internvl3.5-4b": 4_732_489_216,

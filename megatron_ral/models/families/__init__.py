@@ -10,6 +10,7 @@ from megatron_ral.errors import ConfigError
 from megatron_ral.models.families.base import Family, PatchRules, VisionTokens
 from megatron_ral.models.families.internvl import INTERNVL
 from megatron_ral.models.families.qwen2_5_vl import QWEN2_5_VL
+from megatron_ral.models.families.qwen3_5 import QWEN3_5
 from megatron_ral.models.families.qwen3_vl import QWEN3_VL
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Family", "PatchRules", "VisionTokens", "build_tower", "find_family"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL, QWEN3_VL, INTERNVL)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL, QWEN3_VL, QWEN3_5, INTERNVL)}
 
 
 def find_family(model_type: str, key: str, value: object = None) -> Family:

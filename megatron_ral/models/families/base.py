@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PretrainedConfig
 
+    from megatron_ral.models.linear_attention import LinearAttentionShape
     from megatron_ral.types import Prompt
 
 
@@ -95,6 +96,13 @@ class Family:
     """Presence of an RMSNorm on queries and keys, per head."""
     interleaved_rotary: bool
     """Layout of the rotary axes t, h, w: alternating over frequencies, or (False) one block of frequencies each."""
+    output_gate: bool = False
+    """Presence of a gate on the outputs of softmax attention, from the same projection as the queries."""
+    zero_centred_norms: bool = False
+    """Factor of the norms: 1 + weight (True), or weight. Norms of linear attention have the weight in any case."""
+    unused_weights: tuple[str, ...] = ()
+    """Beginnings of the names of stored weights that are no part of the model, as stock transformers leaves them out.
+    """
     hub_prefixes: tuple[tuple[str, str], ...] = ()
     """Pairs (our prefix, prefix on the hub) of weight names."""
     spellings: tuple[tuple[str, str], ...] = (("model.language_model.", "model."), ("model.visual.", "visual."))
@@ -137,6 +145,10 @@ class Family:
     def rotary_sections(self, text: "PretrainedConfig") -> tuple[int, ...]:
         """Return the number of rotary frequencies of each axis (time, height, width), given `text_config`."""
         return tuple(text.rope_parameters.get("mrope_section") or ())
+
+    def linear_attention(self, text: "PretrainedConfig") -> "Optional[LinearAttentionShape]":
+        """Return the sizes of the layers with linear attention, given `text_config`; None: the family has none."""
+        return None
 
     def fixed_values(self, config: "PretrainedConfig") -> Iterator[tuple[str, Any, Any]]:
         """Yield (name in config.json, its value, the only value that is known)."""

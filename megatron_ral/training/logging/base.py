@@ -44,5 +44,6 @@ def evaluation_scalars(result: Evaluation) -> dict[str, float]:
                 ("target_peak", result.target_peak_by_layer),
             )
             for layer, share in enumerate(shares)
+            if share is not None
         },
     }
