@@ -14,7 +14,7 @@ set -euo pipefail
 
 # ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 TASK="${TASK:-digit-search}"         # or video-search
-FAMILY="${FAMILY:-qwen2_5_vl}"       # or another family of tools/make_tiny_model.py: qwen3_vl, internvl
+FAMILY="${FAMILY:-qwen2_5_vl}"       # or another family of tools/make_tiny_model.py: qwen3_vl, qwen3_5, internvl
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task, family, overrides
 DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search or data/video_search in the project
 NPROC_PER_NODE="${NPROC_PER_NODE:-2}"

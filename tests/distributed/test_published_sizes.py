@@ -48,6 +48,8 @@ def build_every_rank(path: str, tensor: int, pipeline: int, ranks: list[int]) ->
         ("qwen3-vl-4b", 2, 3, 4_437_815_808),
         ("qwen3-vl-8b", 4, 2, 8_767_123_696),
         ("qwen3-vl-32b", 8, 4, 33_357_390_064),
+        ("qwen3.5-0.8b", 4, 3, 852_985_920),
+        ("qwen3.5-27b", 8, 4, 27_356_728_560),
         ("internvl3.5-1b", 2, 2, 1_060_897_792),
         ("internvl3.5-38b", 8, 3, 38_390_405_504),
     ],
