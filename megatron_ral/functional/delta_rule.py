@@ -67,8 +67,9 @@ def gated_delta_rule(
     padding = -L % chunk
 
     def chunks(part: Tensor) -> Tensor:
-        """Return [B, L, h, D] as [B, h, chunks, tokens, D]; padding is zero."""
-        return F.pad(part, (0, 0, 0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, chunk))
+        """Return [B, L, h, D] as [B h, chunks, tokens, D]; padding is zero."""
+        padded = F.pad(part, (0, 0, 0, 0, 0, padding))
+        return padded.transpose(1, 2).reshape(B * h, -1, chunk, part.shape[-1])
 
     query, key, value = (chunks(part) for part in (query, key, value_BLhD.float()))
     step = chunks(step_BLh.float()[..., None])
@@ -84,17 +85,20 @@ def gated_delta_rule(
     solved = torch.linalg.solve_triangular(
         system, step * torch.cat([value, read], dim=-1), upper=False, unitriangular=True
     )
-    corrections, of_state = solved.split([Dv, key.shape[-1]], dim=-1)
     within = query @ transposed * between
     query = query * decays.exp()[..., None]
     written = (key * (decays[..., -1:] - decays).exp()[..., None]).transpose(-1, -2)
     kept = decays[..., -1].exp()[..., None, None]
-    outputs = []
-    for number in range(key.shape[2]):
-        correction = corrections[:, :, number] - of_state[:, :, number] @ state
-        outputs.append(query[:, :, number] @ state + within[:, :, number] @ correction)
-        state = state * kept[:, :, number] + written[:, :, number] @ correction
-    return torch.cat(outputs, dim=2)[:, :, :L].transpose(1, 2), state
+    # Only the states go from chunk to chunk, by three operations each. The outputs follow from all of them at once.
+    state, states, corrections = state.reshape(B * h, -1, Dv), [], []
+    for own, of_state, addition, share in zip(
+        *(part.unbind(1) for part in (*solved.split([Dv, key.shape[-1]], dim=-1), written, kept)), strict=True
+    ):
+        states.append(state)
+        corrections.append(torch.baddbmm(own, of_state, state, alpha=-1))
+        state = torch.baddbmm(state * share, addition, corrections[-1])
+    outputs = query @ torch.stack(states, dim=1) + within @ torch.stack(corrections, dim=1)
+    return outputs.view(B, h, -1, Dv)[:, :, :L].transpose(1, 2), state.view(B, h, -1, Dv)
 
 
 def delta_step_(
