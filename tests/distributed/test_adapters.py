@@ -39,7 +39,7 @@ def adapters(material, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("adapters")
     return {
         name: write_peft_folder(str(material[name]), root / name, 3, 6, targets)
-        for name, targets in (("tiny", ALL), ("qwen3", ALL), ("untied", ("q_proj", "v_proj")))
+        for name, targets in (("tiny", ALL), ("qwen3", ALL), ("qwen3_5", ALL), ("untied", ("q_proj", "v_proj")))
     }
 
 
@@ -69,6 +69,7 @@ def check_step(results: list[dict], alone: dict) -> None:
         ("tiny", "tiny_other", (4, 2, 2), False),
         ("untied", "untied_other", (2, 2, 1), True),
         ("qwen3", "qwen3", (4, 2, 2), True),
+        ("qwen3_5", "qwen3_5", (4, 2, 2), True),
     ],
 )
 def test_three_steps_like_one_process(material, adapters, model, other, layout, sequence_parallel):
@@ -79,6 +80,7 @@ def test_three_steps_like_one_process(material, adapters, model, other, layout, 
         f"model.layers.{layer}.{'mlp' if part in ALL[4:] else 'self_attn'}.{part}.lora_{factor}.weight"
         for layer in range(4)
         for part in adapters[model]["targets"]
+        if part in ALL[4:] or layer in read_shape(arguments[0]).softmax_layers
         for factor in "AB"
     }
     check_step(run_ranks(world, steps, *arguments, tensor, pipeline, 2, sequence_parallel, adapters[model]), alone)
@@ -98,12 +100,13 @@ def test_more_tensor_ranks_than_key_heads(material, tmp_path):
 
 def steps(path, other, data, tensor, pipeline, size, sequence_parallel, adapter) -> dict:
     parallel = {"recompute_activations": tensor > 1, "gather": "layer" if pipeline > 1 else "stage"}
+    layers = (read_shape(path).softmax_layers[0], -1)
     return one_step(
-        path, other, data, tensor, pipeline, size, 3, (0, -1), sequence_parallel, adapter=adapter, parallel=parallel
+        path, other, data, tensor, pipeline, size, 3, layers, sequence_parallel, adapter=adapter, parallel=parallel
     )
 
 
-@pytest.mark.parametrize("model", ["tiny", "qwen3"])
+@pytest.mark.parametrize("model", ["tiny", "qwen3", "qwen3_5"])
 def test_both_exports_and_the_base(material, adapters, tmp_path, model):
     """Ours with adapters on = our merged export = stock PEFT with our adapter folder; with adapters off = the base, bit
     for bit. Gradients and optimizer state are held for the adapters alone."""
@@ -137,7 +140,7 @@ def test_both_exports_and_the_base(material, adapters, tmp_path, model):
             wanted = wanted + 2.0 * read[f"{stem}.lora_B.weight"] @ read[f"{stem}.lora_A.weight"]
             changed += 1
         torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=0)
-    assert changed == len(ALL) * 4
+    assert changed == 4 * len(ALL[4:]) + len(read_shape(source).softmax_layers) * len(ALL[:4])
 
     ids = torch.arange(40).view(2, 20) + 5
     with torch.no_grad():

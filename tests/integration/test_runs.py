@@ -17,6 +17,7 @@ from megatron_ral.attention.distribution import attention_distribution
 from megatron_ral.attention.types import RowKeys
 from megatron_ral.commands.convert import main as convert_checkpoint
 from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.models.shape import read_shape
 from megatron_ral.training.checkpoint.files import newest_checkpoint
 from megatron_ral.weights.conversion import differing_weights
 from tests.distributed.cases import assemble, fixed_groups, micro_batches, open_policy
@@ -433,6 +434,7 @@ def export_and_read(path, data, output, tensor, pipeline):
         (4, 2, 2, "untied"),
         (2, 2, 1, "qwen3"),
         (2, 2, 1, "internvl"),
+        (2, 2, 1, "qwen3_5"),
     ],
 )
 def test_exported_folder_in_stock_transformers(material, tmp_path, world, tensor, pipeline, kind):
@@ -448,7 +450,7 @@ def check_against_transformers(results, source, output, data):
     model = AutoModelForImageTextToText.from_pretrained(output, attn_implementation="eager").eval()
     AutoTokenizer.from_pretrained(output)
     groups, processor = fixed_groups(source, data), PromptProcessor(source, 128)
-    P = max(len(prompt.input_ids) for prompt, *_ in groups)
+    P, softmax_layers = max(len(prompt.input_ids) for prompt, *_ in groups), read_shape(output).softmax_layers
     for b, (prompt, ids, lengths, _) in enumerate(groups):
         length = len(prompt.input_ids)
         for g in range(len(ids)):
@@ -459,7 +461,8 @@ def check_against_transformers(results, source, output, data):
             vocab = out.logits.shape[-1]  # ours may be padded
             assert torch.allclose(logits[b, g, :n, :vocab], out.logits[0, length - 1 : -1], atol=1e-4)
             for layer in (1, 3):
-                eager = out.attentions[layer][0].mean(0)[length:]  # head average, response rows
+                recorded = out.attentions[softmax_layers.index(layer)]  # linear attention gives none
+                eager = recorded[0].mean(0)[length:]  # head average, response rows
                 keys = RowKeys(torch.ones(1, length + n, dtype=torch.bool), length + torch.arange(n)[None])
                 for mine, wanted in zip(rows[layer], (eager, attention_distribution(eager[None, None], keys)[0][0, 0])):
                     mine = mine[b, g, :n]
