@@ -33,8 +33,12 @@ case "$TASK" in
     *) echo "error: TASK = $TASK is neither digit-search nor video-search" >&2 && exit 2 ;;
 esac
 task_name="${TASK/-/_}"
-family=()
+family=() sft_defaults=()
 [ "$FAMILY" = qwen2_5_vl ] || { suffix+="-${FAMILY//_/-}" && family=("family=$FAMILY"); }
+
+# Reading takes a model with linear attention twice as many steps. Each part of the curriculum is 32 samples per step.
+[ "$FAMILY" != qwen3_5 ] \
+    || sft_defaults=("train.num_steps=950" "data.train.0.num_samples=12800" "data.train.1.num_samples=12800")
 
 overrides=() sft_overrides=() rl_overrides=() rl_defaults=() seed=0 dry_run=""
 for argument in "$@"; do
@@ -70,7 +74,7 @@ config=pretrained_configs/runs
 sft=(--config "$config/sft_tiny.yaml" "model.path='$model'" "train.output_dir='$OUTPUT_DIR/sft'"
     "data.train.0.shards='$DATA_DIR/single-*.tar'" "data.train.1.shards='$DATA_DIR/search-*.tar'"
     "data.train.2.shards='$DATA_DIR/biased-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
-    ${sft_overrides[@]+"${sft_overrides[@]}"})
+    ${sft_defaults[@]+"${sft_defaults[@]}"} ${sft_overrides[@]+"${sft_overrides[@]}"})
 rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.output_dir='$OUTPUT_DIR/rl'"
     "data.train.0.shards='$DATA_DIR/rl-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
     ${rl_defaults[@]+"${rl_defaults[@]}"} ${rl_overrides[@]+"${rl_overrides[@]}"})
