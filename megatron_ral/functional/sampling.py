@@ -75,7 +75,7 @@ def sample_candidates(
 
     Returns:
         ([X] int64 ids, [X] bool). The second is True where `sample_tokens` of the whole vocabulary draws the same id;
-        elsewhere the candidates do not decide the draw.
+        elsewhere the candidates do not decide the draw, or logits are not a number.
     """
     logits, order = logits_XC.sort(dim=-1, descending=True, stable=True)
     ordered = ((logits.double() - maximum_X[:, None]) / temperature).exp() / total_X[:, None]
@@ -89,6 +89,6 @@ def sample_candidates(
         inside = cumulative - ordered < top_p
         last, reach = inside.sum(dim=-1, keepdim=True) - 1, (ordered * inside).sum(dim=-1)
     index = torch.searchsorted(cumulative, (uniform_X * reach)[:, None], right=True)
-    index = torch.minimum(index, last)
-    settled = whole | ((index if top_p == 1.0 else last)[:, 0] < known.sum(dim=-1))
+    index = torch.minimum(index, last).clamp(min=0)  # below 0 where logits are not a number
+    settled = (whole | ((index if top_p == 1.0 else last)[:, 0] < known.sum(dim=-1))) & total_X.isfinite()
     return ids_XC.gather(-1, order.gather(-1, index))[:, 0], settled

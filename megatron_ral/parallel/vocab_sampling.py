@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ral.errors import UserError
 from megatron_ral.functional.sampling import sample_candidates, sample_tokens
 from megatron_ral.parallel.collectives import gather_shards
 
@@ -47,12 +48,23 @@ class PendingDraw:
 
     @torch.no_grad()
     def finish(self) -> Draw:
-        """Read the tokens, and draw those that are open from the whole vocabulary."""
+        """Read the tokens, and draw those that are open from the whole vocabulary.
+
+        Raises:
+            UserError: logits are not a number.
+        """
         token, logprob, on_host = self.token, self.logprob, self.token.cpu()
         rows = (on_host < 0).nonzero()[:, 0]
         if len(rows):
             token, logprob, rows = token.clone(), logprob.clone(), rows.to(token.device)
             whole = torch.cat(gather_shards(self.logits[rows], self.group), dim=-1)
+            if bool(whole.isnan().any()):
+                raise UserError(
+                    "model.path",
+                    None,
+                    "gives logits that are not a number, from which no token can be drawn; the weights or what they "
+                    "compute overflow: resume from an earlier checkpoint with a lower optimizer.learning_rate",
+                )
             token[rows] = sample_tokens(whole, self.uniform[rows], self.temperature, self.top_p)
             _agree_(token, self.group)
             logit = whole.gather(-1, token[rows, None])[:, 0].double()

@@ -11,6 +11,7 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine import decoding_batch as in_flight
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses, generate, sample_responses
+from megatron_ral.errors import UserError
 from megatron_ral.functional.sampling import sample_tokens, uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.kv_cache import GroupKVCache
@@ -361,3 +362,22 @@ def test_tensor_ranks_draw_what_one_would(world):
         for how, (equal, different) in result.items():
             assert all(equal), (how, equal)
             assert different > 10
+
+
+def draw_from_broken_logits(world: int) -> str:
+    process_groups = start_groups(tensor_size=world, pipeline_size=1, seed=0)
+    logits = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    if process_groups.layout.tensor_rank == 0:
+        logits[1, 5] = float("nan")
+    message = ""
+    try:
+        begin_draw(logits, torch.full((3,), 0.5), 1.0, 1.0, process_groups.tensor, num_candidates=4).finish()
+    except UserError as error:
+        message = str(error)
+    stop_groups()
+    return message
+
+
+def test_logits_that_are_not_a_number_end_the_rollout_with_a_sentence_on_all_ranks():
+    for message in run_ranks(2, draw_from_broken_logits, 2):
+        assert "logits that are not a number" in message and "learning_rate" in message
