@@ -41,7 +41,7 @@ class Engine:
         self.pushed = set()
 
     def describe(self):
-        return {"engine": "stock", "version": self.options.get("version", "1")}
+        return {"engine": "stock", "version": self.options.get("version", "0.32.0")}
 
     def fails(self, fault):
         once = self.options.get("once")
@@ -51,11 +51,14 @@ class Engine:
             Path(once).touch()
         return True
 
-    def cached_tower(self, pixels, *arguments, **named):
+    def cached_tower(self, pixels, grid_thw, **named):
+        """The tower's outputs for a prompt's pictures, which every row of a batch has."""
+        pixels, grids = pixels[: len(pixels) // self.num_rows], grid_thw[: len(grid_thw) // self.num_rows]
         key = pixels.numpy().tobytes()
         if key not in self.features:
-            self.features[key] = self.tower(pixels, *arguments, **named)
-        return type(self.features[key])(**self.features[key])  # the caller changes it
+            self.features[key] = self.tower(pixels, grid_thw=grids, **named)
+        found = self.features[key]
+        return type(found)(**{**found, "pooler_output": found.pooler_output.repeat(self.num_rows, 1)})
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -118,6 +121,7 @@ class Engine:
         return [(tokens, values, tokens[-1] == sampling.end_token) for tokens, values in found]
 
     def inputs(self, ids, prompt):
+        self.num_rows = len(ids)
         result = {"input_ids": ids, "mm_token_type_ids": (ids == self.config.image_token_id).int()}
         if len(prompt.patches):
             grids = torch.from_numpy(prompt.grids.copy())

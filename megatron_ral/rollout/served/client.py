@@ -93,6 +93,7 @@ class SamplerClient:
                     stdout=log,
                     stderr=log,
                     env=self._environment(),
+                    start_new_session=True,  # Ctrl-C is for the run, which ends the server itself
                 )
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:

@@ -289,7 +289,12 @@ def read_request(message: Message) -> tuple[list[ServedPrompt], Sampling]:
 
 
 def die_with(parent: int) -> None:
-    """End this process when its parent ends: at once on Linux, elsewhere within a second."""
+    """End this process when its parent ends: at once on Linux, elsewhere within a second.
+
+    Signals by which a scheduler asks a run to stop are left to the parent, which first ends its step.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
