@@ -45,7 +45,7 @@ case "$SAMPLER" in
         suffix+="-vllm"
         vllm_python="$(bash "$(dirname "${BASH_SOURCE[0]}")/setup_vllm.sh")"
         sampler=("rollout.sampler=vllm" "rollout.vllm.python='$vllm_python'" "rollout.vllm.probe_bound=1.0e-3"
-            "loss.sampler_correction=token_truncate")
+            "rollout.vllm.memory_share=0.05" "loss.sampler_correction=token_truncate")
         ;;
     *) echo "error: SAMPLER = $SAMPLER is neither native nor vllm" >&2 && exit 2 ;;
 esac

@@ -51,6 +51,7 @@ class ServedSettings:
                 "dtype": config.model.dtype,
                 "max_length": config.data.max_prompt_length + rollout.max_response_length,
                 "max_sequences": rollout.generation_batch_size * rollout.group_size,
+                "temperature": rollout.temperature,
                 "memory_share": vllm.memory_share,
             },
             versions=TRIED_VERSIONS,
@@ -71,8 +72,6 @@ def check_sampler_from_config(config: RunConfig, shape: ModelShape) -> None:
     rollout = config.rollout
     if config.train.algorithm == "ral" and rollout.sampler == "vllm":
         check_served(shape)
-        if not ENGINE.is_file():
-            raise ConfigError("rollout.sampler", "vllm", "is not possible yet, because its engine is not written")
         if not os.access(rollout.vllm.python, os.X_OK):
             raise ConfigError(
                 "rollout.vllm.python",
