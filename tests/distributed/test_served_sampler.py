@@ -1,11 +1,13 @@
 """Responses from a server around stock transformers: those of the native sampler, on every rank, whatever fails."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ral.config.sections import ViewsConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.errors import UserError
@@ -13,6 +15,7 @@ from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.served.sampler import ServedSampler
 from megatron_ral.rollout.served.settings import ServedSettings
+from megatron_ral.rollout.views import sample_views
 from tests.distributed.cases import assemble, fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks
 
@@ -53,6 +56,14 @@ def responses(sampler, prompts, *identity) -> list[torch.Tensor]:
     ]
 
 
+def views(sampler, prompts, *identity) -> list[torch.Tensor]:
+    """Responses to partial views, which are prompts of their own."""
+    rows = sample_views(sampler, prompts, SAMPLING, ViewsConfig(0.5), frozenset(), 4, *identity)
+    return [
+        part for row in rows for part in (row.response_ids, row.response_lengths, row.finished, row.rollout_logprobs)
+    ]
+
+
 def open_sampler(path: str, tensor: int, pipeline: int, folder: str, **options):
     opened = open_policy(
         path, tensor, pipeline, kl_coef=0.0, attention_target="hindsight", attention_keys="prompt", learning_rate=1e-2
@@ -71,6 +82,8 @@ def both_samplers(path: str, data: str, tensor: int, pipeline: int, folder: str,
     for number in range(2):
         found["served"].append(responses(sampler, prompts, 7, number))
         found["native"].append(responses(NativeSampler(policy), prompts, 7, number))
+        for name, source in (("served", sampler), ("native", NativeSampler(policy))):
+            found[name][-1] += views(source, prompts[:2], 7, number)
         if number == 0:
             train(opened, rollout)
     found |= {name: getattr(sampler, name) for name in COUNTS}
@@ -83,7 +96,7 @@ def check_equal(results, *, tolerance=2e-5):
     """Tokens of the native sampler on every rank, and its log-probabilities but for the rounding of two engines."""
     for result in results:
         for served, native, first in zip(result["served"], result["native"], results[0]["served"]):
-            assert len(served) == len(native) == 8, "two batches"
+            assert len(served) == len(native) == 16, "two batches, and views of two prompts"
             for index, (one, other) in enumerate(zip(served, native)):
                 if index % 4 < 3:
                     assert torch.equal(one, other)
@@ -117,6 +130,35 @@ def test_one_failure_costs_time_and_changes_nothing(material, tmp_path, fault, s
         assert result["num_failures"] == 1 and result["num_foreign_samples"] == 0
         assert result["num_pushes"] == (3 if fault == "dies" else 2)
     assert (tmp_path / "failed").exists()
+
+
+def foreign_answers(path: str, data: str, folder: str) -> tuple:
+    """Responses, counts, and responses of the native sampler, where the first answers are of other weights."""
+    opened, sampler = open_sampler(path, 1, 1, folder)
+    client, prompts = sampler.client, [row[0] for row in fixed_groups(path, data)[:2]]
+    original, requests = client.sample, []
+
+    def sample(request, version, seconds, take, warms_up=False):
+        requests.append(len(request.sizes))
+        if requests == [1, 1, 2]:  # warm-up and probe before it
+            plain, take = take, lambda number, group: plain(number, dataclasses.replace(group, version=version - 1))
+        original(request, version, seconds, take, warms_up)
+
+    client.sample = sample
+    found = responses(sampler, prompts, 7, 0)
+    counts = sampler.num_foreign_samples, sampler.num_failures, sampler.num_pushes
+    sampler.close()
+    native = responses(NativeSampler(opened[3]), prompts, 7, 0)
+    stop_groups()
+    return found, native, counts, requests
+
+
+def test_responses_of_other_weights_are_dropped_counted_and_sampled_again(material, tmp_path):
+    arguments = str(material["tiny"]), str(material["data"]), str(tmp_path)
+    [(found, native, counts, requests)] = run_ranks(1, foreign_answers, *arguments)
+    assert counts == (6, 1, 2), "responses to two prompts were dropped; the server was started again with all weights"
+    assert requests == [1, 1, 2, 1, 1, 2]
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], native[:3]))
 
 
 def refusal(path: str, data: str, tensor: int, folder: str, options: dict) -> str:

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence, cast
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Channel:
         head = _LENGTHS.pack(len(header), sum(part.nbytes for part in parts)) + header
         deadline = time.monotonic() + seconds
         for piece in (head, *(part.reshape(-1).view(np.uint8) for part in parts if part.nbytes)):
-            rest = memoryview(piece)
+            rest = memoryview(cast(Any, piece))
             while rest:
                 if time.monotonic() > deadline:
                     raise ChannelClosed(f"nobody reads: a message of kind {kind} was not taken in {seconds:g} s")

@@ -1,3 +1,5 @@
+# As vLLM is in another environment:
+# pyright: reportMissingImports=false
 """vLLM as the engine of a sampler's server. The file runs in vLLM's environment, see `server.py`.
 
 It was written after the source of vLLM 0.32.0 and departs from its usual way where that goes wrong silently:
@@ -28,8 +30,8 @@ class Engine:
     """Engine of `server.py`.
 
     Args:
-        options: `model` (folder), `dtype`, `max_length` of prompt and response, `max_sequences` at a time, `temperature`
-            of all requests, `memory_share`.
+        options: `model` (folder), `dtype`, `max_length` of prompt and response, `max_sequences` at a time,
+            `temperature` of all requests, `memory_share`.
     """
 
     def __init__(self, options):
