@@ -1,5 +1,6 @@
 """vLLM itself as the sampler: `bash tests/run.sh -m vllm` with VLLM_PYTHON or the environment of setup_vllm.sh."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -25,6 +26,10 @@ pytestmark = [
 ]
 
 
+ASIDE = " Which digit is it?"
+"""Text that makes prompts longer than two blocks of the prefix cache."""
+
+
 def rollouts(path: str, data: str, tensor: int, folder: str, engine: str) -> dict | str:
     """Differences of log-probabilities between vLLM and the policy over two updates, or the error that ends the run."""
     opened = open_policy(
@@ -43,8 +48,10 @@ def rollouts(path: str, data: str, tensor: int, folder: str, engine: str) -> dic
         bucket_bytes=1 << 18,
         probe_bound=1e-3,
     )
-    sampler = ServedSampler(policy, PromptProcessor(path, 128), settings)
-    prompts, found = [row[0] for row in rows], {"differences": [], "tokens": [], "again": []}
+    processor = PromptProcessor(path, 128)
+    sampler = ServedSampler(policy, processor, settings)
+    samples = [dataclasses.replace(row[0].sample, problem=row[0].sample.problem + 6 * ASIDE) for row in rows]
+    prompts, found = [processor(sample) for sample in samples], {"differences": [], "tokens": [], "again": []}
     try:
         for number in range(3):
             for batch in sampler.sample(prompts, SAMPLING, 4, 7, number):

@@ -180,7 +180,8 @@ class ServedSampler:
             UserError: the probe differs, or the server has failed for the second time in this rollout.
         """
         if self._probe is None:
-            self._probe = next((prompt for prompt in prompts if len(prompt.grid_thw)), prompts[0])
+            # With pictures, and long, so that it fills blocks of the prefix cache.
+            self._probe = max(prompts, key=lambda prompt: (len(prompt.grid_thw) > 0, len(prompt.input_ids)))
         while self.version != self.engine.num_steps_taken:
             started = time.perf_counter()
             failure = self._push()
