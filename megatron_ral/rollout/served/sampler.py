@@ -26,7 +26,7 @@ from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.weight_stream import stream_policy
 from megatron_ral.errors import AgreedError, UserError
-from megatron_ral.parallel.collectives import broadcast_from_stage_, from_first_rank, raise_together
+from megatron_ral.parallel.collectives import broadcast_from_stage_, from_first_rank, gather_from_all, raise_together
 from megatron_ral.rollout.sampler import SampledBatch
 from megatron_ral.rollout.served.client import SamplerClient, ServerProgram
 from megatron_ral.rollout.served.conversion import response_batch, sampling_request
@@ -116,14 +116,16 @@ class ServedSampler:
         return self.engine.encode_visual(pad_prompts(prompts, pad_token_id))
 
     def close(self) -> None:
-        """End the server, and say how it went."""
+        """End the server, and say how it went with those of all copies. All ranks call this together."""
         if self.client is not None:
             self.client.end()
+        own = self.num_pushes, self.num_failures, self.num_foreign_samples, self.probe_difference
+        pushes, failures, foreign, differences = zip(*filter(None, gather_from_all(own if self.owns else None)))
         if self.engine.layout.rank == 0:
             print(
-                f"sampler: {self.num_pushes} pushes of weights, each followed by a probe whose log-probabilities "
-                f"differed by {self.probe_difference:.2g} at most; {self.num_failures} failures; "
-                f"{self.num_foreign_samples} responses of other weights were dropped",
+                f"sampler: {sum(pushes)} pushes of weights to {len(pushes)} servers, each followed by a probe whose "
+                f"log-probabilities differed by {max(differences):.2g} at most; {sum(failures)} failures; "
+                f"{sum(foreign)} responses of other weights were dropped",
                 flush=True,
             )
 
