@@ -4,6 +4,7 @@
 #   bash launch_scripts/ral_tiny.sh [dotted.key=value ...] [--dry-run]
 #   TASK=video-search bash launch_scripts/ral_tiny.sh      # the same on clips (mp4) instead of images
 #   FAMILY=qwen3_vl bash launch_scripts/ral_tiny.sh        # the same with a tiny model of another family
+#   SAMPLER=vllm bash launch_scripts/ral_tiny.sh           # RL samples with vLLM, in an environment of its own
 #
 # Overrides go to both training runs; settings of one of them by prefix: sft:train.num_steps=100, rl:loss.kl_coef=0.1.
 # Adapters (adapter.rank=8) are for RL alone, because SFT starts from random weights, which leave nothing to adapt.
@@ -15,6 +16,7 @@ set -euo pipefail
 # ---- yours to set (relative paths: to the current folder) -----------------------------------------------------------
 TASK="${TASK:-digit-search}"         # or video-search
 FAMILY="${FAMILY:-qwen2_5_vl}"       # or another family of tools/make_tiny_model.py: qwen3_vl, qwen3_5, internvl
+SAMPLER="${SAMPLER:-native}"         # or vllm (docs/sampler.md)
 OUTPUT_DIR="${OUTPUT_DIR:-}"         # default: outputs/ral_tiny in the project, one folder per task, family, overrides
 DATA_DIR="${DATA_DIR:-}"             # default: data/digit_search or data/video_search in the project
 NPROC_PER_NODE="${NPROC_PER_NODE:-2}"
@@ -39,6 +41,18 @@ family=() sft_defaults=()
 # Reading takes a model with linear attention twice as many steps. Each part of the curriculum is 32 samples per step.
 [ "$FAMILY" != qwen3_5 ] \
     || sft_defaults=("train.num_steps=950" "data.train.0.num_samples=12800" "data.train.1.num_samples=12800")
+
+sampler=()
+case "$SAMPLER" in
+    native) ;;
+    vllm)
+        suffix+="-vllm"
+        vllm_python="$(bash "$(dirname "${BASH_SOURCE[0]}")/setup_vllm.sh")"
+        sampler=("rollout.sampler=vllm" "rollout.vllm.python='$vllm_python'" "rollout.vllm.probe_bound=1.0e-3"
+            "rollout.vllm.memory_share=0.05" "loss.sampler_correction=token_truncate")
+        ;;
+    *) echo "error: SAMPLER = $SAMPLER is neither native nor vllm" >&2 && exit 2 ;;
+esac
 
 overrides=() sft_overrides=() rl_overrides=() rl_defaults=() seed=0 dry_run=""
 for argument in "$@"; do
@@ -77,7 +91,7 @@ sft=(--config "$config/sft_tiny.yaml" "model.path='$model'" "train.output_dir='$
     ${sft_defaults[@]+"${sft_defaults[@]}"} ${sft_overrides[@]+"${sft_overrides[@]}"})
 rl=(--config "$config/ral_tiny.yaml" "model.path='$OUTPUT_DIR/sft/hf'" "train.output_dir='$OUTPUT_DIR/rl'"
     "data.train.0.shards='$DATA_DIR/rl-*.tar'" "data.eval_shards='$DATA_DIR/heldout-*.tar'"
-    ${rl_defaults[@]+"${rl_defaults[@]}"} ${rl_overrides[@]+"${rl_overrides[@]}"})
+    ${sampler[@]+"${sampler[@]}"} ${rl_defaults[@]+"${rl_defaults[@]}"} ${rl_overrides[@]+"${rl_overrides[@]}"})
 
 if [ -n "$dry_run" ]; then
     scratch="$(mktemp -d)"
@@ -91,6 +105,7 @@ fi
 
 mkdir -p "$OUTPUT_DIR/seconds"
 printf '%s\n' "processes=$NPROC_PER_NODE*$NNODES" "data=$DATA_DIR" ${family[@]+"${family[@]}"} \
+    ${sampler[@]+"${sampler[@]}"} \
     ${overrides[@]+"${overrides[@]}"} > "$OUTPUT_DIR/arguments.new.$NODE_RANK"
 if [ -f "$OUTPUT_DIR/arguments" ] && ! cmp -s "$OUTPUT_DIR/arguments" "$OUTPUT_DIR/arguments.new.$NODE_RANK"; then
     rm "$OUTPUT_DIR/arguments.new.$NODE_RANK"

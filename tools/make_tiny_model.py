@@ -1,5 +1,5 @@
-"""Write a randomly initialised, tiny Qwen2.5-VL, Qwen3-VL, Qwen3.5 or InternVL3.5 as a complete Hugging Face folder, for
-tests and demonstrations.
+"""Write a randomly initialised, tiny Qwen2.5-VL, Qwen3-VL, Qwen3.5 or InternVL3.5 as a complete Hugging Face folder,
+for tests and demonstrations.
 
 The folder holds what a real checkpoint holds: safetensors, `config.json`, `generation_config.json`, a tokenizer with
 its chat template, and `preprocessor_config.json`; so the loading code that runs on it is the code that runs on a 72B

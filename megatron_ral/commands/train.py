@@ -46,6 +46,7 @@ def _check_models(config: RunConfig):
     """
     from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.models.shape import read_shape
+    from megatron_ral.rollout.served.settings import check_sampler_from_config
     from megatron_ral.weights.peft_folder import check_adapters
 
     shape = shape_from_config(config)
@@ -54,6 +55,7 @@ def _check_models(config: RunConfig):
     shape.layer_indices(config.rollout.attention_noise.layers, "rollout.attention_noise.layers")
     if config.train.algorithm == "ral":
         _check_trained_attention(config, shape)
+    check_sampler_from_config(config, shape)
     check_adapters(config.adapter.path, shape)
     if config.model.reference_path:
         shape.check_same_architecture(

@@ -13,6 +13,7 @@ from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetR
 from megatron_ral.config.adapter import PROJECTIONS
 from megatron_ral.config.launch_rules import LAUNCH_RULES
 from megatron_ral.config.rule import Launch, Rule, Severity, Subject, without_effect
+from megatron_ral.config.sampler_rules import SAMPLER_RULES
 from megatron_ral.config.sections import RunConfig
 
 
@@ -225,6 +226,7 @@ RULES: tuple[Rule, ...] = (
         "is the likelihood of the teacher's responses and needs distill.teacher_rollouts = 1, not "
         "{distill.teacher_rollouts}",
     ),
+    *SAMPLER_RULES,
     # Settings without effect, and combinations that do something else than they seem to.
     *without_effect(
         "parallel sequence_parallel",

@@ -1,5 +1,6 @@
 """Sections of a run's configuration, with every default of the project. Those of the objective are in `loss.py`, of a
-teacher in `distill.py`, of adapters in `adapter.py`, of the log and the watchdog in `watching.py`.
+teacher in `distill.py`, of adapters in `adapter.py`, of a sampler's server in `sampler.py`, of the log and the watchdog
+in `watching.py`.
 
 Each section is a frozen dataclass that checks the types and bounds of its own fields, strictly: no string becomes a
 number. Combinations of settings are checked in `rules.py`. Nothing here imports torch, so that a configuration is
@@ -17,6 +18,7 @@ from megatron_ral.config.adapter import AdapterConfig
 from megatron_ral.config.distill import DistillConfig, TeacherConfig
 from megatron_ral.config.fields import STRICT, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_ral.config.loss import LossConfig, OptimizerConfig
+from megatron_ral.config.sampler import VllmConfig
 from megatron_ral.config.watching import LoggingConfig, WatchdogConfig
 
 
@@ -173,6 +175,11 @@ class RolloutConfig:
     """Temperature of sampling. Log-probabilities in the losses use it as well."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass of the most likely tokens to sample from; 1 for all tokens."""
+    sampler: Literal["native", "vllm"] = "native"
+    """Engine that samples responses. native: the trained engine itself, one copy of the weights, exact. vllm: a server
+    beside it that gets the weights after each update (docs/sampler.md). Evaluations are always native."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """Server of sampler = vllm."""
     attention_noise: AttentionNoiseConfig = field(default_factory=AttentionNoiseConfig)
     """Exploration of attention while sampling."""
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -5,6 +5,8 @@ Departure from it: pixels are put in the order of patches while they are bytes, 
 instead of once per temporal copy.
 """
 
+from typing import Sequence
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -95,3 +97,30 @@ def image_grid(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> 
             max_pixels=processor.size["longest_edge"],
         )
     return torch.tensor([1, height // processor.patch_size, width // processor.patch_size])
+
+
+def byte_patches(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return the bytes of which patches were made, the exact inverse of scaling by 1/255 and normalising.
+
+    Bytes are 1 / (255 std) apart after normalising, which is 10^5 times the rounding of float32, so that each value
+    has one byte. A value between two bytes was made by something else.
+
+    Args:
+        patches: [patches, channels * numbers of a channel] float32, normalised.
+        mean: mean of each channel, of pixels between 0 and 1.
+        std: standard deviation of each channel.
+
+    Returns:
+        [patches, channels * numbers of a channel] uint8.
+
+    Raises:
+        ValueError: the values are no normalised bytes.
+    """
+    channels = patches.reshape(len(patches), len(mean), patches.shape[1] // len(mean)).double()
+    values = 255 * (channels * torch.tensor(std).double()[:, None] + torch.tensor(mean).double()[:, None])
+    rounded = values.round()
+    if len(patches) and not (
+        float((values - rounded).abs().max()) < 0.01 and 0 <= rounded.min() <= rounded.max() < 256
+    ):
+        raise ValueError("patches that are no normalised bytes")
+    return rounded.to(torch.uint8).view(patches.shape)

@@ -20,9 +20,14 @@ def normal_stream(length: int, *identity: object) -> Tensor:
     return torch.randn(length, generator=_generator(identity), dtype=torch.float64)
 
 
-def _generator(identity: tuple[object, ...]) -> torch.Generator:
+def stream_seed(*identity: object) -> int:
+    """Return the seed, below 2^63, of the streams that depend on `identity` alone, hashed with BLAKE2."""
     digest = hashlib.blake2b("\x1f".join(map(str, identity)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _generator(identity: tuple[object, ...]) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(*identity))
 
 
 def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

@@ -30,3 +30,6 @@ class NativeSampler:
 
     def encode_visual(self, prompts: Sequence[Prompt], pad_token_id: int) -> Optional[tuple[Tensor, ...]]:
         return self.engine.encode_visual(pad_prompts(prompts, pad_token_id))
+
+    def close(self) -> None:
+        """Do nothing, because the policy is all that there is."""

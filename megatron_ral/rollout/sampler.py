@@ -40,3 +40,7 @@ class Sampler(Protocol):
     def encode_visual(self, prompts: Sequence[Prompt], pad_token_id: int) -> Optional[tuple[Tensor, ...]]:
         """Return the outputs of the frozen vision tower for prompts that another model answers."""
         ...
+
+    def close(self) -> None:
+        """Let go of what the sampler holds beside the policy."""
+        ...

@@ -15,6 +15,10 @@ from megatron_ral.objectives.base import Objective, Term
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, TokenDistillationTerm
 from megatron_ral.objectives.policy_gradient import PolicyGradientTerm
 from megatron_ral.parallel.process_groups import ProcessGroups, another_layout
+from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.sampler import Sampler
+from megatron_ral.rollout.served.sampler import ServedSampler
+from megatron_ral.rollout.served.settings import ServedSettings
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,13 @@ def build_teacher(
         student_shape=shape,
         processor=processor,
     )
+
+
+def build_sampler(config: RunConfig, policy: PolicyEngine, processor: PromptProcessor) -> Sampler:
+    """Return the source of the policy's responses."""
+    if config.train.algorithm == "ral" and config.rollout.sampler == "vllm":
+        return ServedSampler(policy, processor, ServedSettings.from_config(config))
+    return NativeSampler(policy)
 
 
 def build_objective(

@@ -23,12 +23,11 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.collect import RolloutSettings
-from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
 from megatron_ral.runtime.progress import progress
 from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.runtime.stopping import StopRequests
-from megatron_ral.training.build import build_objective, build_policy, build_teacher
+from megatron_ral.training.build import build_objective, build_policy, build_sampler, build_teacher
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
@@ -99,7 +98,7 @@ class Trainer:
                 reference = FrozenEngine(replace(shape, adapter=None), process_groups, settings)
             else:
                 reference = PolicyBase(self.policy)
-        self.engines = Engines(self.policy, NativeSampler(self.policy), reference, teacher)
+        self.engines = Engines(self.policy, build_sampler(config, self.policy, self.processor), reference, teacher)
         self.step_settings = StepSettings.from_config(config)
         self.rollout_settings = RolloutSettings.from_config(config)
         self.checkpoint_settings = CheckpointSettings.from_config(config)
@@ -151,6 +150,7 @@ class Trainer:
     def _finish(self, log: Loggers, first: int, done: int, stop: Optional[str], started: float) -> None:
         """Report how the run ended, export the model, and write the summary."""
         config = self.config
+        self.engines.sampler.close()
         if stop:
             self._print(
                 f"{stop}: stopped after step {done} of {config.train.num_steps}, "

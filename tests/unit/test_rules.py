@@ -14,6 +14,7 @@ from megatron_ral.errors import ConfigError
 
 RUNS = sorted((Path(__file__).parents[2] / "pretrained_configs" / "runs").glob("*.yaml"))
 TEACHER = "teacher={path: t}"
+SERVED = "rollout={sampler: vllm, vllm: {python: p}}"
 ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule, part of its sentence
     (["model.path=''"], "model.path", "is empty"),
     (["data.train=[]"], "data.train", "is empty"),
@@ -81,6 +82,29 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "rollout.refill_rounds",
         "= 3 is not possible with a teacher: it would replace",
     ),
+    (["rollout.sampler=vllm"], "rollout.vllm.python", "is empty, but rollout.sampler = vllm needs an environment"),
+    (
+        [SERVED, "rollout.attention_noise={sigma: 2.0}"],
+        "rollout.sampler",
+        "= vllm is not possible with rollout.attention_noise.sigma = 2.0",
+    ),
+    (
+        [SERVED, "loss={attention_target: explored, attention_keys: visual}"],
+        "rollout.sampler",
+        "= vllm is not possible with loss.attention_target = explored, which reads attention",
+    ),
+    (
+        [SERVED, "rollout.temperature=0.7", "rollout.top_p=0.9"],
+        "rollout.temperature",
+        "= 0.7 is not possible with rollout.sampler = vllm and rollout.top_p = 0.9",
+    ),
+    (
+        [SERVED, "rollout.vllm.request_seconds=900"],
+        "rollout.vllm.request_seconds",
+        "= 900 is too long: two of it and rollout.vllm.start_seconds = 400 last longer than parallel.timeout_minutes",
+    ),
+    ([SERVED], "loss.sampler_correction", "= none with rollout.sampler = vllm leaves the difference"),
+    (["rollout.vllm.bucket_mib=8"], "rollout.vllm.bucket_mib", "= 8 has no effect with rollout.sampler = native"),
     (["distill.attention_layers=[2, 2]"], "distill.attention_layers", "= [2, 2] must name each layer only once"),
     ([TEACHER, "distill.teacher_rollouts=0.5"], "distill.teacher_rollouts", "loss.policy_coef = 1.0"),
     ([TEACHER, "distill.token_divergence=cross_entropy"], "distill.token_divergence", "teacher_rollouts = 1, not"),
@@ -252,6 +276,12 @@ def test_a_rule_about_processes_fires(world, overrides, rule):
     assert str(error.value) == str(LAUNCH_RULES[rule].error(Launch(config, world)))
     if rule > 1:
         check_layout(config, world, training=False)
+
+
+def test_views_and_corrections_go_with_a_served_sampler():
+    views = [SERVED, "rollout.views={keep: 0.3}", "loss={attention_target: explored, attention_keys: visual}"]
+    assert not any(rule.severity is Severity.ERROR for rule in firing(configuration(views)))
+    assert not setting_warnings(configuration([SERVED, "loss.sampler_correction=token_truncate"]))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

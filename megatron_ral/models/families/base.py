@@ -115,6 +115,8 @@ class Family:
     template_has_pair: bool = True
     """Presence of the tokens around visual input in the chat template's text; False: they come with the visual tokens.
     """
+    vllm_issue: str = "its responses there were never compared with ours"
+    """Reason for which vLLM must not sample for the family; empty: it may."""
     image_processors: str = "Qwen"
     """Beginning of the names of image processors in preprocessor_config.json that make this family's patches."""
 

@@ -48,4 +48,4 @@ class Qwen2_5VL(Family):
         return {"second_per_grid_ts": seconds_per_grid}
 
 
-QWEN2_5_VL = Qwen2_5VL("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False)
+QWEN2_5_VL = Qwen2_5VL("qwen2_5_vl", qkv_bias=True, qk_norm=False, interleaved_rotary=False, vllm_issue="")

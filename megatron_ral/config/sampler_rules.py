@@ -1,0 +1,82 @@
+"""Table of the rules about samplers; like `rules.py`."""
+
+from dataclasses import fields
+
+from megatron_ral.attention.targets.registry import TARGETS, TargetPass
+from megatron_ral.config.rule import Rule, Severity, without_effect
+from megatron_ral.config.sampler import VllmConfig
+from megatron_ral.config.sections import RunConfig
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+
+
+def _is_served(config: RunConfig) -> bool:
+    """Say whether responses come from a server."""
+    return config.train.algorithm == "ral" and config.rollout.sampler != "native"
+
+
+def _reads_decoding(config: RunConfig) -> bool:
+    """Say whether the attention target reads rows that decoding recorded. Rows of views need no decoding."""
+    target = TARGETS.get(config.loss.attention_target)
+    return target is not None and target.needs is TargetPass.ROLLOUT and not config.rollout.has_views
+
+
+SAMPLER_RULES: tuple[Rule, ...] = (
+    Rule(
+        ERROR,
+        "rollout.vllm.python",
+        lambda c: _is_served(c) and not c.rollout.vllm.python,
+        "is empty, but {rollout.sampler} needs an environment of its own; make it with launch_scripts/setup_vllm.sh "
+        "and name its interpreter",
+        lambda c: None,
+    ),
+    Rule(
+        ERROR,
+        "rollout.sampler",
+        lambda c: _is_served(c) and c.rollout.attention_noise.sigma > 0,
+        "is not possible with {rollout.attention_noise.sigma}, because its attention cannot be changed; set native",
+    ),
+    Rule(
+        ERROR,
+        "rollout.sampler",
+        lambda c: _is_served(c) and _reads_decoding(c),
+        "is not possible with {loss.attention_target}, which reads attention that only the native sampler records; set "
+        "native, or another target",
+    ),
+    Rule(
+        ERROR,
+        "rollout.temperature",
+        lambda c: _is_served(c) and c.rollout.temperature != 1 and c.rollout.top_p < 1,
+        "is not possible with {rollout.sampler} and {rollout.top_p}, because log-probabilities at this temperature "
+        "would be those behind the cut nucleus; set it to 1, or rollout.top_p to 1",
+    ),
+    Rule(
+        ERROR,
+        "rollout.vllm.request_seconds",
+        lambda c: (
+            _is_served(c)
+            and 2 * c.rollout.vllm.request_seconds + c.rollout.vllm.start_seconds >= 60 * c.parallel.timeout_minutes
+        ),
+        "is too long: two of it and {rollout.vllm.start_seconds} last longer than {parallel.timeout_minutes}, in which "
+        "the copy's other ranks wait; lower one of them",
+    ),
+    Rule(
+        WARNING,
+        "loss.sampler_correction",
+        lambda c: (
+            _is_served(c)
+            and c.rollout.top_p == 1
+            and not c.rollout.has_views
+            and c.loss.policy_coef > 0
+            and c.loss.sampler_correction == "none"
+        ),
+        "with {rollout.sampler} leaves the difference between sampler and training engine uncorrected; set "
+        "token_truncate",
+    ),
+    *without_effect(
+        "rollout.vllm " + " ".join(field.name for field in fields(VllmConfig)),
+        lambda c: not _is_served(c),
+        lambda c: "with {rollout.sampler}" if c.train.algorithm == "ral" else "with {train.algorithm}",
+    ),
+)
+"""Rules over a configuration that name a sampler."""

@@ -1,0 +1,153 @@
+"""Prompts as a sampler's server gets them: the bytes of pictures, the seeds of responses, and what is refused."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_ral.config import RunConfig
+from megatron_ral.config.sampler import VllmConfig
+from megatron_ral.config.sections import ModelConfig, RolloutConfig
+from megatron_ral.data.processor import PromptProcessor
+from megatron_ral.engine.decoding_batch import SamplingSettings
+from megatron_ral.errors import ConfigError
+from megatron_ral.functional.patches import byte_patches
+from megatron_ral.functional.sampling import stream_seed, uniform_stream
+from megatron_ral.models.shape import read_shape
+from megatron_ral.rollout.served.conversion import response_batch, sampling_request
+from megatron_ral.rollout.served.request import SampledGroup
+from megatron_ral.rollout.served.settings import check_sampler_from_config, check_served
+from megatron_ral.rollout.views import view_of
+from megatron_ral.types import FramePictures, Sample, pad_prompts
+
+SAMPLING = SamplingSettings(2, 5, end_token_id=3, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def processor(material) -> PromptProcessor:
+    return PromptProcessor(str(material["tiny"]), 4096)
+
+
+def picture(seed: int, side: int = 60) -> bytes:
+    """Noise, so that every byte occurs."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 20, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def prompt(processor, images=(), videos=()):
+    return processor(Sample("key", "shard", "Which?", "", "", "", tuple(images), (), tuple(videos)))
+
+
+def normalised(patches: torch.Tensor, processor) -> torch.Tensor:
+    """What transformers' image processor makes of bytes."""
+    image = processor.image_processor
+    mean, std = (torch.tensor(part)[:, None] for part in (image.image_mean, image.image_std))
+    values = (patches.view(len(patches), 3, -1).double() * image.rescale_factor).float()
+    return ((values - mean) / std).view(len(patches), -1)
+
+
+def test_patches_are_turned_back_into_the_bytes_that_they_were_made_of(processor):
+    pixels = prompt(processor, [picture(1), picture(2, 33)]).pixel_values
+    image = processor.image_processor
+    found = byte_patches(pixels, image.image_mean, image.image_std)
+    assert found.dtype == torch.uint8 and len(found.unique()) == 256
+    assert torch.equal(normalised(found, processor), pixels), "bit for bit"
+    clip = prompt(processor, videos=[FramePictures((picture(3), picture(4)), 2.0)]).pixel_values
+    again = normalised(byte_patches(clip, image.image_mean, image.image_std), processor)
+    assert (again - clip).abs().max() <= 2e-6, "a clip's floats come from another formula"
+    assert byte_patches(pixels[:0], image.image_mean, image.image_std).shape == (0, pixels.shape[1])
+
+
+def test_a_view_of_a_picture_still_has_bytes(processor):
+    whole = prompt(processor, [picture(1)])
+    view = view_of(whole, torch.arange(int(whole.visual_mask.sum())) % 2 == 0, 0)
+    assert not torch.equal(view.pixel_values, whole.pixel_values)
+    image = processor.image_processor
+    found = byte_patches(view.pixel_values, image.image_mean, image.image_std)
+    assert torch.equal(normalised(found, processor), view.pixel_values)
+
+
+@pytest.mark.parametrize("change", [lambda v: v + 0.001, lambda v: v * 1.01, lambda v: v + 10.0, lambda v: v * np.nan])
+def test_values_that_are_no_bytes_are_refused(processor, change):
+    image = processor.image_processor
+    with pytest.raises(ValueError, match="no normalised bytes"):
+        byte_patches(change(prompt(processor, [picture(1)]).pixel_values), image.image_mean, image.image_std)
+
+
+def test_a_request_holds_expanded_ids_bytes_grids_and_the_seeds_of_the_native_sampler(processor):
+    prompts = [prompt(processor, [picture(1)]), prompt(processor), prompt(processor, [picture(2), picture(3, 90)])]
+    image = processor.image_processor
+    found = sampling_request(prompts, SAMPLING, (7, 2), (5,), (image.image_mean, image.image_std))
+    assert found.sizes == [(len(p.input_ids), len(p.grid_thw), len(p.pixel_values)) for p in prompts]
+    assert found.ids.tolist() == [token for p in prompts for token in p.input_ids.tolist()]
+    assert found.patches.dtype == np.uint8 and found.grids.tolist() == [g for p in prompts for g in p.grid_thw.tolist()]
+    assert found.settings["forbidden"] == [5] and found.settings["max_length"] == 5
+    for p, seeds in zip(prompts, found.seeds.tolist()):
+        for number, seed in enumerate(seeds):
+            identity = (7, 2, p.sample.identity, number)
+            assert seed == stream_seed(*identity) < 2**63
+            generator = torch.Generator().manual_seed(seed)
+            assert torch.equal(torch.rand(4, generator=generator, dtype=torch.float64), uniform_stream(4, *identity))
+    part = found.only([2])
+    assert part.sizes == found.sizes[2:] and np.array_equal(part.patches, found.patches[found.sizes[0][2] :])
+    assert part.ids.tolist() == prompts[2].input_ids.tolist() and np.array_equal(part.seeds, found.seeds[2:])
+
+
+def test_videos_and_foreign_pixels_are_refused_by_the_name_of_their_sample(processor):
+    image = processor.image_processor
+    pixels = (image.image_mean, image.image_std)
+    clip = prompt(processor, videos=[FramePictures((picture(3), picture(4)), 2.0)])
+    with pytest.raises(ValueError, match="cannot see the video of sample 'shard/key'"):
+        sampling_request([clip], SAMPLING, (), (), pixels)
+    still = prompt(processor, [picture(1)])
+    foreign = dataclasses.replace(still, pixel_values=still.pixel_values + 0.003)
+    with pytest.raises(ValueError, match="cannot see the picture of sample 'shard/key', which has patches"):
+        sampling_request([foreign], SAMPLING, (), (), pixels)
+
+
+def test_answers_become_a_batch_padded_to_the_longest(processor):
+    prompts = pad_prompts([prompt(processor), prompt(processor)], 0)
+    rows = [
+        SampledGroup(
+            np.array([4, 5, 3, 6], np.int32), np.array([-1, -2, -3, -4], np.float32), [3, 1], [True, False], 9
+        ),
+        SampledGroup(np.array([7, 3], np.int32), np.array([-5, -6], np.float32), [1, 1], [False, True], 9),
+    ]
+    batch = response_batch(prompts, rows, SAMPLING)
+    assert batch.response_ids.tolist() == [[[4, 5, 3], [6, 0, 0]], [[7, 0, 0], [3, 0, 0]]]
+    assert batch.rollout_logprobs.tolist() == [[[-1, -2, -3], [-4, 0, 0]], [[-5, 0, 0], [-6, 0, 0]]]
+    assert batch.response_lengths.tolist() == [[3, 1], [1, 1]]
+    assert batch.finished.tolist() == [[True, False], [False, True]]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_whose_pictures_or_heads_do_not_agree_are_refused(material):
+    shape = read_shape(str(material["tiny"]))
+    check_served(shape)
+    for name, why in (
+        ("qwen3", "qwen3_vl model, because its responses"),
+        ("internvl", "internvl model, because"),
+        ("qwen3_5", "qwen3_5 model"),
+    ):
+        with pytest.raises(ConfigError, match=f"rollout.sampler = vllm is not possible with an? {why}"):
+            check_served(read_shape(str(material[name])))
+    with pytest.raises(ConfigError, match="is not possible with heads of size 16, because its attention has 32, 64"):
+        check_served(dataclasses.replace(shape, kv_channels=16))
+
+
+def test_an_interpreter_that_is_not_there_is_refused_before_the_run(material, tmp_path):
+    shape = read_shape(str(material["tiny"]))
+    config = RunConfig(
+        model=ModelConfig(path=str(material["tiny"])),
+        rollout=RolloutConfig(sampler="vllm", vllm=VllmConfig(python=str(tmp_path / "python"))),
+    )
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.python = .* is no interpreter; make the environment with"):
+        check_sampler_from_config(config, shape)
+    check_sampler_from_config(dataclasses.replace(config, rollout=RolloutConfig()), shape)
