@@ -24,10 +24,10 @@ def rotate(vectors: Tensor, freqs: Tensor, *rest: Any, **named: Any) -> Tensor:
         return apply_rotary_pos_emb(vectors, freqs, *rest, **named)
     cosine, sine = freqs
     width = cosine.shape[-1]
-    rotated, rest = (vectors, None) if width == vectors.shape[-1] else vectors.tensor_split([width], dim=-1)
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cosine + torch.cat((-second, first), dim=-1) * sine
-    return rotated if rest is None else torch.cat([rotated, rest], dim=-1)
+    if width < vectors.shape[-1]:
+        return torch.cat([rotate(vectors[..., :width], freqs), vectors[..., width:]], dim=-1)
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 def use_prepared_rotation() -> None:

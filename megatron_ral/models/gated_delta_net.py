@@ -134,10 +134,12 @@ class GatedDeltaNet(torch.nn.Module):
         # Padding behind a prompt must neither change its state nor make it forget.
         is_real = (torch.arange(P, device=mixed.device) < lengths[:, None])[..., None]
         padded = F.pad(mixed[:, :P], (0, 0, self.shape.conv_kernel - 1, 0))
-        parts = *self._parts(padded), decay[:, :P] * is_real, step[:, :P] * is_real
+        query, key, value = self._parts(padded)
+        decays, steps = decay[:, :P] * is_real, step[:, :P] * is_real
         # The rule holds several times its inputs, which a pass without gradient need not do for all prompts at once.
         size = B if torch.is_grad_enabled() else max(SLICE // P, 1)
-        sliced = [gated_delta_rule(*(part[start : start + size] for part in parts)) for start in range(0, B, size)]
+        slices = zip(*(part.split(size) for part in (query, key, value, decays, steps)))
+        sliced = [gated_delta_rule(*part) for part in slices]
         output, state = sliced[0] if len(sliced) == 1 else (torch.cat(part) for part in zip(*sliced))
         # `padded` begins with as many zeros as the tail is long, so that the tail begins at the prompt's length.
         tail = lengths[:, None] + torch.arange(self.shape.conv_kernel - 1, device=mixed.device)
