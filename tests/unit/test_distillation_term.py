@@ -26,13 +26,21 @@ MODELS = Path(__file__).parents[2] / "pretrained_configs" / "models"
 
 @pytest.mark.parametrize(
     "student, teacher, wanted",
-    [(4, 4, [0, 1, 2, 3]), (4, 8, [1, 3, 5, 7]), (4, 6, [1, 2, 4, 5]), (4, 2, [0, 0, 1, 1]), (1, 5, [4])],
+    [
+        (range(4), range(4), [0, 1, 2, 3]),
+        (range(4), range(8), [1, 3, 5, 7]),
+        (range(4), range(6), [1, 2, 4, 5]),
+        (range(4), range(2), [0, 0, 1, 1]),
+        (range(1), range(5), [4]),
+        ((3, 7), (3, 7, 11, 15), [7, 15]),  # the layers between have linear attention
+    ],
 )
 def test_layers_are_matched_by_relative_depth(student, teacher, wanted):
     engine = SimpleNamespace(
-        shape=SimpleNamespace(num_layers=teacher), student_shape=SimpleNamespace(num_layers=student)
+        shape=SimpleNamespace(softmax_layers=tuple(teacher)),
+        student_shape=SimpleNamespace(softmax_layers=tuple(student)),
     )
-    assert [TeacherEngine.matching_layer(engine, layer) for layer in range(student)] == wanted
+    assert [TeacherEngine.matching_layer(engine, layer) for layer in student] == wanted
 
 
 def groups(*masks):

@@ -27,7 +27,8 @@ G, R = 2, 4
 REWARDS = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.1, 1.0]]
 LENGTHS = [[4, 1], [3, 3], [2, 4], [1, 2]]
 ENGINE = SimpleNamespace(
-    resident=nullcontext, shape=SimpleNamespace(num_layers=2, layer_indices=lambda layers, key="": list(layers))
+    resident=nullcontext,
+    shape=SimpleNamespace(num_layers=2, softmax_layers=(0, 1), layer_indices=lambda layers, key="": list(layers)),
 )
 PROCESSOR = SimpleNamespace(end_token_id=1, pad_token_id=0, decode=lambda ids: "")
 ALONE = SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
