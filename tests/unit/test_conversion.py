@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from megatron_ral.errors import CheckpointError, ConfigError
@@ -78,6 +79,33 @@ def test_round_trip_over_layouts_is_bit_identical(material, tmp_path, family, kv
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
     assert set(stored_names(tmp_path / "back")) == set(stored_names(source)), "names as on the hub"
+
+
+def test_weights_of_two_precisions_keep_theirs(material, tmp_path):
+    """Qwen3.5 on the hub: decays and norms of linear attention in float32, everything else in bfloat16."""
+    shutil.copytree(material["qwen3_5"], tmp_path / "hf")
+    file, wide = tmp_path / "hf" / "model.safetensors", ("A_log", "linear_attn.norm.weight")
+    stored = {name: tensor if name.endswith(wide) else tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    to_megatron(tmp_path / "hf", tmp_path / "m", 2, 2)
+    to_hf(tmp_path / "m", tmp_path / "back")
+    back = {
+        name: tensor for path in (tmp_path / "back").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    assert back.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+
+
+def test_a_head_that_predicts_further_tokens_is_left_out_of_qwen3_5_alone(material, tmp_path):
+    for name in ("qwen3_5", "qwen3"):
+        shutil.copytree(material[name], tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        save_file({**load_file(file), "mtp.fc.weight": torch.ones(2, 2)}, file, metadata={"format": "pt"})
+    assert not differing_weights(material["qwen3_5"], tmp_path / "qwen3_5")
+    to_megatron(tmp_path / "qwen3_5", tmp_path / "m", 1, 1)
+    with pytest.raises(CheckpointError, match="mtp"):
+        to_megatron(tmp_path / "qwen3", tmp_path / "n", 1, 1)
 
 
 def stored_names(folder: Path) -> list[str]:
