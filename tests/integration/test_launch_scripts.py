@@ -26,6 +26,7 @@ RUNS = {
     "ral_explored_7b": 8,
     "ral_qwen3vl_4b": 8,
     "ral_qwen3vl_8b": 8,
+    "ral_qwen3_5_9b": 8,
     "distill_32b_to_7b": 8,
     "ral_32b": 32,
     "ral_70b": 64,
