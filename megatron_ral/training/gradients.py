@@ -47,7 +47,9 @@ def accumulate_gradients(
         sums = policy.forward_backward(minibatch, objective.without("attention"))
         token_shards = policy.gradient_shards()
         attention_norm, token_norm = policy.gradient_norm(attention_shards), policy.gradient_norm(token_shards)
-        coef = settings.attention_grad_ratio * token_norm / attention_norm if attention_norm > 0 else 0.0
+        # Where no row differs from its target by more than rounding, a ratio would make a signal of the rounding.
+        has_signal = attention_norm > 0 and float(attention_sums["attention/above_floor:sum"]) > 0
+        coef = settings.attention_grad_ratio * token_norm / attention_norm if has_signal else 0.0
         policy.set_gradient_shards(
             [token.add_(part, alpha=coef) for token, part in zip(token_shards, attention_shards)]
         )

@@ -213,7 +213,9 @@ def on_policy(path, data):
 def test_ratio_of_nothing_is_coefficient_zero(material):
     [(metrics, attention, tokens, combined)] = run_ranks(1, on_policy, str(material["tiny"]), str(material["data"]))
     assert metrics["attention/coef"] == metrics["loss/attention"] == 0.0 and "attention/grad_ratio" not in metrics
-    assert not any(shard.any() for shard in attention) and any(shard.any() for shard in tokens)
+    # Not exactly zero on every processor: a product may round by where its matrices lie in memory.
+    signal, noise = (sum(float(shard.square().sum()) for shard in part) ** 0.5 for part in (tokens, attention))
+    assert signal > 0 and noise <= 1e-5 * signal
     assert all(torch.equal(whole, token) for whole, token in zip(combined, tokens))
 
 
