@@ -48,7 +48,9 @@ def check_step(results: list[dict], alone: dict) -> None:
     for result in results:
         for step, wanted in enumerate(alone["history"]):
             for name, value in wanted.items():
-                assert result["history"][step][name] == pytest.approx(value, rel=1e-5, abs=1e-9), (step, name)
+                # The policy loss is a sum of terms of both signs that are about 1 each, and cancel to a hundredth.
+                least = 1e-6 if name == "loss/policy" else 1e-9
+                assert result["history"][step][name] == pytest.approx(value, rel=1e-5, abs=least), (step, name)
     largest = max(float(gradient.abs().max()) for gradient in alone["gradient"].values())
     for name, wanted in alone["gradient"].items():
         assert (results[0]["gradient"][name] - wanted).abs().max() <= 1e-5 * largest, name
