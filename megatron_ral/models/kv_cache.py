@@ -15,6 +15,12 @@ from torch import Tensor
 from megatron_ral.attention.exploration import AttentionNoise, VisualNoise
 
 
+def _chosen(pair: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return copies of the given rows of two tensors."""
+    first, second = pair
+    return first.index_select(0, places), second.index_select(0, places)
+
+
 class GroupKVCache:
     """Cache of one batch on one pipeline stage. Every layer stores its own keys and values.
 
@@ -77,8 +83,7 @@ class GroupKVCache:
         """Return the states of the rows in a layer, which the caller changes in place. The first call makes them."""
         if layer not in self.continued:
             places = self.row_prompt.to(self.prompt_lengths.device)
-            tail, matrices = self.states.pop(layer)
-            self.continued[layer] = tail.index_select(0, places), matrices.index_select(0, places)
+            self.continued[layer] = _chosen(self.states.pop(layer), places)
         return self.continued[layer]
 
     def reserve(self, step: int) -> bool:
@@ -131,22 +136,18 @@ class GroupKVCache:
         """
         row_prompt, longest = self.row_prompt[rows], None
         rows = rows.to(self.prompt_lengths.device)
-        for layer, (keys, values) in self.response.items():
-            self.response[layer] = keys.index_select(0, rows), values.index_select(0, rows)
-        for layer, (tail, matrices) in self.continued.items():
-            self.continued[layer] = tail.index_select(0, rows), matrices.index_select(0, rows)
+        for held in (self.response, self.continued):
+            for layer, pair in held.items():
+                held[layer] = _chosen(pair, rows)
         if prompts is not None:
             row_prompt = torch.searchsorted(prompts, row_prompt)
             prompts = prompts.to(self.prompt_lengths.device)
             self.prompt_lengths = self.prompt_lengths[prompts]
             longest = int(self.prompt_lengths.max())
             for layer, (keys, values) in self.prompt.items():
-                self.prompt[layer] = (
-                    keys[:, :, :longest].index_select(0, prompts),
-                    values[:, :, :longest].index_select(0, prompts),
-                )
-            for layer, (tail, matrices) in self.states.items():
-                self.states[layer] = tail.index_select(0, prompts), matrices.index_select(0, prompts)
+                self.prompt[layer] = _chosen((keys[:, :, :longest], values[:, :, :longest]), prompts)
+            for layer, pair in self.states.items():
+                self.states[layer] = _chosen(pair, prompts)
         if self.noise is not None:
             length = self.noise.cells_BP.shape[1] if longest is None else longest
             self.noise = self.noise.select(rows, prompts, length)

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
@@ -25,7 +26,7 @@ from megatron_ral.data.format_tags import export_tokenizer
 from megatron_ral.errors import CheckpointError
 from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.folder import ADAPTER, config_folder, foreign_content, read_json
-from megatron_ral.models.shape import read_shape
+from megatron_ral.models.shape import ModelShape, read_shape
 from megatron_ral.weights.safetensors_files import SafetensorsFile, SafetensorsWriter, TensorEntry
 
 INDEX = "model.safetensors.index.json"
@@ -102,7 +103,9 @@ class HuggingFaceWeights(Weights):
         self._dtypes: dict[str, torch.dtype] = {}
         for opened in self._files():
             for name in opened.shapes:
-                if _BUFFER.search(name) or (name.startswith(_UNUSED) and self._leaves_out(name)):
+                if _BUFFER.search(name) or (
+                    name.startswith(_UNUSED) and name.startswith(self._shape.family.unused_weights)
+                ):
                     continue
                 common = common_name(name)
                 if common in where:
@@ -114,7 +117,7 @@ class HuggingFaceWeights(Weights):
                 where[common] = (opened, name)
                 self._dtypes[common] = opened.dtype_of(name)
         self._where = where
-        if HEAD in where and read_shape(str(path)).tie_word_embeddings:
+        if HEAD in where and self._shape.tie_word_embeddings:
             self._settle_tied_head(where)
 
     def _files(self) -> list[SafetensorsFile]:
@@ -147,9 +150,10 @@ class HuggingFaceWeights(Weights):
                 )
         return list(files.values())
 
-    def _leaves_out(self, name: str) -> bool:
-        """Return whether the family of the folder's model leaves a stored weight out."""
-        return name.startswith(read_shape(str(self.path)).family.unused_weights)
+    @cached_property
+    def _shape(self) -> ModelShape:
+        """Shape of the folder's model, read where it is first needed."""
+        return read_shape(str(self.path))
 
     def _settle_tied_head(self, where: dict[str, tuple[SafetensorsFile, str]]) -> None:
         """Leave out a stored head that is the embedding; let it stand for an embedding that is not stored."""

@@ -32,7 +32,7 @@ import threading
 import time
 import traceback
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
@@ -281,8 +281,7 @@ def read_request(message: Message) -> tuple[list[ServedPrompt], Sampling]:
     for prompt in prompts:
         if int(prompt.grids.prod(axis=1).sum()) != len(prompt.patches):
             raise Refused(f"{len(prompt.patches)} patches came for grids of {prompt.grids.tolist()}")
-    names = ("temperature", "top_p", "max_length", "end_token", "forbidden", "num_tokens")
-    return prompts, Sampling(**{name: header[name] for name in names})
+    return prompts, Sampling(**{field.name: header[field.name] for field in fields(Sampling)})
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
