@@ -92,6 +92,7 @@ def test_weights_that_blew_up_in_rl(material, tmp_path):
             "--config",
             path,
             *overrides,
+            f"model.reference_path='{material['tiny_other']}'",  # without rewards the KL alone has a gradient
             "logging.probe_interval=0",
             "logging.eval_interval=0",
             "train.num_steps=2",
@@ -121,6 +122,7 @@ def test_replay_of_a_finite_batch_says_so(material, tmp_path):
     """With repaired weights in the stored replay, the same batch is finite, and the report says so."""
     path, overrides = write_config(tmp_path, RL, material["tiny"], material["data"], "rl")
     common = ["--config", path, *overrides, "logging.probe_interval=0", "logging.eval_interval=0", "train.num_steps=1"]
+    common.append(f"model.reference_path='{material['tiny_other']}'")
     ended = run_job(
         2, tmp_path / "job", common + ["optimizer.learning_rate=1000.0", f"train.output_dir={tmp_path}/run"]
     )
