@@ -248,19 +248,6 @@ class GroupBatch:
         steps = torch.arange(self.response_ids.shape[2], device=self.response_ids.device)
         return steps < self.response_lengths[..., None]
 
-    @property
-    def input_ids(self) -> Tensor:
-        """Token ids of the whole layout, [B, P + G R] int64."""
-        return torch.cat([self.prompts.input_ids, self.response_ids.flatten(1)], dim=1)
-
-    @property
-    def position_ids(self) -> Tensor:
-        """Rotary positions [3, B, P + G R] int64. Every response continues from its prompt."""
-        B, G, R = self.response_ids.shape
-        steps = self.prompts.next_position[:, None, None] + torch.arange(R, device=self.response_ids.device)
-        responses = steps.expand(B, G, R).reshape(1, B, G * R).expand(3, -1, -1)
-        return torch.cat([self.prompts.position_ids, responses], dim=2)
-
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -298,7 +285,8 @@ class TeacherOutputs:
     """Outputs of the teacher for one micro-batch, each on the student's stage that reads it. No teacher: empty."""
 
     hidden: Optional[Tensor] = None
-    """Inputs of the teacher's LM head at the rows that predict the response, [B, G, R, H of the teacher]."""
+    """Inputs of the teacher's LM head at the rows that predict the response tokens, without padding and in the order of
+    groups, [N, H of the teacher]."""
     attention: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer of the student -> attention distributions [B, G, R, S] float32 of the teacher's layer at its depth."""
 

@@ -1,8 +1,11 @@
-"""Group layout [prompt | response 1 | ... | response G], and the queries and keys that a layer records in it.
+"""Group layout [prompts | responses], and the queries and keys that a layer records in it.
 
-A prompt and its G responses are one sequence of P + G R tokens. Responses attend to the prompt and to themselves. The
-prompt never sees a response, so the layout is exact, not an approximation, and the prompt is computed once per group.
-(Published for text as Prefix Grouper, arXiv 2506.05433.)
+A prompt and its G responses are one group. Responses attend to the prompt and to themselves. The prompt never sees a
+response, so the layout is exact, not an approximation, and the prompt is computed once per group. (Published for text
+as Prefix Grouper, arXiv 2506.05433.)
+
+A pass over groups reads one row of T tokens without padding: the prompts of all groups one after the other, then all
+responses in the order of groups. Attention alone pads them again (`packing.py`).
 """
 
 from dataclasses import dataclass, fields
@@ -12,8 +15,76 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_ral.attention.packing import Packing, take
 from megatron_ral.attention.types import QueryPosition, RowQK
 from megatron_ral.types import GroupBatch
+
+
+@dataclass(frozen=True)
+class PackedGroups:
+    """Places of the tokens of a pass over whole groups."""
+
+    prompts: Packing
+    """Prompts, padded to [B, P]."""
+    responses: Packing
+    """Responses, padded to [B, G, R]."""
+    rows: Packing
+    """All response tokens of a group as one sequence, padded to [B, W]."""
+    predicting: Tensor
+    """Row that predicts each response token, [responses.num_tokens] int64. Row b G + g is the last one of prompt b, and
+    row B G + i is that of response token i."""
+
+    @classmethod
+    def of(cls, prompt_lengths: Tensor, response_lengths: Tensor, P: int, R: int) -> "PackedGroups":
+        """Return the places of groups by their lengths [B] and [B, G] in host memory, padded to P and R."""
+        per_group, lengths = response_lengths.sum(dim=-1), response_lengths.flatten()
+        predicting = torch.arange(-1, int(lengths.sum()) - 1, device=lengths.device) + lengths.numel()
+        predicting[lengths.cumsum(0) - lengths] = torch.arange(lengths.numel(), device=lengths.device)
+        return cls(
+            Packing.of(prompt_lengths, P),
+            Packing.of(response_lengths, R),
+            Packing.of(per_group, int(per_group.max())),
+            predicting,
+        )
+
+    @classmethod
+    def of_batch(cls, groups: GroupBatch) -> "PackedGroups":
+        """Return the places of a batch in host memory."""
+        P, R = groups.prompts.input_ids.shape[1], groups.response_ids.shape[2]
+        return cls.of(groups.prompts.prompt_lengths, groups.response_lengths, P, R)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T of the pass."""
+        return self.prompts.num_tokens + self.responses.num_tokens
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens [T or more, ...] of a pass as those of the prompts and those of the responses."""
+        return hidden[: self.prompts.num_tokens], hidden[self.prompts.num_tokens : self.num_tokens]
+
+    def token_ids(self, groups: GroupBatch) -> Tensor:
+        """Return the tokens of a pass, [T] int64."""
+        return torch.cat([self.prompts.pack(groups.prompts.input_ids), self.responses.pack(groups.response_ids)])
+
+    def position_ids(self, groups: GroupBatch) -> Tensor:
+        """Return their rotary positions, [3, T] int64. Every response continues from its prompt."""
+        B, G, R = groups.response_ids.shape
+        steps = torch.arange(R, device=groups.response_ids.device) + groups.prompts.next_position[:, None, None]
+        own = self.responses.pack(steps.expand(B, G, R).contiguous())
+        prompts = self.prompts.pack(groups.prompts.position_ids.permute(1, 2, 0).contiguous())
+        return torch.cat([prompts.t(), own.expand(3, -1)], dim=1)
+
+    def predicting_rows(self, hidden: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """Return the rows that predict the response tokens, [responses.num_tokens, H]; carries gradient.
+
+        Args:
+            hidden: Hidden states of the pass, [T, H].
+            prompt_lengths: [B] int64.
+        """
+        prompts, responses = self.split(hidden)
+        B, G, _ = self.responses.shape
+        last = take(prompts, prompt_lengths.cumsum(0) - 1)
+        return take(torch.cat([last[:, None].expand(B, G, -1).flatten(0, 1), responses]), self.predicting)
 
 
 @dataclass(frozen=True)
@@ -26,20 +97,14 @@ class GroupLayout:
     """Response lengths, [B, G] int64."""
     P: int
     R: int
-    prompt_tokens: Optional[int] = None
-    """Sum of `prompt_lengths` where the host knows it, so that it need not be read from the device."""
+    packed: Optional[PackedGroups] = None
+    """Places of the tokens of a pass. None: the pass is over prompts alone, [P, B], or there is none."""
 
     @classmethod
     def of(cls, groups: GroupBatch) -> "GroupLayout":
-        """Return the layout of a batch."""
-        prompts = groups.prompts
-        return cls(
-            prompts.prompt_lengths,
-            groups.response_lengths,
-            prompts.input_ids.shape[1],
-            groups.response_ids.shape[2],
-            sum(len(prompt.input_ids) for prompt in prompts.prompts),
-        )
+        """Return the layout of a batch, which is in host memory."""
+        P, R = groups.prompts.input_ids.shape[1], groups.response_ids.shape[2]
+        return cls(groups.prompts.prompt_lengths, groups.response_lengths, P, R, PackedGroups.of_batch(groups))
 
     @property
     def B(self) -> int:
@@ -48,16 +113,6 @@ class GroupLayout:
     @property
     def G(self) -> int:
         return self.response_lengths.shape[1]
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Sum of the prompts' lengths."""
-        return int(self.prompt_lengths.sum()) if self.prompt_tokens is None else self.prompt_tokens
-
-    @property
-    def sequence_length(self) -> int:
-        """Number of tokens of a padded group, P + G R."""
-        return self.P + self.G * self.R
 
     @cached_property
     def visible_BGRS(self) -> Tensor:

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, Optional, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.attention.group_layout import GroupLayout, PackedGroups
 
 
 class GroupTensors(NamedTuple):
     """Queries of the response rows, and the keys and values that they see."""
 
-    query_BGRnD: Tensor
+    query_NnD: Tensor
+    """Queries of all response tokens without padding, in the order of groups."""
     prompt_key_BPkD: Tensor
     """Keys of the prompts, which all responses of a group share."""
     prompt_value_BPkD: Tensor
@@ -183,37 +184,43 @@ def _keys_back(gradient: Tensor, call: Call) -> Tensor:
     return gradient.transpose(1, 2)
 
 
-def _whole(rows: Tensor) -> Tensor:
-    """Return rows [B, G, R, ...] as [B, G R, ...], which see the prompt."""
-    return rows.flatten(1, 2)
-
-
-def _single(rows: Tensor) -> Tensor:
-    """Return rows [B, G, R, ...] as [B G, R, ...], each of which sees its own response."""
-    return rows.flatten(0, 1)
-
-
 def _calls(group: GroupTensors, layout: GroupLayout, scale: float) -> tuple[Call, Call]:
     """Return the calls over the prompt and over the own response."""
     query, prompt_key, prompt_value, own_key, own_value = group
-    prompt = Call(_whole(query), prompt_key, prompt_value, scale, False)
-    if layout.num_prompt_tokens != layout.B * layout.P:
-        prompt = replace(prompt, lengths=layout.prompt_lengths, num_keys=layout.num_prompt_tokens)
-    return prompt, Call(_single(query), _single(own_key), _single(own_value), scale, True)
+    packed = _packed(layout)
+    prompt = Call(packed.rows.pad(query), prompt_key, prompt_value, scale, False)
+    if packed.prompts.places is not None:
+        prompt = replace(prompt, lengths=layout.prompt_lengths, num_keys=packed.prompts.num_tokens)
+    return prompt, Call(_single(packed, query), own_key.flatten(0, 1), own_value.flatten(0, 1), scale, True)
+
+
+def _packed(layout: GroupLayout) -> PackedGroups:
+    assert layout.packed is not None, "there are responses"
+    return layout.packed
+
+
+def _single(packed: PackedGroups, rows: Tensor) -> Tensor:
+    """Return rows [N, ...] as [B G, R, ...], each of which sees its own response."""
+    return packed.responses.pad(rows).flatten(0, 1)
+
+
+def _pack_single(packed: PackedGroups, rows: Tensor) -> Tensor:
+    """Invert `_single`."""
+    return packed.responses.pack(rows.unflatten(0, packed.responses.shape[:2]))
 
 
 class _SharedPromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, layout, scale, kernel = inputs
-        group = GroupTensors(*tensors)
-        shape = group.query_BGRnD.shape
-        (prompt, prompt_lse), (own, own_lse) = map(kernel.forward, _calls(group, layout, scale))
-        prompt_lse, own_lse = prompt_lse.reshape(shape[:-1]), own_lse.reshape(shape[:-1])
+        group, packed = GroupTensors(*tensors), _packed(layout)
+        over_prompt, over_own = map(kernel.forward, _calls(group, layout, scale))
+        prompt, prompt_lse = (packed.rows.pack(part) for part in over_prompt)
+        own, own_lse = (_pack_single(packed, part) for part in over_own)
         lse = torch.logaddexp(prompt_lse, own_lse)
         share = (own_lse - lse).exp_()[..., None]
-        prompt, own = prompt.reshape(shape).to(share.dtype), own.reshape(shape).to(share.dtype)
-        output = torch.lerp(prompt, own, share).to(group.query_BGRnD.dtype)
+        prompt, own = prompt.to(share.dtype), own.to(share.dtype)
+        output = torch.lerp(prompt, own, share).to(group.query_NnD.dtype)
         ctx.save_for_backward(*group, output, lse)
         ctx.rest = layout, scale, kernel
         return output
@@ -222,17 +229,19 @@ class _SharedPromptAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         *tensors, output, lse = ctx.saved_tensors
         layout, scale, kernel = ctx.rest
+        packed = _packed(layout)
         prompt, own = _calls(GroupTensors(*tensors), layout, scale)
         rows = output, lse, grads[0]
-        to_query, to_prompt_key, to_prompt_value = kernel.backward(prompt, *map(_whole, rows))
-        again, to_own_key, to_own_value = kernel.backward(own, *map(_single, rows))
-        to_query = to_query.reshape(output.shape) + again.reshape(output.shape)
-        to_own = (gradient.unflatten(0, output.shape[:2]) for gradient in (to_own_key, to_own_value))
-        return to_query, to_prompt_key, to_prompt_value, *to_own, None, None, None
+        # Padding has output, normaliser and gradient 0, so that it adds nothing to the gradient of keys and values.
+        to_query, *to_prompt = kernel.backward(prompt, *map(packed.rows.pad, rows))
+        again, *to_own = kernel.backward(own, *(_single(packed, part) for part in rows))
+        to_query = packed.rows.pack(to_query) + _pack_single(packed, again)
+        to_own = (gradient.unflatten(0, packed.responses.shape[:2]) for gradient in to_own)
+        return to_query, *to_prompt, *to_own, None, None, None
 
 
 def shared_prompt_attention(group: GroupTensors, layout: GroupLayout, scale: float, kernel: Kernel) -> Tensor:
-    """Return the attention of every response row over the prompt and its own response, [B, G, R, n, D].
+    """Return the attention of every response token over the prompt and its own response, [N, n, D].
 
     Args:
         group: Queries, keys and values, all of which get gradient.

@@ -166,11 +166,11 @@ def logit_differences(hf: str, megatron: str) -> dict[str, float]:
         prompt = processor(sample)
         ids = prompt.response_ids[None, None]
         batch = GroupBatch(pad_prompts([prompt], 0), ids, torch.tensor([[ids.shape[-1]]]))
+        layout = to_device(GroupLayout.of(batch), process_groups.device)
         batch = to_device(batch, process_groups.device)
-        layout = GroupLayout(batch.prompts.prompt_lengths, batch.response_lengths, len(prompt.input_ids), ids.shape[-1])
         tokens = torch.cat([prompt.input_ids, prompt.response_ids])
         with torch.no_grad():
-            ours = stage(batch, AttentionPass(layout))[0, 0]
+            ours = stage(batch, AttentionPass(layout))
             stock_inputs = to_device(processor.stock_inputs(prompt, tokens), process_groups.device)
             theirs = stock(**stock_inputs).logits[0, len(prompt.input_ids) - 1 : -1]
         result[kind] = float((ours - theirs).abs().max())

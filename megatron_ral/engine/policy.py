@@ -13,7 +13,6 @@ from typing import Any, Iterable, Iterator, Sequence, cast
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.compat.deepspeed_coalesced_reduction import coalesced_reduction
 from megatron_ral.compat.deepspeed_early_reduction import EarlyReduction
 from megatron_ral.compat.deepspeed_gradient_norm import use_gradient_norm
@@ -25,7 +24,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.objectives.base import Objective, add_metrics
 from megatron_ral.parallel.collectives import all_reduce_sum_, sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
-from megatron_ral.types import TrainBatch, to_device
+from megatron_ral.types import TrainBatch
 from megatron_ral.weights.resharding import StateSource, fitting_shard
 
 
@@ -111,8 +110,8 @@ class PolicyEngine(StageEngine):
         def forward_step(iterator, stage):
             nonlocal to_come
             to_come -= 1
-            batch = to_device(next(iterator), self.process_groups.device)
-            pass_ = AttentionPass(GroupLayout.of(batch.groups), recorded)
+            batch, layout = self.arrive(next(iterator))
+            pass_ = AttentionPass(layout, recorded)
             output = stage(batch.groups, pass_)
             for layer in sorted(recorded):
                 record = pass_.records[layer]
@@ -128,7 +127,7 @@ class PolicyEngine(StageEngine):
 
             def token_loss(logits):
                 loss, values = objective.token_loss(
-                    self.token_outputs(logits, batch.groups, objective.temperature), batch
+                    self.token_outputs(logits, batch.groups, layout, objective.temperature), batch
                 )
                 add_metrics(metrics, values)
                 return loss * scale, torch.ones((), dtype=torch.int), {}

@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
+from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout, PackedGroups
 from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
 from megatron_ral.attention.rows import choose_backend
 from megatron_ral.attention.types import QueryPosition
@@ -229,8 +229,8 @@ class StageEngine:
         last_stage: list[Any] = []
 
         def forward_step(iterator, stage):
-            batch = to_device(next(iterator), self.process_groups.device)
-            pass_ = AttentionPass(GroupLayout.of(batch), recorded, hidden_states=hidden_states)
+            batch, layout = self.arrive(next(iterator))
+            pass_ = AttentionPass(layout, recorded, hidden_states=hidden_states)
             output = stage(batch, pass_)
             attention.append(
                 {
@@ -241,7 +241,9 @@ class StageEngine:
 
             def collect(output, non_loss_data=True):
                 last_stage.append(
-                    output if hidden_states else replace(self.token_outputs(output, batch, temperature), logits=None)
+                    output
+                    if hidden_states
+                    else replace(self.token_outputs(output, batch, layout, temperature), logits=None)
                 )
                 return
 
@@ -263,19 +265,35 @@ class StageEngine:
                 tick(getattr(batch, "groups", batch).prompts.identities)
                 yield batch
 
-        layouts = [GroupLayout.of(getattr(batch, "groups", batch)) for batch in batches]
+        layouts = [PackedGroups.of_batch(getattr(batch, "groups", batch)) for batch in batches]
         run_schedule(
             forward_step,
             taken(),
             self.stage,
-            [self.stage.boundary_shape(layout.sequence_length, layout.B) for layout in layouts],
+            [self.stage.boundary_shape(layout.num_tokens, 1) for layout in layouts],
             forward_only=forward_only,
         )
 
-    def token_outputs(self, logits: Tensor, batch: GroupBatch, temperature: float) -> TokenOutputs:
-        """Return log-probabilities of the responses under softmax(logits / temperature), which is sampled from."""
+    def arrive(self, batch: Any) -> tuple[Any, GroupLayout]:
+        """Return a micro-batch and its layout on this rank's device."""
+        device = self.process_groups.device
+        return to_device(batch, device), to_device(GroupLayout.of(getattr(batch, "groups", batch)), device)
+
+    def token_outputs(self, logits: Tensor, batch: GroupBatch, layout: GroupLayout, temperature: float) -> TokenOutputs:
+        """Return log-probabilities of the responses under softmax(logits / temperature), which is sampled from.
+
+        Args:
+            logits: [N, v] this rank's columns of the logits of all response tokens.
+            batch: Micro-batch.
+            layout: Its layout.
+            temperature: Divisor of the logits.
+        """
+        assert layout.packed is not None
+        responses = layout.packed.responses
         scaled = logits if temperature == 1.0 else logits.float() / temperature
-        return TokenOutputs(*vocab_parallel_logprobs(scaled, batch.response_ids, self.process_groups.tensor), logits)
+        targets = responses.pack(batch.response_ids)
+        outputs = vocab_parallel_logprobs(scaled, targets, self.process_groups.tensor)
+        return TokenOutputs(*map(responses.pad, outputs), logits, responses)
 
     @property
     def row_path(self) -> str:

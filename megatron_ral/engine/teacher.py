@@ -255,7 +255,8 @@ class TeacherEngine(FrozenEngine):
             (_, index), name = key
             B, G, R = batches[index].response_ids.shape
             if name == "hidden":
-                return torch.empty(B, G, R, self.shape.hidden_size, dtype=self.stage.dtype, device=device)
+                num_tokens = int(batches[index].response_lengths.sum())
+                return torch.empty(num_tokens, self.shape.hidden_size, dtype=self.stage.dtype, device=device)
             return torch.empty(B, G, R, batches[index].prompts.input_ids.shape[1] + R, device=device)
 
         results = [ForwardOutput(attention={}) for _ in batches]

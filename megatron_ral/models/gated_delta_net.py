@@ -120,7 +120,7 @@ class GatedDeltaNet(torch.nn.Module):
         return self.out_proj(gated.to(fused.dtype).flatten(-2).transpose(0, 1).contiguous())
 
     def _whole(self, mixed: Tensor, decay: Tensor, step: Tensor, pass_: AttentionPass) -> Tensor:
-        """Return outputs [B, L, h, Dv] of prompts and responses.
+        """Return outputs [B, L, h, Dv] of whole groups (B = 1, without padding), or of prompts alone.
 
         Args:
             mixed: Inputs of the convolution, [B, L, channels].
@@ -128,14 +128,17 @@ class GatedDeltaNet(torch.nn.Module):
             step: [B, L, h] float32.
             pass_: Pass with the layout.
         """
-        layout = pass_.layout
-        B, G, P, R, padding = layout.B, layout.G, layout.P, layout.R, mixed.shape[1] - layout.sequence_length
-        lengths = layout.prompt_lengths if pass_.cache is None else pass_.cache.state_lengths
+        packed, parts = pass_.layout.packed, (mixed, decay, step)
+        if packed is not None:
+            split = [packed.split(part[0]) for part in parts]
+            mixed, decay, step = (packed.prompts.pad(prompts) for prompts, _ in split)
+        B, P, _ = mixed.shape
+        lengths = pass_.layout.prompt_lengths if pass_.cache is None else pass_.cache.state_lengths
         # Padding behind a prompt must neither change its state nor make it forget.
         is_real = (torch.arange(P, device=mixed.device) < lengths[:, None])[..., None]
-        padded = F.pad(mixed[:, :P], (0, 0, self.shape.conv_kernel - 1, 0))
+        padded = F.pad(mixed, (0, 0, self.shape.conv_kernel - 1, 0))
         query, key, value = self._parts(padded)
-        decays, steps = decay[:, :P] * is_real, step[:, :P] * is_real
+        decays, steps = decay * is_real, step * is_real
         # The rule holds several times its inputs, which a pass without gradient need not do for all prompts at once.
         size = B if torch.is_grad_enabled() else max(SLICE // P, 1)
         slices = zip(*(part.split(size) for part in (query, key, value, decays, steps)))
@@ -146,9 +149,10 @@ class GatedDeltaNet(torch.nn.Module):
         tail = padded.gather(1, tail[..., None].expand(-1, -1, padded.shape[-1]))
         if pass_.cache is not None:
             pass_.cache.store_state(self.layer, tail, state)
-        if G == 0:
+        if packed is None:
             return output
-        mixed, decay, step = (part[:, P : layout.sequence_length].unflatten(1, (G, R)) for part in (mixed, decay, step))
+        G = pass_.layout.G
+        mixed, decay, step = (packed.responses.pad(responses) for _, responses in split)
         continued = torch.cat([tail[:, None].expand(-1, G, -1, -1), mixed], dim=2).flatten(0, 1)
         own, _ = gated_delta_rule(
             *self._parts(continued),
@@ -156,8 +160,9 @@ class GatedDeltaNet(torch.nn.Module):
             step.flatten(0, 1),
             state[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1),
         )
-        joined = torch.cat([output, own.unflatten(0, (B, G)).flatten(1, 2)], dim=1)
-        return F.pad(joined, (0, 0, 0, 0, 0, padding)) if padding else joined
+        joined = torch.cat([packed.prompts.pack(output), packed.responses.pack(own.unflatten(0, (B, G)))])
+        padding = parts[0].shape[1] - packed.num_tokens
+        return (F.pad(joined, (0, 0, 0, 0, 0, padding)) if padding else joined)[None]
 
     def _decode(self, mixed_NC: Tensor, decay_Nh: Tensor, step_Nh: Tensor, pass_: AttentionPass) -> Tensor:
         """Return outputs [N, h, Dv] of one token of each row, and change the rows' states."""

@@ -29,8 +29,8 @@ class InstrumentedAttention(torch.nn.Module):
     """Core attention of one layer on one tensor-parallel rank.
 
     Inputs are those of megatron-core: query [L, B, n, D], key and value [L, B, k, D] after rotary embedding. The output
-    is [L, B, n D]. It is zero in rows beyond the group layout, which exist because sequence parallelism pads the length
-    to a multiple of the tensor ranks.
+    is [L, B, n D]. In a pass over groups B is 1. The output is zero in rows behind the groups, which exist because
+    sequence parallelism pads the length to a multiple of the tensor ranks.
     """
 
     def __init__(
@@ -63,46 +63,51 @@ class InstrumentedAttention(torch.nn.Module):
         packed_seq_params=None,
     ) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
+        if attention_mask.layout.packed is not None:
+            return self._groups(query[:, 0], key[:, 0], value[:, 0], attention_mask)[:, None].flatten(2)
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))  # [B, L, heads, D]
         if attention_mask.decode_step is not None:
             output = self._decode(query, key, value, attention_mask)
         else:
-            output = self._whole(query, key, value, attention_mask)
+            assert attention_mask.cache is not None
+            attention_mask.cache.store_prompt(self.layer, key, value)
+            # Padding is on the right of a prompt, so that the causal mask alone hides it from real rows.
+            output = self._sdpa(query, key, value, is_causal=True)
         return output.transpose(0, 1).flatten(2)
 
-    def _whole(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
-        layout = pass_.layout
-        B, G, P, R, padding = layout.B, layout.G, layout.P, layout.R, query.shape[1] - layout.sequence_length
-        prompt_key, prompt_value = key[:, :P], value[:, :P]
-        if pass_.cache is not None:
-            pass_.cache.store_prompt(self.layer, prompt_key, prompt_value)
-        # Padding is on the right of a prompt, so that the causal mask alone hides it from real rows.
-        prompt_output = self._sdpa(query[:, :P], prompt_key, prompt_value, is_causal=True)
-        if G == 0:
-            return prompt_output
-        group_query, group_key, group_value = (
-            tensor[:, P : layout.sequence_length].unflatten(1, (G, R)) for tensor in (query, key, value)
-        )
+    def _groups(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
+        """Return outputs [L, n, D] of queries [L, n, D], keys and values [L, k, D] of whole groups without padding."""
+        layout, packed = pass_.layout, pass_.layout.packed
+        assert packed is not None
+        split = [packed.split(tensor) for tensor in (query, key, value)]
+        prompt_query, prompt_key, prompt_value = (packed.prompts.pad(prompts) for prompts, _ in split)
+        prompt_output = packed.prompts.pack(self._sdpa(prompt_query, prompt_key, prompt_value, is_causal=True))
+        (_, own_query), *own = split
+        own_key, own_value = (packed.responses.pad(responses) for _, responses in own)
         if self.layer in pass_.recorded_layers:
-            last_prompt = query[torch.arange(B, device=query.device), layout.prompt_lengths - 1]
-            pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, group_key)
-        group = GroupTensors(group_query, prompt_key, prompt_value, group_key, group_value)
-        kernel = kernel_for(query, P)
+            last_prompt = prompt_query[torch.arange(layout.B, device=query.device), layout.prompt_lengths - 1]
+            group_query = packed.responses.pad(own_query)
+            pass_.records[self.layer] = AttentionRecord(group_query, last_prompt, prompt_key, own_key)
+        group = GroupTensors(own_query, prompt_key, prompt_value, own_key, own_value)
+        kernel = kernel_for(query, layout.P)
         if kernel is None:
             response_output = self._dense(group, layout)
         else:
             response_output = shared_prompt_attention(group, layout, self.softmax_scale, kernel)
-        output = torch.cat([prompt_output, response_output.reshape(B, G * R, *response_output.shape[-2:])], dim=1)
+        output, padding = torch.cat([prompt_output, response_output]), len(query) - packed.num_tokens
         return F.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
     def _dense(self, group: GroupTensors, layout: GroupLayout) -> Tensor:
         """Return `shared_prompt_attention` by one call with a dense mask, for inputs that no fused kernel takes."""
-        G = layout.G
+        G, packed = layout.G, layout.packed
+        assert packed is not None
         query, prompt_key, prompt_value, own_key, own_value = group
         keys = torch.cat([prompt_key[:, None].expand(-1, G, -1, -1, -1), own_key], dim=2)
         values = torch.cat([prompt_value[:, None].expand(-1, G, -1, -1, -1), own_value], dim=2)
         mask = layout.visible_BGRS.flatten(0, 1)[:, None]
-        return self._sdpa(query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
+        rows = packed.responses.pad(query).flatten(0, 1)
+        output = self._sdpa(rows, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=mask)
+        return packed.responses.pack(output.unflatten(0, packed.responses.shape[:2]))
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         """Return attention outputs [B, L, heads, D] of queries [B, L, heads, D] and keys and values [B, S, kv, D]."""

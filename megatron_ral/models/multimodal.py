@@ -2,7 +2,8 @@
 
 The forward pass reads a `GroupBatch` (or one token per response, when decoding) and an `AttentionPass`. It returns the
 hidden states for the next stage. The last stage returns logits of the rows that predict response tokens: the prompt's
-last row predicts the first response token, and response row r - 1 predicts token r.
+last row predicts the first response token, and response row r - 1 predicts token r. A pass over groups has no padding
+(`attention/group_layout.py`); prompts that are generated from, and single tokens, are batches.
 
 Under sequence parallelism the sequence is padded to a multiple of the tensor ranks, and hidden states outside attention
 are cut over them. Visual embeddings are inserted before the cut, and rows are chosen after the parts are gathered.
@@ -117,25 +118,27 @@ class MultimodalStage(torch.nn.Module):
             attention: Pass that tells which layers to record, and receives what they record.
 
         Returns:
-            [S, B, H] hidden states, of which each rank has its part of the padded S under sequence parallelism. The
-            last stage returns logits [B, G, R, v] of this rank's part of the vocabulary, or [B, G, R, H] hidden states
-            if `attention.hidden_states` is set. All carry gradient.
+            [T, 1, H] hidden states, of which each rank has its part of the padded T under sequence parallelism. The
+            last stage returns logits [N, v] of this rank's part of the vocabulary, for the N response tokens in the
+            order of groups, or their hidden states [N, H] if `attention.hidden_states` is set. All carry gradient.
         """
-        hidden, position_ids = None, groups.position_ids
-        length = position_ids.shape[-1]
+        packed, hidden = attention.layout.packed, None
+        assert packed is not None
+        length = packed.num_tokens
         padding = self.padded_length(length) - length
         if self.layout.is_first_stage:
             embeds = groups.visual_embeds if groups.visual_embeds is not None else self.encode_visual(groups.prompts)
-            hidden = self._embed(groups.input_ids, groups.prompts, embeds, attention)
+            hidden = self._embed(packed.token_ids(groups)[None], _packed_places(groups.prompts), embeds, attention)
             if self.config.sequence_parallel:
                 hidden = scatter_to_sequence_parallel_region(torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, padding)))
-        hidden = self._decode_layers(hidden, torch.nn.functional.pad(position_ids, (0, padding)), attention)
+        position_ids = torch.nn.functional.pad(packed.position_ids(groups), (0, padding))
+        hidden = self._decode_layers(hidden, position_ids[:, None], attention)
         if not self.layout.is_last_stage:
             return hidden
         if self.config.sequence_parallel:
             # The output layer already sums the gradient over tensor ranks, so that it must only be cut here.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)[:length]
-        rows = self._predicting_rows(hidden, attention)
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        rows = packed.predicting_rows(hidden[:, 0], attention.layout.prompt_lengths)
         return rows if attention.hidden_states else self._logits(rows)
 
     def prefill(
@@ -149,7 +152,7 @@ class MultimodalStage(torch.nn.Module):
         hidden = None
         if self.layout.is_first_stage:
             assert visual_embeds is not None
-            hidden = self._embed(prompts.input_ids, prompts, visual_embeds, attention)
+            hidden = self._embed(prompts.input_ids, _padded_places(prompts), visual_embeds, attention)
         hidden = self._decode_layers(hidden, prompts.position_ids, attention)
         if not self.layout.is_last_stage:
             return hidden
@@ -194,17 +197,20 @@ class MultimodalStage(torch.nn.Module):
         return features.split([int(prompt.visual_mask.sum()) for prompt in prompts.prompts])
 
     def _embed(
-        self, token_ids: Tensor, prompts: PromptBatch, visual_embeds: tuple[Tensor, ...], attention: AttentionPass
+        self, token_ids: Tensor, places: Tensor, visual_embeds: tuple[Tensor, ...], attention: AttentionPass
     ) -> Tensor:
         """Return word embeddings [S, B, H] with visual embeddings at the visual tokens.
 
         Features for deeper layers are stored in `attention.deepstack`.
+
+        Args:
+            token_ids: [B, S] int64.
+            places: Visual tokens in the order of their features, as rows of [S B, H]; in host memory.
+            visual_embeds: Features of each prompt.
+            attention: Pass.
         """
         hidden = self.language.embed_words(token_ids)
         features, device = torch.cat(list(visual_embeds)).to(hidden.dtype), hidden.device
-        # The prompts are in host memory, so that the host does not wait for their number of visual tokens.
-        found = [prompt.visual_mask.nonzero()[:, 0] for prompt in prompts.prompts]
-        places = torch.cat([sequence * len(found) + batch for batch, sequence in enumerate(found)])
         assert len(places) == len(features), "numbers of visual tokens and features differ, which the processor checks"
         rows = upload(places, device)
         hidden = hidden.flatten(0, 1).index_copy(0, rows, features[:, 0]).view_as(hidden)
@@ -227,15 +233,6 @@ class MultimodalStage(torch.nn.Module):
         rotation = torch.stack([angles.cos(), angles.sin()]).to(self.dtype)
         return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
-    def _predicting_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
-        """Return the rows [B, G, R, H] of hidden states [S, B, H] whose logits predict response tokens 0 to R - 1."""
-        layout = attention.layout
-        batch = torch.arange(layout.B, device=hidden.device)
-        last_prompt = hidden[layout.prompt_lengths - 1, batch]
-        responses = hidden[layout.P :].transpose(0, 1).unflatten(1, (layout.G, layout.R))
-        first = last_prompt[:, None, None].expand(-1, layout.G, 1, -1)
-        return torch.cat([first, responses[:, :, :-1]], dim=2)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = None
         if self.language.share_embeddings_and_output_weights:
@@ -253,3 +250,26 @@ class MultimodalStage(torch.nn.Module):
                 dim=-1,
             )
         return logits
+
+
+def _visual_tokens(prompts: PromptBatch) -> list[Tensor]:
+    """Return the visual tokens of each prompt.
+
+    The prompts are in host memory, so that the host does not wait for their number.
+    """
+    return [prompt.visual_mask.nonzero()[:, 0] for prompt in prompts.prompts]
+
+
+def _packed_places(prompts: PromptBatch) -> Tensor:
+    """Return the visual tokens of prompts that stand one after the other."""
+    places, start = [], 0
+    for prompt, own in zip(prompts.prompts, _visual_tokens(prompts)):
+        places.append(own + start)
+        start += len(prompt.input_ids)
+    return torch.cat(places)
+
+
+def _padded_places(prompts: PromptBatch) -> Tensor:
+    """Return the visual tokens of padded prompts [B, P] as rows of [P B]."""
+    found = _visual_tokens(prompts)
+    return torch.cat([own * len(found) + batch for batch, own in enumerate(found)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ral.attention.layer_rows import AttentionRows
+from megatron_ral.attention.packing import Packing
 from megatron_ral.attention.types import QueryPosition
 from megatron_ral.parallel.collectives import MAXIMUM
 
@@ -24,11 +25,14 @@ class TokenOutputs:
     """Outputs of the last stage at the rows that predict the response tokens."""
 
     logprobs: Tensor
-    """Log-probabilities of the response tokens, [B, G, R] float32. They carry gradient in training."""
+    """Log-probabilities of the response tokens, [B, G, R] float32, 0 at padding. They carry gradient in training."""
     entropy: Tensor
-    """Entropy of the token distributions in nats, [B, G, R] float32. It carries gradient in training."""
+    """Entropy of the token distributions in nats, [B, G, R] float32, 0 at padding. It carries gradient in training."""
     logits: Optional[Tensor] = None
-    """This rank's columns of the model's logits, [B, G, R, v], in training alone. They carry gradient."""
+    """This rank's columns of the model's logits for the N response tokens without padding, [N, v], in training alone.
+    They carry gradient."""
+    packing: Optional[Packing] = None
+    """Places of the N response tokens in [B, G, R]. None: no logits."""
 
 
 class Term:

@@ -59,10 +59,11 @@ class TokenDistillationTerm(Term):
 
     def token_loss(self, outputs: TokenOutputs, batch: RlBatch) -> tuple[Tensor, Metrics]:
         """Return (loss, metrics) on the student's last stage. Teacher logits live until its backward pass ends."""
-        settings, mask, num_tokens = self.settings, batch.loss_mask, batch.totals.num_tokens
-        assert outputs.logits is not None  # it is a training pass
+        settings, num_tokens = self.settings, batch.totals.num_tokens
+        assert outputs.logits is not None and outputs.packing is not None  # it is a training pass
+        mask, targets = map(outputs.packing.pack, (batch.loss_mask, batch.groups.response_ids))
         if settings.token_divergence == "cross_entropy":
-            logprobs, _ = vocab_parallel_logprobs(outputs.logits, batch.groups.response_ids, self.process_group)
+            logprobs, _ = vocab_parallel_logprobs(outputs.logits, targets, self.process_group)
             loss = -(logprobs * mask).sum() / num_tokens
             return settings.token_coef * loss, {"distill/cross_entropy": loss.detach()}
         assert self.head is not None and batch.teacher.hidden is not None  # this is the last stage

@@ -47,7 +47,7 @@ def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings
 
 
 class SlowNoise:
-    """Takes the place of `InstrumentedAttention._whole`: one prompt whose last token is the first of its response."""
+    """Takes the place of `InstrumentedAttention._groups`: one prompt whose last token is the first of its response."""
 
     def __init__(self, prompt, response: int, noisy_layers: frozenset[int]):
         visual = prompt.visual_mask.nonzero()[:, 0]
@@ -57,7 +57,7 @@ class SlowNoise:
             self.noise[layer] = SIGMA * (eps - eps.mean())
 
     def __call__(self, attention, query, key, value, pass_):
-        query, key, value = (tensor[0].double() for tensor in (query, key, value))
+        query, key, value = (tensor.double() for tensor in (query, key, value))
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         scores = torch.einsum("ind,jnd->nij", query, key) * attention.softmax_scale
@@ -72,7 +72,7 @@ class SlowNoise:
             moved = moved * picture.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True)
             weights[:, self.length :, self.visual] = moved
         self.rows[attention.layer] = weights[:, self.length :].mean(0)
-        return torch.einsum("nij,jnd->ind", weights, value)[None].to(torch.float32)
+        return torch.einsum("nij,jnd->ind", weights, value).to(torch.float32)
 
 
 def slow(policy, prompt, response: int, ids: torch.Tensor) -> tuple[dict, torch.Tensor]:
@@ -81,8 +81,8 @@ def slow(policy, prompt, response: int, ids: torch.Tensor) -> tuple[dict, torch.
     groups = GroupBatch(batch, ids[None, None], torch.tensor([[len(ids)]]), policy.encode_visual(batch))
     noise = SlowNoise(prompt, response, explored(policy).noisy_layers)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(InstrumentedAttention, "_whole", lambda self, *arguments: noise(self, *arguments))
-        logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups)))[0, 0].float()
+        patch.setattr(InstrumentedAttention, "_groups", lambda self, *arguments: noise(self, *arguments))
+        logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups))).float()
     logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     return {layer: rows[:-1] for layer, rows in noise.rows.items()}, logprobs  # the last token predicts nothing
 

@@ -65,7 +65,7 @@ def slow_generation(policy, prompts, settings):
             for step in range(R):
                 groups = GroupBatch(batch, ids[None, g : g + 1, : step + 1], torch.tensor([[step + 1]]), embeds)
                 with torch.no_grad():
-                    logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups)))[0, 0, step].float()
+                    logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups)))[step].float()
                 allowed = logits.clone()
                 allowed[list(policy.shape.visual_token_ids)] = float("-inf")
                 drawn = allowed[: settings.num_tokens or None][None]

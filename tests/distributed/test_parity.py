@@ -115,9 +115,10 @@ def logits_and_gradients(
     class Spy:
         """Keeps the logits that the last stage hands to its log-probabilities."""
 
-        def __call__(self, logits, batch, temperature):
-            seen["logits"] = torch.cat(gather_shards(logits.detach(), process_groups.tensor), dim=-1).float()
-            return type(policy).token_outputs(policy, logits, batch, temperature)
+        def __call__(self, logits, batch, layout, temperature):
+            whole = torch.cat(gather_shards(logits.detach(), process_groups.tensor), dim=-1).float()
+            seen["logits"] = layout.packed.responses.pad(whole)
+            return type(policy).token_outputs(policy, logits, batch, layout, temperature)
 
     policy.token_outputs = Spy()
     metrics = policy.forward_backward(

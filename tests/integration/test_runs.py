@@ -411,9 +411,10 @@ def export_and_read(path, data, output, tensor, pipeline):
     class Spy:
         """Keeps the logits that the last stage hands to its log-probabilities."""
 
-        def __call__(self, logits, batch, temperature):
-            seen["logits"] = torch.cat(gather_shards(logits, process_groups.tensor), dim=-1)
-            return type(policy).token_outputs(policy, logits, batch, temperature)
+        def __call__(self, logits, batch, layout, temperature):
+            whole = torch.cat(gather_shards(logits, process_groups.tensor), dim=-1)
+            seen["logits"] = layout.packed.responses.pad(whole)
+            return type(policy).token_outputs(policy, logits, batch, layout, temperature)
 
     policy.token_outputs = Spy()
     [result] = policy.forward(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.attention.group_layout import GroupLayout, PackedGroups
 from megatron_ral.attention.shared_prompt import (
     LEAST_KEYS_ON_CPU,
     CpuKernel,
@@ -20,13 +20,16 @@ from megatron_ral.models.instrumented_attention import InstrumentedAttention
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("G, P, R, heads, kv, D", [(3, 7, 5, 4, 2, 8), (2, 9, 1, 6, 2, 16), (1, 4, 6, 3, 3, 8)])
-@pytest.mark.parametrize("padding", [0, 3])
-def test_two_calls_equal_a_dense_mask(dtype, tolerance, G, P, R, heads, kv, D, padding):
+@pytest.mark.parametrize("padding, cut", [(0, 0), (3, 0), (0, 1), (3, 1)])
+def test_two_calls_equal_a_dense_mask(dtype, tolerance, G, P, R, heads, kv, D, padding, cut):
     torch.manual_seed(0)
     config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=D, num_attention_heads=heads)
     attention = InstrumentedAttention(config, 1, AttnMaskType.causal, "self")
-    layout = GroupLayout(torch.tensor([P, P - padding]), torch.full((2, G), R), P, R)
-    shapes = (2, G, R, heads, D), (2, P, kv, D), (2, P, kv, D), (2, G, R, kv, D), (2, G, R, kv, D)
+    lengths = torch.full((2, G), R)
+    lengths[1, 0], lengths[0, -1] = max(R - 4 * cut, 1), max(R - 2 * cut, 1)
+    sizes = torch.tensor([P, P - padding]), lengths, P, R
+    layout = GroupLayout(*sizes, PackedGroups.of(*sizes))
+    shapes = (int(lengths.sum()), heads, D), (2, P, kv, D), (2, P, kv, D), (2, G, R, kv, D), (2, G, R, kv, D)
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     weights, found = torch.randn(shapes[0], dtype=dtype), []
     for two_calls in (True, False):
@@ -34,7 +37,7 @@ def test_two_calls_equal_a_dense_mask(dtype, tolerance, G, P, R, heads, kv, D, p
         if two_calls:
             output = shared_prompt_attention(GroupTensors(*inputs), layout, attention.softmax_scale, CpuKernel())
         else:
-            output = attention._dense(GroupTensors(*inputs), layout).reshape(shapes[0])
+            output = attention._dense(GroupTensors(*inputs), layout)
         found.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
     for mine, dense in zip(*found):
         torch.testing.assert_close(mine, dense, rtol=tolerance, atol=tolerance)

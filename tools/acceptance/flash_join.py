@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.group_layout import GroupLayout
+from megatron_ral.attention.group_layout import GroupLayout, PackedGroups
 from megatron_ral.attention.shared_prompt import (
     CpuKernel,
     FlashKernel,
@@ -16,6 +16,7 @@ from megatron_ral.attention.shared_prompt import (
     kernel_for,
     shared_prompt_attention,
 )
+from megatron_ral.types import to_device
 from tools.acceptance.part import Figure, Setting, at_most, expect, note, relative_error, seconds_of, start
 
 NAMES = ("output", "dQ", "dK of prompts", "dV of prompts", "dK of responses", "dV of responses")
@@ -34,16 +35,16 @@ def make_group(
     """
     G, P, R, n, k, D = sizes
     generator = torch.Generator().manual_seed(0)
-    shapes = (2, G, R, n, D), (2, P, k, D), (2, P, k, D), (2, G, R, k, D), (2, G, R, k, D)
+    shapes = (2 * G * R, n, D), (2, P, k, D), (2, P, k, D), (2, G, R, k, D), (2, G, R, k, D)
     tensors = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
-    lengths = torch.tensor([P, P - padding], device=device)
-    layout = GroupLayout(lengths, torch.full((2, G), R, device=device), P, R, 2 * P - padding)
-    return GroupTensors(*tensors), layout
+    lengths = torch.tensor([P, P - padding]), torch.full((2, G), R), P, R
+    return GroupTensors(*tensors), to_device(GroupLayout(*lengths, PackedGroups.of(*lengths)), torch.device(device))
 
 
 def dense(group: GroupTensors, layout: GroupLayout, scale: float) -> Tensor:
     """Return the same attention from its whole score matrix, in the type of the inputs."""
-    query, *keys_and_values = group
+    packed, keys_and_values = group.query_NnD, group[1:]
+    query = packed.view(*layout.response_lengths.shape, layout.R, *packed.shape[1:])
     repeats = query.shape[3] // group.prompt_key_BPkD.shape[2]
     prompt_key, prompt_value, own_key, own_value = (
         tensor.repeat_interleave(repeats, dim=-2) for tensor in keys_and_values
@@ -54,7 +55,7 @@ def dense(group: GroupTensors, layout: GroupLayout, scale: float) -> Tensor:
     weights = scores.masked_fill(~layout.visible_BGRS[:, :, None], float("-inf")).softmax(dim=-1)
     of_prompt, of_own = weights.split([layout.P, layout.R], dim=-1)
     output = torch.einsum("bgnrp,bpnd->bgrnd", of_prompt, prompt_value)
-    return output + torch.einsum("bgnrt,bgtnd->bgrnd", of_own, own_value)
+    return (output + torch.einsum("bgnrt,bgtnd->bgrnd", of_own, own_value)).flatten(0, 2)
 
 
 def errors(device: str, dtype: torch.dtype, sizes: tuple[int, ...], padding: int) -> dict[str, float]:
@@ -62,7 +63,7 @@ def errors(device: str, dtype: torch.dtype, sizes: tuple[int, ...], padding: int
     group, layout = make_group(device, dtype, sizes, padding)
     scale, kernel = sizes[-1] ** -0.5, FlashKernel() if device == "cuda" else CpuKernel()
     generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(group.query_BGRnD.shape, generator=generator).to(device, dtype)  # rounded for both
+    cotangent = torch.randn(group.query_NnD.shape, generator=generator).to(device, dtype)  # rounded for both
     wide = GroupTensors(*(tensor.detach().double().requires_grad_() for tensor in group))
     results = []
     for tensors, output in (
@@ -100,7 +101,7 @@ def times(setting: Setting) -> Iterator[Figure]:
     sizes = 8, 8192, 1024, 28, 4, 128
     group, layout = make_group(setting.device, torch.bfloat16, sizes, 0)
     kernel, scale = FlashKernel(), sizes[-1] ** -0.5
-    cotangent = torch.ones_like(group.query_BGRnD)
+    cotangent = torch.ones_like(group.query_NnD)
 
     def work() -> None:
         torch.autograd.grad((shared_prompt_attention(group, layout, scale, kernel) * cotangent).sum(), group)
