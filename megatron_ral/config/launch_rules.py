@@ -37,7 +37,11 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     Rule(
         ERROR,
         "train.micro_batch_size",
-        lambda a: a.training and a.groups_per_rank % min(a.config.train.micro_batch_size, a.groups_per_rank) > 0,
+        lambda a: (
+            a.training
+            and not a.config.train.tokens_per_micro_batch
+            and a.groups_per_rank % min(a.config.train.micro_batch_size, a.groups_per_rank) > 0
+        ),
         lambda a: f"does not divide the {a.groups_per_rank} prompt groups that one rank handles per optimizer step",
     ),
 )

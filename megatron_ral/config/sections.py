@@ -169,6 +169,9 @@ class RolloutConfig:
     generation_batch_size: PositiveInt = 32
     """Number of prompts that are decoded in one batch. It bounds the KV cache and never changes the result. With S
     pipeline stages S batches are in flight, and each stage holds the cache of its own layers."""
+    cache_tokens: NonNegativeInt = 0
+    """Largest number of tokens in the KV cache of one batch, a further bound: its longest prompt, and group_size
+    responses of max_response_length, times its prompts; 0 for none. Of the native sampler alone."""
     max_response_length: PositiveInt = 512
     """Maximum length of a response in tokens, with or without `</answer>`."""
     temperature: PositiveFloat = 1.0
@@ -232,6 +235,9 @@ class TrainConfig:
     micro_batch_size: PositiveInt = 4
     """Number of prompt groups per forward pass on one rank. It changes memory and speed, and the result only by
     rounding."""
+    tokens_per_micro_batch: NonNegativeInt = 0
+    """Largest number of tokens of prompts and responses, without padding, per forward pass on one rank, in place of
+    micro_batch_size; 0 for none. A group (a prompt with its responses) that is longer has a pass of its own."""
     output_dir: str = "outputs/run"
     """Folder of checkpoints, TensorBoard files, the summary and the exported model, on a disk that all nodes share."""
     checkpoint_interval: NonNegativeInt = 0

@@ -18,6 +18,7 @@ With exploration the prompt's last token is fed again as the first token of each
 response token, and without this all responses of a prompt would share it, whatever their noise.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Optional, Sequence
 
@@ -57,6 +58,18 @@ class SamplingSettings:
     vocabulary differently."""
     exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
     """Noise on the attention of each response, and layers whose attention rows are recorded."""
+    cache_tokens: int = 0
+    """Largest number of tokens in the KV cache of one batch, see `prompts_together`. 0: no limit."""
+
+    def prompts_together(self, longest_prompt: int) -> int:
+        """Return how many prompts the limit of the cache allows in one batch, at least 1.
+
+        Args:
+            longest_prompt: Tokens of the longest of them.
+        """
+        if not self.cache_tokens:
+            return sys.maxsize
+        return max(self.cache_tokens // (longest_prompt + self.group_size * self.max_response_length), 1)
 
 
 class DecodingBatch:

@@ -134,7 +134,7 @@ def sample_responses(
         prompts: Prompts, read as they are needed.
         settings: Settings of the sampling.
         batch_size: Largest number of prompts in one batch. With S pipeline stages S batches are in flight, and fewer
-            than S batch_size prompts are spread over S batches.
+            than S batch_size prompts are spread over S batches. `settings.cache_tokens` is a further limit.
         identity: Key of the random streams, such as seed and step (see `DecodingBatch`).
 
     Yields:
@@ -145,13 +145,24 @@ def sample_responses(
     def batches() -> Iterator[DecodingBatch]:
         while taken := list(islice(remaining, batch_size * stages)):
             size = min(batch_size, -(-len(taken) // stages))
-            for start in range(0, len(taken), size):
-                batch = pad_prompts(taken[start : start + size], settings.pad_token_id)
+            while taken:
+                together = _fitting(taken[:size], settings)
+                batch, taken = pad_prompts(taken[:together], settings.pad_token_id), taken[together:]
                 yield DecodingBatch(batch, engine.encode_visual(batch), settings, engine.process_groups, identity)
 
     decoder, waiting = PipelinedDecoder(engine), batches()
     while (batch := decoder.advance(waiting)) is not None:
         yield decoder.result(batch), batch.visual_embeds
+
+
+def _fitting(prompts: Sequence[Prompt], settings: SamplingSettings) -> int:
+    """Return how many of the first prompts, at least 1, the cache of one batch holds."""
+    longest = 0
+    for count, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt.input_ids))
+        if count and settings.prompts_together(longest) <= count:
+            return count
+    return len(prompts)
 
 
 @dataclass(frozen=True)

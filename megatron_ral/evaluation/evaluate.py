@@ -141,6 +141,7 @@ def sample_prompts(
         processor.pad_token_id,
         settings.temperature,
         settings.top_p,
+        cache_tokens=settings.cache_tokens,
     )
     with engine.resident():
         for responses, _ in sample_responses(

@@ -22,6 +22,8 @@ class EvaluationSettings:
     """Number of tokens after which a response is cut off."""
     generation_batch_size: int
     """Number of prompts that are generated together; it does not change the responses."""
+    cache_tokens: int
+    """Largest number of tokens in the KV cache of one batch; 0 for no limit."""
     temperature: float
     """Temperature of sampled responses."""
     top_p: float
@@ -39,6 +41,7 @@ class EvaluationSettings:
         return cls(
             max_response_length=config.rollout.max_response_length,
             generation_batch_size=config.rollout.generation_batch_size,
+            cache_tokens=config.rollout.cache_tokens,
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             seed=config.seed,
@@ -72,7 +75,12 @@ def greedy_batches(
         `layers` that live on this pipeline stage.
     """
     sampling = SamplingSettings(
-        1, settings.max_response_length, processor.end_token_id, processor.pad_token_id, temperature=0.0
+        1,
+        settings.max_response_length,
+        processor.end_token_id,
+        processor.pad_token_id,
+        temperature=0.0,
+        cache_tokens=settings.cache_tokens,
     )
     for responses, embeds in sample_responses(engine, prompts, sampling, settings.generation_batch_size):
         groups = GroupBatch(

@@ -24,6 +24,11 @@ def text(settings: Settings) -> str:
     )
 
 
+def _by_groups(plan: LaunchPlan) -> Settings:
+    """Return the setting that micro-batches be cut by a number of groups, where the plan cuts them otherwise."""
+    return {"train.tokens_per_micro_batch": 0} if plan.settings["train"]["tokens_per_micro_batch"] else {}
+
+
 def _smaller(result: Rehearsal) -> Iterator[Settings]:
     """Yield settings that take less memory in the phase of the peak, cheapest first."""
     plan, phase = result.plan, max((report.peak for report in result.ranks), key=lambda peak: peak[1])[0]
@@ -33,7 +38,7 @@ def _smaller(result: Rehearsal) -> Iterator[Settings]:
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
     if phase == "update" and plan.work.micro_batch > 1:
-        yield {"train.micro_batch_size": 1}
+        yield {"train.micro_batch_size": 1, **_by_groups(plan)}
     if phase == "update" and not parallel.recompute_activations:
         yield {"parallel.recompute_activations": True}
     if not parallel.offload_optimizer:
@@ -136,6 +141,7 @@ def _candidates(plan: LaunchPlan, shape: ModelShape, hardware: Hardware) -> Iter
                         "parallel.tensor_model_parallel_size": tensor,
                         "parallel.pipeline_model_parallel_size": pipeline,
                         "train.micro_batch_size": micro,
+                        **_by_groups(plan),
                         "parallel.recompute_activations": recompute,
                         "parallel.sequence_parallel": tensor > 1,
                     }

@@ -10,6 +10,7 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.vision import PATCHES_PER_CALL
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.rollout.assemble import num_on_policy_updates
+from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
 
 _SAMPLE = Sample("rehearsed", "", "", "", "", "", (), ())
@@ -50,7 +51,7 @@ class Workload:
     @property
     def passes(self) -> int:
         """Micro-batches of the whole rollout. Passes without gradient read each once, except those of `on_policy`."""
-        return self.num_prompts // self.micro_batch
+        return -(-self.num_prompts // self.micro_batch)
 
     def pictures_per_call(self, tensor_size: int, merge_size: int) -> int:
         """Return the pictures that one call of the vision tower reads at most, while a batch is generated.
@@ -72,6 +73,7 @@ class Workload:
             visual_tokens: visual tokens of each prompt; negative for as many as the limits allow.
         """
         length, rollout = config.data.max_prompt_length, config.rollout
+        micro_batches = MicroBatchSettings.from_config(config)
         visual = (
             visual_tokens if visual_tokens >= 0 else min(config.data.max_visual_tokens or length, length - length // 64)
         )
@@ -79,13 +81,15 @@ class Workload:
         grid = rows, visual // rows if rows else 0
         if config.train.algorithm == "sft":
             share = config.train.batch_size // layout.data_size
-            micro = min(config.train.micro_batch_size, share)
-            return cls(length, grid, rollout.max_response_length, 1, 0, 0, micro, share, 1, share // micro)
+            micro = micro_batches.num_largest(length + rollout.max_response_length, share)
+            return cls(length, grid, rollout.max_response_length, 1, 0, 0, micro, share, 1, -(-share // micro))
         share = rollout.num_prompts // layout.data_size
         per_update = share // rollout.num_minibatches
-        micro = min(config.train.micro_batch_size, per_update)
+        micro = micro_batches.num_largest(length + rollout.group_size * rollout.max_response_length, per_update)
         # Prompts are spread over batches as in `engine/pipelined_decoder.py`.
+        fitting = rollout.cache_tokens // (length + rollout.group_size * rollout.max_response_length)
         together = min(rollout.generation_batch_size, -(-share // layout.pipeline_size))
+        together = min(together, max(fitting, 1)) if rollout.cache_tokens else together
         return cls(
             length,
             grid,
@@ -96,8 +100,8 @@ class Workload:
             micro,
             share,
             config.updates_per_rollout,
-            per_update // micro,
-            num_on_policy_updates(config.rollout.num_epochs) * (per_update // micro),
+            -(-per_update // micro),
+            num_on_policy_updates(config.rollout.num_epochs) * -(-per_update // micro),
         )
 
 

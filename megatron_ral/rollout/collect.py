@@ -20,7 +20,7 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.shape import ModelShape
-from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches, longest_first
 from megatron_ral.rollout.refill import DrawPrompts, ScoredGroups, refill
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.rollout.scoring import answer_tokens, score_responses
@@ -39,6 +39,8 @@ class RolloutSettings:
     top_p: float
     generation_batch_size: int
     """Largest number of prompts that are generated together."""
+    cache_tokens: int
+    """Largest number of tokens in the KV cache of one batch. 0: no limit."""
     num_minibatches: int
     """Number of optimizer updates per pass over the rollout."""
     refill_rounds: int
@@ -72,6 +74,7 @@ class RolloutSettings:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             generation_batch_size=rollout.generation_batch_size,
+            cache_tokens=rollout.cache_tokens,
             num_minibatches=rollout.num_minibatches,
             refill_rounds=rollout.refill_rounds,
             reward=config.reward,
@@ -149,11 +152,11 @@ def collect_rollout(
     processor: PromptProcessor,
     settings: RolloutSettings,
     step: int,
-    micro_batch_size: int,
+    micro_batches: MicroBatchSettings,
     teacher: Optional[TeacherEngine] = None,
     draw: Optional[DrawPrompts] = None,
 ) -> Rollout:
-    """Sample and score this rank's prompts, and cut them into micro-batches of similar lengths (`longest_first`).
+    """Sample and score this rank's prompts, and cut them into micro-batches.
 
     Args:
         engine: Policy.
@@ -162,7 +165,7 @@ def collect_rollout(
         processor: Decoder of token ids.
         settings: Settings of the rollout.
         step: Rollout number, part of every random stream.
-        micro_batch_size: Prompt groups per micro-batch. It divides the prompts of one optimizer step.
+        micro_batches: Size of a micro-batch.
         teacher: Model that answers the share `teacher_rollouts` of the prompts.
         draw: Source of the prompts that replace groups without signal. None: no group is replaced.
     """
@@ -176,18 +179,16 @@ def collect_rollout(
         if draw is not None:
             groups, replaced = refill(groups, answer, draw, settings.refill_rounds, engine.process_groups)
             scores += replaced
-    order = longest_first(
+    parts = cut_into_micro_batches(
         [
-            len(prompt.input_ids) + row.response_lengths.numel() * int(row.response_lengths.max())
+            len(prompt.input_ids) + int(row.response_lengths.sum())
             for prompt, row in zip(groups.prompts, groups.responses)
         ],
         len(groups.prompts) // settings.num_minibatches,
+        micro_batches,
+        engine.process_groups,
     )
-    batches = [
-        _micro_batch(groups.select(order[start : start + micro_batch_size]), processor, settings, step)
-        for start in range(0, len(order), micro_batch_size)
-    ]
-    return Rollout(batches, scores)
+    return Rollout([_micro_batch(groups.select(part), processor, settings, step) for part in parts], scores)
 
 
 def _micro_batch(
@@ -265,6 +266,7 @@ def _responses(
         settings.top_p,
         min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0,
         settings.exploration(engine.shape, step),
+        settings.cache_tokens,
     )
     size, identity = settings.generation_batch_size, (settings.seed, step)
     rows: dict[int, PromptResponses] = {}

@@ -24,9 +24,10 @@ from megatron_ral.objectives.base import Objective, finish_metrics, mean_over_up
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, shuffled_visual_columns
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.collectives import sum_metrics
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.assemble import Passes, assemble_minibatches, global_totals, num_on_policy_updates
 from megatron_ral.rollout.collect import RolloutBatch, RolloutSettings, collect_rollout
-from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches
 from megatron_ral.rollout.refill import DrawPrompts
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.runtime.progress import progress
@@ -38,8 +39,8 @@ from megatron_ral.types import GroupBatch, Prompt, RlBatch, Score, SftBatch, Tea
 class StepSettings:
     """Settings of one step."""
 
-    micro_batch_size: int
-    """Prompt groups per forward pass on one rank."""
+    micro_batches: MicroBatchSettings
+    """Size of a forward pass on one rank."""
     max_response_length: int
     num_minibatches: int
     """Optimizer updates per pass over a rollout."""
@@ -56,7 +57,7 @@ class StepSettings:
     @classmethod
     def from_config(cls, config: RunConfig) -> "StepSettings":
         return cls(
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batches=MicroBatchSettings.from_config(config),
             max_response_length=config.rollout.max_response_length,
             num_minibatches=config.rollout.num_minibatches,
             num_epochs=config.rollout.num_epochs,
@@ -108,8 +109,7 @@ def sft_step(
     """Make one supervised optimizer step on this rank's share of the global batch."""
     report = StepReport()
     with report.timed("update"):
-        size = min(settings.micro_batch_size, len(prompts))
-        batches = supervised_batches(prompts, processor.pad_token_id, size)
+        batches = supervised_batches(prompts, processor.pad_token_id, settings.micro_batches, policy.process_groups)
         totals = global_totals(
             [batch.response_lengths for batch in batches], settings.max_response_length, policy.process_groups
         )
@@ -125,12 +125,14 @@ def sft_step(
     return report
 
 
-def supervised_batches(prompts: Sequence[Prompt], pad_token_id: int, micro_batch_size: int) -> list[GroupBatch]:
-    """Return reference responses as groups of one, in micro-batches of similar lengths, each padded to its longest."""
-    order = longest_first([len(prompt.input_ids) + len(prompt.response_ids) for prompt in prompts], len(prompts))
+def supervised_batches(
+    prompts: Sequence[Prompt], pad_token_id: int, micro_batches: MicroBatchSettings, process_groups: ProcessGroups
+) -> list[GroupBatch]:
+    """Return reference responses as groups of one, in micro-batches."""
+    lengths = [len(prompt.input_ids) + len(prompt.response_ids) for prompt in prompts]
     batches = []
-    for start in range(0, len(prompts), micro_batch_size):
-        chosen = [prompts[index] for index in order[start : start + micro_batch_size]]
+    for part in cut_into_micro_batches(lengths, len(prompts), micro_batches, process_groups):
+        chosen = [prompts[index] for index in part]
         longest = max(len(prompt.response_ids) for prompt in chosen)
         ids = torch.full((len(chosen), 1, longest), pad_token_id)
         for index, prompt in enumerate(chosen):
@@ -178,11 +180,17 @@ def rl_step(
         draw: Source of the prompts that replace groups without signal. None: no group is replaced.
     """
     report, policy = StepReport(), engines.policy
-    micro_batch_size = min(settings.micro_batch_size, len(prompts) // settings.num_minibatches)
-
     with report.timed("rollout"):
         rollout = collect_rollout(
-            policy, engines.sampler, prompts, processor, rollout_settings, step, micro_batch_size, engines.teacher, draw
+            policy,
+            engines.sampler,
+            prompts,
+            processor,
+            rollout_settings,
+            step,
+            settings.micro_batches,
+            engines.teacher,
+            draw,
         )
         report.rollout = rollout.batches
     old, reference, target = _passes(engines, [batch.groups for batch in report.rollout], objective, settings, report)

@@ -12,6 +12,7 @@ from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals
 from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import supervised_batches
@@ -42,7 +43,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int):
+def supervised_step(path: str, tensor: int, pipeline: int, micro_batches: MicroBatchSettings):
     """Two optimizer steps with a trainable tower, sequence parallel where there are tensor ranks."""
     config = make_config(path, tensor=tensor, pipeline=pipeline, sequence_parallel=True)
     config = dataclasses.replace(config, model=ModelConfig(path=path, dtype="float32", train_vision=True))
@@ -52,7 +53,7 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     prompts = [processor(sample) for sample in samples()]
     share = len(prompts) // process_groups.layout.data_size
     mine = prompts[process_groups.layout.data_rank * share : (process_groups.layout.data_rank + 1) * share]
-    batches = supervised_batches(mine, processor.pad_token_id, min(micro_batch_size, share))
+    batches = supervised_batches(mine, processor.pad_token_id, micro_batches, process_groups)
     totals = global_totals([batch.response_lengths for batch in batches], 7, process_groups)
     losses, norms = [], []
     for _ in range(2):
@@ -65,15 +66,27 @@ def supervised_step(path: str, tensor: int, pipeline: int, micro_batch_size: int
     return losses, norms, weights
 
 
+LAYOUTS = (
+    (1, 1, 1, (1,)),
+    (2, 1, 1, (2,)),
+    (2, 1, 1, (4, 60)),
+    (4, 1, 2, (4,)),
+    (4, 1, 2, (4, 40)),
+    (4, 2, 1, (2,)),
+    (4, 2, 1, (2, 100)),
+)
+"""World size, tensor ranks, pipeline stages, and groups and tokens of a micro-batch."""
+
+
 @pytest.mark.parametrize("family", ["tiny", "qwen3", "internvl", "qwen3_5"])
 def test_a_rank_without_images_neither_hangs_nor_changes_the_step(material, family):
     path = str(material[family])
-    losses, norms, weights = run_ranks(1, supervised_step, path, 1, 1, 8)[0]
+    losses, norms, weights = run_ranks(1, supervised_step, path, 1, 1, MicroBatchSettings(8))[0]
     source = HuggingFaceWeights(path)
     start = {name: source[name] for name in weights if name in source}
     assert losses[1] < losses[0]
-    for world, tensor, pipeline, micro in ((1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 2, 4), (4, 2, 1, 2)):
-        ours = run_ranks(world, supervised_step, path, tensor, pipeline, micro)[-1]
+    for world, tensor, pipeline, micro in LAYOUTS:
+        ours = run_ranks(world, supervised_step, path, tensor, pipeline, MicroBatchSettings(*micro))[-1]
         assert torch.allclose(torch.tensor(ours[0]), torch.tensor(losses), rtol=1e-5), (world, tensor, pipeline, micro)
         assert torch.allclose(torch.tensor(ours[1]), torch.tensor(norms), rtol=1e-5)
         for name, wanted in weights.items():
@@ -93,7 +106,9 @@ def rollout_of_mixed_prompts(path: str, tensor: int, pipeline: int):
     start = process_groups.layout.data_rank * share
     prompts = [processor(sample) for sample in samples()[start : start + share]]
     settings = RolloutSettings.from_config(config)
-    rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2).batches
+    rollout = collect_rollout(
+        policy, NativeSampler(policy), prompts, processor, settings, 0, MicroBatchSettings(2)
+    ).batches
     widths = [scored.groups.prompts.input_ids.shape[1] for scored in rollout]
     assert len(set(widths)) > 1, widths  # micro-batches of different shapes in one pass, also between stages
     old = policy.forward([scored.groups for scored in rollout], [3])

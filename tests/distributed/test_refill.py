@@ -13,6 +13,7 @@ from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import refill_metrics
@@ -55,7 +56,9 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
 
     prompts = loader.take(NUM_PROMPTS)
     settings = RolloutSettings.from_config(config)
-    rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2, draw=draw)
+    rollout = collect_rollout(
+        policy, NativeSampler(policy), prompts, processor, settings, 0, MicroBatchSettings(2), draw=draw
+    )
     metrics, position = refill_metrics(rollout.scores, policy), loader.state()["offset"]
     stop_groups()
     groups = {}

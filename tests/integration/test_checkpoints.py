@@ -143,7 +143,7 @@ CASES = {
         (2, 1, 2),
         (1, 2, 1),
         [],
-        ["rollout.generation_batch_size=2", "train.micro_batch_size=1"],
+        ["rollout.cache_tokens=150", "train.tokens_per_micro_batch=200"],
     ),
     "tied, vision trained": (
         SFT,

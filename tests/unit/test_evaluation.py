@@ -131,8 +131,8 @@ def test_settings_of_an_evaluation_are_those_of_the_rollout_and_the_reward():
         seed=7,
         reward=RewardConfig(accuracy="by_type"),
         watchdog=replace(config.watchdog, timeout_seconds=60),
-        rollout=replace(config.rollout, temperature=0.5, top_p=0.9),
+        rollout=replace(config.rollout, temperature=0.5, top_p=0.9, cache_tokens=500),
     )
     assert EvaluationSettings.from_config(config) == EvaluationSettings(
-        config.rollout.max_response_length, config.rollout.generation_batch_size, 0.5, 0.9, 7, config.reward, 42.0
+        config.rollout.max_response_length, config.rollout.generation_batch_size, 500, 0.5, 0.9, 7, config.reward, 42.0
     )

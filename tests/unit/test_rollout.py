@@ -19,7 +19,13 @@ from megatron_ral.objectives.base import TokenOutputs
 from megatron_ral.rollout import collect
 from megatron_ral.rollout.assemble import assemble_minibatches, global_totals, num_on_policy_updates
 from megatron_ral.rollout.collect import RolloutBatch, shuffled_order
-from megatron_ral.rollout.lengths import longest_first
+from megatron_ral.rollout.lengths import (
+    MicroBatchSettings,
+    cut_into_micro_batches,
+    longest_first,
+    split_further,
+    spread,
+)
 from megatron_ral.rollout.sampler import SampledBatch
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
@@ -29,9 +35,10 @@ LENGTHS = [[4, 1], [3, 3], [2, 4], [1, 2]]
 ENGINE = SimpleNamespace(
     resident=nullcontext,
     shape=SimpleNamespace(num_layers=2, softmax_layers=(0, 1), layer_indices=lambda layers, key="": list(layers)),
+    process_groups=SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.device("cpu")),
 )
 PROCESSOR = SimpleNamespace(end_token_id=1, pad_token_id=0, decode=lambda ids: "")
-ALONE = SimpleNamespace(data=SimpleNamespace(size=lambda: 1), device=torch.device("cpu"))
+ALONE = ENGINE.process_groups
 
 
 def prompt(key="a"):
@@ -162,7 +169,7 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
     sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
     settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
     rollout = collect.collect_rollout(
-        engine, sampler, batch.prompts.prompts, processor, settings, step, micro_batch_size
+        engine, sampler, batch.prompts.prompts, processor, settings, step, MicroBatchSettings(micro_batch_size)
     )
     return rollout.batches
 
@@ -289,6 +296,45 @@ def test_longest_first_within_each_optimizer_step():
     assert longest_first([2, 2, 2], 3) == [0, 1, 2]  # equal ones keep their order
 
 
+def test_micro_batches_of_a_number_of_groups():
+    lengths, settings = [3, 5, 4, 4, 9, 1, 2, 2], MicroBatchSettings(2)
+    assert cut_into_micro_batches(lengths, 4, settings, ALONE) == [[1, 2], [3, 0], [4, 6], [7, 5]]
+    assert cut_into_micro_batches(lengths, 4, MicroBatchSettings(9), ALONE) == [[1, 2, 3, 0], [4, 6, 7, 5]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("limit", [1, 50, 300, 10_000])
+def test_micro_batches_of_a_number_of_tokens(seed, limit):
+    """Every sample once, no micro-batch above the limit but a single sample, as many of them in every step."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, span = torch.randint(1, 120, (24,), generator=generator).tolist(), 8
+    parts = cut_into_micro_batches(lengths, span, MicroBatchSettings(4, limit), ALONE)
+    count = len(parts) // 3
+    assert count * 3 == len(parts)
+    for step in range(3):
+        own = parts[step * count : (step + 1) * count]
+        assert sorted(index for part in own for index in part) == list(range(step * span, (step + 1) * span))
+    sizes = [sum(lengths[index] for index in part) for part in parts]
+    assert all(size <= limit or len(part) == 1 for size, part in zip(sizes, parts))
+    least = max(-(-sum(lengths[start : start + span]) // max(limit, max(lengths))) for start in (0, 8, 16))
+    assert least <= count <= span
+    assert count == {1: 8, 10_000: 1}.get(limit, count)
+
+
+def test_micro_batches_are_even_and_can_be_split():
+    lengths = [50, 30, 30, 20, 20, 10]
+    parts = spread(lengths, range(6), 100)
+    assert parts == [[0, 3, 5], [1, 2, 4]]  # 80 tokens each
+    assert split_further(lengths, parts, 3) == [[0, 5], [3], [1, 2, 4]]
+    assert sorted(split_further(lengths, parts, 6)) == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_all_ranks_have_as_many_micro_batches(monkeypatch):
+    """The rank with the longest samples decides."""
+    monkeypatch.setattr("megatron_ral.rollout.lengths.all_reduce_max_", lambda count, group: count + 2)
+    assert len(cut_into_micro_batches([5, 5, 5, 5], 4, MicroBatchSettings(4, 20), ALONE)) == 3
+
+
 def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
     """Four prompts of one optimizer step, lengths of prompts and responses crossed, in micro-batches of two."""
     lengths = {"prompt 0": 2, "prompt 1": 4, "prompt 2": 1, "prompt 3": 3}
@@ -327,10 +373,10 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
     monkeypatch.setattr(collect, "score_responses", score)
     engine, processor = ENGINE, PROCESSOR
     batches = collect.collect_rollout(
-        engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, 2
+        engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, MicroBatchSettings(2)
     ).batches
     keys = [item.sample.key for scored in batches for item in scored.groups.prompts.prompts]
-    assert keys == ["prompt 1", "prompt 3", "prompt 0", "prompt 2"]  # P + G * longest = 12, 12, 7, 7
+    assert keys == ["prompt 3", "prompt 1", "prompt 2", "prompt 0"]  # 10, 9, 7 and 6 tokens
     assert [scored.groups.prompts.input_ids.shape[1] for scored in batches] == [6, 5]
     assert [scored.groups.response_ids.shape[2] for scored in batches] == [4, 2]
     for scored in batches:

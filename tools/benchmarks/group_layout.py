@@ -147,11 +147,14 @@ class Bench:
     def rollout(self) -> tuple[list, list[int]]:
         """Run a rollout and a step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
         from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.lengths import MicroBatchSettings
         from megatron_ral.rollout.native_sampler import NativeSampler
 
         sampler, settings = NativeSampler(self.policy), RolloutSettings.from_config(self.config)
         with counted(self.policy.stage.visual) as counts:
-            rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1).batches
+            rollout = collect_rollout(
+                self.policy, sampler, self.prompts, self.processor, settings, 0, MicroBatchSettings(1)
+            ).batches
             found = with_advantages(rollout)
             self.step("whole", found)
         return found, counts

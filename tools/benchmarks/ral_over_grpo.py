@@ -107,13 +107,16 @@ class Depth:
     def sample(self) -> None:
         """Sample rollouts without noise and with it. All steps use the first ones."""
         from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.lengths import MicroBatchSettings
         from megatron_ral.rollout.native_sampler import NativeSampler
 
         for name, side in (("rollout", "grpo"), ("noisy rollout", self.sides[-1])):  # the last records most layers
             with self.clock.measure(f"{self.num_layers} {name}"):
                 settings = RolloutSettings.from_config(self.configs[side])
                 sampler = NativeSampler(self.policy)
-                rollout = collect_rollout(self.policy, sampler, self.prompts, self.processor, settings, 0, 1).batches
+                rollout = collect_rollout(
+                    self.policy, sampler, self.prompts, self.processor, settings, 0, MicroBatchSettings(1)
+                ).batches
             self.rollouts.setdefault(name, with_advantages(rollout))
 
     def step(self, side: str) -> None:
