@@ -198,7 +198,7 @@ def rl_step(
     )
     report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
     if draw is not None:
-        report.metrics.update(refill_metrics(rollout.scores, policy))
+        report.metrics.update(refill_metrics(rollout.sampled_rewards, policy))
 
     updates: list[dict[str, float]] = []
     num_updates = settings.num_epochs * len(minibatches)
@@ -327,15 +327,19 @@ def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, disti
     return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}
 
 
-def refill_metrics(scores: Sequence[Score], policy: PolicyEngine) -> dict[str, float]:
+def refill_metrics(rewards: torch.Tensor, policy: PolicyEngine) -> dict[str, float]:
     """Return figures of everything that a rollout sampled, the same on every rank. Those of `rollout_metrics` are of
-    the groups that are trained on."""
+    the groups that are trained on.
+
+    Args:
+        rewards: Rewards of all groups that this rank sampled, [groups, G].
+        policy: Policy.
+    """
     sums = {"num_prompts": 0.0, "frac_reward_zero_std": 0.0, "reward": 0.0}
     if policy.layout.is_last_stage:
-        for score in scores:
-            sums["num_prompts"] += len(score.rewards)
-            sums["frac_reward_zero_std"] += float((~has_signal(score.rewards)).sum())
-            sums["reward"] += float(score.rewards.mean(dim=1).sum())
+        sums["num_prompts"] += len(rewards)
+        sums["frac_reward_zero_std"] += float((~has_signal(rewards)).sum())
+        sums["reward"] += float(rewards.mean(dim=1).sum())
     total = sum_metrics(sums, policy.process_groups)
     num_prompts = total.pop("num_prompts")
     return {"refill/num_prompts": num_prompts} | {

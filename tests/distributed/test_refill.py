@@ -56,7 +56,7 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
     prompts = loader.take(NUM_PROMPTS)
     settings = RolloutSettings.from_config(config)
     rollout = collect_rollout(policy, NativeSampler(policy), prompts, processor, settings, 0, 2, draw=draw)
-    metrics, position = refill_metrics(rollout.scores, policy), loader.state()["offset"]
+    metrics, position = refill_metrics(rollout.sampled_rewards, policy), loader.state()["offset"]
     stop_groups()
     groups = {}
     for batch in rollout.batches:

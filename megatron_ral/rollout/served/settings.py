@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
+import torch
+
 from megatron_ral.config.sections import RunConfig
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.folder import config_folder
@@ -96,3 +98,12 @@ def check_served(shape: ModelShape) -> None:
             f"is not possible with heads of size {shape.kv_channels}, because its attention has "
             f"{', '.join(map(str, _HEAD_SIZES))}; set native",
         )
+
+
+def device_variables(device: torch.device) -> Mapping[str, str]:
+    """Return the variables that let a server see this rank's GPU alone. Not tried on a GPU."""
+    if device.type != "cuda":
+        return {}
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    index = device.index or 0
+    return {"CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) else str(index)}
