@@ -13,9 +13,9 @@ from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.metrics import refill_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training.build import build_policy
-from megatron_ral.training.step import refill_metrics
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 

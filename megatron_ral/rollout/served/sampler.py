@@ -63,7 +63,7 @@ class ServedSampler:
         self.group, layout = engine.process_groups.model, engine.layout
         self.owns = layout.tensor_rank == 0 and layout.pipeline_rank == 0
         """True on the rank that owns the client."""
-        image = processor.image_processor
+        image, device = processor.image_processor, engine.process_groups.device
         self._pixels = tuple(image.image_mean), tuple(image.image_std)
         self.client: Optional[SamplerClient] = None
         self.version: Optional[int] = None
@@ -88,7 +88,7 @@ class ServedSampler:
                 settings.options,
                 settings.log_folder / f"rank_{layout.rank}.log",
                 settings.start_seconds,
-                device_variables(engine.process_groups.device),
+                device_variables(device.type, device.index or 0),
             )
             self.client = SamplerClient(program, _tick)
             try:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-import torch
-
 from megatron_ral.config.sections import RunConfig
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.folder import config_folder
@@ -100,10 +98,14 @@ def check_served(shape: ModelShape) -> None:
         )
 
 
-def device_variables(device: torch.device) -> Mapping[str, str]:
-    """Return the variables that let a server see this rank's GPU alone. Not tried on a GPU."""
-    if device.type != "cuda":
+def device_variables(kind: str, index: int) -> Mapping[str, str]:
+    """Return the variables that let a server see this rank's GPU alone. Not tried on a GPU.
+
+    Args:
+        kind: Kind of this rank's device, e.g. `cuda`.
+        index: Number of the device among those that this rank sees.
+    """
+    if kind != "cuda":
         return {}
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    index = device.index or 0
     return {"CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) else str(index)}
