@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def native_run(path: str, data: str, tensor: int, pipeline: int) -> dict:
     share = len(prompts) // policy.layout.data_size
     own = prompts[policy.layout.data_rank * share :][:share]
     sampler, settings = WatchedSampler(policy), RolloutSettings.from_config(config)
-    loader = SimpleNamespace(places={})
+    loader: Any = SimpleNamespace(places={})
     ahead = RolloutsAhead(policy, sampler, PromptProcessor(path, 128), settings, loader)
     engines, step_settings = Engines(policy, sampler), StepSettings.from_config(config)
     metrics, taken = [], []
@@ -104,8 +105,9 @@ def served_ahead(path: str, data: str, tensor: int, folder: str, kills: bool, op
     policy = opened[3]
     prompts = [row[0] for row in fixed_groups(path, data)[:4]]
     rollout, native = micro_batches(fixed_groups(path, data)[:2], 2, policy), NativeSampler(policy)
-    result = {"old": responses(native, prompts, 7, 0)}
+    result: dict[str, Any] = {"old": responses(native, prompts, 7, 0)}
     background = sampler.begin(prompts, SAMPLING, 2, 7, 0)
+    assert background is not None
     try:
         sampler.begin(prompts, SAMPLING, 2, 7, 1)
     except AssertionError as error:

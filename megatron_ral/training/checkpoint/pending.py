@@ -146,7 +146,8 @@ class _Saved:
             (tuple(tree["texts"][index]),),
             tuple(tuple(map(tuple, group)) for group in tree["problems"][part]),
         )
-        responses = PromptResponses(*(self.tensors[field][index] for field in _ROWS))
+        ids, lengths, logprobs, finished = (self.tensors[field][index] for field in _ROWS)
+        responses = PromptResponses(ids, lengths, logprobs, finished)
         return responses, tree["from_teacher"][index], tree["versions"][index], score
 
 
