@@ -132,6 +132,22 @@ def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConf
     return config
 
 
+def _overlap(config: RunConfig, data_size: int) -> str:
+    """Return what `rollout.overlap` does in a run."""
+    rollout, updates = config.rollout, config.updates_per_rollout
+    share = rollout.num_prompts // data_size
+    sampler = (
+        "the native sampler makes it before the updates, on the same devices"
+        if rollout.sampler == "native"
+        else f"{rollout.sampler} works at it during the updates"
+    )
+    return (
+        f"overlap: step k trains on a rollout sampled {updates} updates before, with loss.sampler_correction = "
+        f"{config.loss.sampler_correction}; {sampler}. A rank then holds {share} more prompts with their responses in "
+        "host memory, and each checkpoint holds the responses"
+    )
+
+
 def dry_run(config: RunConfig, shape, teacher=None) -> str:
     """Return the resolved configuration, the layout of all ranks, and the parameters that each holds, as text.
 
@@ -147,6 +163,8 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
         0, world_size, config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     )
     text = f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
+    if config.overlaps:
+        text += f"\n\n{_overlap(config, layout.data_size)}"
     if teacher is not None:
         layout = RankLayout(0, world_size, *config.teacher_layout)
         text += f"\n\nteacher, on the same ranks:\n{layout.describe()}\n\n{describe_parameters(teacher, layout)}"
