@@ -160,12 +160,14 @@ class AttentionRecord:
         lag = int(position is QueryPosition.PREDICTING)
         rest = layout.prompt_lengths, lag, scale, num_heads
         if position is QueryPosition.RESPONSE:
-            return RowQK(self.query_BGRnD, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
+            return RowQK(
+                self.query_BGRnD, self.prompt_key_BPkD, self.response_key_BGRkD, *rest, layout.response_lengths
+            )
         first = self.last_prompt_query_BnD[:, None, None]
         if position is QueryPosition.LAST_PROMPT:
             return RowQK(first, self.prompt_key_BPkD, self.response_key_BGRkD[:, :1, :0], *rest)
         query = torch.cat([first.expand(-1, layout.G, 1, -1, -1), self.query_BGRnD[:, :, :-1]], dim=2)
-        return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest)
+        return RowQK(query, self.prompt_key_BPkD, self.response_key_BGRkD, *rest, layout.response_lengths)
 
     def detached(self) -> "AttentionRecord":
         """Return a copy without gradient that keeps no other tensor of the pass alive (queries are views)."""

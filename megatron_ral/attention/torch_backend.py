@@ -68,10 +68,17 @@ class HeadBlock(NamedTuple):
 
 def weight_blocks(qk: RowQK) -> Iterator[Block]:
     """Yield blocks whose weights for one key/value head are a small part of a map of rows, so that several temporaries
-    together are far below one map."""
+    together are far below one map.
+
+    Padding is left out in host memory. Elsewhere the host would have to wait for the lengths.
+    """
     shape = qk.query_BGRnD.shape[:3]
     elements = max(blocks.SMALL_BLOCK, math.prod(shape) * qk.num_keys // 32)
-    return blocks.row_blocks(shape, qk.heads_per_key * qk.num_keys, elements)
+    lengths = qk.num_rows_BG if qk.num_rows_BG is not None and qk.num_rows_BG.device.type == "cpu" else None
+    for b, g, r in blocks.row_blocks(shape, qk.heads_per_key * qk.num_keys, elements):
+        stop = r.stop if lengths is None else min(r.stop, int(lengths[b, g].max()))
+        if r.start < stop:
+            yield b, g, slice(r.start, stop)
 
 
 def head_blocks(qk: RowQK, block: Block) -> Iterator[HeadBlock]:

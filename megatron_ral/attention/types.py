@@ -34,6 +34,8 @@ class RowQK(NamedTuple):
     """Softmax scale, usually 1 / sqrt(D)."""
     num_heads: int
     """Number of heads of all tensor-parallel ranks together."""
+    num_rows_BG: Optional[Tensor] = None
+    """Rows of each response that are no padding, int64. None: all. A backend may leave padding 0."""
 
     @property
     def heads_per_key(self) -> int:

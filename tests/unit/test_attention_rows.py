@@ -64,7 +64,7 @@ def slow(qk: RowQK, keys: RowKeys) -> tuple[torch.Tensor, torch.Tensor]:
 
 def eager_attention(qk: RowQK) -> torch.Tensor:
     """Rows through one softmax over heads x rows x keys, with gradient."""
-    query, prompt, own, lengths, lag, scale, n = qk
+    query, prompt, own, lengths, lag, scale, n = qk[:7]
     P, T, R, m = prompt.shape[1], own.shape[2], query.shape[2], n // prompt.shape[2]
     keys = torch.cat([prompt[:, None].expand(-1, query.shape[1], -1, -1, -1), own], dim=2).repeat_interleave(m, dim=3)
     scores = torch.einsum("bgrhd,bgshd->bghrs", query, keys) * scale
@@ -120,6 +120,24 @@ def test_rows_and_distributions_equal_the_loop(k, m, rows, columns, own):
     ours, mass = attention_distribution(ours, keys)
     assert torch.allclose(ours, policy, rtol=0, atol=1e-14) and not ours[policy == 0].any()
     assert torch.allclose(mass, (attention * (policy > 0)).sum(-1), rtol=0, atol=1e-14) and (mass > 1e-4).all()
+
+
+@pytest.mark.parametrize("small", [1, 1 << 16])
+@pytest.mark.parametrize("rows", ["token", "predictor"])
+def test_padding_is_left_out(monkeypatch, rows, small):
+    """Rows and gradients of real rows are those without lengths, and rows of padding are 0."""
+    monkeypatch.setattr(blocks, "SMALL_BLOCK", small)
+    qk, lengths = random_qk(rows), torch.tensor([[4, 1, 2], [3, 4, 0]])
+    is_real = torch.arange(4) < lengths[..., None]
+    keys, trimmed = row_keys(qk, rows), qk._replace(num_rows_BG=lengths)
+    whole, ours = head_mean_attention(qk), head_mean_attention(trimmed)
+    assert torch.equal(ours[is_real], whole[is_real])
+    assert small > 1 or not ours[~is_real].any()
+    target, weights = another_policy(qk, keys, rows), random_weights(qk) * is_real
+    for mine, wanted in zip(
+        gradients(trimmed, target, keys, weights=weights), gradients(qk, target, keys, weights=weights)
+    ):
+        assert torch.allclose(mine, wanted, rtol=0, atol=1e-14)
 
 
 def test_heads_are_averaged_before_renormalising():
