@@ -2,16 +2,17 @@
 
     VLLM_PYTHON=.venv-vllm/bin/python python -m tools.benchmarks.samplers [--prompts 8] [--group-size 8] [--length 64]
 
-A random Qwen2.5-VL in Hugging Face format is made, and two sides with its weights answer the same requests by turns:
+A random Qwen2.5-VL in Hugging Face format is made, and three sides with its weights answer the same requests by turns:
 
     native    the engine that trains, in one process
+    modules   the same without the step that it has on the CPU (`models/host_decoding.py`), with the modules' own
     vllm      the server of `rollout.sampler = vllm` with the weights pushed to it, and the process that asks it
 
-Prompts are about a picture, or are texts of about as many tokens. Both sides sample at temperature 1 from the whole
+Prompts are about a picture, or are texts of about as many tokens. All sides sample at temperature 1 from the whole
 vocabulary, in float32, with the same forbidden tokens, and no token ends a response. Before each request an empty push,
 which is not measured, makes the server forget what it knows of the prompts, as every update of the weights does.
 
-One thread: OMP_NUM_THREADS, MKL_NUM_THREADS and torch's threads are 1 on both sides, and VLLM_CPU_OMP_THREADS_BIND is
+One thread: OMP_NUM_THREADS, MKL_NUM_THREADS and torch's threads are 1 on all sides, and VLLM_CPU_OMP_THREADS_BIND is
 `nobind`, so that vLLM neither chooses a number of threads nor a processor of its own. The share of the processor
 seconds that the busiest thread of the sampling process took is printed.
 
@@ -23,6 +24,7 @@ Memory of the training process, which has weights of its own, is not counted for
 The last lines are ratios:
     samplers_decoding_KIND   tokens per second of decoding, native over vLLM, prompts of that kind
     samplers_KIND            the same of whole requests
+    samplers_step_KIND       tokens per second of decoding, native over modules
     samplers_memory          peak memory, vLLM's server over native
 """
 
@@ -39,6 +41,7 @@ from pathlib import Path
 from tools.benchmarks.generation import PROJECT, Side, add_sizes, arguments_of, make_model, read_prompts
 
 KINDS = ("pictures", "texts")
+SIDES = ("native", "modules", "vllm")
 _MIB = 2**20
 
 
@@ -105,16 +108,19 @@ def settings_of(length: int, group_size: int, shape):
     return SamplingSettings(group_size, length, shape.visual_token_ids[0], 0)
 
 
-def open_native(args: argparse.Namespace):
+def open_native(args: argparse.Namespace, has_own_step: bool):
     """Return (answer(kind, length, group size) -> log-probabilities of all tokens, prepare(), process that samples)."""
     from megatron_ral.parallel.process_groups import start_groups
 
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
+    from megatron_ral.engine.decoding_batch import DecodingBatch
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.pipelined_decoder import sample_responses
     from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.models.shape import read_shape
 
+    if not has_own_step:
+        DecodingBatch.is_on_host = property(lambda batch: False)
     prompts, _ = prompts_of(args)
     engine = FrozenEngine(read_shape(args.model), process_groups, EngineSettings(args.model, "float32"))
 
@@ -185,7 +191,7 @@ def child(side: str, args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    answer, prepare, sampler = (open_native if side == "native" else open_vllm)(args)
+    answer, prepare, sampler = open_vllm(args) if side == "vllm" else open_native(args, side == "native")
     print(json.dumps({"ready": memory(sampler)}), flush=True)
     before = ticks_of_threads(sampler)
     for line in sys.stdin:
@@ -229,7 +235,7 @@ class Requests:
 def measure(args: argparse.Namespace, arguments: list[str]) -> tuple[dict, dict]:
     """Return the measurements of each side, and its memory when it was ready and at the end, by side."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    sides, found, memories = {}, {name: Requests() for name in ("native", "vllm")}, {}
+    sides, found, memories = {}, {name: Requests() for name in SIDES}, {}
     try:
         for name in found:
             sides[name] = Side(name, 1, 1, arguments, script=__file__)
@@ -281,11 +287,12 @@ def report(args: argparse.Namespace, found: dict, memories: dict, weights: float
         (ours, ours_decoding), (theirs, theirs_decoding) = processor["native", kind], processor["vllm", kind]
         print(f"ratio samplers_decoding_{kind} {ours_decoding / theirs_decoding:.2f}")
         print(f"ratio samplers_{kind} {ours / theirs:.2f}")
+        print(f"ratio samplers_step_{kind} {ours_decoding / processor['modules', kind][1]:.2f}")
     print(f"ratio samplers_memory {memories['vllm']['memory']['peak'] / memories['native']['memory']['peak']:.2f}")
 
 
 def main() -> None:
-    """Make the model, measure both sides and print the results."""
+    """Make the model, measure all sides and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
