@@ -14,7 +14,7 @@ which is not measured, makes the server forget what it knows of the prompts, as 
 
 One thread: OMP_NUM_THREADS, MKL_NUM_THREADS and torch's threads are 1 on all sides, and VLLM_CPU_OMP_THREADS_BIND is
 `nobind`, so that vLLM neither chooses a number of threads nor a processor of its own. The share of the processor
-seconds that the busiest thread of the sampling process took is printed.
+seconds that the busiest thread of the sampling process took during requests is printed.
 
 Seconds are wall seconds and processor seconds of all processes of a side; the processor seconds count. Seconds of
 decoding are those of a whole request minus those of a request for one token. Memory is the peak of resident memory.
@@ -35,6 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def processor_seconds(pid: int) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-def ticks_of_threads(pid: int) -> dict[str, int]:
+def ticks_of_threads(pid: int) -> Counter[str]:
     """Return the processor time of each thread of a process, by number of the thread."""
-    found = {}
+    found: Counter[str] = Counter()
     for path in Path(f"/proc/{pid}/task").glob("*/stat"):
         found[path.parent.name] = sum(map(int, path.read_text().rsplit(")", 1)[1].split()[11:13]))
     return found
@@ -193,18 +194,18 @@ def child(side: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     answer, prepare, sampler = open_vllm(args) if side == "vllm" else open_native(args, side == "native")
     print(json.dumps({"ready": memory(sampler)}), flush=True)
-    before = ticks_of_threads(sampler)
+    used: Counter[str] = Counter()
     for line in sys.stdin:
         request = json.loads(line)
         if request is None:
-            ticks = [own - before.get(thread, 0) for thread, own in ticks_of_threads(sampler).items()]
-            busiest = max(ticks) / max(sum(ticks), 1)
+            busiest = max(used.values()) / max(used.total(), 1)
             print(json.dumps({"memory": memory(sampler), "busiest": busiest}), flush=True)
             continue
         prepare()
-        wall, cpu = time.perf_counter(), processor_seconds(os.getpid())
+        threads, cpu, wall = ticks_of_threads(sampler), processor_seconds(os.getpid()), time.perf_counter()
         logprobs = answer(*request)
         wall, cpu = time.perf_counter() - wall, processor_seconds(os.getpid()) - cpu
+        used += ticks_of_threads(sampler) - threads
         print(json.dumps([wall, cpu, len(logprobs), statistics.fmean(logprobs)]), flush=True)
 
 
