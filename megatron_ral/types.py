@@ -248,6 +248,11 @@ class GroupBatch:
         steps = torch.arange(self.response_ids.shape[2], device=self.response_ids.device)
         return steps < self.response_lengths[..., None]
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of prompts and responses, without padding."""
+        return int(self.prompts.prompt_lengths.sum() + self.response_lengths.sum())
+
     def __len__(self) -> int:
         return len(self.prompts)
 

@@ -89,7 +89,7 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts, sampling):
         for prompt in prompts:
-            if self.fails("stalls"):
+            if self.fails("stalls") or (prompt.number == 1 and self.fails("stalls later")):
                 while True:
                     time.sleep(0.05)
                     yield None

@@ -60,6 +60,15 @@ def quiet_third_parties() -> None:
     warn_untried_versions()
 
 
+def prepare_libraries() -> None:
+    """Import megatron-core, and choose DeepSpeed's device, before anything else imports them."""
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.compat.megatron_compile import import_megatron
+
+    choose_deepspeed_accelerator()
+    import_megatron()
+
+
 def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:
     """Make the `main` of a command in one process: a `UserError` becomes one sentence and exit status 2."""
 
@@ -123,6 +132,22 @@ def read_config(arguments: argparse.Namespace, training: bool = True) -> RunConf
     return config
 
 
+def _overlap(config: RunConfig, data_size: int) -> str:
+    """Return what `rollout.overlap` does in a run."""
+    rollout, updates = config.rollout, config.updates_per_rollout
+    share = rollout.num_prompts // data_size
+    sampler = (
+        "the native sampler makes it before the updates, on the same devices"
+        if rollout.sampler == "native"
+        else f"{rollout.sampler} works at it during the updates"
+    )
+    return (
+        f"overlap: step k trains on a rollout sampled {updates} updates before, with loss.sampler_correction = "
+        f"{config.loss.sampler_correction}; {sampler}. A rank then holds {share} more prompts with their responses in "
+        "host memory, and each checkpoint holds the responses"
+    )
+
+
 def dry_run(config: RunConfig, shape, teacher=None) -> str:
     """Return the resolved configuration, the layout of all ranks, and the parameters that each holds, as text.
 
@@ -138,6 +163,8 @@ def dry_run(config: RunConfig, shape, teacher=None) -> str:
         0, world_size, config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     )
     text = f"{dump_config(config)}\n{layout.describe()}\n\n{describe_parameters(shape, layout)}"
+    if config.overlaps:
+        text += f"\n\n{_overlap(config, layout.data_size)}"
     if teacher is not None:
         layout = RankLayout(0, world_size, *config.teacher_layout)
         text += f"\n\nteacher, on the same ranks:\n{layout.describe()}\n\n{describe_parameters(teacher, layout)}"

@@ -132,12 +132,27 @@ def apply_overrides(tree: dict, overrides: Sequence[str], source: str = "") -> R
         drop_retired(tree, strict=True)
         # As JSON, because there a mapping may become a section and a list a tuple while scalars stay strict.
         config = TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
+        config = _with_correction(config, tree)
         check_settings(config)
     except ValidationError as error:
         raise _located(_wrong_value(error.errors()[0]), source) from None
     except ConfigError as error:
         raise _located(error, source) from None
     return config
+
+
+def _with_correction(config: RunConfig, tree: dict) -> RunConfig:
+    """Return the configuration with the default of `loss.sampler_correction` that rollout.overlap has.
+
+    Args:
+        config: Configuration of `tree`.
+        tree: Settings that are written. What is written stays.
+    """
+    written = "sampler_correction" in (tree.get("loss") or {})
+    explores = config.rollout.has_views or config.rollout.attention_noise.sigma > 0  # refused in words of its own
+    if written or explores or not config.overlaps or config.loss.policy_coef == 0:
+        return config
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, sampler_correction="token_truncate"))
 
 
 def _located(error: ConfigError, source: str) -> ConfigError:

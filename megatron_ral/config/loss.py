@@ -49,7 +49,8 @@ class LossConfig:
     sampler_correction: Literal["none", "token_truncate", "sequence_mask"] = "none"
     """Importance weight of the policy loss against the sampler, p_old / mu, where p_old is the rollout policy by the
     training engine and mu the sampler. token_truncate: the ratio of each token, at most the cap. sequence_mask: the
-    ratio of the whole response, 0 above the cap. Without gradient; KL, entropy and attention terms stay as they are."""
+    ratio of the whole response, 0 above the cap. Without gradient; KL, entropy and attention terms stay as they are.
+    With rollout.overlap the default is token_truncate."""
     sampler_correction_cap: Annotated[float, Gt(1), Le(1e6)] = 2.0
     """Bound on the weight of `sampler_correction`. It is above 1, because equal samplers have the ratio 1 up to
     rounding."""

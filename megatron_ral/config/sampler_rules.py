@@ -21,7 +21,29 @@ def _reads_decoding(config: RunConfig) -> bool:
     return target is not None and target.needs is TargetPass.ROLLOUT and not config.rollout.has_views
 
 
+def _reads_rollout(config: RunConfig) -> bool:
+    """Say whether the attention target reads rows of the model that sampled."""
+    target = TARGETS.get(config.loss.attention_target)
+    return target is not None and target.needs is TargetPass.ROLLOUT
+
+
 SAMPLER_RULES: tuple[Rule, ...] = (
+    Rule(
+        ERROR,
+        "rollout.overlap",
+        lambda c: c.overlaps and (c.rollout.has_views or c.rollout.attention_noise.sigma > 0),
+        lambda c: (
+            f"is not possible with {{rollout.{'views.keep' if c.rollout.has_views else 'attention_noise.sigma'}}}, "
+            "because weights against samples of older weights would also take back what is explored; set it to false"
+        ),
+    ),
+    Rule(
+        ERROR,
+        "rollout.overlap",
+        lambda c: c.overlaps and _reads_rollout(c),
+        "is not possible with {loss.attention_target}, whose rows would be those of older weights, which no checkpoint "
+        "holds; set it to false, or another target",
+    ),
     Rule(
         ERROR,
         "rollout.vllm.python",
@@ -65,6 +87,7 @@ SAMPLER_RULES: tuple[Rule, ...] = (
         "loss.sampler_correction",
         lambda c: (
             _is_served(c)
+            and not c.rollout.overlap
             and c.rollout.top_p == 1
             and not c.rollout.has_views
             and c.loss.policy_coef > 0
@@ -73,6 +96,14 @@ SAMPLER_RULES: tuple[Rule, ...] = (
         "with {rollout.sampler} leaves the difference between sampler and training engine uncorrected; set "
         "token_truncate",
     ),
+    Rule(
+        WARNING,
+        "loss.sampler_correction",
+        lambda c: c.overlaps and c.loss.policy_coef > 0 and c.loss.sampler_correction == "none",
+        "with {rollout.overlap} trains on samples of older weights as if they were of the present ones; set "
+        "token_truncate",
+    ),
+    *without_effect("rollout overlap", lambda c: c.train.algorithm != "ral", "with {train.algorithm}"),
     *without_effect(
         "rollout.vllm " + " ".join(field.name for field in fields(VllmConfig)),
         lambda c: not _is_served(c),

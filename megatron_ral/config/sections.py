@@ -181,6 +181,11 @@ class RolloutConfig:
     sampler: Literal["native", "vllm"] = "native"
     """Engine that samples responses. native: the trained engine itself, one copy of the weights, exact. vllm: a server
     beside it that gets the weights after each update (docs/sampler.md). Evaluations are always native."""
+    overlap: bool = False
+    """Sampling of the next rollout with the weights that a step begins with, before its updates change them. A served
+    sampler works while the policy is trained; the native one needs the same devices and gains nothing. Responses are
+    one step old: `sampling/staleness` says so, and unless it is written `loss.sampler_correction` is then
+    token_truncate (docs/sampler.md)."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """Server of sampler = vllm."""
     attention_noise: AttentionNoiseConfig = field(default_factory=AttentionNoiseConfig)
@@ -311,6 +316,11 @@ class RunConfig:
     def distills(self) -> bool:
         """True if the run holds a teacher."""
         return self.train.algorithm == "ral" and bool(self.teacher.path)
+
+    @property
+    def overlaps(self) -> bool:
+        """True if a rollout is sampled one step before it is trained on."""
+        return self.train.algorithm == "ral" and self.rollout.overlap
 
     @property
     def teacher_layout(self) -> tuple[int, int]:

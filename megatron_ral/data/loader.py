@@ -21,7 +21,7 @@ from megatron_ral.config.sections import DataConfig
 from megatron_ral.data.admission import admit_samples, report_admission
 from megatron_ral.data.index import ShardIndex
 from megatron_ral.data.issues import SampleError, SampleIssue, printable
-from megatron_ral.data.order import EpochOrder
+from megatron_ral.data.order import EpochOrder, Place, Position
 from megatron_ral.data.prefetch import Prefetcher
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import open_shards, parse_sample, read_entry
@@ -48,32 +48,6 @@ class Source:
     def shards(self) -> tuple[str, ...]:
         """Return the paths of the shards."""
         return tuple(index.shard for index in self.indexes)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Place of the next sample in the stream."""
-
-    source: int = 0
-    """Number of the source."""
-    epoch: int = 0
-    """Epoch of the source, from 0."""
-    offset: int = 0
-    """Samples of the epoch's order that were drawn."""
-    taken: int = 0
-    """Usable samples drawn from the source so far, over all ranks and epochs."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Address of one sample."""
-
-    source: int
-    """Number of the source."""
-    shard: int
-    """Number of the shard in the source."""
-    number: int
-    """Number of the sample in the shard."""
 
 
 def open_sources(patterns: Sequence[tuple[str, int]], key: str) -> list[Source]:
@@ -135,6 +109,8 @@ class PromptLoader:
         self.sources, self.processor, self.settings = list(sources), processor, settings
         self.dp_rank, self.dp_size, self.report = dp_rank, dp_size, report
         self.position = Position()
+        self.places: dict[int, Place] = {}
+        """Place of the prompt of each slot of the newest batch, of all ranks."""
         self.filtered: Counter[str] = Counter()
         self._exchange = exchange or (lambda value: [value])
         self._faults: dict[str, SampleIssue] = {}
@@ -166,6 +142,7 @@ class PromptLoader:
 
     def take(self, count: int) -> list[Prompt]:
         """Return this rank's share of the next `count` usable prompts (see `fill`)."""
+        self.places = {}
         mine = self.fill(range(count))
         self._prefetch(count)
         return [mine[slot] for slot in sorted(mine)]
@@ -202,6 +179,7 @@ class PromptLoader:
                 failed = {slot: SampleIssue(*fault) for rank in self._exchange(bad) for slot, fault in rank.items()}
             for slot in sorted(failed):
                 self._quarantine(drawn[slot], failed[slot])
+            self.places |= {slot: place for slot, place in drawn.items() if slot not in failed}
             mine |= {
                 slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed
             }
@@ -210,6 +188,23 @@ class PromptLoader:
             self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))
             pending = sorted(failed) + pending[len(drawn) :]
         return mine
+
+    def read(self, places: Mapping[int, Place]) -> list[Prompt]:
+        """Return this rank's prompts of an earlier batch once more, in the order of their slots.
+
+        Args:
+            places: `places` as they were after that batch, in a run with any number of ranks.
+
+        Raises:
+            DataError: a sample can no longer be used.
+        """
+        own = {slot: place for slot, place in places.items() if slot % self.dp_size == self.dp_rank}
+        prompts = []
+        for slot, result in sorted(self._prefetcher.get(own).items()):
+            if isinstance(result, SampleIssue):
+                raise DataError(self.sources[own[slot].source].key, None, f": {result.text}; it was usable before")
+            prompts.append(result)
+        return prompts
 
     def _agree(self) -> None:
         """Raise DataError on all ranks if they found different samples or orders; compared once."""

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import random
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Optional, Sequence
 
@@ -19,6 +20,32 @@ class SeededRandom(random.Random):
 
     def __init__(self, *identity: object):
         super().__init__(int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "little"))
+
+
+@dataclass(frozen=True)
+class Position:
+    """Place of the next sample in the stream."""
+
+    source: int = 0
+    """Number of the source."""
+    epoch: int = 0
+    """Epoch of the source, from 0."""
+    offset: int = 0
+    """Samples of the epoch's order that were drawn."""
+    taken: int = 0
+    """Usable samples drawn from the source so far, over all ranks and epochs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Address of one sample."""
+
+    source: int
+    """Number of the source."""
+    shard: int
+    """Number of the shard in the source."""
+    number: int
+    """Number of the sample in the shard."""
 
 
 class EpochOrder:

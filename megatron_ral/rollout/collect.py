@@ -20,9 +20,10 @@ from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches, longest_first
 from megatron_ral.rollout.refill import DrawPrompts, ScoredGroups, refill
-from megatron_ral.rollout.sampler import Sampler
+from megatron_ral.rollout.sampler import Background, Sampler
 from megatron_ral.rollout.scoring import answer_tokens, score_responses
 from megatron_ral.rollout.views import sample_views
 from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
@@ -136,13 +137,25 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
+class ScoredRollout:
+    """Result of the sampling for a step, before it is cut into micro-batches."""
+
+    groups: ScoredGroups
+    """Groups to train on."""
+    sampled_rewards: Tensor
+    """Rewards of all groups that were sampled, also of those that were replaced, [groups, G] float32."""
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """Result of the sampling before a step."""
+    """Rollout of a step."""
 
     batches: list[RolloutBatch]
     """Micro-batches to train on."""
-    scores: list[Score]
-    """Scores of all groups that were sampled, also of those that were replaced."""
+    versions: list[int]
+    """Optimizer updates behind the weights that sampled each group of the policy's responses, in no order."""
+    sampled_rewards: Tensor
+    """As in `ScoredRollout`."""
 
 
 def collect_rollout(
@@ -169,6 +182,41 @@ def collect_rollout(
         teacher: Model that answers the share `teacher_rollouts` of the prompts.
         draw: Source of the prompts that replace groups without signal. None: no group is replaced.
     """
+    scored = sample_rollout(engine, sampler, prompts, processor, settings, step, teacher, draw)
+    return cut_rollout(scored, processor, settings, step, micro_batches, engine.process_groups)
+
+
+def begin_rollout(
+    engine: StageEngine,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    settings: RolloutSettings,
+    step: int,
+    teacher: Optional[TeacherEngine] = None,
+) -> Optional[Background]:
+    """Start to sample what `sample_rollout` then waits for. Arguments are as there.
+
+    Returns:
+        The sampling under way. None: the sampler cannot work while the policy is trained, and nothing was started.
+    """
+    asked = _asks_teacher(prompts, settings, step)
+    own = [prompts[index] for index in _by_length(prompts) if not asked[index]]
+    sampling = _sampling_settings(engine, processor, settings, step, teacher)
+    return sampler.begin(own, sampling, settings.generation_batch_size, settings.seed, step)
+
+
+def sample_rollout(
+    engine: StageEngine,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    processor: PromptProcessor,
+    settings: RolloutSettings,
+    step: int,
+    teacher: Optional[TeacherEngine] = None,
+    draw: Optional[DrawPrompts] = None,
+) -> ScoredRollout:
+    """Sample and score this rank's prompts, and replace groups without signal. Arguments: `collect_rollout`."""
 
     def answer(prompts: Sequence[Prompt]) -> ScoredGroups:
         return _answer(engine, sampler, prompts, processor, settings, step, teacher)
@@ -179,6 +227,19 @@ def collect_rollout(
         if draw is not None:
             groups, replaced = refill(groups, answer, draw, settings.refill_rounds, engine.process_groups)
             scores += replaced
+    return ScoredRollout(groups, torch.cat([score.rewards for score in scores]))
+
+
+def cut_rollout(
+    scored: ScoredRollout,
+    processor: PromptProcessor,
+    settings: RolloutSettings,
+    step: int,
+    micro_batches: MicroBatchSettings,
+    process_groups: ProcessGroups,
+) -> Rollout:
+    """Cut a rollout into micro-batches. Arguments are those of `collect_rollout`. All ranks make the same call."""
+    groups = scored.groups
     parts = cut_into_micro_batches(
         [
             len(prompt.input_ids) + int(row.response_lengths.sum())
@@ -186,9 +247,11 @@ def collect_rollout(
         ],
         len(groups.prompts) // settings.num_minibatches,
         micro_batches,
-        engine.process_groups,
+        process_groups,
     )
-    return Rollout([_micro_batch(groups.select(part), processor, settings, step) for part in parts], scores)
+    batches = [_micro_batch(groups.select(part), processor, settings, step) for part in parts]
+    own = [version for version, taught in zip(groups.versions, groups.from_teacher) if not taught]
+    return Rollout(batches, own, scored.sampled_rewards)
 
 
 def _micro_batch(
@@ -234,16 +297,47 @@ def _answer(
 
     The engine must be resident, and all ranks of a model copy make the same call.
     """
-    share, pad_token_id = settings.teacher_rollouts, processor.pad_token_id
-    asked = [
-        share > 0 and float(uniform_stream(1, "teacher", settings.seed, step, prompt.sample.identity)) < share
-        for prompt in prompts
-    ]
-    rows, embeds = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher)
+    pad_token_id, asked = processor.pad_token_id, _asks_teacher(prompts, settings, step)
+    rows, embeds, versions = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher)
     texts_only = [replace(row, attention={}) for row in rows]
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
     score = score_responses(everything, processor, settings.reward, engine, settings.reward_time_limit)
-    return ScoredGroups(list(prompts), rows, embeds, asked, score)
+    return ScoredGroups(list(prompts), rows, embeds, asked, versions, score)
+
+
+def _asks_teacher(prompts: Sequence[Prompt], settings: RolloutSettings, step: int) -> list[bool]:
+    """Return for each prompt whether the teacher answers it."""
+    share = settings.teacher_rollouts
+    return [
+        share > 0 and float(uniform_stream(1, "teacher", settings.seed, step, prompt.sample.identity)) < share
+        for prompt in prompts
+    ]
+
+
+def _by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Return the order in which prompts are sampled."""
+    return longest_first([len(prompt.input_ids) for prompt in prompts], len(prompts))
+
+
+def _sampling_settings(
+    engine: StageEngine,
+    processor: PromptProcessor,
+    settings: RolloutSettings,
+    step: int,
+    teacher: Optional[TeacherEngine],
+) -> SamplingSettings:
+    """Return the settings of the draws of a rollout."""
+    return SamplingSettings(
+        settings.group_size,
+        settings.max_response_length,
+        processor.end_token_id,
+        processor.pad_token_id,
+        settings.temperature,
+        settings.top_p,
+        min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0,
+        settings.exploration(engine.shape, step),
+        settings.cache_tokens,
+    )
 
 
 def _responses(
@@ -255,23 +349,15 @@ def _responses(
     settings: RolloutSettings,
     step: int,
     teacher: Optional[TeacherEngine],
-) -> tuple[list[PromptResponses], list[Optional[Tensor]]]:
-    """Return the responses to each prompt (by the teacher where `asked`) and the policy's visual embeddings of each."""
-    sampling = SamplingSettings(
-        settings.group_size,
-        settings.max_response_length,
-        processor.end_token_id,
-        processor.pad_token_id,
-        settings.temperature,
-        settings.top_p,
-        min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0,
-        settings.exploration(engine.shape, step),
-        settings.cache_tokens,
-    )
+) -> tuple[list[PromptResponses], list[Optional[Tensor]], list[int]]:
+    """Return for each prompt the responses (by the teacher where `asked`), the policy's visual embeddings and the
+    version of the weights that sampled."""
+    sampling = _sampling_settings(engine, processor, settings, step, teacher)
     size, identity = settings.generation_batch_size, (settings.seed, step)
     rows: dict[int, PromptResponses] = {}
     embeds: dict[int, Optional[Tensor]] = {}
-    by_length = longest_first([len(prompt.input_ids) for prompt in prompts], len(prompts))
+    versions: dict[int, int] = {}
+    by_length = _by_length(prompts)
     numbers = {answerer: [index for index in by_length if asked[index] == answerer] for answerer in (False, True)}
 
     def add_embeds(chosen: list[int], features: Optional[tuple[Tensor, ...]]) -> None:
@@ -294,13 +380,15 @@ def _responses(
                 chosen = own[done : done + len(batch.responses.prompts)]
                 rows.update(zip(chosen, PromptResponses.split(batch.responses)))
                 add_embeds(chosen, batch.visual_embeds)
+                versions.update(zip(chosen, batch.versions))
                 done += len(chosen)
         encode(numbers[True])
     if teacher is not None and settings.teacher_rollouts > 0:
         plain = replace(sampling, exploration=ExplorationSettings())
         answers = teacher.answer([prompts[index] for index in numbers[True]], plain, size, *identity)
         rows.update(zip(numbers[True], answers))
-    return [rows[index] for index in range(len(prompts))], [embeds[index] for index in range(len(prompts))]
+    order = range(len(prompts))
+    return [rows[i] for i in order], [embeds[i] for i in order], [versions.get(i, -1) for i in order]
 
 
 def shuffled_order(identities: Sequence[str], group_size: int, *identity: object) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import sample_responses
-from megatron_ral.engine.stage import StageEngine
-from megatron_ral.rollout.sampler import SampledBatch
+from megatron_ral.engine.policy import PolicyEngine
+from megatron_ral.rollout.sampler import Background, SampledBatch
 from megatron_ral.types import Prompt, pad_prompts
 
 
@@ -18,7 +18,7 @@ class NativeSampler:
         engine: Policy. Its stage is gathered while the sampler works.
     """
 
-    def __init__(self, engine: StageEngine):
+    def __init__(self, engine: PolicyEngine):
         self.engine = engine
 
     def sample(
@@ -26,7 +26,13 @@ class NativeSampler:
     ) -> Iterator[SampledBatch]:
         with self.engine.resident():
             for responses, visual_embeds in sample_responses(self.engine, prompts, settings, batch_size, *identity):
-                yield SampledBatch(responses, visual_embeds)
+                yield SampledBatch(responses, visual_embeds, (self.engine.num_steps_taken,) * len(responses.prompts))
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+    ) -> Optional[Background]:
+        """Start nothing, because an update would change the weights that decode."""
+        return None
 
     def encode_visual(self, prompts: Sequence[Prompt], pad_token_id: int) -> Optional[tuple[Tensor, ...]]:
         return self.engine.encode_visual(pad_prompts(prompts, pad_token_id))

@@ -33,6 +33,9 @@ class ScoredGroups:
     """Outputs of the frozen vision tower, on the first stage. None elsewhere."""
     from_teacher: list[bool]
     """True where the responses are the teacher's."""
+    versions: list[int]
+    """Optimizer updates behind the weights that sampled the responses. -1 where nobody says: those of the teacher, and
+    those to partial views."""
     score: Score
 
     def select(self, rows: Sequence[int]) -> "ScoredGroups":
@@ -42,6 +45,7 @@ class ScoredGroups:
             [self.responses[row] for row in rows],
             [self.visual_embeds[row] for row in rows],
             [self.from_teacher[row] for row in rows],
+            [self.versions[row] for row in rows],
             self.score.select(rows),
         )
 
@@ -52,6 +56,7 @@ class ScoredGroups:
             self.responses + other.responses,
             self.visual_embeds + other.visual_embeds,
             self.from_teacher + other.from_teacher,
+            self.versions + other.versions,
             Score.join([self.score, other.score]),
         )
 

@@ -15,7 +15,19 @@ class SampledBatch:
 
     responses: ResponseBatch
     visual_embeds: Optional[tuple[Tensor, ...]]
-    """Outputs of the frozen vision tower for each prompt, on the first stage. None elsewhere."""
+    """Outputs of the frozen vision tower for each prompt, on the first stage. None elsewhere, and where the sampler did
+    not need them."""
+    versions: tuple[int, ...]
+    """Optimizer updates that were behind the weights that each prompt's responses were sampled with."""
+
+
+class Background(Protocol):
+    """Sampling that goes on while the policy is trained."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for which it has worked so far, on the rank that asked for it. 0 on the other ranks of the copy."""
+        ...
 
 
 class Sampler(Protocol):
@@ -34,6 +46,23 @@ class Sampler(Protocol):
 
         Yields:
             Batches that together hold all prompts in their order.
+        """
+        ...
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+    ) -> Optional[Background]:
+        """Start to sample with the weights of this moment what `sample` is then asked for with the same arguments.
+
+        Until that call the policy may be trained. Further prompts that `sample` gets with the same identity are
+        answered with the weights of this moment as well, as long as the sampler has them.
+
+        Args:
+            prompts, settings, batch_size, identity: As for `sample`.
+
+        Returns:
+            The sampling under way. None: nothing was started, because the sampler works on the policy's own devices and
+            weights.
         """
         ...
 

@@ -1,13 +1,14 @@
 """One training step, in order. Read this file first.
 
-`rl_step` is one rollout and the optimizer steps made on it. `sft_step` is one supervised optimizer step. Both are plain
-sequences of calls, each explained one file away.
+`rl_step` is one rollout and the optimizer steps made on it. `sft_step` is one supervised optimizer step. With
+`rollout.overlap`, `overlapped_step` trains on the rollout before. All are plain sequences of calls, each explained one
+file away.
 """
 
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
 
@@ -18,16 +19,16 @@ from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
 from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
-from megatron_ral.functional.advantages import has_signal
 from megatron_ral.objectives.attention import AttentionTerm
 from megatron_ral.objectives.base import Objective, finish_metrics, mean_over_updates
 from megatron_ral.objectives.distillation import AttentionDistillationTerm, shuffled_visual_columns
 from megatron_ral.objectives.supervised import supervised_objective
-from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.parallel.process_groups import ProcessGroups
+from megatron_ral.rollout.ahead import RolloutsAhead
 from megatron_ral.rollout.assemble import Passes, assemble_minibatches, global_totals, num_on_policy_updates
-from megatron_ral.rollout.collect import RolloutBatch, RolloutSettings, collect_rollout
+from megatron_ral.rollout.collect import Rollout, RolloutBatch, RolloutSettings, collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches
+from megatron_ral.rollout.metrics import refill_metrics, rollout_metrics, staleness_metrics
 from megatron_ral.rollout.refill import DrawPrompts
 from megatron_ral.rollout.sampler import Sampler
 from megatron_ral.runtime.progress import progress
@@ -93,6 +94,8 @@ class StepReport:
     supervised: Sequence[GroupBatch] = ()
     """Micro-batches of a supervised step. Empty in RL."""
     skipped: list[SkippedUpdate] = field(default_factory=list)
+    sampling_seconds: float = 0.0
+    """Seconds that the rollout took to sample, beside updates or not."""
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -192,7 +195,62 @@ def rl_step(
             engines.teacher,
             draw,
         )
-        report.rollout = rollout.batches
+    report.sampling_seconds = report.seconds["rollout"]
+    _train(engines, rollout, objective, rollout_settings, settings, step, measure_gradient_ratio, report)
+    return report
+
+
+def overlapped_step(
+    engines: Engines,
+    ahead: RolloutsAhead,
+    take: Callable[[], Sequence[Prompt]],
+    objective: Objective,
+    rollout_settings: RolloutSettings,
+    settings: StepSettings,
+    step: int,
+    measure_gradient_ratio: bool,
+) -> StepReport:
+    """Make the optimizer steps of a rollout that was sampled one step before, and meanwhile sample the next one.
+
+    A run's first step has no step before it and samples two rollouts. Its last step samples none.
+
+    Args:
+        engines, objective, rollout_settings, settings, step, measure_gradient_ratio: As for `rl_step`.
+        ahead: Rollouts of the run.
+        take: Function that reads this rank's next prompts.
+    """
+    report = StepReport()
+    if ahead.pending is None:
+        with report.timed("data"):
+            prompts = take()
+        with report.timed("rollout"):
+            ahead.sample(prompts, step)
+    with report.timed("rollout"):
+        rollout, report.sampling_seconds = ahead.take(step, settings.micro_batches)
+    if step + 1 < rollout_settings.num_steps:
+        with report.timed("data"):
+            prompts = take()
+        with report.timed("rollout"):
+            ahead.begin(prompts, step + 1)
+    report.metrics.update(staleness_metrics(rollout.versions, engines.policy))
+    _train(engines, rollout, objective, rollout_settings, settings, step, measure_gradient_ratio, report)
+    with report.timed("rollout"):
+        ahead.finish()
+    return report
+
+
+def _train(
+    engines: Engines,
+    rollout: Rollout,
+    objective: Objective,
+    rollout_settings: RolloutSettings,
+    settings: StepSettings,
+    step: int,
+    measure_gradient_ratio: bool,
+    report: StepReport,
+) -> None:
+    """Make the optimizer steps on a rollout and add their results to the report. Arguments are those of `rl_step`."""
+    policy, report.rollout = engines.policy, rollout.batches
     old, reference, target = _passes(engines, [batch.groups for batch in report.rollout], objective, settings, report)
     minibatches = assemble_minibatches(
         report.rollout,
@@ -205,8 +263,8 @@ def rl_step(
         process_groups=policy.process_groups,
     )
     report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
-    if draw is not None:
-        report.metrics.update(refill_metrics(rollout.scores, policy))
+    if rollout_settings.refill_rounds:
+        report.metrics.update(refill_metrics(rollout.sampled_rewards, policy))
 
     updates: list[dict[str, float]] = []
     num_updates = settings.num_epochs * len(minibatches)
@@ -239,7 +297,6 @@ def rl_step(
     for name, update in (("last", updates[-1]), ("first", updates[0])):
         if "attention/divergence" in update:
             report.metrics[f"attention/divergence_{name}_update"] = update["attention/divergence"]
-    return report
 
 
 def _passes(
@@ -304,48 +361,3 @@ def add_teacher_outputs(
             }
         result.append(replace(batch, teacher=TeacherOutputs(output.hidden, rows)))
     return result
-
-
-def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
-    """Return rewards, lengths and the share of groups without signal, the same on every rank."""
-    sums: dict[str, float] = {}
-
-    def add(name: str, value: torch.Tensor | float) -> None:
-        sums[name] = sums.get(name, 0.0) + float(value)
-
-    for scored in rollout:
-        rewards, lengths = scored.score.rewards, scored.groups.response_lengths
-        if policy.layout.is_last_stage:
-            add("responses", rewards.numel())
-            add("groups", len(rewards))
-            add("reward", rewards.sum())
-            add("reward_std", rewards.std(dim=1).sum())
-            add("frac_reward_zero_std", (~has_signal(rewards)).sum())
-            add("completions/mean_length", lengths.sum())
-            add("completions/clipped_ratio", (~scored.finished).sum())
-            for name, values in scored.score.components.items():
-                add(f"rewards/{name}/mean", values.sum())
-            add("distill/teacher_rollouts", scored.from_teacher.sum())
-            add("tokens", lengths.sum())
-    total = sum_metrics(sums, policy.process_groups)
-    responses, groups, tokens = total.pop("responses"), total.pop("groups"), total.pop("tokens")
-    per = {"reward_std": groups, "distill/teacher_rollouts": groups, "frac_reward_zero_std": groups}
-    if not distills:
-        del total["distill/teacher_rollouts"]
-    return {name: value / per.get(name, responses) for name, value in total.items()} | {"completions/tokens": tokens}
-
-
-def refill_metrics(scores: Sequence[Score], policy: PolicyEngine) -> dict[str, float]:
-    """Return figures of everything that a rollout sampled, the same on every rank. Those of `rollout_metrics` are of
-    the groups that are trained on."""
-    sums = {"num_prompts": 0.0, "frac_reward_zero_std": 0.0, "reward": 0.0}
-    if policy.layout.is_last_stage:
-        for score in scores:
-            sums["num_prompts"] += len(score.rewards)
-            sums["frac_reward_zero_std"] += float((~has_signal(score.rewards)).sum())
-            sums["reward"] += float(score.rewards.mean(dim=1).sum())
-    total = sum_metrics(sums, policy.process_groups)
-    num_prompts = total.pop("num_prompts")
-    return {"refill/num_prompts": num_prompts} | {
-        f"refill/{name}": value / num_prompts for name, value in total.items()
-    }

@@ -22,12 +22,14 @@ from megatron_ral.evaluation.prompt_set import PromptSet, check_any_prompt, read
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
+from megatron_ral.rollout.ahead import RolloutsAhead
 from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
 from megatron_ral.runtime.progress import progress
 from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.runtime.stopping import StopRequests
 from megatron_ral.training.build import build_objective, build_policy, build_sampler, build_teacher
+from megatron_ral.training.checkpoint.pending import pending_files, restore_pending
 from megatron_ral.training.checkpoint.restore import agree_on_checkpoint, restore_checkpoint
 from megatron_ral.training.checkpoint.settings import CheckpointSettings
 from megatron_ral.training.checkpoint.writer import CheckpointWriter
@@ -35,7 +37,7 @@ from megatron_ral.training.inputs import Inputs
 from megatron_ral.training.logging.loggers import Loggers
 from megatron_ral.training.logging.throughput import Throughput, ThroughputSettings
 from megatron_ral.training.replay_files import ReplaySettings, replay_command, save_replay
-from megatron_ral.training.step import Engines, StepReport, StepSettings, rl_step, sft_step
+from megatron_ral.training.step import Engines, StepReport, StepSettings, overlapped_step, rl_step, sft_step
 from megatron_ral.types import Prompt
 from megatron_ral.weights.adapter_weights import export_adapters
 from megatron_ral.weights.stage_weights import export_stage
@@ -103,6 +105,10 @@ class Trainer:
         self.rollout_settings = RolloutSettings.from_config(config)
         self.checkpoint_settings = CheckpointSettings.from_config(config)
         self.checkpoints = CheckpointWriter(self.checkpoint_settings, self.policy, self.loader)
+        draw = self._draw if config.rollout.refill_rounds else None
+        self.ahead = RolloutsAhead(
+            self.policy, self.engines.sampler, self.processor, self.rollout_settings, self.loader, teacher, draw
+        )
         self.throughput = Throughput(ThroughputSettings.from_config(config), shape, teacher_shape, process_groups)
 
     @property
@@ -123,6 +129,8 @@ class Trainer:
                 first = self.first_step = restore_checkpoint(
                     checkpoint, self.policy, self.loader, config.model.train_vision
                 )
+                if config.overlaps and first < config.train.num_steps:
+                    self.ahead.pending = restore_pending(checkpoint, self.layout, self.loader)
             self._print(f"resumed from {checkpoint}: {first} of {config.train.num_steps} steps done")
         self._print_shards()
         for warning in setting_warnings(config):
@@ -195,34 +203,35 @@ class Trainer:
             with progress.within("checkpoint", is_long=True):
                 self.checkpoints.poll()
                 if done == end or stop or (interval and done % interval == 0):
-                    self.checkpoints.save(done, wait=bool(done == end or stop))
+                    pending = pending_files(self.ahead.pending, self.layout, self.processor.pad_token_id)
+                    self.checkpoints.save(done, wait=bool(done == end or stop), files=pending)
         return done, stop if done < end else None
 
     def _one_step(self, step: int) -> StepReport:
         config = self.config
-        started = time.perf_counter()
-        with progress.within("data"):
-            prompts = self.loader.take(self.prompts_per_step)
-            progress.tick([prompt.sample.identity for prompt in prompts])
-        waited = time.perf_counter() - started
-        if config.train.algorithm == "sft":
-            report = sft_step(self.policy, prompts, self.processor, self.step_settings)
-            return replace(report, seconds={"data": waited, **report.seconds})
         interval = config.logging.gradient_ratio_interval
         acts = config.attention_acts or (config.distills and config.distill.attention_coef > 0)
         measure = bool(interval) and acts and (step + 1) % interval == 0
-        report = rl_step(
-            self.engines,
-            prompts,
-            self.processor,
-            self.objective,
-            self.rollout_settings,
-            self.step_settings,
-            step,
-            measure,
-            self._draw if config.rollout.refill_rounds else None,
-        )
+        objective, settings = self.objective, (self.rollout_settings, self.step_settings)
+        if config.overlaps:
+            return overlapped_step(self.engines, self.ahead, self._take, objective, *settings, step, measure)
+        started = time.perf_counter()
+        prompts = self._take()
+        waited = time.perf_counter() - started
+        if config.train.algorithm == "sft":
+            report = sft_step(self.policy, prompts, self.processor, self.step_settings)
+        else:
+            report = rl_step(
+                self.engines, prompts, self.processor, objective, *settings, step, measure, self.ahead.draw
+            )
         return replace(report, seconds={"data": waited, **report.seconds})
+
+    def _take(self) -> Sequence[Prompt]:
+        """Read this rank's prompts of a step."""
+        with progress.within("data"):
+            prompts = self.loader.take(self.prompts_per_step)
+            progress.tick([prompt.sample.identity for prompt in prompts])
+        return prompts
 
     def _draw(self, slots: Sequence[int]) -> Mapping[int, Prompt]:
         """Read the prompts that replace groups without signal."""

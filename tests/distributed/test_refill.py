@@ -14,9 +14,9 @@ from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings
+from megatron_ral.rollout.metrics import refill_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.training.build import build_policy
-from megatron_ral.training.step import refill_metrics
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks
 
@@ -59,7 +59,7 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
     rollout = collect_rollout(
         policy, NativeSampler(policy), prompts, processor, settings, 0, MicroBatchSettings(2), draw=draw
     )
-    metrics, position = refill_metrics(rollout.scores, policy), loader.state()["offset"]
+    metrics, position = refill_metrics(rollout.sampled_rewards, policy), loader.state()["offset"]
     stop_groups()
     groups = {}
     for batch in rollout.batches:

@@ -160,6 +160,13 @@ def test_a_launch_that_does_not_fit_names_settings_with_which_it_does(material):
     assert all(0 < one < held <= 2 * one for held, one in result["cache"])  # two stages, two batches in flight
 
 
+def longest(batch):
+    """Return a micro-batch whose responses are as long as they may be, which is what a rehearsal takes them to be."""
+    groups = batch.groups
+    assert groups.response_ids.shape[2] == LENGTH
+    return replace(batch, groups=replace(groups, response_lengths=torch.full_like(groups.response_lengths, LENGTH)))
+
+
 def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, settings: dict) -> dict:
     """Run one optimizer step in real processes.
 
@@ -172,6 +179,7 @@ def real_step(path: str, other: str, data: str, tensor: int, pipeline: int, sett
     opened = open_policy(path, tensor, pipeline, num_groups=16, **settings)
     _, process_groups, _, policy, objective = opened
     minibatch = fixed_minibatch(opened, other, data, 2, settings.get("sequence_parallel", False), alike=True)
+    minibatch = [longest(batch) for batch in minibatch]
     named = {"tensor": process_groups.tensor, "pipeline": process_groups.pipeline, "data": process_groups.data}
     gc.collect()
     watched = Watched()

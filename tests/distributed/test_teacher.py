@@ -191,7 +191,7 @@ def learn_from_itself(path, data, layout, top_tokens) -> dict:
         def token_loss(self, outputs, batch):
             with LargestTensor(teacher.head.weight) as largest:
                 result = objective.token_loss(outputs, batch)
-            rows = batch.groups.response_ids.numel()
+            rows = int(batch.groups.response_lengths.sum())  # padding has no logits
             seen["share"] = largest.numel / (rows * policy.shape.padded_vocab_size(layout[0]) / layout[0])
             return result
 

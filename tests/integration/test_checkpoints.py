@@ -145,6 +145,14 @@ CASES = {
         [],
         ["rollout.cache_tokens=150", "train.tokens_per_micro_batch=200"],
     ),
+    "a rollout ahead": (
+        RL,
+        "trained",
+        (2, 1, 2),
+        (1, 2, 1),
+        ["rollout.overlap=true", "rollout.refill_rounds=1"],
+        ["rollout.generation_batch_size=2", "train.micro_batch_size=1"],
+    ),
     "tied, vision trained": (
         SFT,
         "trained",

@@ -42,8 +42,9 @@ def exported(folder) -> dict[str, torch.Tensor]:
         (RL, 2, ["parallel.tensor_model_parallel_size=2"]),
         (RL, 2, ["loss.attention_target=reference"]),
         (RL, 2, ["rollout.refill_rounds=2"]),
+        (RL, 2, ["rollout.overlap=true", "rollout.refill_rounds=2"]),
     ],
-    ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-reference-dp2", "ral-refill-dp2"],
+    ids=["ral-dp2", "sft-dp2", "ral-pp2", "ral-tp2", "ral-reference-dp2", "ral-refill-dp2", "ral-overlap-dp2"],
 )
 def test_resumed_run_equals_straight_run_bit_for_bit(material, trained_model, tmp_path, text, world, layout):
     path, overrides = write_config(tmp_path, text, trained_model, material["data"], "rl" if text is RL else "search")

@@ -64,6 +64,35 @@ def test_a_run_with_a_server_is_the_native_run_and_resumes_bit_for_bit(material,
     assert sorted(file.name for file in (tmp_path / "straight" / "sampler").iterdir()) == ["rank_0.log", "rank_1.log"]
 
 
+def test_a_run_ahead_with_a_server_is_the_native_run_ahead_and_resumes_bit_for_bit(
+    material, trained_model, tmp_path, served
+):
+    """Four rollouts. The first two are sampled with the weights that the run starts with, by any sampler."""
+    path, overrides = write_config(tmp_path, RL, trained_model, material["data"], "rl")
+    overrides = [*overrides, *SHORT[1:3], "rollout.overlap=true", "rollout.refill_rounds=1"]
+    for name, settings in (("native", []), ("straight", served), ("cut", [*served, "train.stop_after_step=2"])):
+        run_ranks(2, run_training, path, [*overrides, *settings, f"train.output_dir={tmp_path}/{name}"])
+    held = tmp_path / "cut" / "checkpoints" / "step_00000002"
+    assert sorted(file.name for file in held.glob("rollout_*")) == [
+        f"rollout_0000{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")
+    ]
+    run_ranks(2, run_training, path, [*overrides, *served, f"train.output_dir={tmp_path}/cut"], True)
+    for tag in ("reward", "completions/mean_length", "refill/num_prompts", "refill/reward"):
+        native, straight, resumed = (logged(tmp_path / name, tag) for name in ("native", "straight", "cut"))
+        assert len(straight) == 4 and straight[:2] == native[:2] and resumed == straight, tag
+    for name in ("native", "straight", "cut"):
+        assert logged(tmp_path / name, "sampling/staleness") == [0.0, 2.0, 2.0, 2.0]
+        assert 1e-4 > logged(tmp_path / name, "sampling/ratio_max")[0] - 1 > -1e-4
+        assert min(logged(tmp_path / name, "sampling/ratio_max")[1:]) > 1.001
+    native, straight, resumed = (exported(tmp_path / name) for name in ("native", "straight", "cut"))
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    start = exported_start(trained_model)
+    moved = sum(float((value - start[name]).norm()) for name, value in native.items())
+    apart = sum(float((straight[name] - value).norm()) for name, value in native.items())
+    assert moved > 1e-2 and apart < 0.1 * moved
+    assert not list((tmp_path / "straight" / "checkpoints" / "step_00000004").glob("rollout_*")), "nothing follows"
+
+
 def exported_start(folder) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -242,10 +242,13 @@ def test_dry_run_prints_configuration_and_layout_and_trains_nothing(good):
         "parallel.pipeline_model_parallel_size=2",
         "--dry-run",
         f"train.output_dir={folder}/never",
+        "rollout={num_prompts: 8, num_minibatches: 2, overlap: true}",
         world=4,
     )  # settings on both sides of a flag
     assert result.returncode == 0, result.stderr
     assert "pipeline_model_parallel_size: 2" in result.stdout
     assert "4 ranks = tensor 1 x pipeline 2 x data 2" in result.stdout
     assert "the model: 1,387,808 parameters" in result.stdout
+    assert "sampled 2 updates before, with loss.sampler_correction = token_truncate; the native sam" in result.stdout
+    assert "A rank then holds 4 more prompts with their responses in host memory" in result.stdout
     assert not (folder / "never").exists()

@@ -166,7 +166,7 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
     )
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = ENGINE, PROCESSOR
-    sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None)]))
+    sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None, (0,) * len(indices))]))
     settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
     rollout = collect.collect_rollout(
         engine, sampler, batch.prompts.prompts, processor, settings, step, MicroBatchSettings(micro_batch_size)
@@ -363,6 +363,7 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
                     torch.ones(2, G, dtype=torch.bool),
                 ),
                 None,
+                (0, 0),
             )
 
     def score(responses, *rest):

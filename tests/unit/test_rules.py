@@ -104,6 +104,36 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= 900 is too long: two of it and rollout.vllm.start_seconds = 400 last longer than parallel.timeout_minutes",
     ),
     ([SERVED], "loss.sampler_correction", "= none with rollout.sampler = vllm leaves the difference"),
+    (
+        ["rollout.overlap=true", "rollout.attention_noise={sigma: 2.0}"],
+        "rollout.overlap",
+        "= true is not possible with rollout.attention_noise.sigma = 2.0",
+    ),
+    (
+        ["rollout={overlap: true, views: {keep: 0.3}}"],
+        "rollout.overlap",
+        "= true is not possible with rollout.views.keep = 0.3",
+    ),
+    (
+        ["rollout.overlap=true", "loss.attention_target=explored"],
+        "rollout.overlap",
+        "= true is not possible with loss.attention_target = explored, whose rows would be those of older weights",
+    ),
+    (
+        ["rollout.overlap=true", "loss.sampler_correction=none"],
+        "loss.sampler_correction",
+        "= none with rollout.overlap = true trains on samples of older weights",
+    ),
+    (
+        ["rollout.overlap=true", "rollout.top_p=0.9"],
+        "loss.sampler_correction",
+        "= token_truncate is not possible with rollout.top_p = 0.9",
+    ),
+    (
+        ["rollout.overlap=true", "train.algorithm=sft"],
+        "rollout.overlap",
+        "= true has no effect with train.algorithm = sft",
+    ),
     (["rollout.vllm.bucket_mib=8"], "rollout.vllm.bucket_mib", "= 8 has no effect with rollout.sampler = native"),
     (["distill.attention_layers=[2, 2]"], "distill.attention_layers", "= [2, 2] must name each layer only once"),
     ([TEACHER, "distill.teacher_rollouts=0.5"], "distill.teacher_rollouts", "loss.policy_coef = 1.0"),
@@ -282,6 +312,20 @@ def test_views_and_corrections_go_with_a_served_sampler():
     views = [SERVED, "rollout.views={keep: 0.3}", "loss={attention_target: explored, attention_keys: visual}"]
     assert not any(rule.severity is Severity.ERROR for rule in firing(configuration(views)))
     assert not setting_warnings(configuration([SERVED, "loss.sampler_correction=token_truncate"]))
+
+
+def test_a_rollout_ahead_is_corrected_unless_somebody_says_otherwise():
+    """The default is resolved where settings are read, so that a checkpoint holds it and a resumed run has it."""
+    ahead = ["rollout.overlap=true"]
+    assert configuration([]).loss.sampler_correction == "none"
+    assert configuration(ahead).loss.sampler_correction == "token_truncate"
+    assert not setting_warnings(configuration(ahead)) and not setting_warnings(configuration([SERVED, *ahead]))
+    for written in ("none", "sequence_mask"):
+        config = configuration([*ahead, f"loss.sampler_correction={written}"])
+        assert config.loss.sampler_correction == written
+        assert any("older weights" in warning for warning in setting_warnings(config)) == (written == "none")
+    assert configuration([*ahead, "loss.policy_coef=0.0", TEACHER]).loss.sampler_correction == "none"
+    assert configuration([*ahead, "train.algorithm=sft"]).loss.sampler_correction == "none"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

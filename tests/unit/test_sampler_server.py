@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from megatron_ral.rollout.served import client as client_file
+from megatron_ral.rollout.served import sampler as served
+from megatron_ral.rollout.served.background import BackgroundRequests
 from megatron_ral.rollout.served.channel import Channel, ChannelClosed
 from megatron_ral.rollout.served.client import SERVER, SamplerClient, ServerProgram
 from megatron_ral.rollout.served.errors import RequestRefused, RequestTimeout, ServerLost
 from megatron_ral.rollout.served.push import WeightPush
 from megatron_ral.rollout.served.request import SamplingRequest
+from megatron_ral.runtime.progress import progress
 
 PROJECT = Path(__file__).parents[2]
 ENGINE = PROJECT / "tests" / "small_engine.py"
@@ -90,6 +93,73 @@ def sample(client, version, asked=None, seconds=30.0):
 
     client.sample(asked or request(), version, seconds, take)
     return found
+
+
+# --- answers in the background ----------------------------------------------------------------------------------------
+
+
+def in_background(client, version, parts, seconds=30.0):
+    """Requests of one prompt or more that a thread sends, as `ServedSampler` does it."""
+
+    def ask(asked, groups):
+        client.sample(asked, version, seconds, lambda number, group: groups.update({number: group}))
+
+    names = [tuple(f"{number} {row}" for row in range(len(part.sizes))) for number, part in enumerate(parts)]
+    return names, BackgroundRequests(names, parts, ask)
+
+
+def test_answers_are_taken_while_nobody_asks_for_them(started):
+    """More than a socket holds: a server that could not send would end."""
+    client = started()
+    push(client, 1)
+    parts = [request(40, group=300), request(4)]
+    names, background = in_background(client, 1, parts)
+    until = time.monotonic() + 60.0
+    while background.is_running and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not background.is_running and 0 < background.seconds < 60.0 and not background.is_collected
+    found = [{}, {}]
+    for number, groups in enumerate(found):
+        background.collect(background.next(names[number]), groups, lambda: None)
+    assert background.is_collected and [len(groups) for groups in found] == [40, 4]
+    wanted = sample(client, 1, parts[1])
+    assert {number: group.tokens.tolist() for number, group in found[1].items()} == {
+        number: row[0] for number, row in wanted.items()
+    }
+    with pytest.raises(AssertionError, match="other prompts than were begun"):
+        in_background(client, 1, parts)[1].next(names[1])
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_server_killed_at_any_moment_is_one_failure_and_loses_no_answer_that_came(started, moment):
+    client = started(seconds=0.15)
+    push(client, 1)
+    parts = [request(3) for _ in range(3)]
+    names, background = in_background(client, 1, parts)
+    time.sleep(random.Random(moment).uniform(0.0, 0.7))
+    os.kill(client.pid, signal.SIGKILL)
+    answers, failures = [], []
+    for number in range(3):
+        groups = {}
+        try:
+            background.collect(background.next(names[number]), groups, lambda: None)
+        except ServerLost as error:
+            failures.append(str(error))
+        answers.append(groups)
+    assert len(failures) == 1 and "signal 9 ended it" in failures[0] and not background.is_running
+    assert all(group.version == 1 for groups in answers for group in groups.values())
+    came = [len(groups) for groups in answers]
+    assert came == sorted(came, reverse=True) and sum(came) < 9 and sum(0 < count < 3 for count in came) <= 1
+
+
+def test_answers_in_the_background_are_no_progress_of_the_main_thread():
+    before = progress.ticks
+    thread = threading.Thread(target=served._tick)
+    thread.start()
+    thread.join()
+    assert progress.ticks == before
+    served._tick()
+    assert progress.ticks == before + 1
 
 
 # --- weights and responses --------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class EchoSampler:
             batch = ResponseBatch(
                 pad_prompts(part, 0), ids, torch.tensor(lengths), logprobs, torch.ones(len(part), 1) > 0
             )
-            yield SampledBatch(batch, None)
+            yield SampledBatch(batch, None, (0,) * len(part))
 
     @staticmethod
     def shown(prompt):

@@ -96,6 +96,70 @@ def make_prompts(processor, count: int, length: int) -> list:
     return prompts
 
 
+def make_text_and_picture(length: int, number: int, text: int = 40):
+    """Return a prompt of `length` tokens of which the last `text` are text, without pixels."""
+    import torch
+
+    from megatron_ral.types import Prompt, Sample
+
+    ids = torch.arange(length) % 97 + 11 + number
+    return Prompt(
+        sample=Sample(f"k{number}", "drawn", "", "", "", "", (), ()),
+        input_ids=ids,
+        position_ids=torch.arange(length).expand(3, -1),
+        next_position=length,
+        pixel_values=torch.zeros(0, 1176),
+        grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        is_video=torch.zeros(0, dtype=torch.bool),
+        seconds_per_grid=torch.zeros(0),
+        visual_mask=torch.arange(length) < length - text,
+        target_mask=torch.zeros(length, dtype=torch.bool),
+        response_ids=ids[:0],
+    )
+
+
+def make_update(policy, prompts, responses, num_tokens: int = 0) -> list:
+    """Return the micro-batches of one update on random responses, with visual embeddings in place of pictures.
+
+    Args:
+        policy: Trained engine.
+        prompts: Tokens of each prompt, [X] int64.
+        responses: Tokens of each response, [X, G] int64.
+        num_tokens: Tokens of a micro-batch. 0: one group.
+    """
+    import torch
+
+    from megatron_ral.rollout.assemble import global_totals
+    from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches
+    from megatron_ral.types import GroupBatch, RlBatch, pad_prompts
+
+    lengths = (prompts + responses.sum(dim=1)).tolist()
+    totals = global_totals([responses], int(responses.max()), policy.process_groups)
+    batches = []
+    for part in cut_into_micro_batches(lengths, len(lengths), MicroBatchSettings(1, num_tokens), policy.process_groups):
+        own = responses[part]
+        size, chosen = (
+            (*own.shape, int(own.max())),
+            [make_text_and_picture(int(prompts[index]), index) for index in part],
+        )
+        embeds = (torch.randn(int(prompt.visual_mask.sum()), 1, policy.shape.hidden_size) for prompt in chosen)
+        advantages = torch.linspace(-1, 1, size[1]).expand(own.shape).contiguous()
+        batches.append(
+            RlBatch(
+                GroupBatch(pad_prompts(chosen, 0), torch.randint(11, 100, size), own, tuple(embeds)),
+                totals,
+                torch.ones(len(part), dtype=torch.bool),
+                advantages,
+                advantages,
+                torch.zeros(size),
+                torch.zeros(len(part), dtype=torch.bool),
+                is_on_policy=True,
+                compares_sampler=False,
+            )
+        )
+    return batches
+
+
 def settings_of(run: str, model: str, overrides: Sequence[str]):
     """Return the configuration of a published run on this model, in float32 and one process.
 

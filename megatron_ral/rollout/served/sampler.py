@@ -8,15 +8,18 @@ that all its caches hold something wrong before the first push, and a cache that
 Failures are counted per rollout. After the first one the request is repeated with the same seeds, for the prompts that
 have no responses yet; a server that was lost is started again and gets all weights. The second one ends the run.
 
+A rollout that is begun ahead (`begin`) is answered while the policy is trained. Its prompts keep the weights that it
+began with, because nothing is pushed before the next rollout begins. Only a server that is lost meanwhile gets newer
+weights, the policy's own of that moment: the older ones no longer exist. Every response says which ones it is from.
+
 Pushes need no other copy of the model, because the copy's stages are resident during a rollout.
 """
 
 import logging
-import os
+import threading
 import time
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Iterable, Iterator, Mapping, NoReturn, Optional, Sequence
+from typing import Any, Iterable, Iterator, NoReturn, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -27,12 +30,13 @@ from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.engine.weight_stream import stream_policy
 from megatron_ral.errors import AgreedError, UserError
 from megatron_ral.parallel.collectives import broadcast_from_stage_, from_first_rank, gather_from_all, raise_together
-from megatron_ral.rollout.sampler import SampledBatch
+from megatron_ral.rollout.sampler import Background, SampledBatch
+from megatron_ral.rollout.served.background import BackgroundRequests
 from megatron_ral.rollout.served.client import SamplerClient, ServerProgram
 from megatron_ral.rollout.served.conversion import response_batch, sampling_request
-from megatron_ral.rollout.served.errors import RequestRefused, RequestTimeout, ServerLost
+from megatron_ral.rollout.served.errors import Failure, RequestRefused, RequestTimeout, ServerLost
 from megatron_ral.rollout.served.request import SampledGroup, SamplingRequest
-from megatron_ral.rollout.served.settings import ServedSettings
+from megatron_ral.rollout.served.settings import ServedSettings, device_variables
 from megatron_ral.runtime.progress import progress
 from megatron_ral.types import GroupBatch, Prompt, PromptBatch, ResponseBatch, pad_prompts
 
@@ -40,17 +44,6 @@ logger = logging.getLogger(__name__)
 
 _KEY = "rollout.sampler"
 _PROBE_RESPONSES, _PROBE_LENGTH = 4, 16
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Failure of the server, as all ranks of a copy know it."""
-
-    reason: str
-    is_lost: bool
-    """True if the server has ended, so that the next one needs all weights."""
-    is_final: bool = False
-    """True if the server will not serve the same request another time either."""
 
 
 class ServedSampler:
@@ -70,7 +63,7 @@ class ServedSampler:
         self.group, layout = engine.process_groups.model, engine.layout
         self.owns = layout.tensor_rank == 0 and layout.pipeline_rank == 0
         """True on the rank that owns the client."""
-        image = processor.image_processor
+        image, device = processor.image_processor, engine.process_groups.device
         self._pixels = tuple(image.image_mean), tuple(image.image_std)
         self.client: Optional[SamplerClient] = None
         self.version: Optional[int] = None
@@ -82,6 +75,11 @@ class ServedSampler:
         self._probe: Optional[Prompt] = None
         self._rollout: tuple[object, ...] = ()
         self._failures: list[str] = []
+        self._wanted = 0
+        """Version of the weights that the rollout began with."""
+        self._is_ahead = False
+        """True if the rollout was begun before it is asked for."""
+        self._background: Optional[BackgroundRequests] = None
         problem: Optional[Exception] = None
         if self.owns:
             program = ServerProgram(
@@ -90,9 +88,9 @@ class ServedSampler:
                 settings.options,
                 settings.log_folder / f"rank_{layout.rank}.log",
                 settings.start_seconds,
-                _device_variables(engine.process_groups.device),
+                device_variables(device.type, device.index or 0),
             )
-            self.client = SamplerClient(program, progress.tick)
+            self.client = SamplerClient(program, _tick)
             try:
                 self._start()
             except (ServerLost, UserError) as error:
@@ -105,12 +103,34 @@ class ServedSampler:
         if settings.exploration.is_on:
             raise UserError(_KEY, "vllm", "can neither change nor record attention while it decodes; set native")
         remaining = iter(prompts)
-        if self._rollout != identity:
-            self._rollout, self._failures = identity, []
+        self._enter(identity)
         with self.engine.resident():
             while taken := list(islice(remaining, batch_size)):
                 batch = pad_prompts(taken, settings.pad_token_id)
-                yield SampledBatch(self._answer(batch, settings, identity), self.engine.encode_visual(batch))
+                rows = self._answer(batch, settings, identity)
+                yield SampledBatch(
+                    response_batch(batch, rows, settings),
+                    None if self._is_ahead else self.engine.encode_visual(batch),  # else when it is trained on
+                    tuple(row.version for row in rows),
+                )
+
+    def begin(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings, batch_size: int, *identity: object
+    ) -> Optional[Background]:
+        self._enter(identity, is_ahead=True)
+        parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        requests = [self._request(part, settings, identity) for part in parts]
+        if prompts:
+            with self.engine.resident():
+                self._bring_up_to_date(prompts, settings)
+        names = [tuple(prompt.sample.identity for prompt in part) for part in parts]
+
+        def ask(request: SamplingRequest, groups: dict[int, SampledGroup]) -> None:
+            assert self.client is not None
+            self._ask(self.client, request, groups)
+
+        self._background = BackgroundRequests(names, requests if self.owns else [], ask)
+        return self._background
 
     def encode_visual(self, prompts: Sequence[Prompt], pad_token_id: int) -> Optional[tuple[Tensor, ...]]:
         return self.engine.encode_visual(pad_prompts(prompts, pad_token_id))
@@ -131,22 +151,39 @@ class ServedSampler:
 
     # --- responses ----------------------------------------------------------------------------------------------------
 
-    def _answer(self, batch: PromptBatch, settings: SamplingSettings, identity: tuple[object, ...]) -> ResponseBatch:
+    def _enter(self, identity: tuple[object, ...], is_ahead: bool = False) -> None:
+        """Begin another rollout, with the weights of this moment, unless it has begun already."""
+        if self._rollout == identity and not is_ahead:
+            return
+        assert self._background is None or self._background.is_collected, "requests of another rollout are under way"
+        self._rollout, self._failures, self._background = identity, [], None
+        self._wanted, self._is_ahead = self.engine.num_steps_taken, is_ahead
+
+    def _answer(
+        self, batch: PromptBatch, settings: SamplingSettings, identity: tuple[object, ...]
+    ) -> list[SampledGroup]:
         """Return the responses to a batch of prompts, on every rank of the copy."""
         request = self._request(batch.prompts, settings, identity)
         groups: dict[int, SampledGroup] = {}
+        background = self._background
+        if background is not None and not background.is_collected:
+            number = background.next(batch.identities)
+            failure = self._on_owner(lambda client: background.collect(number, groups, progress.tick))
+            if failure is not None:
+                self._count(failure)
         while True:
             self._bring_up_to_date(batch.prompts, settings)
             failure = self._on_owner(lambda client: self._ask(client, request, groups))
             if failure is None:
                 break
             self._count(failure)
-        rows: list[SampledGroup] = from_first_rank(lambda: [groups[number] for number in range(len(batch))], self.group)
-        return response_batch(batch, rows, settings)
+        return from_first_rank(lambda: [groups[number] for number in range(len(batch))], self.group)
 
     def _ask(self, client: SamplerClient, request: SamplingRequest, groups: dict[int, SampledGroup]) -> None:
         """Ask for responses to the prompts that have none yet, and add them as they come."""
         missing = [number for number in range(len(request.sizes)) if number not in groups]
+        if not missing:
+            return
         assert self.version is not None
         foreign = False
 
@@ -176,7 +213,8 @@ class ServedSampler:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _bring_up_to_date(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> None:
-        """Push the policy's weights if the server has others, and probe it. All ranks of the copy call this together.
+        """Push the policy's weights if the server has not those that the rollout began with, and probe it. All ranks of
+        the copy call this together.
 
         Raises:
             UserError: the probe differs, or the server has failed for the second time in this rollout.
@@ -184,7 +222,8 @@ class ServedSampler:
         if self._probe is None:
             # With pictures, and long, so that it fills blocks of the prefix cache.
             self._probe = max(prompts, key=lambda prompt: (len(prompt.grid_thw) > 0, len(prompt.input_ids)))
-        while self.version != self.engine.num_steps_taken:
+        while self.version != self._wanted:
+            self._wanted = self.engine.num_steps_taken  # older weights than the policy's do not exist any more
             started = time.perf_counter()
             failure = self._push()
             if failure is not None:
@@ -206,6 +245,7 @@ class ServedSampler:
         """Push the weights, all of them to a server that has none of ours. Every rank goes through the whole stream,
         whatever happens on the way. Return the failure."""
         engine, whole, version = self.engine, self.version is None, self.engine.num_steps_taken
+        assert self._background is None or not self._background.is_running, "weights are pushed while requests run"
         self.version = None
         assert self._probe is not None
         warm_up = self._request([self._probe], _WARM_UP, ("probe", "warm-up"))
@@ -306,12 +346,8 @@ class ServedSampler:
             assert self.client is not None
             try:
                 do(self.client)
-            except RequestTimeout as error:
-                return Failure(f"the sampler's server {error}", is_lost=False)
-            except ServerLost as error:
-                return Failure(str(error), is_lost=True)
-            except RequestRefused as error:
-                return Failure(f"the sampler's server refused a request: {error}", is_lost=False, is_final=True)
+            except (RequestTimeout, ServerLost, RequestRefused) as error:
+                return Failure.of(error)
             return None
 
         return from_first_rank(attempt, self.group)
@@ -343,6 +379,12 @@ class ServedSampler:
 _WARM_UP = SamplingSettings(group_size=1, max_response_length=1, end_token_id=0, pad_token_id=0)
 
 
+def _tick() -> None:
+    """Report progress where the main thread waits. That a server answers in the background says nothing of it."""
+    if threading.current_thread() is threading.main_thread():
+        progress.tick()
+
+
 def _probe_settings(settings: SamplingSettings) -> SamplingSettings:
     return SamplingSettings(
         _PROBE_RESPONSES,
@@ -352,12 +394,3 @@ def _probe_settings(settings: SamplingSettings) -> SamplingSettings:
         settings.temperature,
         num_tokens=settings.num_tokens,
     )
-
-
-def _device_variables(device: torch.device) -> Mapping[str, str]:
-    """Return the variables that let a server see this rank's GPU alone. Not tried on a GPU."""
-    if device.type != "cuda":
-        return {}
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    index = device.index or 0
-    return {"CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) else str(index)}

@@ -96,3 +96,16 @@ def check_served(shape: ModelShape) -> None:
             f"is not possible with heads of size {shape.kv_channels}, because its attention has "
             f"{', '.join(map(str, _HEAD_SIZES))}; set native",
         )
+
+
+def device_variables(kind: str, index: int) -> Mapping[str, str]:
+    """Return the variables that let a server see this rank's GPU alone. Not tried on a GPU.
+
+    Args:
+        kind: Kind of this rank's device, e.g. `cuda`.
+        index: Number of the device among those that this rank sees.
+    """
+    if kind != "cuda":
+        return {}
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) else str(index)}

@@ -248,9 +248,9 @@ def _remove(path: Path) -> None:
         logger.warning("'%s' could not be removed (%s)", path, error)
 
 
-def write_synced(path: Path, text: str) -> int:
-    """Write a text file, wait until it is on the disk, and return its size in bytes."""
-    data = text.encode()
+def write_synced(path: Path, content: str | bytes) -> int:
+    """Write a file, wait until it is on the disk, and return its size in bytes."""
+    data = content.encode() if isinstance(content, str) else content
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

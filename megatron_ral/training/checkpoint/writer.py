@@ -15,7 +15,8 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from types import MappingProxyType
+from typing import Any, Iterator, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class _Save:
     step: int
     partial: Path
     """Folder that is written to until every rank is done."""
-    texts: dict[str, str]
+    contents: Mapping[str, str | bytes]
     """Contents of the small files by name."""
     outcome: dict[str, int] | Exception | None = None
     """Size in bytes of each file that this rank wrote, or the error; None while the files are being written."""
@@ -71,7 +72,7 @@ class _Save:
             entries: Name, type and shape of the same tensors in the same order.
         """
         try:
-            sizes = {name: write_synced(self.partial / name, text) for name, text in self.texts.items()}
+            sizes = {name: write_synced(self.partial / name, content) for name, content in self.contents.items()}
             writer = SafetensorsWriter(self.partial / state_name, entries)
             try:
                 for name, value in state:
@@ -105,13 +106,14 @@ class CheckpointWriter:
         self._inputs = json.dumps(input_files(settings.values), indent=1) if self.layout.rank == 0 else ""
         """List of the files that the run reads, as they are when it starts."""
 
-    def save(self, step: int, wait: bool = False) -> None:
+    def save(self, step: int, wait: bool = False, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Save the state after `step` steps, unless that was the last step saved.
 
         Args:
             step: Number of steps done.
             wait: Whether to return only when the checkpoint is whole (the last save of a run, or one that a signal
                 asked for).
+            files: Contents of further small files of this rank, by name.
 
         Raises:
             AgreedError: Some rank could not write its files of this save, or of the one that was still in flight.
@@ -126,7 +128,7 @@ class CheckpointWriter:
             except OSError as error:
                 problem = _unwritable(self.root / folder_name(step), error)
         raise_together(problem)
-        save = _Save(step, self.root / f"{folder_name(step)}.partial", self._texts())
+        save = _Save(step, self.root / f"{folder_name(step)}.partial", {**self._texts(), **files})
         in_thread = self.settings.in_thread and not wait
         state = self._copy_state() if in_thread else self.policy.state()
         entries = [

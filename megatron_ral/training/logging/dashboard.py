@@ -27,6 +27,7 @@ LAYOUT = {
         "sampler against training engine": ["Multiline", [r"^sampling/logprob_difference$"]],
         "training engine / sampler": ["Multiline", [r"^sampling/ratio_(mean|max)$"]],
         "ratios to the sampler above the cap": ["Multiline", [r"^sampling/ratio_cut$"]],
+        "updates since sampling": ["Multiline", [r"^sampling/staleness$"]],
         "optimizer": ["Multiline", [r"^grad_norm$", r"^skipped_steps$"]],
         "loss": ["Multiline", [r"^loss$", r"^loss/.*"]],
     },

@@ -97,8 +97,9 @@ class Throughput:
         """Return the scalars of one step by tag, the same on every rank.
 
         `throughput/samples_per_second` counts responses (in supervised training, samples) over the whole step.
-        Generated and trained tokens are response tokens over the seconds of their phase; trained ones count once for
-        each pass over the rollout. `memory/*` are the largest values of all ranks since the last step, in GiB.
+        Trained tokens are response tokens over the seconds of their phase and count once for each pass over the
+        rollout. Generated ones are over the seconds that their rollout took, beside updates or not. `memory/*` are the
+        largest values of all ranks since the last step, in GiB.
         """
         batches = report.supervised or [batch.groups for batch in report.rollout]
         counts = {}
@@ -117,7 +118,7 @@ class Throughput:
             "throughput/model_tflops_per_rank": tflops,
         }
         if is_rl:
-            result["throughput/generated_tokens_per_second"] = total["tokens"] / seconds["rollout"]
+            result["throughput/generated_tokens_per_second"] = total["tokens"] / report.sampling_seconds
         if self.peak_tflops:
             result["throughput/mfu"] = tflops / self.peak_tflops
         return result | self._memory() | {f"timing/share/{name}": value / step for name, value in seconds.items()}
