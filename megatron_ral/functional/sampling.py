@@ -65,7 +65,7 @@ def likeliest_on_host(logits_Xv: Tensor, count: int) -> Tensor:
     The logits are in host memory, where NumPy's partial sort takes a fifth of the time of `torch.topk`.
     """
     width = logits_Xv.shape[-1]
-    return torch.from_numpy(np.argpartition(logits_Xv.numpy(), width - count, axis=-1)[:, width - count :])
+    return torch.as_tensor(np.argpartition(logits_Xv.numpy(), width - count, axis=-1)[:, width - count :])
 
 
 _LOW = 0x7FFFFFFF
@@ -83,7 +83,7 @@ def _ordered_on_host(logits_XC: Tensor, ids_XC: Tensor) -> tuple[Tensor, Tensor]
     keys = np.ascontiguousarray(keys[:, ::-1])
     bits = (keys >> 32).astype(np.int32)
     logits = (bits ^ ((bits >> 31) & _LOW)).view(np.float32)
-    return torch.from_numpy(logits), torch.from_numpy(_LOW - (keys & _LOW))
+    return torch.as_tensor(logits), torch.as_tensor(_LOW - (keys & _LOW))
 
 
 def sample_candidates(
