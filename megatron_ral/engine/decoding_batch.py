@@ -30,6 +30,7 @@ from megatron_ral.attention.group_layout import GroupLayout
 from megatron_ral.engine.decode_graph import Recorded, can_record
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.models.attention_pass import AttentionPass
+from megatron_ral.models.host_decoding import HostDecoding
 from megatron_ral.models.kv_cache import GroupKVCache
 from megatron_ral.models.multimodal import MultimodalStage
 from megatron_ral.parallel.process_groups import ProcessGroups
@@ -174,13 +175,30 @@ class DecodingBatch:
             self.hidden = torch.empty(1, len(self.rows), hidden_size, dtype=dtype, device=self.device)
         return self.hidden
 
-    def run_pass(self, stage: MultimodalStage, process_groups: ProcessGroups, forbidden: Sequence[int] = ()) -> Tensor:
+    @property
+    def decodes_on_host(self) -> bool:
+        """True if the next pass is over one token of each row, on a device where `HostDecoding` is the faster step."""
+        return not self._first_pass and self.is_on_host
+
+    @property
+    def is_on_host(self) -> bool:
+        """True if passes run on the CPU and are not recorded."""
+        return self.device.type == "cpu" and not can_record(self.device)
+
+    def run_pass(
+        self,
+        stage: MultimodalStage,
+        process_groups: ProcessGroups,
+        forbidden: Sequence[int] = (),
+        on_host: Optional[HostDecoding] = None,
+    ) -> Tensor:
         """Run this stage's part of a pass: the first one over the prompts, each later one over one token of each row.
 
         Args:
             stage: Stage, whose input is set.
             process_groups: This rank's process groups.
             forbidden: Token ids that are never drawn.
+            on_host: Decoding step of the stage to use in place of its modules, where `decodes_on_host`.
 
         Returns:
             Hidden states [*boundary_shape, H], or on the last stage the tokens that it drew, [N] int64, the same on
@@ -195,8 +213,8 @@ class DecodingBatch:
                 self._forget_recorded()
             self._device_step.fill_(fed)
             if self._recorded is None and self._runs_like_the_last and can_record(self.device):
-                self._recorded = Recorded(lambda: self._step_pass(stage, process_groups, forbidden))
-            result = self._recorded() if self._recorded else self._step_pass(stage, process_groups, forbidden)
+                self._recorded = Recorded(lambda: self._step_pass(stage, process_groups, forbidden, None))
+            result = self._recorded() if self._recorded else self._step_pass(stage, process_groups, forbidden, on_host)
             self._runs_like_the_last = True
         return self._finish(result) if isinstance(result, PendingDraw) else result
 
@@ -212,7 +230,11 @@ class DecodingBatch:
         return self._draw(output.repeat_interleave(self.settings.group_size, 0), process_groups, forbidden)
 
     def _step_pass(
-        self, stage: MultimodalStage, process_groups: ProcessGroups, forbidden: Sequence[int]
+        self,
+        stage: MultimodalStage,
+        process_groups: ProcessGroups,
+        forbidden: Sequence[int],
+        on_host: Optional[HostDecoding],
     ) -> Tensor | PendingDraw:
         """Run a pass over one token of each row, with tensors of fixed places and without waiting for the device."""
         assert self._cache is not None and self._fed is not None
@@ -220,7 +242,7 @@ class DecodingBatch:
         attention = self._attention()
         attention.decode_step = self._device_step
         positions = self._next_position[self._device_rows] + self._device_step - int(self._feeds_prompt_end)
-        output = stage.decode(self._fed, positions, attention)
+        output = (on_host or stage.decode)(self._fed, positions, attention)
         for layer, rows in attention.decoded_rows.items():
             self._record(layer, *rows)
         return self._draw(output, process_groups, forbidden) if stage.layout.is_last_stage else output
@@ -251,6 +273,7 @@ class DecodingBatch:
             process_groups.tensor,
             num_tokens=settings.num_tokens,
             forbidden=forbidden,
+            on_host=self.is_on_host,
         )
 
     def _finish(self, pending: PendingDraw) -> Tensor:

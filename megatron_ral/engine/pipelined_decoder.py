@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ral.engine.decoding_batch import DecodingBatch, SamplingSettings
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.models.host_decoding import HostDecoding
 from megatron_ral.parallel.collectives import (
     all_reduce_sum_,
     broadcast_from_stage_,
@@ -193,6 +194,9 @@ class PipelinedDecoder:
         """Batches in the order of their prompts."""
         self._under_way: deque[_Pass] = deque()
         """Passes whose tokens their batches have not received yet, the oldest first."""
+        self._fits_host = HostDecoding.fits(engine.stage)
+        self._on_host: Optional[HostDecoding] = None
+        """Decoding step on the CPU, made for the first one. The weights stay as they are until the last."""
 
     @torch.no_grad()
     def advance(self, waiting: Iterator[DecodingBatch]) -> Optional[DecodingBatch]:
@@ -238,7 +242,9 @@ class PipelinedDecoder:
             hidden = batch.input_buffer(self.engine.shape.hidden_size, stage.dtype)
             wait(receive_from_stage(hidden, own_rank - 1, self.process_groups))
             stage.set_input_tensor(hidden)
-        output = batch.run_pass(stage, self.process_groups, self.engine.shape.visual_token_ids)
+        if self._on_host is None and self._fits_host and batch.decodes_on_host:
+            self._on_host = HostDecoding(stage)
+        output = batch.run_pass(stage, self.process_groups, self.engine.shape.visual_token_ids, self._on_host)
         if own_rank == last_rank:
             token = output
             transfers = [send_to_stage(token, other, self.process_groups) for other in range(last_rank)]

@@ -6,6 +6,7 @@ prompts are spread over data-parallel ranks and micro-batches.
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,33 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
     return token_ids.gather(-1, torch.minimum(index, last))[:, 0]
 
 
+def likeliest_on_host(logits_Xv: Tensor, count: int) -> Tensor:
+    """Return the ids of the `count` largest logits of each row, [X, count] int64, in no order.
+
+    The logits are in host memory, where NumPy's partial sort takes a fifth of the time of `torch.topk`.
+    """
+    width = logits_Xv.shape[-1]
+    return torch.as_tensor(np.argpartition(logits_Xv.numpy(), width - count, axis=-1)[:, width - count :])
+
+
+_LOW = 0x7FFFFFFF
+
+
+def _ordered_on_host(logits_XC: Tensor, ids_XC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 logits in host memory in descending order, and their ids; of equal logits the lower id first.
+
+    Rows are sorted as whole numbers, whose upper half is the logit and whose lower half is the id. The bits of a
+    float32, read as a whole number, are in the order of the floats once those of negative ones are turned over.
+    """
+    bits = (logits_XC + 0.0).numpy().view(np.int32)  # -0 becomes 0, its equal
+    keys = (bits ^ ((bits >> 31) & _LOW)).astype(np.int64) << 32 | (_LOW - ids_XC.numpy())
+    keys.sort(axis=-1)
+    keys = np.ascontiguousarray(keys[:, ::-1])
+    bits = (keys >> 32).astype(np.int32)
+    logits = (bits ^ ((bits >> 31) & _LOW)).view(np.float32)
+    return torch.as_tensor(logits), torch.as_tensor(_LOW - (keys & _LOW))
+
+
 def sample_candidates(
     logits_XC: Tensor,
     ids_XC: Tensor,
@@ -67,22 +95,29 @@ def sample_candidates(
     uniform_X: Tensor,
     temperature: float,
     top_p: float = 1.0,
+    on_host: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sample as `sample_tokens` does, from the most likely tokens of each row alone.
 
     Args:
-        logits_XC: [X, C] float32 logits of the candidates; among equal logits the lower id stands first.
+        logits_XC: [X, C] float32 logits of the candidates; among equal logits the lower id stands first, unless
+            `on_host` is set.
         ids_XC: [X, C] token ids of the candidates.
         least_X: [X] bound above which every token of the vocabulary is a candidate; -inf where all tokens are.
         maximum_X: [X] largest logit of the vocabulary.
         total_X: [X] float64 sum over the whole vocabulary of exp((logit - maximum) / temperature).
         uniform_X, temperature, top_p: as for `sample_tokens`; temperature > 0.
+        on_host: True to order the candidates with NumPy, in host memory. It does not change the result.
 
     Returns:
         ([X] int64 ids, [X] bool). The second is True where `sample_tokens` of the whole vocabulary draws the same id;
         elsewhere the candidates do not decide the draw, or logits are not a number.
     """
-    logits, order = logits_XC.sort(dim=-1, descending=True, stable=True)
+    order = None
+    if on_host:
+        logits, ids = _ordered_on_host(logits_XC, ids_XC)
+    else:
+        (logits, order), ids = logits_XC.sort(dim=-1, descending=True, stable=True), ids_XC
     ordered = ((logits.double() - maximum_X[:, None]) / temperature).exp() / total_X[:, None]
     cumulative = ordered.cumsum(dim=-1)
     whole = least_X == float("-inf")
@@ -96,4 +131,4 @@ def sample_candidates(
     index = torch.searchsorted(cumulative, (uniform_X * reach)[:, None], right=True)
     index = torch.minimum(index, last).clamp(min=0)  # below 0 where logits are not a number
     settled = (whole | ((index if top_p == 1.0 else last)[:, 0] < known.sum(dim=-1))) & total_X.isfinite()
-    return ids_XC.gather(-1, order.gather(-1, index))[:, 0], settled
+    return ids.gather(-1, index if order is None else order.gather(-1, index))[:, 0], settled

@@ -126,6 +126,34 @@ class InstrumentedAttention(torch.nn.Module):
         )
         return output.transpose(1, 2)
 
+    def decode(self, query_NkmD: Tensor, key_NkD: Tensor, value_NkD: Tensor, pass_: AttentionPass) -> Tensor:
+        """Return outputs [N, k m D] for one token of each row of the cache, by fused calls on the CPU.
+
+        The step is known to the host there, so that no call meets keys behind it.
+
+        Args:
+            query_NkmD: Queries after rotary embedding, not scaled.
+            key_NkD: Keys after rotary embedding.
+            value_NkD: Values.
+            pass_: Pass with the cache and the decoding step.
+        """
+        cache = pass_.cache
+        assert cache is not None and pass_.decode_step is not None
+        if self.layer in pass_.recorded_layers or cache.noise_of(self.layer) is not None:
+            query = query_NkmD.flatten(1, 2)[:, None]
+            return self._decode(query, key_NkD[:, None], value_NkD[:, None], pass_).flatten(1)
+        attend, length = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, int(pass_.decode_step) + 1
+        keys, values, _ = cache.append(self.layer, pass_.decode_step, key_NkD, value_NkD)
+        own, own_lse = attend(query_NkmD, keys[:, :, :length], values[:, :, :length], scale=self.softmax_scale)
+        grouped = cache.by_prompt(query_NkmD)  # [B, width, k, m, D]
+        mask = cache.padding_mask(query_NkmD.dtype)
+        rows = grouped.transpose(1, 2).flatten(2, 3)
+        output, lse = attend(rows, *cache.prompt[self.layer], attn_mask=mask, scale=self.softmax_scale)
+        places = grouped.shape[1:4:2]
+        output, lse = (cache.by_row(part.unflatten(2, places).transpose(1, 2)) for part in (output, lse))
+        share = torch.sigmoid(own_lse - lse)[..., None]
+        return torch.lerp(output.to(share.dtype), own.to(share.dtype), share).to(value_NkD.dtype).flatten(1)
+
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, pass_: AttentionPass) -> Tensor:
         """Return outputs [N, 1, heads D] for one token of each row of the cache.
 

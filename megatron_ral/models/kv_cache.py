@@ -65,6 +65,7 @@ class GroupKVCache:
         full = bool((counts == self.width).all())
         self._places = None if full else (row_prompt * self.width + within).to(self.prompt_lengths.device)
         self._hidden: Optional[Tensor] = None
+        self._padding_mask: Optional[tuple[Optional[Tensor]]] = None
         self._own_hidden: Optional[Tensor] = None
         self._layer_noise: dict[int, Optional[VisualNoise]] = {}
 
@@ -156,7 +157,7 @@ class GroupKVCache:
     def hide_last_prompt_token(self) -> None:
         """Hide the last key of every prompt, because its token is fed again as the first of each row."""
         self.prompt_lengths = self.prompt_lengths - 1
-        self._hidden = None
+        self._hidden = self._padding_mask = None
 
     def noise_of(self, layer: int) -> Optional[VisualNoise]:
         """Return the noise on a layer's scores of the prompt. None: the layer has none."""
@@ -184,3 +185,12 @@ class GroupKVCache:
         if self._hidden is None:
             self._hidden = torch.arange(P, device=self.prompt_lengths.device) >= self.prompt_lengths[:, None]
         return self._hidden
+
+    def padding_mask(self, dtype: torch.dtype) -> Optional[Tensor]:
+        """Return [B, 1, 1, P], -inf at the padding of a prompt and 0 elsewhere. None: no prompt has padding. The host
+        waits for the lengths at first."""
+        if self._padding_mask is None:
+            hidden = self.hidden_keys(next(iter(self.prompt.values()))[0].shape[2])
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._padding_mask = (mask[:, None, None] if bool(hidden.any()) else None,)
+        return self._padding_mask[0]

@@ -228,17 +228,27 @@ class MultimodalStage(torch.nn.Module):
         return hidden
 
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
-        angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, cast(Tensor, self.rotary_axes))
-        # Formed once for all layers, in their precision.
-        rotation = torch.stack([angles.cos(), angles.sin()]).to(self.dtype)
+        rotation = self.rotation(position_ids)
         return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        weight = None
+    def rotation(self, position_ids: Tensor) -> Tensor:
+        """Return cosines and sines of positions [3, B, S], [2, S, B, 1, D], formed once for all layers."""
+        angles = rotary_angles(position_ids, self.language.rotary_pos_emb.inv_freq, cast(Tensor, self.rotary_axes))
+        return torch.stack([angles.cos(), angles.sin()]).to(self.dtype)
+
+    def head_weight(self) -> Tensor:
+        """Return this rank's rows of the output layer's weight, [v, H], on the last stage."""
         if self.language.share_embeddings_and_output_weights:
-            weight = self.language.shared_embedding_or_output_weight()
+            return self.language.shared_embedding_or_output_weight()
+        return cast(Tensor, self.language.output_layer.weight)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight = self.head_weight() if self.language.share_embeddings_and_output_weights else None
         logits, _ = self.language.output_layer(hidden.flatten(0, -2)[:, None], weight=weight)
-        logits = logits.view(*hidden.shape[:-1], -1)
+        return self.without_padding(logits.view(*hidden.shape[:-1], -1))
+
+    def without_padding(self, logits: Tensor) -> Tensor:
+        """Return logits [..., v] of this rank with those of padded rows of the vocabulary out of reach."""
         columns = logits.shape[-1]
         padding = columns * (self.layout.tensor_rank + 1) - self.shape.vocab_size
         if padding > 0:  # finite, so that 0 * logit stays 0 in an entropy

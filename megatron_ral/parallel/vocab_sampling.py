@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ral.errors import UserError
-from megatron_ral.functional.sampling import sample_candidates, sample_tokens
+from megatron_ral.functional.sampling import likeliest_on_host, sample_candidates, sample_tokens
 from megatron_ral.parallel.collectives import gather_shards
 
 
@@ -83,7 +83,8 @@ class _Sums(NamedTuple):
     @classmethod
     def over(cls, logits: Tensor, temperature: float) -> "_Sums":
         largest = logits.amax(dim=-1).double().clamp(min=torch.finfo(torch.float32).min)  # finite where none is allowed
-        return cls(largest, ((logits.double() - largest[:, None]) / temperature).exp_().sum(dim=-1))
+        shifted = logits.double().sub_(largest[:, None])
+        return cls(largest, (shifted if temperature == 1.0 else shifted.div_(temperature)).exp_().sum(dim=-1))
 
     @classmethod
     def joined(cls, largest_TX: Tensor, total_TX: Tensor, temperature: float) -> "_Sums":
@@ -102,6 +103,7 @@ def begin_draw(
     num_tokens: int = 0,
     forbidden: Sequence[int] = (),
     num_candidates: int = 512,
+    on_host: bool = False,
 ) -> PendingDraw:
     """Begin to sample one token for each row from the whole vocabulary, like `functional.sampling.sample_tokens`.
 
@@ -117,6 +119,8 @@ def begin_draw(
         num_tokens: Number of ids, from the first, that may be drawn; 0 allows all.
         forbidden: Ids that are never drawn, at any temperature.
         num_candidates: Number of candidates per rank. It does not change the result.
+        on_host: True to choose and order candidates with NumPy, for logits in host memory. It does not change the
+            result.
     """
     start, scale = logits_Xv.shape[-1] * dist.get_rank(group), temperature or 1.0
     logits = _allowed_logits(logits_Xv, start, num_tokens, forbidden)
@@ -124,6 +128,8 @@ def begin_draw(
     every = allowed if logits is logits_Xv else _Sums.over(logits_Xv.float(), scale)
     if temperature == 0:
         ids = logits.max(dim=-1, keepdim=True).indices
+    elif num_candidates < logits.shape[-1] and on_host:
+        ids = likeliest_on_host(logits, num_candidates)
     elif num_candidates < logits.shape[-1]:
         ids = logits.topk(num_candidates, dim=-1, sorted=False).indices.sort(dim=-1).values  # of equals the lower first
     else:
@@ -149,6 +155,7 @@ def begin_draw(
             uniform_X.to(allowed.total),
             temperature,
             top_p,
+            on_host,
         )
         token = torch.where(settled, token, -1)
     _agree_(token, group)

@@ -54,6 +54,11 @@ class _NamedCache(GroupKVCache):
 class SimulatedBatch(DecodingBatch):
     """Batch of responses of full length that can be set to any step of its generation."""
 
+    @property
+    def is_on_host(self) -> bool:
+        """False, because a rehearsed launch runs on GPUs, whatever the tensors that stand for theirs are."""
+        return False
+
     def count_cache(self, watched: Watched) -> None:
         """Count the cache as a KV cache. Called before the first pass."""
         assert self._cache is not None  # no response has finished before the first pass

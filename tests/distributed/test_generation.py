@@ -343,8 +343,10 @@ def draws(world):
                 num_tokens=num_tokens,
                 forbidden=forbidden,
                 num_candidates=count,
+                on_host=on_host,
             ).finish()
             for count in (1, 4, 48)
+            for on_host in (False, True)
         ]
         assert torch.equal(mine, before), "the update takes log-probabilities from the same logits"
         logprobs, _ = vocab_parallel_logprobs(mine / (temperature or 1.0), wanted, process_groups.tensor)

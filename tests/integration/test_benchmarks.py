@@ -179,3 +179,23 @@ def test_generation_draws_the_tokens_of_transformers():
     assert "greedy tokens that agree with transformers: one stage 1.000" in lines
     names = [line.split()[1] for line in lines if line.startswith("ratio ")]
     assert names == ["generation_ended", "generation_decoding", "generation"]
+
+
+def test_both_samplers_draw_the_same_and_the_ratios_are_those_of_the_table():
+    """Stock transformers answers in vLLM's place. It draws with the native sampler's numbers, so that tokens agree."""
+    sizes = ["--prompts", "2", "--group-size", "2", "--length", "4", "--rounds", "1", "--num-layers", "2"]
+    server = ["--engine", "tests/stock_engine.py", "--python", sys.executable]
+    lines = small_run("samplers", *sizes, *server)
+    rows = {
+        tuple(line.split()[:2]): line.split()[2:] for line in lines if re.match(r"(native|modules|vllm) +[pt]", line)
+    }
+    ratios = {line.split()[1]: float(line.split()[2]) for line in lines if line.startswith("ratio ")}
+    for kind in ("pictures", "texts"):
+        ours, modules, theirs = ([float(value) for value in rows[side, kind]] for side in ("native", "modules", "vllm"))
+        assert ours[-1] == modules[-1] == theirs[-1] < -1, "mean log-probabilities of the tokens"
+        assert 0 < ours[0] < ours[1] and 0 < theirs[0] < theirs[1], "seconds"
+        for column, name in ((2, f"samplers_{kind}"), (3, f"samplers_decoding_{kind}")):
+            assert ratios[name] == pytest.approx(ours[column] / theirs[column], rel=0.05, abs=0.01)
+    [(ready, _, peak, over)] = [map(float, line.split()[1:5]) for line in lines if re.match(r"native +\d", line)]
+    assert 100 < ready < peak and over == pytest.approx(peak - ready, abs=1.01)
+    assert len(ratios) == 7 and lines[-1].startswith("ratio samplers_memory ")

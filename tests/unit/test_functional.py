@@ -16,7 +16,7 @@ from megatron_ral.functional.logprobs import (
     logprob_gradient,
     vocab_partials,
 )
-from megatron_ral.functional.sampling import sample_candidates, sample_tokens, uniform_stream
+from megatron_ral.functional.sampling import likeliest_on_host, sample_candidates, sample_tokens, uniform_stream
 
 # --- advantages -------------------------------------------------------------------------------------------------------
 
@@ -119,10 +119,12 @@ def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_
         least.append(shard.gather(1, chosen).amin(1) if num_candidates < 20 else torch.full((400,), -math.inf))
     ids, maximum = torch.cat(ids, 1), logits.amax(1)
     total = ((logits.double() - maximum[:, None]) / 0.7).exp().sum(1)
-    token, settled = sample_candidates(
-        logits.gather(1, ids), ids, torch.stack(least).amax(0), maximum, total, uniform, 0.7, top_p
-    )
+    numbers = torch.stack(least).amax(0), maximum, total, uniform, 0.7, top_p
+    token, settled = sample_candidates(logits.gather(1, ids), ids, *numbers)
     wanted = sample_tokens(logits, uniform, 0.7, top_p)
+    mixed = ids.flip(1)
+    on_host = sample_candidates(logits.gather(1, mixed), mixed, *numbers, on_host=True)
+    assert torch.equal(on_host[0], token) and torch.equal(on_host[1], settled)
     assert torch.equal(token[settled], wanted[settled])
     if num_candidates == 20:
         assert settled.all()
@@ -130,6 +132,16 @@ def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_
         assert settled.sum() > 50 and (top_p < 0.5 or not settled.all())
     if num_candidates == 16:
         assert len(wanted[settled].unique()) > 10
+
+
+def test_the_likeliest_on_the_host_are_those_of_topk():
+    logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(0))
+    logits[:, ::7] = -math.inf
+    logits[1], logits[2] = -0.0, logits[2].round()
+    for count in (1, 5, 499, 500):
+        ids = likeliest_on_host(logits, count)
+        assert ids.dtype == torch.int64 and all(len(row.unique()) == count for row in ids)
+        assert torch.equal(logits.gather(1, ids).sort(1).values, logits.topk(count).values.sort(1).values)
 
 
 def test_streams_belong_to_the_sample():

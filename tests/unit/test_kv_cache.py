@@ -35,8 +35,9 @@ CUTS = {2: ([0, 1, 3, 4, 5, 6, 8, 9, 11], False), 4: ([0, 1, 6, 8, 11], True), 6
 
 
 @pytest.mark.parametrize("block", [1, 4, 64])
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tolerance):
+def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, on_host, dtype, tolerance):
     monkeypatch.setattr(GroupKVCache, "BLOCK", block)
     torch.manual_seed(0)
     cache, layer = GroupKVCache(LENGTHS, G), attention()
@@ -50,7 +51,10 @@ def test_decoding_equals_a_softmax_over_all_keys(monkeypatch, block, dtype, tole
         pass_.decode_step = torch.tensor([step])
         cache.reserve(step)
         cache.start_step(pass_.decode_step)
-        output = layer(query[None], key[None], value[None], pass_)
+        if on_host:
+            output = layer.decode(query.unflatten(1, (KV, -1)), key, value, pass_)[None]
+        else:
+            output = layer(query[None], key[None], value[None], pass_)
         assert output.shape == (1, N, HEADS * D) and output.dtype == dtype
         for index, row in enumerate(rows):
             own[row][0].append(key[index])

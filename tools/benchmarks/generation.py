@@ -167,7 +167,7 @@ def child(side: str, args: argparse.Namespace) -> None:
 class Side:
     """Processes of one side."""
 
-    def __init__(self, name: str, processes: int, threads: int, arguments: list[str]):
+    def __init__(self, name: str, processes: int, threads: int, arguments: list[str], script: str = __file__):
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -182,7 +182,7 @@ class Side:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--child", name, *arguments],
+                [sys.executable, script, "--child", name, *arguments],
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -207,12 +207,16 @@ class Side:
                     continue
         return found
 
+    def ask(self, request: object) -> list:
+        """Send a request as a JSON line, and return the answer of each of the processes."""
+        for process in self.processes:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        return self.read()
+
     def seconds(self, length: int, ended: bool, group_size: int, clock: str) -> float:
         """Return the seconds of one call: wall seconds until the last process is done, or processor seconds of all."""
-        for process in self.processes:
-            process.stdin.write(json.dumps([length, ended, group_size]) + "\n")
-            process.stdin.flush()
-        wall, cpu = zip(*self.read())
+        wall, cpu = zip(*self.ask([length, ended, group_size]))
         return max(wall) if clock == "wall" else sum(cpu)
 
     def close(self) -> None:
@@ -289,11 +293,8 @@ def report(args: argparse.Namespace, seconds: dict, greedy: dict) -> None:
     print(f"ratio generation {theirs / ours:.2f}")
 
 
-def main() -> None:
-    """Make the model, measure all sides and print the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of the model, its prompts and its responses to a command line."""
     parser.add_argument("--prompts", type=int, default=8, help="prompts, with one picture each")
     parser.add_argument("--group-size", type=int, default=8, help="responses to each")
     parser.add_argument("--length", type=int, default=64, help="tokens of a response; a multiple of 4")
@@ -302,10 +303,52 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=8, help="layers of the language model")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the word embeddings")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
-    parser.add_argument("--cores", type=int, default=2, help="threads of every side: 1, or an even number")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the seconds")
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+
+
+def make_model(args: argparse.Namespace, model: str) -> float:
+    """Make the model's folder, and return the number of its parameters in millions."""
+    sizes = {
+        "hidden-size": args.hidden_size,
+        "intermediate-size": 3 * args.hidden_size,
+        "num-layers": args.num_layers,
+        "num-heads": args.hidden_size // 64,
+        "vocab-size": args.vocab_size,
+        "rope-theta": 10000,
+        "initializer-range": 0.2,
+    }
+    subprocess.run(
+        [
+            sys.executable,
+            str(PROJECT / "tools/make_tiny_model.py"),
+            *(part for name, size in sizes.items() for part in (f"--{name}", str(size))),
+            "--output",
+            model,
+            "--untied",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
+
+
+def arguments_of(args: argparse.Namespace, **changed: object) -> list[str]:
+    """Return a command line with the same values, for processes that measure."""
+    values = {**vars(args), **changed}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if name != "child"]
+
+
+def main() -> None:
+    """Make the model, measure all sides and print the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_sizes(parser)
+    parser.add_argument("--cores", type=int, default=2, help="threads of every side: 1, or an even number")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the seconds")
     args = parser.parse_args()
     if args.length % 4 or args.length < 8:
         parser.error(f"--length must be a multiple of 4 and at least 8, got {args.length}")
@@ -318,34 +361,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = f"{folder}/model"
-        subprocess.run(
-            [
-                sys.executable,
-                str(PROJECT / "tools/make_tiny_model.py"),
-                "--output",
-                model,
-                "--hidden-size",
-                str(args.hidden_size),
-                "--intermediate-size",
-                str(3 * args.hidden_size),
-                "--num-layers",
-                str(args.num_layers),
-                "--num-heads",
-                str(args.hidden_size // 64),
-                "--vocab-size",
-                str(args.vocab_size),
-                "--rope-theta",
-                "10000",
-                "--initializer-range",
-                "0.2",
-                "--untied",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        )
-        size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 4e6
+        size = make_model(args, model)
         print(
             f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, vocabulary {args.vocab_size}, "
             f"{size:.1f} M float32 parameters; {args.prompts} prompts with {args.cells**2} visual tokens, "
@@ -355,12 +371,7 @@ def main() -> None:
             ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core", "deepspeed"))
             + f"; {len(os.sched_getaffinity(0))} cores; {args.clock} seconds, median of {args.rounds}"
         )
-        arguments = [
-            f"--{name.replace('_', '-')}={value}"
-            for name, value in {**vars(args), "model": model}.items()
-            if name != "child"
-        ]
-        report(args, *measure(args, arguments))
+        report(args, *measure(args, arguments_of(args, model=model)))
 
 
 if __name__ == "__main__":
