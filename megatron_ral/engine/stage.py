@@ -292,8 +292,8 @@ class StageEngine:
         responses = layout.packed.responses
         scaled = logits if temperature == 1.0 else logits.float() / temperature
         targets = responses.pack(batch.response_ids)
-        outputs = vocab_parallel_logprobs(scaled, targets, self.process_groups.tensor)
-        return TokenOutputs(*map(responses.pad, outputs), logits, responses)
+        logprobs, entropy = vocab_parallel_logprobs(scaled, targets, self.process_groups.tensor)
+        return TokenOutputs(responses.pad(logprobs), responses.pad(entropy), logits, responses)
 
     @property
     def row_path(self) -> str:
