@@ -4,6 +4,7 @@ The benchmarks of a training step run at a small size, at which their times have
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -171,6 +172,31 @@ def test_group_layout_benchmark_compares_the_same_gradient_and_counts_the_tower(
     assert any(line.endswith("3 prompts with 2 responses each: 3 calls, 3 pictures") for line in lines)
     assert lines[-3] == "ratio group_layout_tower 1.00" and lines[-2].startswith("ratio group_layout_old ")
     assert re.fullmatch(r"ratio group_layout \d+\.\d{3}", lines[-1])
+
+
+def test_padding_compares_as_many_useful_tokens():
+    lines = small_run("padding", "--groups", "2", "--group-size", "2", "--layers", "1", "--rounds", "1")
+    rows = {
+        found[1]: [float(cell.replace(",", "")) for cell in found[2].split()]
+        for found in (re.match(r"(equal|different|by groups|padded) +(\d.*)", line) for line in lines)
+        if found
+    }
+    micro_batches, tokens, seconds, _ = zip(*(rows[name] for name in ("equal", "different", "by groups", "padded")))
+    assert tokens[0] == tokens[1] == tokens[2] < tokens[3] and micro_batches[2:] == (2.0, 2.0)
+    ratios = [(line.split()[1], float(line.split()[2])) for line in lines if line.startswith("ratio ")]
+    assert [name for name, _ in ratios] == ["padding", "padding_by_groups", "padding_before"]
+    for (_, ratio), own in zip(ratios, seconds[1:]):
+        assert ratio == pytest.approx(own / seconds[0], rel=0.05)
+
+
+def test_growth_prints_the_slope_of_its_table():
+    lines = small_run("growth", "--layers", "1", "--rounds", "1", "--series", "P", "--largest", "1024")
+    small, large = ([float(cell.replace(",", "")) for cell in line.split()[1:]] for line in lines if line[:2] == "P ")
+    assert [row[:5] for row in (small, large)] == [[512, 128, 8, 1, 1576], [1024, 128, 8, 1, 2088]]
+    ratios = {line.split()[1]: float(line.split()[2]) for line in lines if line.startswith("ratio ")}
+    assert set(ratios) == {"growth_P", "memory_P"}
+    for name, column in (("growth_P", 5), ("memory_P", 7)):
+        assert ratios[name] == pytest.approx(math.log2(large[column] / small[column]), abs=0.03)
 
 
 def test_generation_draws_the_tokens_of_transformers():

@@ -1,6 +1,6 @@
 """Time and memory of an update as work grows, with the exponent of each.
 
-    python -m tools.benchmarks.growth [--scale 4] [--layers 2] [--rounds 2] [--threads 1] [--largest 8192]
+    python -m tools.benchmarks.growth [--scale 4] [--layers 2] [--rounds 2] [--largest 8192] [--series P R G M]
 
 One size is doubled while the others stay: visual tokens P of a prompt, tokens R of a response, responses G, and
 micro-batches M (updates of more groups, one group each). The update is the gradient of GRPO with the attention term of
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each size")
     parser.add_argument("--threads", type=int, default=1, help="threads")
     parser.add_argument("--largest", type=int, default=8192, help="largest number of visual tokens")
+    parser.add_argument("--series", nargs="+", choices="PRGM", default=list("PRGM"), help="sizes that grow")
     arguments = parser.parse_args()
     process_groups = start(arguments.threads)
 
@@ -97,6 +98,8 @@ def main() -> None:
         )
         policy.forward_backward(update(Sizes()), objective)  # the first one takes memory and loads code
         for name, updates in series(arguments.largest):
+            if name not in arguments.series:
+                continue
             seconds, memory = [], []
             for sizes in updates:
                 batches = update(sizes)
