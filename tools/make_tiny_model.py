@@ -196,6 +196,7 @@ def build_model(args: argparse.Namespace, tokenizer):
     elif args.family == "qwen3_vl":
         make_config, make_model = Qwen3VLConfig, Qwen3VLForConditionalGeneration
         text_config["head_dim"] = args.hidden_size // args.num_heads
+        text_config["rope_parameters"]["mrope_interleaved"] = True  # transformers knows it, vLLM reads it
         vision_config["num_position_embeddings"] = 64
         vision_config["deepstack_visual_indexes"] = list(range(min(3, args.vision_depth - 1)))
     elif args.family == "qwen3_5":
@@ -204,6 +205,7 @@ def build_model(args: argparse.Namespace, tokenizer):
         spatial = half_rotated * 3 // 8
         text_config["rope_parameters"] |= {
             "partial_rotary_factor": 0.5,
+            "mrope_interleaved": True,
             "mrope_section": [half_rotated - 2 * spatial, spatial, spatial],
         }
         interval = args.full_attention_interval

@@ -1,7 +1,9 @@
 """vLLM itself as the sampler: `bash tests/run.sh -m vllm` with VLLM_PYTHON or the environment of setup_vllm.sh."""
 
 import dataclasses
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,7 +75,7 @@ def rollouts(path: str, data: str, tensor: int, folder: str, engine: str) -> dic
         stop_groups()
 
 
-@pytest.mark.parametrize("kind, tensor", [("tiny", 1), ("untied", 2)])
+@pytest.mark.parametrize("kind, tensor", [("tiny", 1), ("untied", 2), ("qwen3", 1)])
 def test_logprobs_are_the_policys_after_every_push_and_seeds_decide(material, tmp_path, kind, tensor):
     """Float32, two engines: a token's log-probability is near -6, where the spacing of float32 is 5e-7."""
     arguments = str(material[kind]), str(material["data"]), tensor, str(tmp_path), str(ENGINE)
@@ -109,5 +111,17 @@ def test_what_goes_wrong_silently_is_seen_by_the_first_probe(material, tmp_path,
     broken = tmp_path / "broken_engine.py"
     broken.write_text(source)
     [said] = run_ranks(1, rollouts, str(material["tiny"]), str(material["data"]), 1, str(tmp_path), str(broken))
+    assert isinstance(said, str), f"nothing was noticed: {said}"
+    assert "answers a probe with other log-probabilities than the policy" in said, said
+
+
+def test_rotary_axes_that_vllm_misreads_are_seen_by_the_first_probe(material, tmp_path):
+    """`check_served` refuses such a folder before; transformers alternates the axes in any case."""
+    folder = tmp_path / "model"
+    shutil.copytree(material["qwen3"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]["mrope_interleaved"]
+    (folder / "config.json").write_text(json.dumps(config))
+    [said] = run_ranks(1, rollouts, str(folder), str(material["data"]), 1, str(tmp_path), str(ENGINE))
     assert isinstance(said, str), f"nothing was noticed: {said}"
     assert "answers a probe with other log-probabilities than the policy" in said, said

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -132,14 +134,25 @@ def test_models_whose_pictures_or_heads_do_not_agree_are_refused(material):
     shape = read_shape(str(material["tiny"]))
     check_served(shape)
     for name, why in (
-        ("qwen3", "qwen3_vl model, because its responses"),
         ("internvl", "internvl model, because"),
         ("qwen3_5", "qwen3_5 model"),
     ):
         with pytest.raises(ConfigError, match=f"rollout.sampler = vllm is not possible with an? {why}"):
             check_served(read_shape(str(material[name])))
+    check_served(read_shape(str(material["qwen3"])))
     with pytest.raises(ConfigError, match="is not possible with heads of size 16, because its attention has 32, 64"):
         check_served(dataclasses.replace(shape, kv_channels=16))
+
+
+def test_a_folder_whose_rotary_axes_vllm_would_misread_is_refused(material, tmp_path):
+    """transformers reads such a folder as it reads the one with the entry, and so do we."""
+    shutil.copytree(material["qwen3"], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["text_config"]["rope_parameters"].pop("mrope_interleaved") is True
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="does not say mrope_interleaved: true in rope_parameters"):
+        check_served(read_shape(str(tmp_path / "model")))
 
 
 def test_an_interpreter_that_is_not_there_is_refused_before_the_run(material, tmp_path):

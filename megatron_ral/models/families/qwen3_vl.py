@@ -69,5 +69,5 @@ QWEN3_VL = Qwen3VL(
     interleaved_rotary=True,
     hub_prefixes=(("model.", "model.language_model."), ("visual.", "model.visual.")),
     timed_video=True,
-    vllm_issue="its responses to pictures differ from ours there (5 of 24 equal, the cause is not found)",
+    vllm_issue="",
 )

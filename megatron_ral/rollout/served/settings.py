@@ -1,5 +1,6 @@
 """Settings of a sampler that is a server, and the checks of a model that need no memory."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,14 @@ def check_served(shape: ModelShape) -> None:
             "vllm",
             f"is not possible with a {family.model_type} model, because {family.vllm_issue}; set native",
         )
+    if family.interleaved_rotary and not _says_interleaved(shape.path):
+        raise ConfigError(
+            "rollout.sampler",
+            "vllm",
+            "is not possible with this folder, because its config.json does not say mrope_interleaved: true in "
+            f"rope_parameters, as published {family.model_type} models do, and vLLM then reads the rotary axes as "
+            "blocks; write it there, or set native",
+        )
     if shape.kv_channels not in _HEAD_SIZES:
         raise ConfigError(
             "rollout.sampler",
@@ -109,3 +118,13 @@ def device_variables(kind: str, index: int) -> Mapping[str, str]:
         return {}
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": visible[index] if index < len(visible) else str(index)}
+
+
+def _says_interleaved(path: str) -> bool:
+    """Say whether a model's config.json tells that rotary axes alternate over frequencies.
+
+    transformers always takes them so in such families. vLLM 0.32.0 does only where it is written.
+    """
+    config = json.loads((config_folder(path) / "config.json").read_text())
+    text = config.get("text_config", config)
+    return bool((text.get("rope_parameters") or text.get("rope_scaling") or {}).get("mrope_interleaved"))
