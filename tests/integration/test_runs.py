@@ -361,8 +361,13 @@ def test_runs_compare_by_settings_and_last_figures(finished):
         for chart in category.chart
         if not any(re.search(tag, scalar) for tag in chart.multiline.tag for scalar in scalars)
     }
-    # without a known peak, and without loss.sampler_correction
-    assert empty == {"utilisation", "training engine / sampler", "ratios to the sampler above the cap"}
+    # without a known peak, without loss.sampler_correction, and without rollout.overlap
+    assert empty == {
+        "utilisation",
+        "training engine / sampler",
+        "ratios to the sampler above the cap",
+        "updates since sampling",
+    }
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["_method"].string_value == "ral" and settings["loss.attention_coef"].number_value == 1.0
