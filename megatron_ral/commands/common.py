@@ -60,15 +60,6 @@ def quiet_third_parties() -> None:
     warn_untried_versions()
 
 
-def prepare_libraries() -> None:
-    """Import megatron-core, and choose DeepSpeed's device, before anything else imports them."""
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-    from megatron_ral.compat.megatron_compile import import_megatron
-
-    choose_deepspeed_accelerator()
-    import_megatron()
-
-
 def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:
     """Make the `main` of a command in one process: a `UserError` becomes one sentence and exit status 2."""
 

@@ -18,7 +18,6 @@ from megatron_ral.commands.common import (
     fail,
     leave,
     parse_arguments,
-    prepare_libraries,
     quiet_third_parties,
     read_config,
     say_error,
@@ -118,7 +117,9 @@ def _train(argv: Arguments) -> None:
             print(dry_run(config, shape, teacher))
         return
 
-    prepare_libraries()
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+
+    choose_deepspeed_accelerator()
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.planning.launch_facts import LaunchSettings
     from megatron_ral.planning.launch_plan import LaunchPlan

@@ -50,27 +50,6 @@ def test_megatron_still_forms_rotations_in_every_layer():
     assert "query = apply_rotary_pos_emb(" in inspect.getsource(attention.Attention)
 
 
-def test_megatron_still_compiles_when_imported():
-    """Imported by itself it brings torch's compiler along, and with the workaround it does not."""
-    program = "import sys; {}; import megatron.core; print('torch._inductor.compile_fx' in sys.modules)"
-    ours = "from megatron_ral.compat.megatron_compile import import_megatron; import_megatron()"
-    for before, wanted in (("pass", "True"), (ours, "False")):
-        done = subprocess.run([sys.executable, "-c", program.format(before)], capture_output=True, text=True)
-        assert done.stdout.split()[-1:] == [wanted], done.stderr
-
-
-def test_a_function_is_compiled_when_it_is_first_called(monkeypatch):
-    from megatron_ral.compat.megatron_compile import compile_when_called
-
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    twice = compile_when_called(lambda value: 2 * value, dynamic=True)
-    thrice = compile_when_called(dynamic=False)(lambda value: 3 * value)
-    assert compiled == []
-    assert (twice(1), twice(2), thrice(1)) == (2, 4, 3)
-    assert compiled == [{"dynamic": True}, {"dynamic": False}]
-
-
 def test_deepspeed_still_compiles_a_collective_on_cpu():
     assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op")
 
