@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout, PackedGroups
+from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
 from megatron_ral.attention.layer_rows import AttentionRows, HeadSettings
 from megatron_ral.attention.rows import choose_backend
 from megatron_ral.attention.types import QueryPosition
@@ -265,12 +265,11 @@ class StageEngine:
                 tick(getattr(batch, "groups", batch).prompts.identities)
                 yield batch
 
-        layouts = [PackedGroups.of_batch(getattr(batch, "groups", batch)) for batch in batches]
         run_schedule(
             forward_step,
             taken(),
             self.stage,
-            [self.stage.boundary_shape(layout.num_tokens, 1) for layout in layouts],
+            [self.stage.boundary_shape(getattr(batch, "groups", batch).num_tokens, 1) for batch in batches],
             forward_only=forward_only,
         )
 

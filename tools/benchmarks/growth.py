@@ -19,17 +19,13 @@ The last lines:
 import argparse
 import math
 import tempfile
-from pathlib import Path
 from typing import Iterator, NamedTuple
 
 from tools.benchmarks.step_material import (
-    REAL,
-    REAL_LAYERS,
     SCALES,
     Clock,
-    make_model,
     make_update,
-    settings_of,
+    open_scaled,
     start,
     versions,
 )
@@ -73,18 +69,12 @@ def main() -> None:
 
     import torch
 
-    from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import stop_groups
     from megatron_ral.planning.fakes import Watched
-    from megatron_ral.training.build import build_objective, build_policy
 
     clock, peaks, ratios = Clock(), {}, []
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = REAL["vocab_size"] // arguments.scale * arguments.layers // REAL_LAYERS
-        model = make_model(Path(folder) / "model", arguments.scale, arguments.layers, vocab_size)
-        config = settings_of("ral_7b", model, [])
-        policy = build_policy(config, read_shape(model), process_groups)
-        objective = build_objective(config, policy.shape, process_groups)
+        policy, objective = open_scaled(folder, arguments.scale, arguments.layers, process_groups)
 
         def update(sizes: Sizes) -> list:
             count = sizes.micro_batches

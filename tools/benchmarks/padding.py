@@ -22,16 +22,12 @@ Sides use processor seconds of all threads, medians of --rounds; wall seconds ar
 
 import argparse
 import tempfile
-from pathlib import Path
 
 from tools.benchmarks.step_material import (
-    REAL,
-    REAL_LAYERS,
     SCALES,
     Clock,
-    make_model,
     make_update,
-    settings_of,
+    open_scaled,
     start,
     versions,
 )
@@ -66,9 +62,7 @@ def main() -> None:
 
     import torch
 
-    from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import stop_groups
-    from megatron_ral.training.build import build_objective, build_policy
 
     generator = torch.Generator().manual_seed(0)
     groups, G = arguments.groups, arguments.group_size
@@ -80,11 +74,7 @@ def main() -> None:
         _shared(int(responses.sum()), groups * G).view(groups, G),
     )
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = REAL["vocab_size"] // arguments.scale * arguments.layers // REAL_LAYERS
-        model = make_model(Path(folder) / "model", arguments.scale, arguments.layers, vocab_size)
-        config = settings_of("ral_7b", model, [f"rollout.group_size={G}"])
-        policy = build_policy(config, read_shape(model), process_groups)
-        objective = build_objective(config, policy.shape, process_groups)
+        policy, objective = open_scaled(folder, arguments.scale, arguments.layers, process_groups)
         sides = {
             "equal": make_update(policy, *even, arguments.tokens),
             "different": make_update(policy, prompts, responses, arguments.tokens),

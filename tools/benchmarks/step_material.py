@@ -96,6 +96,25 @@ def make_prompts(processor, count: int, length: int) -> list:
     return prompts
 
 
+def open_scaled(folder: str, scale: int, num_layers: int, process_groups):
+    """Return policy and objective of `ral_7b` on a random model with the 7B's widths / scale and its share of words.
+
+    Args:
+        folder: Folder in which the model is made.
+        scale: Divisor of the widths.
+        num_layers: Layers. The vocabulary is reduced in their proportion.
+        process_groups: Process groups of this process.
+    """
+    from megatron_ral.models.shape import read_shape
+    from megatron_ral.training.build import build_objective, build_policy
+
+    vocab_size = REAL["vocab_size"] // scale * num_layers // REAL_LAYERS
+    model = make_model(Path(folder) / "model", scale, num_layers, vocab_size)
+    config = settings_of("ral_7b", model, [])
+    policy = build_policy(config, read_shape(model), process_groups)
+    return policy, build_objective(config, policy.shape, process_groups)
+
+
 def make_text_and_picture(length: int, number: int, text: int = 40):
     """Return a prompt of `length` tokens of which the last `text` are text, without pixels."""
     import torch
