@@ -11,6 +11,8 @@ from megatron_ral.attention.types import Block
 
 SMALL_BLOCK, LARGE_BLOCK = 1 << 16, 1 << 18
 """Elements of a temporary: of the weights of one key/value head at least, of a formula over rows."""
+SMALL_MAP = 1 << 21
+"""Elements below which a map of rows is small, 8 MiB: temporaries of `LARGE_BLOCK` do not weigh beside a model then."""
 
 
 def formula_elements(rows: Tensor) -> Optional[int]:

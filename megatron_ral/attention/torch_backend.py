@@ -35,8 +35,10 @@ class TorchBackend:
             slope = slope_of(block)[:, None, :, None]  # [b, 1, g, 1, r, S]
             for heads in head_blocks(qk, block):
                 weights = _weights(qk, block, heads)
-                inner = (weights * slope).sum(dim=-1, keepdim=True)
-                scores = weights.mul_(slope - inner).flatten(3, 4)  # [b, h, g, m r, S]
+                scores = weights * slope
+                scores.addcmul_(weights, scores.sum(dim=-1, keepdim=True), value=-1)
+                scores = scores.flatten(3, 4)  # [b, h, g, m r, S]
+                del weights
                 prompt, own, h = scores[..., :P], scores[..., P:], heads.index
                 to_query = (prompt.flatten(2, 3) @ heads.prompt_key).view_as(heads.query)
                 to_query = to_query.add_(own @ heads.response_key).mul_(qk.scale)
@@ -47,6 +49,7 @@ class TorchBackend:
                     for head, (matrix, vectors) in enumerate(zip(matrices, rows)):
                         part[:, head].addmm_(matrix.mT, vectors)
                 grad_response[b, g, :, h] += (own.mT @ heads.query).permute(0, 2, 3, 1, 4)
+                del scores, prompt, own, to_query  # before the next heads take as much
 
 
 class HeadBlock(NamedTuple):
@@ -68,12 +71,13 @@ class HeadBlock(NamedTuple):
 
 def weight_blocks(qk: RowQK) -> Iterator[Block]:
     """Yield blocks whose weights for one key/value head are a small part of a map of rows, so that several temporaries
-    together are far below one map.
+    together are far below one map. Of a small map a part may be as large as a cache holds.
 
     Padding is left out in host memory. Elsewhere the host would have to wait for the lengths.
     """
     shape = qk.query_BGRnD.shape[:3]
-    elements = max(blocks.SMALL_BLOCK, math.prod(shape) * qk.num_keys // 32)
+    whole = math.prod(shape) * qk.num_keys
+    elements = blocks.LARGE_BLOCK if whole < blocks.SMALL_MAP else max(blocks.SMALL_BLOCK, whole // 32)
     lengths = qk.num_rows_BG if qk.num_rows_BG is not None and qk.num_rows_BG.device.type == "cpu" else None
     for b, g, r in blocks.row_blocks(shape, qk.heads_per_key * qk.num_keys, elements):
         stop = r.stop if lengths is None else min(r.stop, int(lengths[b, g].max()))
@@ -107,8 +111,10 @@ def _weights(qk: RowQK, block: Block, heads: HeadBlock) -> Tensor:
     scores = torch.cat([prompt, heads.query @ heads.response_key.mT], dim=-1)
     del prompt
     scores = scores.unflatten(3, (qk.heads_per_key, -1))
-    padding = torch.arange(P, device=device) >= qk.prompt_lengths_B[b, None]
-    scores[..., :P].masked_fill_(padding[:, None, None, None, None], float("-inf"))
+    lengths = qk.prompt_lengths_B[b]
+    if device.type != "cpu" or int(lengths.min()) < P:  # elsewhere the host would have to wait for the lengths
+        padding = torch.arange(P, device=device) >= lengths[:, None]
+        scores[..., :P].masked_fill_(padding[:, None, None, None, None], float("-inf"))
     later = torch.arange(T, device=device) > torch.arange(r.start, r.stop, device=device)[:, None] - qk.lag
     scores[..., P:].masked_fill_(later, float("-inf"))
     return torch.softmax(scores, dim=-1)
