@@ -1,14 +1,16 @@
 """Time and memory of an update as work grows, with the exponent of each.
 
-    python -m tools.benchmarks.growth [--scale 4] [--layers 2] [--rounds 2] [--largest 8192] [--series P R G M]
+    python -m tools.benchmarks.growth [--scale 4] [--layers 2] [--rounds 2] [--largest 8192] [--series P R G M D]
 
 One size is doubled while the others stay: visual tokens P of a prompt, tokens R of a response, responses G, and
 micro-batches M (updates of more groups, one group each). The update is the gradient of GRPO with the attention term of
 the last layer; AdamW is left out, which does not depend on them. The model is that of padding.py. Memory is the peak of
 live bytes of the processor's tensors above parameters, gradients and inputs, counted in an update of its own.
 
-Between data-parallel ranks: gradients and the gathered stage are sent once per update, whatever the number of ranks
-(`python -m tools.benchmarks.traffic`), so that this table has one process.
+Series D runs the first size on 1, 2, .. data-parallel ranks, one group each, with AdamW. Its seconds are the processor
+seconds of one rank, mean over ranks, and its memory the peak of the first one and the bytes that it holds between
+steps. Ranks may share a processor, because processor seconds count work and no waiting. Work per rank is the same for
+every number of ranks, so that an exponent of 0 is the best there is. What ZeRO-3 sends over gloo is part of it.
 
 An exponent is the slope of log(time) over log(size) between the two largest sizes: 1 is proportional, 2 is square.
 The last lines:
@@ -17,11 +19,17 @@ The last lines:
 """
 
 import argparse
+import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from typing import Iterator, NamedTuple
 
 from tools.benchmarks.step_material import (
+    PROJECT,
     SCALES,
     Clock,
     make_update,
@@ -53,6 +61,70 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Measure updates as one data-parallel rank. The first rank prints the mean over ranks as a JSON line."""
+    process_groups = start(arguments.threads)
+
+    import torch
+
+    from megatron_ral.parallel.collectives import all_reduce_sum_
+    from megatron_ral.parallel.process_groups import stop_groups
+    from megatron_ral.planning.fakes import Watched
+
+    ranks, seconds, sizes = process_groups.layout.data_size, [], Sizes()
+    policy, objective = open_scaled(arguments.as_rank, arguments.scale, arguments.layers, process_groups)
+    batches = make_update(policy, torch.tensor([sizes.visual + 40]), torch.full((1, sizes.group), sizes.length))
+    for number in range(arguments.rounds + 1):
+        started = time.process_time()
+        policy.forward_backward(batches, objective)
+        assert policy.step().applied
+        if number:
+            seconds.append(time.process_time() - started)
+    layers = policy.local_layers(sorted(objective.recorded_layers))
+    with policy.ready(layers), Watched() as watched, watched.phase() as seen:
+        policy.forward_backward(batches, objective)
+    total = all_reduce_sum_(torch.tensor(sorted(seconds)[len(seconds) // 2]), process_groups.data)
+    held = policy.shard_bytes()
+    if process_groups.layout.rank == 0:
+        found = {
+            "seconds": float(total) / ranks,
+            "peak": seen.peak_bytes,
+            "held": sum(held.values()) - held["whole stage"],
+        }
+        print(json.dumps({**found, "tokens": batches[0].groups.num_tokens}), flush=True)
+    stop_groups()
+
+
+def grow_ranks(arguments: argparse.Namespace, folder: str) -> Iterator[tuple[str, float]]:
+    """Measure the series D on the model in a folder, print its rows and yield its ratios."""
+    found = []
+    for ranks in arguments.ranks:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+                *("-m", "tools.benchmarks.growth", "--as-rank", folder, "--scale", str(arguments.scale)),
+                *("--layers", str(arguments.layers), "--rounds", str(arguments.rounds)),
+                *("--threads", str(arguments.threads)),
+            ],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
+        )
+        if done.returncode:
+            sys.exit(f"{ranks} data-parallel ranks failed:\n{done.stderr[-4000:]}")
+        one = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+        found.append(one)
+        print(
+            f"D={ranks}{one['tokens']:>{25 - len(str(ranks))},}{one['seconds']:>9.2f}"
+            f"{1e6 * one['seconds'] / one['tokens']:>10.0f}{one['peak'] / 1e6:>9.0f}  "
+            f"{one['held'] / 1e6:.0f} MB held between steps",
+            flush=True,
+        )
+    for name, key in (("growth_D", "seconds"), ("memory_D", "peak"), ("held_D", "held")):
+        yield name, exponent(arguments.ranks, [one[key] for one in found])
+
+
 def main() -> None:
     """Measure every size and print the table and the exponents."""
     parser = argparse.ArgumentParser(
@@ -63,8 +135,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each size")
     parser.add_argument("--threads", type=int, default=1, help="threads")
     parser.add_argument("--largest", type=int, default=8192, help="largest number of visual tokens")
-    parser.add_argument("--series", nargs="+", choices="PRGM", default=list("PRGM"), help="sizes that grow")
+    parser.add_argument("--series", nargs="+", choices="PRGMD", default=list("PRGMD"), help="sizes that grow")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of data-parallel ranks of D")
+    parser.add_argument("--as-rank", default="", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.as_rank:
+        run_rank(arguments)
+        return
     process_groups = start(arguments.threads)
 
     import torch
@@ -114,6 +191,9 @@ def main() -> None:
             grown = [getattr(sizes, own) for sizes in updates]
             ratios.append((f"growth_{name}", exponent(grown, seconds)))
             ratios.append((f"memory_{name}", exponent(grown, memory)))
+        if "D" in arguments.series:
+            del policy, objective
+            ratios.extend(grow_ranks(arguments, folder))
     stop_groups()
     for name, value in ratios:
         print(f"ratio {name} {value:.2f}")

@@ -96,11 +96,19 @@ def make_prompts(processor, count: int, length: int) -> list:
     return prompts
 
 
+def make_scaled(folder: str | Path, scale: int, num_layers: int) -> str:
+    """Make a random model with the 7B's widths / scale and its share of words where none is; returns its folder."""
+    model = Path(folder) / "model"
+    if not (model / "config.json").exists():
+        make_model(model, scale, num_layers, REAL["vocab_size"] // scale * num_layers // REAL_LAYERS)
+    return str(model)
+
+
 def open_scaled(folder: str, scale: int, num_layers: int, process_groups):
     """Return policy and objective of `ral_7b` on a random model with the 7B's widths / scale and its share of words.
 
     Args:
-        folder: Folder in which the model is made.
+        folder: Folder of the model, see `make_scaled`.
         scale: Divisor of the widths.
         num_layers: Layers. The vocabulary is reduced in their proportion.
         process_groups: Process groups of this process.
@@ -108,10 +116,8 @@ def open_scaled(folder: str, scale: int, num_layers: int, process_groups):
     from megatron_ral.models.shape import read_shape
     from megatron_ral.training.build import build_objective, build_policy
 
-    vocab_size = REAL["vocab_size"] // scale * num_layers // REAL_LAYERS
-    model = make_model(Path(folder) / "model", scale, num_layers, vocab_size)
-    config = settings_of("ral_7b", model, [])
-    policy = build_policy(config, read_shape(model), process_groups)
+    config = settings_of("ral_7b", make_scaled(folder, scale, num_layers), [])
+    policy = build_policy(config, read_shape(config.model.path), process_groups)
     return policy, build_objective(config, policy.shape, process_groups)
 
 

@@ -1,6 +1,7 @@
 """TRL's side of whole_step_trl.py, which runs in an environment of its own: it imports nothing of this project."""
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -8,6 +9,28 @@ import time
 from pathlib import Path
 
 QUESTION = "Which digit is red?"
+OTHER_TOKEN = 17
+"""Token that stands where a model drew the end too early."""
+
+
+def read_lengths(folder: Path) -> list[list[int]] | None:
+    """Return the length that every response must have, by prompt. None: all are as long as the limit."""
+    file = folder / "lengths.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def peak_bytes(function):
+    """Run a function, and return (its result, most bytes that PyTorch's allocator gave it at once)."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return result, peak
 
 
 def length_reward(completion: str, solution: str = "", problem_type: str = "") -> float:
@@ -26,13 +49,14 @@ def run_trl(args: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from PIL import Image
-    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, TrainerCallback
+    from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, Qwen2_5_VLProcessor, TrainerCallback
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(args.threads)
     now = time.perf_counter if args.clock == "wall" else time.process_time
     folder, spent, phases, seen = Path(args.folder), {"rollout": 0.0, "old": 0.0}, [], {}
+    lengths, peaks = read_lengths(folder), []
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 
     class Processor(Qwen2_5_VLProcessor):
@@ -67,11 +91,35 @@ def run_trl(args: argparse.Namespace) -> None:
             seen.update(
                 prompt=inputs["prompt_ids"].shape[1],
                 response=int(inputs["completion_mask"].sum(1).min()),
+                longest=int(inputs["completion_mask"].sum(1).max()),
                 visual=int(inputs["image_grid_thw"][0].prod()) // 4,
                 rows=len(inputs["prompt_ids"]),
                 old=inputs["old_per_token_logps"] is not None,
             )
             return super()._compute_loss(model, inputs)
+
+        def training_step(self, model, inputs, *positional, **named):
+            if not args.memory:
+                return super().training_step(model, inputs, *positional, **named)
+            work = functools.partial(super().training_step, model, inputs, *positional, **named)
+            if self.state.global_step % args.prompts != args.prompts - 1:
+                return work()  # the first of a rollout generates it
+            result, peak = peak_bytes(work)
+            peaks.append(peak)
+            return result
+
+    class Ends(LogitsProcessor):
+        """Ends every response where its length says."""
+
+        def __init__(self, prompt_length: int):
+            self.prompt_length, self.lengths = prompt_length, torch.tensor(lengths).flatten()
+
+        def __call__(self, input_ids, scores):
+            ends = self.lengths == input_ids.shape[1] - self.prompt_length + 1
+            scores[:, tokenizer.eos_token_id] = -torch.inf
+            scores[ends] = -torch.inf
+            scores[ends, tokenizer.eos_token_id] = 0.0
+            return scores
 
     class Steps(TrainerCallback):
         """Clock of steps. One step of ours, a rollout and its updates, is args.prompts optimizer steps of TRL."""
@@ -89,7 +137,9 @@ def run_trl(args: argparse.Namespace) -> None:
     question = [{"role": "user", "content": QUESTION}]
     data = Dataset.from_list([{"prompt": question, "image": picture} for picture in pictures])
     rows = args.trl_batch or args.group_size
-    stops = sorted({*tokenizer.all_special_ids, tokenizer.eos_token_id})
+    stops = {*tokenizer.all_special_ids, tokenizer.eos_token_id}
+    stops = sorted(stops - {tokenizer.eos_token_id} if lengths else stops)
+    forced = {} if lengths else {"min_new_tokens": args.length}
     settings = GRPOConfig(
         output_dir=str(folder / f"trl-{os.getpid()}"),
         use_cpu=True,
@@ -104,7 +154,7 @@ def run_trl(args: argparse.Namespace) -> None:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        generation_kwargs={"min_new_tokens": args.length, "suppress_tokens": stops},
+        generation_kwargs={**forced, "suppress_tokens": stops},
         shuffle_dataset=False,
         beta=0.0,
         learning_rate=1e-5,
@@ -133,6 +183,15 @@ def run_trl(args: argparse.Namespace) -> None:
     for name, parameter in trainer.model.named_parameters():
         if "visual" in name:
             parameter.requires_grad_(False)
+    if lengths:
+        generate = trainer.model.generate
+
+        def ended(**named):
+            return generate(**named, logits_processor=LogitsProcessorList([Ends(named["input_ids"].shape[1])]))
+
+        trainer.model.generate = ended
     trainer.train()
-    assert seen["response"] == args.length and seen["rows"] == rows and seen["old"], seen
-    say(phases, **seen)
+    last = lengths[-1] if lengths else [args.length]
+    assert (seen["response"], seen["longest"]) == (min(last), max(last)), seen
+    assert seen["rows"] == rows and seen["old"], seen
+    say(phases, update_peak=max(peaks, default=0), **seen)

@@ -30,8 +30,10 @@ The last lines:
 """
 
 import argparse
+import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,22 +44,21 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from tools.benchmarks.step_material import STEADY, versions
-from tools.benchmarks.trl_side import QUESTION, run_trl, say
+from tools.benchmarks.padding import PROMPTS, RESPONSES, draw_lengths
+from tools.benchmarks.step_material import SCALES, STEADY, make_scaled, versions
+from tools.benchmarks.trl_side import OTHER_TOKEN, QUESTION, peak_bytes, read_lengths, run_trl, say
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRL = "1.16.0"
 PHASES = ("data", "rollout", "old", "update")
+FLAGS = ("recompute", "drawn", "memory")
 
 
 # --- inputs of both sides ---------------------------------------------------------------------------------------------
 
 
-def make_inputs(folder: Path, args: argparse.Namespace) -> None:
-    """Make model/, pictures/*.png and the same pictures as the shard data.tar."""
-    import numpy as np
-    from PIL import Image
-
+def make_small_model(model: Path, args: argparse.Namespace) -> None:
+    """Make a random Qwen2.5-VL whose parts have the proportions of the 7B."""
     width = args.hidden_size
     options = {
         "hidden-size": width,
@@ -71,7 +72,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         "vision-hidden-size": width // 3,
         "vision-depth": args.num_layers,
         "vision-intermediate-size": width * 8 // 9,
-        "output": folder / "model",
+        "output": model,
     }
     subprocess.run(
         [
@@ -85,12 +86,31 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
     )
+
+
+def make_inputs(folder: Path, args: argparse.Namespace) -> None:
+    """Make model/, pictures/*.png and the same pictures as the shard data.tar."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    if args.scale:
+        make_scaled(folder, args.scale, args.num_layers)
+    else:
+        make_small_model(folder / "model", args)
+    sizes = [(args.rows, args.columns)] * args.prompts
+    if args.drawn:
+        generator = torch.Generator().manual_seed(0)
+        prompts = draw_lengths(args.prompts, PROMPTS, generator).tolist()
+        sizes = [((tokens - 15) // math.isqrt(tokens), math.isqrt(tokens)) for tokens in prompts]
+        responses = draw_lengths(args.prompts * args.group_size, RESPONSES, generator).clamp(max=args.length)
+        (folder / "lengths.json").write_text(json.dumps(responses.view(args.prompts, -1).tolist()))
     rng, text = np.random.default_rng(0), {"problem": QUESTION, "solution": "<answer>7</answer>", "data_type": "image"}
     (folder / "pictures").mkdir()
     with tarfile.open(folder / "data.tar", "w") as archive:
-        for number in range(args.prompts):
+        for number, (rows, columns) in enumerate(sizes):
             stream, path = io.BytesIO(), folder / f"pictures/k{number:03d}.png"
-            pixels = rng.integers(0, 255, (28 * args.rows, 28 * args.columns, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 255, (28 * rows, 28 * columns, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(stream, "PNG")
             path.write_bytes(stream.getvalue())
             for name, data in ((path.name, stream.getvalue()), (f"{path.stem}.json", json.dumps(text).encode())):
@@ -126,7 +146,8 @@ def run_ours(args: argparse.Namespace) -> None:
             super()._log_step(log, report, number, bar)
             reports.append(report)
 
-    folder = Path(args.folder)
+    folder, peaks = Path(args.folder), []
+    lengths = read_lengths(folder)
     (folder / "run.yaml").write_text("model: {dtype: float32}\n")
     module = "tools.benchmarks.trl_side"
     config = load_config(
@@ -157,18 +178,58 @@ def run_ours(args: argparse.Namespace) -> None:
     )
     process_groups = start_groups(tensor_size=1, pipeline_size=1, seed=0)
     inputs = trainer.Inputs.open(config, False)
-    inputs.processor.end_token_id = -1  # no response ends before its length
+    if lengths:
+        end_responses(lengths, inputs.processor.end_token_id)
+    else:
+        inputs.processor.end_token_id = -1  # no response ends before its length
+    if args.memory:
+        update = step.accumulate_gradients
+
+        def watched(*positional):
+            result, peak = peak_bytes(functools.partial(update, *positional))
+            peaks.append(peak)
+            return result
+
+        step.accumulate_gradients = watched
     Timed(config, read_shape(config.model.path), process_groups, inputs).run()
     groups_seen = [scored.groups for report in reports for scored in report.rollout]
-    assert all(int(seen.response_lengths.min()) == args.length for seen in groups_seen)
+    seen_lengths = sorted(
+        int(length) for seen in groups_seen[-args.prompts :] for length in seen.response_lengths.flatten()
+    )
+    wanted = lengths or [[args.length] * args.group_size] * args.prompts
+    assert seen_lengths == sorted(length for group in wanted for length in group)
     assert "loss/attention" in reports[-1].metrics
     say(
         [dict(report.seconds) for report in reports],
         prompt=groups_seen[0].prompts.input_ids.shape[1],
         response=groups_seen[0].response_ids.shape[2],
         visual=int(groups_seen[0].prompts.visual_mask.sum()),
+        update_peak=peaks[-1] if peaks else 0,
     )
     stop_groups()
+
+
+def end_responses(lengths: list[list[int]], end_token: int) -> None:
+    """Make the sampler end every response where its length says, and nowhere else.
+
+    Args:
+        lengths: Tokens of each response, by prompt. A prompt's number is the end of its key.
+        end_token: Token that ends a response.
+    """
+    import torch
+
+    from megatron_ral.engine.decoding_batch import DecodingBatch
+
+    take = DecodingBatch.take
+
+    def ended(batch: DecodingBatch, token_N: torch.Tensor) -> None:
+        wanted = torch.tensor([lengths[int(key[-3:])] for key in batch.prompts.identities]).flatten()[batch.rows]
+        drawn = token_N.cpu() if batch._drawn is None else batch._drawn
+        tokens = torch.where(drawn == end_token, OTHER_TOKEN, drawn)
+        batch._drawn = None
+        take(batch, torch.where(wanted == batch.step + 1, end_token, tokens))
+
+    DecodingBatch.take = ended
 
 
 # --- in the process that compares -------------------------------------------------------------------------------------
@@ -190,11 +251,9 @@ def other_python(folder: Path) -> str:
 def child(python: str, side: str, args: argparse.Namespace) -> dict:
     """Run one process of a side, and return its report."""
     options = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in vars(args).items()
-        if name not in ("child", "recompute")
+        f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if name not in ("child", *FLAGS)
     ]
-    options += ["--recompute"] * args.recompute
+    options += [f"--{name}" for name in FLAGS if getattr(args, name)]
     environment = {
         **os.environ,
         **STEADY,
@@ -235,6 +294,14 @@ def report(args: argparse.Namespace, found: dict[str, list[dict]]) -> None:
             f"{side:6}{data:9.2f}{rollout:12.2f}{old:9.2f}{update:11.2f}{sum(middle.values()):9.2f}{rate[side]:11.3f}"
             f"{peak[side] / 2**20:18.0f}   (steps: {' '.join(f'{sum(step.values()):.1f}' for step in steps)})"
         )
+    if args.memory:
+        ours, trl = (max(one["update_peak"] for one in found[side]) for side in ("ours", "trl"))
+        responses = args.group_size / (args.trl_batch or args.group_size)
+        print(
+            f"peak of the last update above what was held before it: ours {ours / 2**20:.0f} MiB, trl {trl / 2**20:.0f}"
+        )
+        print(f"ratio update_memory_trl {ours / trl / responses:.3f}")
+        return
     print(f"ratio whole_step_trl_memory {peak['trl'] / peak['ours']:.2f}")
     print(f"ratio whole_step_trl {rate['ours'] / rate['trl']:.2f}")
 
@@ -267,6 +334,15 @@ def main() -> None:
     )
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="attention of TRL")
     parser.add_argument("--trl-batch", type=int, default=0, help="responses per pass of TRL; 0: a whole group")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        choices=(0, *SCALES),
+        default=0,
+        help="widths of the 7B model / scale in place of --hidden-size",
+    )
+    parser.add_argument("--drawn", action="store_true", help="lengths of prompts and responses as in padding.py")
+    parser.add_argument("--memory", action="store_true", help="measure memory of the last update in place of seconds")
     parser.add_argument("--recompute", action="store_true", help="recompute activations on both sides")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
@@ -288,12 +364,18 @@ def main() -> None:
             for side, rounds in found.items():
                 rounds.append(child(pythons[side], side, args))
         first, other = found["ours"][0], found["trl"][0]
-        assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
+        if not args.drawn:
+            assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
         P, G, R = first["prompt"], args.group_size, args.length
         print(
             f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
-            f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, R = {R}; "
-            f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}"
+            f"{args.prompts} prompts and updates, G = {G}, "
+            + (
+                "lengths of prompts and responses drawn"
+                if args.drawn
+                else f"P = {P} with {first['visual']} visual tokens, R = {R}; "
+                f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}"
+            )
         )
         print(
             f"{versions()}, trl {TRL} ({args.attention}, {args.trl_batch or G} responses per pass); {args.threads} "
