@@ -74,17 +74,28 @@ class PackedGroups:
         prompts = self.prompts.pack(groups.prompts.position_ids.permute(1, 2, 0).contiguous())
         return torch.cat([prompts.t(), own.expand(3, -1)], dim=1)
 
-    def predicting_rows(self, hidden: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Return the rows that predict the response tokens, [responses.num_tokens, H]; carries gradient.
+    def read_rows(self, hidden: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """Return the rows that the LM head reads: each prompt's last one, then those of all response tokens.
 
         Args:
-            hidden: Hidden states of the pass, [T, H].
+            hidden: Hidden states of the pass, [T or more, H].
             prompt_lengths: [B] int64.
+
+        Returns:
+            [B + responses.num_tokens, H] with gradient.
         """
         prompts, responses = self.split(hidden)
+        return torch.cat([take(prompts, prompt_lengths.cumsum(0) - 1), responses])
+
+    def predicting_rows(self, read: Tensor) -> Tensor:
+        """Return the rows that predict the response tokens, [responses.num_tokens, H] with gradient.
+
+        Args:
+            read: Rows of `read_rows`.
+        """
         B, G, _ = self.responses.shape
-        last = take(prompts, prompt_lengths.cumsum(0) - 1)
-        return take(torch.cat([last[:, None].expand(B, G, -1).flatten(0, 1), responses]), self.predicting)
+        last, responses = read[:B, None], read[B:]
+        return take(torch.cat([last.expand(B, G, -1).flatten(0, 1), responses]), self.predicting)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ without reading it. Each pass has an object of its own, so that several micro-ba
 from dataclasses import dataclass, field
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from megatron_ral.attention.group_layout import AttentionRecord, GroupLayout
@@ -54,3 +55,20 @@ class AttentionPass:
     of all ranks."""
     deepstack: dict[int, VisualFeatures] = field(default_factory=dict)
     """0-based layer -> features that it adds to its output, filled by the first stage."""
+
+    def read_rows(self, hidden: Tensor) -> Tensor:
+        """Return the rows of hidden states that the LM head reads; carries gradient.
+
+        Args:
+            hidden: [T or more, 1, H] in a pass over groups, [P, B, H] in one over prompts, [1, N, H] in decoding.
+
+        Returns:
+            Each prompt's last row and those of all response tokens [B + N, 1, H] in a pass over groups, each prompt's
+            last row [1, B, H] in one over prompts, the argument in decoding.
+        """
+        if self.decode_step is not None:
+            return hidden
+        lengths, packed = self.layout.prompt_lengths, self.layout.packed
+        if packed is not None:
+            return packed.read_rows(hidden[:, 0], lengths)[:, None]
+        return hidden[lengths - 1, torch.arange(len(lengths), device=lengths.device)][None]

@@ -17,9 +17,11 @@ from megatron_ral.models.shape import ModelShape
 def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequence[int]) -> float:
     """Return the forward FLOPs of the language model over one group [prompt | response 1 | ... | response G].
 
-        layers * (2 * W * (P + sum_g R_g) + 4 * Q * pairs) + 2 * H * V * sum_g R_g
+        layers * (2 * W * (P + sum_g R_g) + 4 * Q * pairs) - 2 * 3 * H * F * (P - 1) + 2 * H * V * sum_g R_g
         W = H * (2 Q + 2 K) + 3 * H * F          weights of one layer's matrices, with an output gate H * (3 Q + 2 K)
         pairs = P (P + 1) / 2 + sum_g (R_g P + R_g (R_g + 1) / 2)
+
+    The last layer's feed-forward part reads one row of the prompt, because nothing reads what it makes of the others.
 
     A layer with linear attention has matrices and a convolution of its own, and per token and value head 6 * Dk * Dv in
     place of the pairs: two reads of the state and one write, as the recurrence has them.
@@ -37,7 +39,8 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
     queries = (3 if shape.family.output_gate else 2) * query  # with their gates, and the output matrix
     softmax = hidden * (queries + 2 * shape.num_query_groups * shape.kv_channels)
     layers = len(shape.softmax_layers)
-    weights = layers * softmax + shape.num_layers * 3 * hidden * shape.ffn_hidden_size
+    mlp = 3 * hidden * shape.ffn_hidden_size
+    weights = layers * softmax + shape.num_layers * mlp
     linear = shape.linear_attention
     if linear is not None:
         sizes = [math.prod(size) for size in linear.weight_shapes(hidden).values() if len(size) > 1]
@@ -48,7 +51,8 @@ def group_flops(shape: ModelShape, prompt_length: int, response_lengths: Sequenc
         length * prompt_length + length * (length + 1) / 2 for length in response_lengths
     )
     tokens = prompt_length + responses
-    return float(2 * weights * tokens + layers * 4 * query * pairs + 2 * hidden * shape.vocab_size * responses)
+    products = weights * tokens - mlp * (prompt_length - 1) + hidden * shape.vocab_size * responses
+    return float(2 * products + layers * 4 * query * pairs)
 
 
 def tower_flops_per_patch(shape: ModelShape) -> float:

@@ -7,7 +7,8 @@ Departures from GPTModel:
 - norms are torch's RMSNorm under sequence parallelism too. `partial_over_tensor_ranks` marks those whose gradient is
   only a part of a sum over tensor ranks, which the engine then forms;
 - matrices of the layers may have low-rank adapters (`adapted_linear.py`);
-- a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack).
+- a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack);
+- the last layer's MLP is computed for the rows alone that the LM head reads, except under sequence parallelism.
 """
 
 import copy
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ral.compat.megatron_output_gate import GatedSelfAttention
 from megatron_ral.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, add_adapters
+from megatron_ral.models.attention_pass import AttentionPass
 from megatron_ral.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.norms import RMSNorm
@@ -48,7 +50,8 @@ class LayerParameters(Protocol):
 class StageLayer(TransformerLayer):
     """Transformer layer with activation recomputation, gathering of its parameters, and DeepStack features.
 
-    The features in `AttentionPass.deepstack` for this layer are added to its output.
+    The features in `AttentionPass.deepstack` for this layer are added to its output. Of a prompt the last layer returns
+    only the last row (`returns_read_rows`), because nothing reads the others: their MLP would be work for nothing.
     """
 
     recompute: bool = False
@@ -56,13 +59,31 @@ class StageLayer(TransformerLayer):
     weights: Optional[LayerParameters] = None
     """Gathering of the parameters around each forward pass; None where they stay available."""
 
+    _pass: Optional[AttentionPass] = None
+    """Pass under way, where the MLP reads some of its rows alone."""
+
+    def returns_read_rows(self, pass_: AttentionPass) -> bool:
+        """Return whether the output has the rows `AttentionPass.read_rows` alone.
+
+        Under sequence parallelism it has all, because each tensor rank holds a part of them.
+        """
+        is_last = self.layer_number == self.config.num_layers
+        return is_last and not self.config.sequence_parallel and self.layer_number - 1 not in pass_.deepstack
+
+    def _forward_mlp(self, hidden_states, *args, **kwargs):
+        if self._pass is not None:
+            hidden_states = self._pass.read_rows(hidden_states)
+        return super()._forward_mlp(hidden_states, *args, **kwargs)
+
     def forward(self, hidden_states, *args, attention_mask, **kwargs):
         def layer(hidden):
+            self._pass = attention_mask if self.returns_read_rows(attention_mask) else None
             if self.weights is not None:
                 hidden = self.weights.enter(hidden)
             result = super(StageLayer, self).forward(hidden, *args, attention_mask=attention_mask, **kwargs)
             if self.weights is not None:
                 self.weights.leave()
+            self._pass = None
             return result
 
         recorded = self.layer_number - 1 in attention_mask.recorded_layers

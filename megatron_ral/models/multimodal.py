@@ -138,7 +138,7 @@ class MultimodalStage(torch.nn.Module):
         if self.config.sequence_parallel:
             # The output layer already sums the gradient over tensor ranks, so that it must only be cut here.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        rows = packed.predicting_rows(hidden[:, 0], attention.layout.prompt_lengths)
+        rows = packed.predicting_rows(self._read_rows(hidden, attention)[:, 0])
         return rows if attention.hidden_states else self._logits(rows)
 
     def prefill(
@@ -156,8 +156,7 @@ class MultimodalStage(torch.nn.Module):
         hidden = self._decode_layers(hidden, prompts.position_ids, attention)
         if not self.layout.is_last_stage:
             return hidden
-        last = attention.layout.prompt_lengths - 1
-        return self._logits(hidden[last, torch.arange(len(last), device=last.device)])
+        return self._logits(self._read_rows(hidden, attention)[0])
 
     def decode(self, token_N: Tensor, positions_N: Tensor, attention: AttentionPass) -> Tensor:
         """Run the stage over one token for each row of the cache.
@@ -230,6 +229,10 @@ class MultimodalStage(torch.nn.Module):
     def _decode_layers(self, hidden: Tensor | None, position_ids: Tensor, attention: AttentionPass) -> Tensor:
         rotation = self.rotation(position_ids)
         return self.language.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
+
+    def _read_rows(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
+        """Return the rows of the last layer's output that the LM head reads."""
+        return hidden if self.layers[-1].returns_read_rows(attention) else attention.read_rows(hidden)
 
     def rotation(self, position_ids: Tensor) -> Tensor:
         """Return cosines and sines of positions [3, B, S], [2, S, B, 1, D], formed once for all layers."""

@@ -47,7 +47,11 @@ def group_against_sequences(path, data):
     everything = fixed_groups(path, data)[:3]
     alone = separate(everything)
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(7))
-    result = {}
+    result, rows = {}, {}
+    for layer in policy.stage.layers:
+        layer.mlp.register_forward_hook(
+            lambda module, inputs, output, number=layer.layer_number: rows.update({number: len(inputs[0])})
+        )
     for name, groups_, weight in (("group", everything, weights), ("separate", alone, weights.reshape(9, 1))):
         prompts = pad_prompts([row[0] for row in groups_], 0)
         batch = GroupBatch(
@@ -67,6 +71,9 @@ def group_against_sequences(path, data):
                 layer: (rows * mask[..., None]).reshape(9, 7, -1) for layer, rows in output.attention.items()
             },
             "gradients": dict(zip(names, gradients)),
+            "rows": [rows[number] for number in sorted(rows)],
+            "read": len(groups_) + int(batch.response_lengths.sum()),
+            "tokens": int(prompts.prompt_lengths.sum() + batch.response_lengths.sum()),
         }
     stop_groups()
     return result
@@ -76,6 +83,8 @@ def group_against_sequences(path, data):
 def test_group_equals_separate_sequences(material, family):
     result = run_ranks(1, group_against_sequences, str(material[family]), str(material["data"]))[0]
     group, alone = result["group"], result["separate"]
+    for one in (group, alone):  # of a prompt the last MLP reads the row that predicts, and the others read all
+        assert one["rows"] == [*[one["tokens"]] * (len(one["rows"]) - 1), one["read"]] and one["read"] < one["tokens"]
     assert group["logprobs"].abs().max() > 1
     assert torch.allclose(group["logprobs"], alone["logprobs"], atol=1e-5)
     for layer, rows in group["attention"].items():

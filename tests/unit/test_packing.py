@@ -83,7 +83,9 @@ def test_tokens_of_a_pass_and_the_rows_that_predict_them():
         assert torch.equal(positions[axis], torch.cat(texts))
     # A hidden state that holds the index of its token shows which row predicts which token.
     hidden = torch.arange(packed.num_tokens, dtype=torch.float64)[:, None].expand(-1, 2)
-    rows = packed.predicting_rows(hidden, prompts.prompt_lengths)[:, 0].tolist()
+    read = packed.read_rows(hidden, prompts.prompt_lengths)
+    assert read[:, 0].tolist() == [2, 7, *range(8, 18)]
+    rows = packed.predicting_rows(read)[:, 0].tolist()
     assert rows == [2, 2, 9, 10, 11, 7, 13, 7, 15, 16]
 
 
@@ -91,4 +93,5 @@ def test_predicting_rows_share_the_gradient_of_a_prompt():
     prompts = make_prompts([2, 3])
     packed = PackedGroups.of(prompts.prompt_lengths, torch.tensor([[1, 2], [2, 2]]), 3, 2)
     hidden = torch.randn(packed.num_tokens, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda hidden: packed.predicting_rows(hidden, prompts.prompt_lengths), (hidden,))
+    lengths = prompts.prompt_lengths
+    assert torch.autograd.gradcheck(lambda rows: packed.predicting_rows(packed.read_rows(rows, lengths)), (hidden,))

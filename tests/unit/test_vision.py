@@ -160,6 +160,18 @@ def test_shares_are_consecutive_and_about_equal():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_patches_are_projected_by_a_product(family):
+    """Values and gradients are those of the convolution of transformers (see above), but none is called."""
+    tower, stock = towers(family)
+    names = []
+    for each in (tower, stock):
+        with torch.profiler.profile() as profile:
+            each(pixels_of(family), grid_thw=GRIDS)
+        names.append({event.name for event in profile.events()})
+    assert not any("conv" in name for name in names[0]) and any("conv3d" in name for name in names[1])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_without_pictures_the_tower_has_zero_gradients(family):
     tower, _ = towers(family)
     features = encode_frames(tower, FAMILIES[family], [], [pixels_of(family)[:0]])

@@ -189,9 +189,12 @@ class Family:
             dtype: precision of the parameters; None: torch's default.
         """
         from megatron_ral.models.packed_attention import register
+        from megatron_ral.models.patch_projection import project_patches
 
         tower_class: Any = self.tower_class()
-        return tower_class._from_config(copy.deepcopy(vision), dtype=dtype, attn_implementation=register())
+        tower = tower_class._from_config(copy.deepcopy(vision), dtype=dtype, attn_implementation=register())
+        project_patches(tower)
+        return tower
 
     def tower_inputs(self, tower: "torch.nn.Module", grids: "torch.Tensor") -> TowerInputs:
         """Return the inputs of a tower that follow from the sizes of pictures and videos.
