@@ -8,6 +8,7 @@ Departures from GPTModel:
   only a part of a sum over tensor ranks, which the engine then forms;
 - matrices of the layers may have low-rank adapters (`adapted_linear.py`);
 - a layer adds features of the vision tower to its output if the `AttentionPass` has some for it (DeepStack);
+- the activation keeps its input alone for the backward pass (`swiglu.py`);
 - the last layer's MLP is computed for the rows alone that the LM head reads, except under sequence parallelism.
 """
 
@@ -33,6 +34,7 @@ from megatron_ral.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubm
 from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.models.norms import RMSNorm
 from megatron_ral.models.shape import ModelShape
+from megatron_ral.models.swiglu import SwiGlu
 from megatron_ral.parallel.rank_layout import RankLayout, stage_sizes
 
 
@@ -160,6 +162,7 @@ def transformer_config(
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # the activation of the layer spec, which need not be Transformer Engine's
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -188,6 +191,7 @@ def _stage_spec(shape: ModelShape, layout: RankLayout) -> TransformerBlockSubmod
     spec.module = StageLayer
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.mlp.submodules.activation_func = SwiGlu
     matrices = attention.linear_qkv, attention.linear_proj
     if shape.adapter is not None:
         attention.linear_qkv = layer.mlp.submodules.linear_fc1 = AdaptedColumnParallelLinear
