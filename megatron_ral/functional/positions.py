@@ -36,8 +36,9 @@ def multimodal_positions(
     flags = is_visual.tolist()
     while index < len(flags):
         if not flags[index]:
-            columns.append(torch.full((3, 1), position, dtype=torch.int64))
-            position, index = position + 1, index + 1
+            end = flags.index(True, index) if True in flags[index:] else len(flags)
+            columns.append(torch.arange(position, position + end - index).expand(3, -1))
+            position, index = position + end - index, end
             continue
         if number >= len(grids):
             raise ValueError(f"visual tokens at position {index} belong to no image or video ({len(grids)} in all)")
