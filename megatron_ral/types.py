@@ -101,8 +101,8 @@ class Patches:
     """
 
     pixels: Tensor
-    """Bytes in the order of visual tokens, [patches, channels, frames, patch * patch] uint8. The patches of one visual
-    token are neighbours."""
+    """Bytes in the order of visual tokens, [patches, frames, patch * patch, channels] uint8: colours stand together, as
+    in a picture. The patches of one visual token are neighbours."""
     levels: Tensor
     """Number that each byte stands for, [channels, 256] float32."""
     repeats: int = 1
@@ -115,9 +115,9 @@ class Patches:
         return replace(self, pixels=self.pixels[rows])
 
     @property
-    def whole_bytes(self) -> Tensor:
-        """Bytes with repeated frames, [patches, channels * temporal * patch * patch] uint8."""
-        return self._repeated(self.pixels)
+    def ordered_bytes(self) -> Tensor:
+        """Bytes in the order of `values`, [patches, channels * temporal * patch * patch] uint8."""
+        return self._ordered(self.pixels)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the numbers, [patches, channels * temporal * patch * patch], on the device of the bytes.
@@ -127,10 +127,11 @@ class Patches:
         """
         levels = self.levels.to(self.pixels.device, dtype).flatten()
         first = 256 * torch.arange(len(self.levels), dtype=torch.int32, device=self.pixels.device)
-        found = levels.index_select(0, (self.pixels + first[:, None, None]).flatten())
-        return self._repeated(found.view(self.pixels.shape))
+        found = levels.index_select(0, (self.pixels + first).flatten())
+        return self._ordered(found.view(self.pixels.shape))
 
-    def _repeated(self, values: Tensor) -> Tensor:
+    def _ordered(self, values: Tensor) -> Tensor:
+        values = values.permute(0, 3, 1, 2)
         if self.repeats > 1:
             values = values.expand(-1, -1, self.repeats, -1)
         return values.reshape(len(values), values.shape[1:].numel())

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Optional, Sequence, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -133,14 +134,15 @@ class PromptProcessor:
 
     def _prompt(self, sample: Sample, limited: bool = True) -> Prompt:
         """Return the prompt of a sample, within the limits of this processor or (False) of any length."""
+        # In NumPy up to the prompt, because operations of PyTorch on a few numbers take longer than the work itself.
         visuals = self.reader.read(sample)
-        input_ids = torch.tensor(self._tokenize(sample, visuals))
+        input_ids = np.array(self._tokenize(sample, visuals), np.int64)
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         patches = tuple(cast(Patches, visual.patches) for visual in visuals)
         num_features = sum(map(len, patches)) // self.rules.merge_size**2
-        if int(visual_mask.sum()) != num_features:
+        if visual_mask.sum() != num_features:
             raise SampleError(
-                f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
+                f"sample '{sample.key}': {visual_mask.sum()} visual tokens in the text but "
                 f"{num_features} visual features",
                 "token_mismatch",
             )
@@ -151,21 +153,22 @@ class PromptProcessor:
         intervals = [self._temporal_interval(visual) for visual, grids in zip(visuals, runs) for _ in grids]
         no_grids = torch.zeros(0, 3, dtype=torch.int64)
         position_ids, next_position = self.family.positions(
-            visual_mask, torch.cat([no_grids, *runs]), self.rules.merge_size, intervals
+            torch.from_numpy(visual_mask), torch.cat([no_grids, *runs]), self.rules.merge_size, intervals
         )
-        target_mask = torch.zeros_like(visual_mask)
-        target_mask[visual_mask] = torch.cat([target_mask[:0], *(visual.targets for visual in visuals)])
+        target_mask = np.zeros_like(visual_mask)
+        if any(visual.targets.any() for visual in visuals):
+            target_mask[visual_mask] = np.concatenate([visual.targets.numpy() for visual in visuals])
         return Prompt(
             sample=sample,
-            input_ids=input_ids,
+            input_ids=torch.from_numpy(input_ids),
             position_ids=position_ids,
             next_position=next_position,
             patches=patches,
             grid_thw=torch.stack([visual.grid for visual in visuals]) if visuals else no_grids,
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds for visual in visuals]),
-            visual_mask=visual_mask,
-            target_mask=target_mask,
+            visual_mask=torch.from_numpy(visual_mask),
+            target_mask=torch.from_numpy(target_mask),
             response_ids=torch.tensor(self._reference_ids(sample, self.include_process)),
         )
 
@@ -264,22 +267,27 @@ class PromptProcessor:
         """Return the rotary positions from one temporal patch to the next."""
         return self.family.temporal_interval(self.vision, visual.seconds) if visual.is_video else 1.0
 
-    def _tokenize(self, sample: Sample, visuals: Sequence[Visual]) -> list[int]:
-        """Return the tokens of a prompt.
+    def _tokenize(self, sample: Sample, visuals: Sequence[Visual]) -> np.ndarray:
+        """Return the tokens of a prompt, [P] int64.
 
         Each run of visual tokens is one token of the text, which is repeated afterwards: tokenizing thousands of equal
         tokens takes longer than resizing a picture. `_try_visuals` checks that it makes no difference.
         """
-        runs = [length for visual in visuals for length in self._run_lengths(visual)]
-        ids, remaining = [], iter(runs)
-        for token in self._token_ids(self._text(sample, visuals)):
-            is_visual = token in (self.image_token_id, self.video_token_id)
-            ids += [token] * (next(remaining, 1) if is_visual else 1)
-        return ids
+        ids = np.array(self._token_ids(self._text(sample, visuals)), np.int64)
+        visual = (ids == self.image_token_id) | (ids == self.video_token_id)
+        runs = [length for each in visuals for length in self._run_lengths(each)]
+        if visual.sum() != len(runs):
+            raise SampleError(
+                f"sample '{sample.key}': {visual.sum()} runs of visual tokens in the text but {len(runs)} to show",
+                "token_mismatch",
+            )
+        lengths = np.ones_like(ids)
+        lengths[visual] = runs
+        return ids.repeat(lengths)
 
     def _run_lengths(self, visual: Visual) -> list[int]:
         """Return the visual tokens of each run of an image or video."""
-        return (self.reader.run_grids(visual).prod(dim=1) // self.rules.merge_size**2).tolist()
+        return [t * h * w // self.rules.merge_size**2 for t, h, w in self.reader.run_grids(visual).tolist()]
 
     def _text(self, sample: Sample, visuals: Sequence[Visual], expanded: bool = False) -> str:
         """Return the text of a prompt, with one placeholder per run of visual tokens or (True) per visual token."""

@@ -309,7 +309,7 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
     whole. `video_levels` has the normalised numbers of the bytes.
 
     Returns:
-        pixels: [t * h * w, 3, temporal_patch_size, patch_size**2] uint8; the patches of one visual token are
+        pixels: [t * h * w, temporal_patch_size, patch_size**2, 3] uint8; the patches of one visual token are
             neighbours.
         grid_thw: [3] int64 patches (t, h, w).
 
@@ -324,7 +324,7 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
     frames = F.interpolate(video.frames, size=(h * patch, w * patch), mode="bicubic", antialias=True)
     if len(frames) < t * depth:
         frames = torch.cat([frames, frames[-1:].expand(t * depth - len(frames), -1, -1, -1)])
-    return cut_frames(frames, depth, patch, merge).view(-1, 3, depth, patch**2), torch.tensor([t, h, w])
+    return cut_frames(frames.permute(0, 2, 3, 1).numpy(), depth, patch, merge), torch.tensor([t, h, w])
 
 
 def video_levels(settings: VideoSettings) -> Tensor:

@@ -1,5 +1,6 @@
 """Images and videos of a sample -> patches, grids and target tokens."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -97,7 +98,7 @@ class VisualReader:
         return visual.grid[None]
 
     def _no_targets(self, grid: Tensor) -> Tensor:
-        return torch.zeros(int(grid.prod()) // self.rules.merge_size**2, dtype=torch.bool)
+        return torch.zeros(math.prod(grid.tolist()) // self.rules.merge_size**2, dtype=torch.bool)
 
     def _image(self, picture: Image.Image | tuple[int, int]) -> Visual:
         """Return the visual of a picture, or that of its width and height alone, without pixels."""

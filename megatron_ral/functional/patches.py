@@ -14,52 +14,29 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 
-def cut_frames(frames: Tensor, depth: int, patch: int, merge: int) -> Tensor:
+def cut_frames(frames: np.ndarray, depth: int, patch: int, merge: int) -> Tensor:
     """Cut frames into patches. The patches of one visual token are neighbours.
 
     Args:
-        frames: [t * depth, channels, H, W] in host memory, H and W whole visual tokens.
+        frames: [t * depth, H, W, channels] uint8, H and W whole visual tokens.
         depth: frames of one temporal patch.
         patch: pixels of a patch and side.
         merge: patches of a visual token and side.
 
     Returns:
-        [t * h * w, channels * depth * patch * patch] with h and w patches along H and W.
+        [t * h * w, depth, patch * patch, channels] uint8 with h and w patches along H and W.
     """
-    channels, height, width = frames.shape[1:]
+    height, width, channels = frames.shape[1:]
     h, w = height // patch // merge, width // patch // merge
-    pixels = frames.contiguous().numpy()
-    lines = pixels.view(_line(patch, pixels.itemsize)).reshape(-1, depth, channels, h, merge, patch, w, merge)
-    cut = np.ascontiguousarray(lines.transpose(0, 3, 6, 4, 7, 2, 1, 5))
-    return torch.from_numpy(cut.view(pixels.dtype).reshape(len(cut) * h * w * merge**2, -1))
-
-
-def cut_picture(image: Image.Image, patch: int, merge: int) -> Tensor:
-    """Cut an RGB picture of whole visual tokens into patches. The patches of one visual token are neighbours.
-
-    Args:
-        image: RGB picture.
-        patch: as in `cut_frames`.
-        merge: as in `cut_frames`.
-
-    Returns:
-        [h * w, 3, 1, patch * patch] uint8 with h and w patches along the height and width.
-    """
-    h, w = image.height // patch // merge, image.width // patch // merge
-    cut = np.empty((h, w, merge, merge, 3, patch), _line(patch))
-    for channel, band in enumerate(image.split()):
-        lines = np.frombuffer(band.tobytes(), cut.dtype).reshape(h, merge, patch, w, merge)
-        cut[:, :, :, :, channel] = lines.transpose(0, 3, 1, 4, 2)
-    return torch.from_numpy(cut.view(np.uint8).reshape(h * w * merge**2, 3, 1, patch**2))
-
-
-def _line(patch: int, itemsize: int = 1) -> np.dtype:
-    """Return a line of a patch as one item of an array, because NumPy moves items of any size as a whole."""
-    return np.dtype(f"V{patch * itemsize}")
+    # A line of a patch is one item, because NumPy moves items of any size as a whole.
+    lines = np.ascontiguousarray(frames).reshape(-1).view(f"V{patch * channels}")
+    cut = lines.reshape(-1, depth, h, merge, patch, w, merge).transpose(0, 2, 5, 3, 6, 1, 4)
+    pixels = np.array(cut, order="C").view(np.uint8)
+    return torch.from_numpy(pixels.reshape(-1, depth, patch**2, channels))
 
 
 def join_frames(patches: Tensor, frame: tuple[int, int], depth: int, patch: int, merge: int) -> Tensor:
-    """Return the frames that `cut_frames` has cut, [t * depth, channels, H, W].
+    """Return the frames of normalised patches, [t * depth, channels, H, W].
 
     Args:
         patches: [t * h * w, channels * depth * patch * patch].
@@ -82,7 +59,7 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
         processor: image processor of the checkpoint.
 
     Returns:
-        pixels: [h * w, 3, 1, patch_size**2] uint8; the patches of one visual token are neighbours. The stock processor
+        pixels: [h * w, 1, patch_size**2, 3] uint8; the patches of one visual token are neighbours. The stock processor
             repeats them to a temporal patch, and normalises them as `image_levels` says.
         grid_thw: [3] int64 patches (1, h, w).
 
@@ -94,7 +71,7 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
     grid = image_grid(*image.size, processor)
     height, width = (grid[1:] * processor.patch_size).tolist()
     resized = resize(image, width, height, processor.resample) if processor.do_resize else image
-    return cut_picture(resized, processor.patch_size, processor.merge_size), grid
+    return cut_frames(np.asarray(resized)[None], 1, processor.patch_size, processor.merge_size), grid
 
 
 def resize(image: Image.Image, width: int, height: int, resample: Any) -> Image.Image:

@@ -88,7 +88,7 @@ def encode_frames(
     """
     if not frames:
         frame, rules = Frame(*family.blank_frame(tower)), family.patch_rules(cast(Any, tower).config)
-        pixels = torch.zeros(frame.patches, rules.channels, rules.temporal_patch_size, rules.patch_size**2)
+        pixels = torch.zeros(frame.patches, rules.temporal_patch_size, rules.patch_size**2, rules.channels)
         features = _call(tower, family, [frame], [Patches(pixels.byte(), torch.zeros(rules.channels, 256))])
         return features[:0] + 0.0 * features.sum()
     parts = []

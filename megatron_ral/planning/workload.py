@@ -135,7 +135,7 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
 
 def make_patches(rules: PatchRules, count: int) -> Patches:
     """Return patches of a picture without contents."""
-    pixels = torch.empty(count, rules.channels, 1, rules.patch_size**2, dtype=torch.uint8)
+    pixels = torch.empty(count, 1, rules.patch_size**2, rules.channels, dtype=torch.uint8)
     return Patches(pixels, torch.empty(rules.channels, 256), rules.temporal_patch_size)
 
 

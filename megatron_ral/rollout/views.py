@@ -62,7 +62,7 @@ def view_of(prompt: Prompt, seen: Tensor, number: int) -> Prompt:
         prompt,
         sample=sample,
         patches=tuple(
-            replace(part, pixels=torch.where(rows[:, None, None, None], part.pixels, colour[:, None, None]))
+            replace(part, pixels=torch.where(rows[:, None, None, None], part.pixels, colour))
             for part, rows in zip(prompt.patches, shown)
         ),
     )
@@ -70,12 +70,11 @@ def view_of(prompt: Prompt, seen: Tensor, number: int) -> Prompt:
 
 def _median_colour(patches: Sequence[Patches]) -> Tensor:
     """Return the (lower) median byte of each channel over all pixels that the tower reads, [channels] uint8."""
-    counts = torch.stack(
-        [
-            torch.stack([part.repeats * channel.flatten().bincount(minlength=256) for channel in part.pixels.unbind(1)])
-            for part in patches
-        ]
-    ).sum(0)
+    counts = sum(
+        part.repeats * torch.stack([channel.flatten().bincount(minlength=256) for channel in part.pixels.unbind(-1)])
+        for part in patches
+    )
+    assert isinstance(counts, Tensor), "a hidden token belongs to a picture"
     below = counts.cumsum(1)
     return (below < (below[:, -1:] + 1) // 2).sum(1).byte()
 

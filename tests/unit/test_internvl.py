@@ -50,10 +50,17 @@ def processor(material) -> PromptProcessor:
 
 
 def test_patches_are_joined_to_the_frames_that_were_cut():
-    frames = torch.randn(6, 3, 28 * 3, 28 * 2)
-    patches = cut_frames(frames, 2, 14, 2)
-    assert patches.shape == (3 * 6 * 4, 3 * 2 * 14 * 14)
-    assert torch.equal(join_frames(patches, (6, 4), 2, 14, 2), frames)
+    frames, levels = torch.randint(0, 256, (6, 3, 28 * 3, 28 * 2)), torch.randn(3, 256)
+    pixels = cut_frames(frames.byte().permute(0, 2, 3, 1).numpy(), 2, 14, 2)
+    assert pixels.shape == (3 * 6 * 4, 2, 14 * 14, 3) and pixels.dtype == torch.uint8
+    patches = Patches(pixels, levels)
+    wanted = torch.stack([levels[channel][frames[:, channel]] for channel in range(3)], dim=1)
+    assert torch.equal(join_frames(patches.values(), (6, 4), 2, 14, 2), wanted)
+    assert torch.equal(join_frames(patches.ordered_bytes, (6, 4), 2, 14, 2), frames.byte())
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(patches.values(dtype), patches.values().to(dtype))
+    [first] = Patches(pixels[:1, :1], levels, repeats=2).values().view(1, 3, 2, 14, 14)
+    assert torch.equal(first[:, 0], first[:, 1]) and torch.equal(first[:, 0], wanted[0, :, :14, :14])
 
 
 def test_prompts_equal_those_of_the_stock_processor(processor, monkeypatch):
@@ -141,7 +148,8 @@ def test_features_and_gradients_of_the_tower_are_those_of_transformers(material)
     names = {name: name for name, _ in tower.named_parameters()}
     tower.load_state_dict({name: dict(model.named_parameters())[stock] for name, stock in names.items()})
     pixels = torch.randint(0, 256, (5, 3, 84, 84), generator=torch.Generator().manual_seed(0)).byte()
-    patches = Patches(cut_frames(pixels, 1, 14, 2).view(-1, 3, 1, 14**2), torch.linspace(-2, 2, 256).repeat(3, 1))
+    cut = cut_frames(pixels.permute(0, 2, 3, 1).numpy(), 1, 14, 2)
+    patches = Patches(cut, torch.linspace(-2, 2, 256).repeat(3, 1))
     tiles = patches.levels[0][pixels.long()]
     features = encode_frames(tower, INTERNVL, frames_of(torch.tensor([[5, 6, 6]])), [patches])
     wanted = model.get_image_features(tiles).pooler_output.flatten(0, 1)

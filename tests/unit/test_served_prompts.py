@@ -54,7 +54,7 @@ def normalised(patches: torch.Tensor, processor) -> torch.Tensor:
 
 
 def bytes_of(prompt) -> torch.Tensor:
-    return torch.cat([part.whole_bytes for part in prompt.patches])
+    return torch.cat([part.ordered_bytes for part in prompt.patches])
 
 
 def test_bytes_of_patches_are_those_that_the_image_processor_normalises(processor):

@@ -28,7 +28,7 @@ def prompt_of(key: str, grids: list[list[int]], before: int = 2, after: int = 3)
     visual[before : before + tokens] = True
     generator = torch.Generator().manual_seed(len(key))
     levels = torch.arange(256.0).repeat(CHANNELS, 1) / 100 - torch.arange(3.0)[:, None]
-    pixels = torch.randint(0, 256, (patches, CHANNELS, 1, PER_CHANNEL // 2), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (patches, 1, PER_CHANNEL // 2, CHANNELS), generator=generator, dtype=torch.uint8)
     parts = pixels.split(grid.prod(-1).tolist()) if grids else ()
     return Prompt(
         Sample(key, "a.tar", "?", "<answer>1</answer>", "", "", (), ()),

@@ -44,7 +44,7 @@ def towers(family: str, attention: str = "sdpa") -> tuple[torch.nn.Module, torch
 
 def pixels_of(family: str, grids: torch.Tensor = GRIDS) -> Patches:
     generator = torch.Generator().manual_seed(1)
-    size = int(grids.prod(dim=1).sum()), 3, 2, CONFIGS[family].patch_size ** 2
+    size = int(grids.prod(dim=1).sum()), 2, CONFIGS[family].patch_size ** 2, 3
     pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     return Patches(pixels, torch.randn(3, 256, generator=generator))
 

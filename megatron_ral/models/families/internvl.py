@@ -137,10 +137,10 @@ class InternVL(Family):
         self, image: "Image", processor: Any, rules: PatchRules
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return the patches of the tiles that the stock image processor makes, as InternVLProcessor calls it."""
-        import torch
+        import numpy as np
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-        from megatron_ral.functional.patches import cut_picture, resize
+        from megatron_ral.functional.patches import cut_frames, resize
 
         high, wide = processor.size["height"], processor.size["width"]
         limits = processor.min_patches, processor.max_patches
@@ -150,8 +150,8 @@ class InternVL(Family):
         tiles = [canvas.crop((x, y, x + wide, y + high)) for x, y in corners]
         if len(tiles) > 1:
             tiles.append(resize(image, wide, high, processor.resample))
-        patches = [cut_picture(tile, rules.patch_size, rules.merge_size) for tile in tiles]
-        return torch.cat(patches), self.image_grid(*image.size, processor, rules)
+        frames = np.stack([np.asarray(tile) for tile in tiles])
+        return cut_frames(frames, 1, rules.patch_size, rules.merge_size), self.image_grid(*image.size, processor, rules)
 
     def picture_views(self, grid: Sequence[int], token_side: int, width: int, height: int) -> list[PictureView]:
         """Return the picture, joined from its tiles, and the small copy where there is more than one tile.

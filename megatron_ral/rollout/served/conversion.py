@@ -39,7 +39,7 @@ def sampling_request(
         try:
             for part in prompt.patches:
                 check_levels(part.levels, *pixels)
-                patches.append(part.whole_bytes)
+                patches.append(part.ordered_bytes)
         except ValueError as error:
             raise ValueError(f"cannot see the picture of sample '{name}', which has {error}") from None
     seeds = [
