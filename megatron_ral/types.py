@@ -117,7 +117,7 @@ class Patches:
     @property
     def ordered_bytes(self) -> Tensor:
         """Bytes in the order of `values`, [patches, channels * temporal * patch * patch] uint8."""
-        return self._ordered(self.pixels)
+        return self._repeated(self.pixels.permute(0, 3, 1, 2))
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the numbers, [patches, channels * temporal * patch * patch], on the device of the bytes.
@@ -125,13 +125,13 @@ class Patches:
         Args:
             dtype: type of the result, to which the float32 numbers are rounded.
         """
-        levels = self.levels.to(self.pixels.device, dtype).flatten()
-        first = 256 * torch.arange(len(self.levels), dtype=torch.int32, device=self.pixels.device)
-        found = levels.index_select(0, (self.pixels + first).flatten())
-        return self._ordered(found.view(self.pixels.shape))
+        pixels = self.pixels.permute(0, 3, 1, 2).contiguous()  # put in order while they are bytes
+        levels = self.levels.to(pixels.device, dtype).flatten()
+        first = 256 * torch.arange(len(self.levels), dtype=torch.int32, device=pixels.device)
+        found = levels.index_select(0, (pixels + first[:, None, None]).flatten())
+        return self._repeated(found.view(pixels.shape))
 
-    def _ordered(self, values: Tensor) -> Tensor:
-        values = values.permute(0, 3, 1, 2)
+    def _repeated(self, values: Tensor) -> Tensor:
         if self.repeats > 1:
             values = values.expand(-1, -1, self.repeats, -1)
         return values.reshape(len(values), values.shape[1:].numel())

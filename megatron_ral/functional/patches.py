@@ -68,10 +68,9 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
 
     Source: Qwen2VLImageProcessorPil of transformers 5.23.
     """
-    grid = image_grid(*image.size, processor)
-    height, width = (grid[1:] * processor.patch_size).tolist()
-    resized = resize(image, width, height, processor.resample) if processor.do_resize else image
-    return cut_frames(np.asarray(resized)[None], 1, processor.patch_size, processor.merge_size), grid
+    width, height = _resized(*image.size, processor)
+    pixels = np.asarray(resize(image, width, height, processor.resample))
+    return cut_frames(pixels[None], 1, processor.patch_size, processor.merge_size), image_grid(*image.size, processor)
 
 
 def resize(image: Image.Image, width: int, height: int, resample: Any) -> Image.Image:
@@ -113,15 +112,22 @@ def image_grid(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> 
     Raises:
         ValueError: as in `patchify_image`.
     """
-    if processor.do_resize:
-        height, width = smart_resize(
-            height,
-            width,
-            factor=processor.patch_size * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
-        )
+    width, height = _resized(width, height, processor)
     return torch.tensor([1, height // processor.patch_size, width // processor.patch_size])
+
+
+def _resized(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> tuple[int, int]:
+    """Return the width and height to which the processor resizes a picture."""
+    if not processor.do_resize:
+        return width, height
+    height, width = smart_resize(
+        height,
+        width,
+        factor=processor.patch_size * processor.merge_size,
+        min_pixels=processor.size["shortest_edge"],
+        max_pixels=processor.size["longest_edge"],
+    )
+    return width, height
 
 
 def check_levels(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
