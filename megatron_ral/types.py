@@ -93,6 +93,51 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """Patches of one image or video as bytes, each of which stands for a normalised number.
+
+    Bytes are an eighth of a picture's numbers and a quarter of a video's. The numbers are looked up where they are
+    read, which gives those of the image processor bit for bit (`functional/patches.py`).
+    """
+
+    pixels: Tensor
+    """Bytes in the order of visual tokens, [patches, frames, patch * patch, channels] uint8: colours stand together, as
+    in a picture. The patches of one visual token are neighbours."""
+    levels: Tensor
+    """Number that each byte stands for, [channels, 256] float32."""
+    repeats: int = 1
+    """Times that the one frame of a picture stands in a patch; 1 for a video."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: slice) -> "Patches":
+        return replace(self, pixels=self.pixels[rows])
+
+    @property
+    def ordered_bytes(self) -> Tensor:
+        """Bytes in the order of `values`, [patches, channels * temporal * patch * patch] uint8."""
+        return self._repeated(self.pixels.permute(0, 3, 1, 2))
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the numbers, [patches, channels * temporal * patch * patch], on the device of the bytes.
+
+        Args:
+            dtype: type of the result, to which the float32 numbers are rounded.
+        """
+        pixels = self.pixels.permute(0, 3, 1, 2).contiguous()  # put in order while they are bytes
+        levels = self.levels.to(pixels.device, dtype).flatten()
+        first = 256 * torch.arange(len(self.levels), dtype=torch.int32, device=pixels.device)
+        found = levels.index_select(0, (pixels + first[:, None, None]).flatten())
+        return self._repeated(found.view(pixels.shape))
+
+    def _repeated(self, values: Tensor) -> Tensor:
+        if self.repeats > 1:
+            values = values.expand(-1, -1, self.repeats, -1)
+        return values.reshape(len(values), values.shape[1:].numel())
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Sample in the form that the model reads."""
 
@@ -103,9 +148,8 @@ class Prompt:
     """Rotary positions [3, P] int64."""
     next_position: int
     """Rotary position of the first response token."""
-    pixel_values: Tensor
-    """Patches of the images and videos in the order of their tokens, [patches, channels * temporal * patch * patch]
-    float32. 0 rows for text alone."""
+    patches: tuple[Patches, ...]
+    """Patches of each image and video in the order of their tokens, [V]."""
     grid_thw: Tensor
     """Patches of each image and video along time, height and width, [V, 3] int64. Tiles of an image lie along time."""
     is_video: Tensor
@@ -119,6 +163,19 @@ class Prompt:
     [P] bool."""
     response_ids: Tensor
     """Reference response for supervised training, end-of-turn token included, [R] int64."""
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of all images and videos."""
+        return sum(map(len, self.patches))
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """Normalised patches of all images and videos, [patches, channels * temporal * patch * patch] float32.
+
+        They are formed at each call. Text alone has [0, 0].
+        """
+        return torch.cat([patches.values() for patches in self.patches]) if self.patches else torch.zeros(0, 0)
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,10 @@ class DataConfig:
     """Batches of prompts of similar length, in a random order that is the same for any number of ranks. Less padding.
     Requires an index of every shard."""
     decode_workers: NonNegativeInt = 2
-    """Threads per rank that decode pictures and videos in advance; 0 to decode them on demand."""
+    """Threads that decode pictures and videos in advance, on the first rank of each replica (tensor x pipeline), which
+    sends prompts to its peers; 0 to decode them on demand."""
     decode_ahead: NonNegativeInt = 8
-    """Maximum number of prompts of the next batch that each rank decodes in advance. It bounds host memory."""
+    """Maximum number of prompts of the next batch that are decoded in advance per replica. It bounds host memory."""
     include_process: bool = True
     """Supervised training on the reasoning before the answer as well; false for the answer alone (RAL-zero)."""
 

@@ -60,6 +60,46 @@ def split_member(name: str) -> Optional[tuple[str, str]]:
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
+def plain_members(data: bytes) -> Optional[list[tuple[str, bytes]]]:
+    """Return (name, content) of consecutive members, or None where a reader of all of tar is needed.
+
+    Plain members are regular files with short names and intact headers in the POSIX or the GNU format.
+
+    Args:
+        data: members from the first header on, without the end of the archive.
+    """
+    members, place, block = [], 0, tarfile.BLOCKSIZE
+    while place < len(data):
+        header = data[place : place + block]
+        name, _, rest = header[:100].partition(b"\0")
+        # The checksum counts its own eight bytes as spaces. Bytes 345 to 500 continue a long name, or are GNU's own.
+        if (
+            len(header) < block
+            or header[156:157] != tarfile.REGTYPE
+            or not (name and name.isascii())
+            or any(rest)
+            or any(header[345:500])
+            or sum(header) - sum(header[148:156]) + 8 * 32 != _octal(header[148:156])
+        ):
+            return None
+        start = place + block
+        end = start + _octal(header[124:136])
+        if not start <= end <= len(data):
+            return None
+        members.append((name.decode("ascii"), data[start:end]))
+        place = end + (start - end) % block
+    return members
+
+
+def _octal(field: bytes) -> int:
+    """Return the number in a field of a header, -1 where it is not written in octal digits."""
+    digits = field.partition(b"\0")[0].strip(b" ")
+    try:
+        return int(digits, 8) if digits.isdigit() else -1
+    except ValueError:
+        return -1
+
+
 def scan_archive(path: str | Path) -> ArchiveScan:
     """Find the samples of a tar file by its headers.
 

@@ -15,22 +15,24 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import PurePath
-from typing import Any, Callable, Collection, Mapping, Optional, Sequence
+from typing import Any, Callable, Collection, Mapping, Optional, Sequence, TypeVar, cast
 
 from megatron_ral.config.sections import DataConfig
 from megatron_ral.data.admission import admit_samples, report_admission
 from megatron_ral.data.index import ShardIndex
 from megatron_ral.data.issues import SampleError, SampleIssue, printable
 from megatron_ral.data.order import EpochOrder, Place, Position
+from megatron_ral.data.peers import ReplicaPeers
 from megatron_ral.data.prefetch import Prefetcher
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import open_shards, parse_sample, read_entry
 from megatron_ral.errors import DataError
-from megatron_ral.types import Prompt
+from megatron_ral.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class PromptLoader:
         exchange: function that gathers a small object from every rank; may be left out for one rank. If it includes
             tensor and pipeline peers, a sample that only one of them cannot read is left out by all.
         report: warnings of what is found; every process finds the same, so one of them suffices.
+        peers: tensor and pipeline peers, of which one decodes for all; `exchange` has to include them. Left out: every
+            process decodes for itself.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class PromptLoader:
         batch_size: int = 0,
         report: bool = True,
         exchange: Optional[Callable[[Any], list[Any]]] = None,
+        peers: Optional[ReplicaPeers] = None,
     ):
         assert exchange is not None or dp_size == 1, "several data-parallel ranks need an exchange"
         self.sources, self.processor, self.settings = list(sources), processor, settings
@@ -117,7 +122,9 @@ class PromptLoader:
         self._labels = shard_labels({index.shard for source in self.sources for index in source.indexes})
         self._unusable: set[Place] = set()
         self._agreed = False
-        self._prefetcher = Prefetcher(self._decode, settings.decode_workers, settings.decode_ahead)
+        self._peers = peers or ReplicaPeers()
+        make, workers = (self._decode, settings.decode_workers) if self._peers.decodes else (self._parse, 0)
+        self._prefetcher = Prefetcher(make, workers, settings.decode_ahead)
         fingerprint = (
             processor.fingerprint() if any(index.fingerprint for source in sources for index in source.indexes) else ""
         )
@@ -180,9 +187,8 @@ class PromptLoader:
             for slot in sorted(failed):
                 self._quarantine(drawn[slot], failed[slot])
             self.places |= {slot: place for slot, place in drawn.items() if slot not in failed}
-            mine |= {
-                slot: result for slot, result in results.items() if isinstance(result, Prompt) and slot not in failed
-            }
+            usable = [slot for slot in sorted(results) if slot not in failed]
+            mine |= zip(usable, self._peers.share([cast(Prompt | Sample, results[slot]) for slot in usable]))
             if len(drawn) > len(failed):
                 fruitless_epochs = 0
             self.position = replace(self.position, taken=self.position.taken + len(drawn) - len(failed))
@@ -200,7 +206,8 @@ class PromptLoader:
         """
         own = {slot: place for slot, place in places.items() if slot % self.dp_size == self.dp_rank}
         prompts = []
-        for slot, result in sorted(self._prefetcher.get(own).items()):
+        decoder = Prefetcher(self._decode, self.settings.decode_workers, 0)  # peers do not meet here, so each decodes
+        for slot, result in sorted(decoder.get(own).items()):
             if isinstance(result, SampleIssue):
                 raise DataError(self.sources[own[slot].source].key, None, f": {result.text}; it was usable before")
             prompts.append(result)
@@ -347,10 +354,14 @@ class PromptLoader:
         self._prefetcher.begin([place for slot, place in enumerate(places) if slot % self.dp_size == self.dp_rank])
 
     def _decode(self, place: Place) -> Prompt | SampleIssue:
+        return self._made(place, self.processor)
+
+    def _parse(self, place: Place) -> Sample | SampleIssue:
+        return self._made(place, lambda sample: sample)
+
+    def _made(self, place: Place, make: Callable[[Sample], Made]) -> Made | SampleIssue:
         try:
-            return self.processor(
-                parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number))
-            )
+            return make(parse_sample(read_entry(self.sources[place.source].indexes[place.shard], place.number)))
         except SampleError as error:
             return SampleIssue(error.reason, str(error))
         except Exception as error:  # decoders of foreign bytes may raise anything, and one sample must not end a run

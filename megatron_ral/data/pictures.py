@@ -32,6 +32,10 @@ _SIDEWAYS = (5, 6, 7, 8)
 _SAMPLE_BITS = (8, 10, 12, 14, 16)
 
 
+KEPT_BLOCKS = 8
+"""Blocks of memory that Pillow keeps for its next pictures, in place of asking the system for fresh pages each time."""
+Image.core.set_blocks_max(KEPT_BLOCKS)
+
 # --- bytes -> upright RGB ---------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Optional, Sequence, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,7 +29,7 @@ from megatron_ral.data.visuals import Visual, VisualReader
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.folder import config_folder
 from megatron_ral.rewards.answer import taught_response
-from megatron_ral.types import FramePictures, Prompt, Sample
+from megatron_ral.types import FramePictures, Patches, Prompt, Sample
 
 FINGERPRINT_VERSION = 3
 
@@ -62,6 +63,8 @@ class PromptProcessor:
         self.config, self.family, tokenizer, self.image_processor = load_inputs(path)
         self.format_tags = choose_tags(tokenizer, format_tags)
         self.tokenizer: Any = edited_tokenizer(tokenizer, self.format_tags)
+        self.tokenizer.backend_tokenizer.no_truncation()  # which a tokenizer.json may ask for; a stock call undoes it
+        self.tokenizer.backend_tokenizer.no_padding()
         self.max_prompt_length, self.include_process = max_prompt_length, include_process
         self.max_visual_tokens, self._text_lock = max_visual_tokens, threading.Lock()
         self.prompt_suffix = prompt_suffix
@@ -131,13 +134,15 @@ class PromptProcessor:
 
     def _prompt(self, sample: Sample, limited: bool = True) -> Prompt:
         """Return the prompt of a sample, within the limits of this processor or (False) of any length."""
+        # In NumPy up to the prompt, because operations of PyTorch on a few numbers take longer than the work itself.
         visuals = self.reader.read(sample)
-        input_ids = torch.tensor(self._tokenize(sample, visuals))
+        input_ids = np.array(self._tokenize(sample, visuals), np.int64)
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
-        num_features = sum(len(cast(Tensor, visual.pixels)) for visual in visuals) // self.rules.merge_size**2
-        if int(visual_mask.sum()) != num_features:
+        patches = tuple(cast(Patches, visual.patches) for visual in visuals)
+        num_features = sum(map(len, patches)) // self.rules.merge_size**2
+        if visual_mask.sum() != num_features:
             raise SampleError(
-                f"sample '{sample.key}': {int(visual_mask.sum())} visual tokens in the text but "
+                f"sample '{sample.key}': {visual_mask.sum()} visual tokens in the text but "
                 f"{num_features} visual features",
                 "token_mismatch",
             )
@@ -148,21 +153,22 @@ class PromptProcessor:
         intervals = [self._temporal_interval(visual) for visual, grids in zip(visuals, runs) for _ in grids]
         no_grids = torch.zeros(0, 3, dtype=torch.int64)
         position_ids, next_position = self.family.positions(
-            visual_mask, torch.cat([no_grids, *runs]), self.rules.merge_size, intervals
+            torch.from_numpy(visual_mask), torch.cat([no_grids, *runs]), self.rules.merge_size, intervals
         )
-        target_mask = torch.zeros_like(visual_mask)
-        target_mask[visual_mask] = torch.cat([target_mask[:0], *(visual.targets for visual in visuals)])
+        target_mask = np.zeros_like(visual_mask)
+        if any(visual.targets.any() for visual in visuals):
+            target_mask[visual_mask] = np.concatenate([visual.targets.numpy() for visual in visuals])
         return Prompt(
             sample=sample,
-            input_ids=input_ids,
+            input_ids=torch.from_numpy(input_ids),
             position_ids=position_ids,
             next_position=next_position,
-            pixel_values=self._join_pixels(visuals),
+            patches=patches,
             grid_thw=torch.stack([visual.grid for visual in visuals]) if visuals else no_grids,
             is_video=torch.tensor([visual.is_video for visual in visuals], dtype=torch.bool),
             seconds_per_grid=torch.tensor([visual.seconds for visual in visuals]),
-            visual_mask=visual_mask,
-            target_mask=target_mask,
+            visual_mask=torch.from_numpy(visual_mask),
+            target_mask=torch.from_numpy(target_mask),
             response_ids=torch.tensor(self._reference_ids(sample, self.include_process)),
         )
 
@@ -257,18 +263,34 @@ class PromptProcessor:
                         "special_token",
                     )
 
-    def _join_pixels(self, visuals: Sequence[Visual]) -> Tensor:
-        """Return the patches of all visuals, [patches, width]; a single visual's without a copy."""
-        pixels = [cast(Tensor, visual.pixels) for visual in visuals]
-        if len(visuals) == 1:
-            return pixels[0]
-        return torch.cat([torch.zeros(0, self.rules.width), *pixels])
-
     def _temporal_interval(self, visual: Visual) -> float:
         """Return the rotary positions from one temporal patch to the next."""
         return self.family.temporal_interval(self.vision, visual.seconds) if visual.is_video else 1.0
 
-    def _tokenize(self, sample: Sample, visuals: Sequence[Visual]) -> list[int]:
+    def _tokenize(self, sample: Sample, visuals: Sequence[Visual]) -> np.ndarray:
+        """Return the tokens of a prompt, [P] int64.
+
+        Each run of visual tokens is one token of the text, which is repeated afterwards: tokenizing thousands of equal
+        tokens takes longer than resizing a picture. `_try_visuals` checks that it makes no difference.
+        """
+        ids = np.array(self._token_ids(self._text(sample, visuals)), np.int64)
+        visual = (ids == self.image_token_id) | (ids == self.video_token_id)
+        runs = [length for each in visuals for length in self._run_lengths(each)]
+        if visual.sum() != len(runs):
+            raise SampleError(
+                f"sample '{sample.key}': {visual.sum()} runs of visual tokens in the text but {len(runs)} to show",
+                "token_mismatch",
+            )
+        lengths = np.ones_like(ids)
+        lengths[visual] = runs
+        return ids.repeat(lengths)
+
+    def _run_lengths(self, visual: Visual) -> list[int]:
+        """Return the visual tokens of each run of an image or video."""
+        return [t * h * w // self.rules.merge_size**2 for t, h, w in self.reader.run_grids(visual).tolist()]
+
+    def _text(self, sample: Sample, visuals: Sequence[Visual], expanded: bool = False) -> str:
+        """Return the text of a prompt, with one placeholder per run of visual tokens or (True) per visual token."""
         kinds = ["video" if visual.is_video else "image" for visual in visuals]
         with self._text_lock:
             text = render(self.tokenizer, kinds, sample.problem + self.prompt_suffix)
@@ -276,7 +298,7 @@ class PromptProcessor:
             raise SampleError(
                 f"sample '{sample.key}': the chat template of this checkpoint changes the question", "token_mismatch"
             )
-        tokens, expanded = self.vision_tokens, ""
+        tokens, whole = self.vision_tokens, ""
         for number, visual in enumerate(visuals):
             place = self.family.video_placeholder(tokens) if visual.is_video else tokens.image
             before, found, text = text.partition(place)
@@ -286,8 +308,9 @@ class PromptProcessor:
                     f"image or video {number}",
                     "token_mismatch",
                 )
-            expanded += before + self._visual_text(visual)
-        return self._token_ids(expanded + text)
+            lengths = self._run_lengths(visual)
+            whole += before + self._visual_text(visual, lengths if expanded else [1] * len(lengths))
+        return whole + text
 
     def _reference_ids(self, sample: Sample, include_process: bool) -> list[int]:
         """Return the tokens of the reference response that the model has to write, end of turn included."""
@@ -295,12 +318,10 @@ class PromptProcessor:
         return [*self._token_ids(without_prefilled(reference, self.response_prefix)), self.end_token_id]
 
     def _token_ids(self, text: str) -> list[int]:
-        with self._text_lock:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _visual_text(self, visual: Visual) -> str:
-        """Return the text of one image or video, one placeholder per visual token."""
-        lengths = (self.reader.run_grids(visual).prod(dim=1) // self.rules.merge_size**2).tolist()
+    def _visual_text(self, visual: Visual, lengths: Sequence[int]) -> str:
+        """Return the text of one image or video, given the placeholders of each of its runs."""
         if visual.is_video:
             return self.family.video_text(self.vision_tokens, lengths, visual.stamps)
         return self.family.image_text(self.vision_tokens, lengths[0])
@@ -317,9 +338,13 @@ class PromptProcessor:
         for images, videos in (((picture,), ()), ((), (FramePictures((picture,) * 4, fps=2.0),))):
             sample = Sample("probe", "probe", PROBE_QUESTION, "", "", "", images, (), videos)
             try:
-                width = self._prompt(sample, limited=False).pixel_values.shape[1]
+                prompt = self._prompt(sample, limited=False)
+                width = prompt.pixel_values.shape[1]
                 if width != self.rules.width:
                     raise ValueError(f"a patch has {width} numbers, but config.json asks for {self.rules.width}")
+                text = self._text(sample, self.reader.read(sample), expanded=True)
+                if prompt.input_ids.tolist() != self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+                    raise ValueError("its tokenizer does not make one token of each placeholder of a visual token")
             except Exception as error:  # code of the folder's processor meets pixels here for the first time
                 kind, reason = "an image" if images else "a video", " ".join(str(error).split())[:200]
                 raise ConfigError(

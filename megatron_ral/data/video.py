@@ -305,12 +305,12 @@ def visual_token_count(num_frames: int, height: int, width: int, settings: Video
 def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor, Tensor]:
     """Cut a clip into patches.
 
-    The frames are resized (bicubic, antialiased, in uint8) and normalised. The last frame is repeated until the
-    temporal patches are whole.
+    The frames are resized (bicubic, antialiased, in uint8). The last frame is repeated until the temporal patches are
+    whole. `video_levels` has the normalised numbers of the bytes.
 
     Returns:
-        pixel_values_videos: [t * h * w, 3 * temporal_patch_size * patch_size**2] float32; the patches of one visual
-            token are neighbours.
+        pixels: [t * h * w, temporal_patch_size, patch_size**2, 3] uint8; the patches of one visual token are
+            neighbours.
         grid_thw: [3] int64 patches (t, h, w).
 
     Raises:
@@ -322,10 +322,18 @@ def patchify_video(video: DecodedVideo, settings: VideoSettings) -> tuple[Tensor
     count, _, height, width = video.frames.shape
     t, h, w = video_grid(count, height, width, settings)
     frames = F.interpolate(video.frames, size=(h * patch, w * patch), mode="bicubic", antialias=True)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
-    frames = frames.float().sub_(mean).div_(std)
-    frames = torch.cat([frames, frames[-1:].expand(t * depth - len(frames), -1, -1, -1)])
-    return cut_frames(frames, depth, patch, merge), torch.tensor([t, h, w])
+    if len(frames) < t * depth:
+        frames = torch.cat([frames, frames[-1:].expand(t * depth - len(frames), -1, -1, -1)])
+    return cut_frames(frames.permute(0, 2, 3, 1).numpy(), depth, patch, merge), torch.tensor([t, h, w])
+
+
+def video_levels(settings: VideoSettings) -> Tensor:
+    """Return the normalised number of each byte of a frame, [3, 256] float32.
+
+    Source: the video processors of transformers 5.23, which scale and normalise in one step.
+    """
+    mean, std = (255 * torch.tensor(values).view(3, 1) for values in (settings.image_mean, settings.image_std))
+    return torch.arange(256).float().sub(mean).div_(std)
 
 
 def seconds_per_grid(video: DecodedVideo, settings: VideoSettings) -> float:

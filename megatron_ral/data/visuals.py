@@ -1,5 +1,6 @@
 """Images and videos of a sample -> patches, grids and target tokens."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -17,17 +18,19 @@ from megatron_ral.data.video import (
     read_clip,
     seconds_per_grid,
     video_grid,
+    video_levels,
 )
+from megatron_ral.functional.patches import image_levels
 from megatron_ral.models.families import Family, PatchRules
-from megatron_ral.types import FramePictures, Sample
+from megatron_ral.types import FramePictures, Patches, Sample
 
 
 @dataclass
 class Visual:
     """One image or video of a sample."""
 
-    pixels: Optional[Tensor]
-    """[patches, width] float32; None if only lengths are measured."""
+    patches: Optional[Patches]
+    """Patches in the order of visual tokens; None if only lengths are measured."""
     grid: Tensor
     """[3] int64 patches (t, h, w)."""
     targets: Tensor
@@ -52,6 +55,7 @@ class VisualReader:
     def __init__(self, image_processor: Any, family: Family, rules: PatchRules):
         self.image_processor, self.family, self.rules = image_processor, family, rules
         self.video = VideoSettings.from_checkpoint(rules, image_processor, family=family.model_type)
+        self._image_levels, self._video_levels = image_levels(image_processor), video_levels(self.video)
 
     def read(self, sample: Sample, *, measure_only: bool = False) -> list[Visual]:
         """Return the images of a sample, then its videos.
@@ -94,32 +98,34 @@ class VisualReader:
         return visual.grid[None]
 
     def _no_targets(self, grid: Tensor) -> Tensor:
-        return torch.zeros(int(grid.prod()) // self.rules.merge_size**2, dtype=torch.bool)
+        return torch.zeros(math.prod(grid.tolist()) // self.rules.merge_size**2, dtype=torch.bool)
 
     def _image(self, picture: Image.Image | tuple[int, int]) -> Visual:
         """Return the visual of a picture, or that of its width and height alone, without pixels."""
         try:
             if isinstance(picture, tuple):
-                pixels, grid = None, self.family.image_grid(*picture, self.image_processor, self.rules)
+                patches, grid = None, self.family.image_grid(*picture, self.image_processor, self.rules)
             else:
                 pixels, grid = self.family.patchify_image(picture, self.image_processor, self.rules)
+                patches = Patches(pixels, self._image_levels, self.rules.temporal_patch_size)
         except ValueError as error:  # an aspect ratio that the processor refuses
             raise SampleError(f"image cannot be used ({error})", "broken_image") from None
-        return Visual(pixels, grid, self._no_targets(grid))
+        return Visual(patches, grid, self._no_targets(grid))
 
     def _video(self, video: bytes | FramePictures, target_frames: tuple, measure_only: bool) -> Visual:
         clip = read_clip(video, self.video, measure_only=measure_only)
         if measure_only:
             count, _, height, width = clip.frames.shape
-            pixels, grid = None, torch.tensor(video_grid(count, height, width, self.video))
+            patches, grid = None, torch.tensor(video_grid(count, height, width, self.video))
         else:
             pixels, grid = patchify_video(clip, self.video)
+            patches = Patches(pixels, self._video_levels)
         targets = self._no_targets(grid)
         if target_frames:
             depth = self.video.temporal_patch_size
             targets = clip_cells(target_frames, clip, self.token_grid(grid), depth).flatten()
         stamps = tuple(grid_timestamps(clip, self.video))
-        return Visual(pixels, grid, targets, True, seconds_per_grid(clip, self.video), stamps)
+        return Visual(patches, grid, targets, True, seconds_per_grid(clip, self.video), stamps)
 
 
 def _refuse_stray_targets(sample: Sample) -> None:

@@ -1,38 +1,42 @@
 """RGB pixels -> patches in the order of visual tokens, and back.
 
-`patchify_image` makes the numbers of Hugging Face's Qwen2VLImageProcessorPil, bit for bit, in a fifth of its time.
-Departure from it: pixels are put in the order of patches while they are bytes, and each is converted to float once
-instead of once per temporal copy.
+`patchify_image` and `image_levels` make the numbers of Hugging Face's Qwen2VLImageProcessorPil, bit for bit. Departure
+from it: patches stay bytes, and the number of each of the 256 bytes is computed once for a checkpoint. The stock
+processor computes each number of each picture, in float64, float32 and once more for each frame of a temporal patch.
 """
 
-from typing import Sequence
+from typing import Any, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 
-def cut_frames(frames: Tensor, depth: int, patch: int, merge: int) -> Tensor:
+def cut_frames(frames: np.ndarray, depth: int, patch: int, merge: int) -> Tensor:
     """Cut frames into patches. The patches of one visual token are neighbours.
 
     Args:
-        frames: [t * depth, channels, H, W], H and W whole visual tokens.
+        frames: [t * depth, H, W, channels] uint8, H and W whole visual tokens.
         depth: frames of one temporal patch.
         patch: pixels of a patch and side.
         merge: patches of a visual token and side.
 
     Returns:
-        [t * h * w, channels * depth * patch * patch] with h and w patches along H and W.
+        [t * h * w, depth, patch * patch, channels] uint8 with h and w patches along H and W.
     """
-    channels, height, width = frames.shape[1:]
+    height, width, channels = frames.shape[1:]
     h, w = height // patch // merge, width // patch // merge
-    cut = frames.reshape(-1, depth, channels, h, merge, patch, w, merge, patch)
-    return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(len(cut) * h * w * merge**2, -1)
+    # A line of a patch is one item, because NumPy moves items of any size as a whole.
+    lines = np.ascontiguousarray(frames).reshape(-1).view(f"V{patch * channels}")
+    cut = lines.reshape(-1, depth, h, merge, patch, w, merge).transpose(0, 2, 5, 3, 6, 1, 4)
+    pixels = np.array(cut, order="C").view(np.uint8)
+    return torch.from_numpy(pixels.reshape(-1, depth, patch**2, channels))
 
 
 def join_frames(patches: Tensor, frame: tuple[int, int], depth: int, patch: int, merge: int) -> Tensor:
-    """Return the frames that `cut_frames` has cut, [t * depth, channels, H, W].
+    """Return the frames of normalised patches, [t * depth, channels, H, W].
 
     Args:
         patches: [t * h * w, channels * depth * patch * patch].
@@ -48,15 +52,15 @@ def join_frames(patches: Tensor, frame: tuple[int, int], depth: int, patch: int,
 
 
 def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> tuple[Tensor, Tensor]:
-    """Resize a picture, normalise it, repeat it to one temporal patch and cut it into patches.
+    """Resize a picture and cut it into patches.
 
     Args:
         image: RGB picture.
-        processor: image processor of the checkpoint. It does the work itself if its settings leave out a step.
+        processor: image processor of the checkpoint.
 
     Returns:
-        pixel_values: [h * w, 3 * temporal_patch_size * patch_size**2] float32; the patches of one visual token are
-            neighbours.
+        pixels: [h * w, 1, patch_size**2, 3] uint8; the patches of one visual token are neighbours. The stock processor
+            repeats them to a temporal patch, and normalises them as `image_levels` says.
         grid_thw: [3] int64 patches (1, h, w).
 
     Raises:
@@ -64,19 +68,39 @@ def patchify_image(image: Image.Image, processor: Qwen2VLImageProcessorPil) -> t
 
     Source: Qwen2VLImageProcessorPil of transformers 5.23.
     """
-    if not (processor.do_resize and processor.do_rescale and processor.do_normalize):
-        features = processor(images=[image], return_tensors="pt")
-        return features["pixel_values"], features["image_grid_thw"][0]
-    patch, merge, depth = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    grid = image_grid(*image.size, processor)
-    h, w = grid[1:].tolist()
-    image = image.resize((w * patch, h * patch), resample=processor.resample)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    cut = pixels.view(h // merge, merge, patch, w // merge, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5)
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    # float64, because the stock processor scales in it
-    values = (cut.reshape(h * w, 3, 1, patch, patch).double() * processor.rescale_factor).float().sub_(mean).div_(std)
-    return values.expand(-1, -1, depth, -1, -1).reshape(h * w, -1), grid
+    width, height = _resized(*image.size, processor)
+    pixels = np.asarray(resize(image, width, height, processor.resample))
+    return cut_frames(pixels[None], 1, processor.patch_size, processor.merge_size), image_grid(*image.size, processor)
+
+
+def resize(image: Image.Image, width: int, height: int, resample: Any) -> Image.Image:
+    """Return the picture in another size, as Hugging Face's processors of the PIL backend resize.
+
+    Pillow does it, because no other library that was tried gives the same bytes (`tools/benchmarks/loader.py`).
+
+    Args:
+        image: RGB picture.
+        width: pixels of the result.
+        height: pixels of the result.
+        resample: filter of the image processor.
+    """
+    return image if image.size == (width, height) else image.resize((width, height), resample=resample)
+
+
+def image_levels(processor: Any) -> Tensor:
+    """Return the normalised number of each byte of a picture, [3, 256] float32.
+
+    The stock processor makes them of a picture of one line that has every byte. It treats each pixel by itself.
+
+    Args:
+        processor: image processor of the checkpoint, with a PIL backend.
+    """
+    line = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    if processor.do_rescale:
+        line = processor.rescale(line, processor.rescale_factor)
+    if processor.do_normalize:
+        line = processor.normalize(line, processor.image_mean, processor.image_std)
+    return torch.from_numpy(np.array(line[:, 0], dtype=np.float32))
 
 
 def image_grid(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> Tensor:
@@ -88,39 +112,38 @@ def image_grid(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> 
     Raises:
         ValueError: as in `patchify_image`.
     """
-    if processor.do_resize:
-        height, width = smart_resize(
-            height,
-            width,
-            factor=processor.patch_size * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
-        )
+    width, height = _resized(width, height, processor)
     return torch.tensor([1, height // processor.patch_size, width // processor.patch_size])
 
 
-def byte_patches(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the bytes of which patches were made, the exact inverse of scaling by 1/255 and normalising.
+def _resized(width: int, height: int, processor: Qwen2VLImageProcessorPil) -> tuple[int, int]:
+    """Return the width and height to which the processor resizes a picture."""
+    if not processor.do_resize:
+        return width, height
+    height, width = smart_resize(
+        height,
+        width,
+        factor=processor.patch_size * processor.merge_size,
+        min_pixels=processor.size["shortest_edge"],
+        max_pixels=processor.size["longest_edge"],
+    )
+    return width, height
 
-    Bytes are 1 / (255 std) apart after normalising, which is 10^5 times the rounding of float32, so that each value
-    has one byte. A value between two bytes was made by something else.
+
+def check_levels(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Check that the numbers of bytes are those of scaling by 1/255 and normalising.
+
+    Bytes are 1 / (255 std) apart after normalising, which is 10^5 times the rounding of float32, so that each number
+    has one byte.
 
     Args:
-        patches: [patches, channels * numbers of a channel] float32, normalised.
+        levels: [channels, 256] float32 number of each byte.
         mean: mean of each channel, of pixels between 0 and 1.
         std: standard deviation of each channel.
 
-    Returns:
-        [patches, channels * numbers of a channel] uint8.
-
     Raises:
-        ValueError: the values are no normalised bytes.
+        ValueError: they are other numbers.
     """
-    channels = patches.reshape(len(patches), len(mean), patches.shape[1] // len(mean)).double()
-    values = 255 * (channels * torch.tensor(std).double()[:, None] + torch.tensor(mean).double()[:, None])
-    rounded = values.round()
-    if len(patches) and not (
-        float((values - rounded).abs().max()) < 0.01 and 0 <= rounded.min() <= rounded.max() < 256
-    ):
+    found = 255 * (levels.double() * torch.tensor(std).double()[:, None] + torch.tensor(mean).double()[:, None])
+    if not float((found - torch.arange(256)).abs().max()) < 0.01:
         raise ValueError("patches that are no normalised bytes")
-    return rounded.to(torch.uint8).view(patches.shape)

@@ -1,7 +1,9 @@
 """Multimodal rotary positions (temporal, height, width) of the Qwen-VL families, and the angles they give."""
 
+import itertools
 from typing import Optional, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,27 +33,35 @@ def multimodal_positions(
     Source: Qwen2-VL (arXiv 2409.12191) section 2.1, Qwen2.5-VL (arXiv 2502.13923) section 2.1.2. The position after a
     video follows transformers 5. Up to version 4 it followed the largest coordinate, the temporal one included.
     """
-    columns, position, index, number = [], 0, 0, 0
+    # NumPy, because a prompt has many short runs, and an operation of PyTorch takes as long as a hundred tokens.
+    flags = is_visual.numpy()
+    places = np.empty((3, len(flags)), np.int64)
     intervals = [1.0] * len(grids) if temporal_intervals is None else temporal_intervals
-    flags = is_visual.tolist()
-    while index < len(flags):
-        if not flags[index]:
-            columns.append(torch.full((3, 1), position, dtype=torch.int64))
-            position, index = position + 1, index + 1
+    sizes, changes = grids.tolist(), np.flatnonzero(flags[1:] != flags[:-1]) + 1
+    position, number = 0, 0
+    for index, end in itertools.pairwise([0, *changes.tolist(), len(flags)]):
+        if not flags[index : index + 1].any():
+            places[:, index:end] = np.arange(position, position + end - index)
+            position += end - index
             continue
-        if number >= len(grids):
-            raise ValueError(f"visual tokens at position {index} belong to no image or video ({len(grids)} in all)")
-        t, h, w = (int(value) for value in grids[number])
-        h, w = h // spatial_merge_size, w // spatial_merge_size
-        if not all(flags[index : index + t * h * w]) or index + t * h * w > len(flags):
-            raise ValueError(f"image or video {number} needs {t * h * w} visual tokens in one run at position {index}")
-        seconds = (torch.arange(t) * float(intervals[number])).long()
-        axes = torch.meshgrid(seconds, torch.arange(h), torch.arange(w), indexing="ij")
-        columns.append(torch.stack(axes).reshape(3, -1) + position)
-        position, index, number = position + max(h, w), index + t * h * w, number + 1
-    if number != len(grids):
-        raise ValueError(f"{len(grids)} images or videos but visual tokens for {number}")
-    return torch.cat(columns, dim=1), position
+        while index < end:
+            if number >= len(sizes):
+                raise ValueError(f"visual tokens at position {index} belong to no image or video ({len(sizes)} in all)")
+            t, h, w = sizes[number][0], sizes[number][1] // spatial_merge_size, sizes[number][2] // spatial_merge_size
+            if index + t * h * w > end:
+                raise ValueError(
+                    f"image or video {number} needs {t * h * w} visual tokens in one run at position {index}"
+                )
+            axes = np.empty((3, t, h, w), np.int64)
+            # in float32, as transformers multiplies
+            seconds = (np.arange(t, dtype=np.float32) * np.float32(intervals[number])).astype(np.int64)
+            axes[0] = position + seconds[:, None, None]
+            axes[1], axes[2] = position + np.arange(h)[:, None], position + np.arange(w)
+            places[:, index : index + t * h * w] = axes.reshape(3, -1)
+            position, index, number = position + max(h, w), index + t * h * w, number + 1
+    if number != len(sizes):
+        raise ValueError(f"{len(sizes)} images or videos but visual tokens for {number}")
+    return torch.from_numpy(places), position
 
 
 def rotary_axes(sections: Sequence[int], interleaved: bool) -> Tensor:

@@ -185,11 +185,11 @@ class MultimodalStage(torch.nn.Module):
             of the first D layers adds (D = 0 without DeepStack). They carry gradient to the tower.
         """
         assert self.visual is not None, "only the first stage has a vision tower"
-        pixels = [prompt.pixel_values for prompt in prompts.prompts]
+        parts = [part for prompt in prompts.prompts for part in prompt.patches]
         shares = share(frames_of(torch.cat([prompt.grid_thw for prompt in prompts.prompts])), self.layout.tensor_size)
         patches = [sum(frame.patches for frame in frames) for frames in shares]
         rank, merge = self.layout.tensor_rank, cast(int, self.visual.spatial_merge_size)
-        features = encode_frames(self.visual, self.shape.family, shares[rank], pixels, first=sum(patches[:rank]))
+        features = encode_frames(self.visual, self.shape.family, shares[rank], parts, first=sum(patches[:rank]))
         if self.layout.tensor_size > 1:
             tokens = [count // merge**2 for count in patches]
             features = gather_rows(features, tokens, cast(Any, parallel_state.get_tensor_model_parallel_group()))

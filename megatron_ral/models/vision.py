@@ -7,14 +7,16 @@ and frames of one size that follow each other may stand as one video, whatever t
 All that a tower derives from sizes is computed on the host, so that no block waits for the device.
 """
 
+from dataclasses import replace
 from itertools import groupby
-from typing import Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence, cast
 
 import torch
 from torch import Tensor
 
 from megatron_ral.models.families import Family
 from megatron_ral.models.packed_attention import Segments, upload, uses_flash
+from megatron_ral.types import Patches
 
 PATCHES_PER_CALL = 32_768
 """Largest number of patches that a call of the tower reads, unless a single frame has more."""
@@ -67,7 +69,7 @@ def calls(frames: Sequence[Frame], limit: int) -> Iterator[list[Frame]]:
 
 
 def encode_frames(
-    tower: torch.nn.Module, family: Family, frames: Sequence[Frame], pixels: Sequence[Tensor], first: int = 0
+    tower: torch.nn.Module, family: Family, frames: Sequence[Frame], patches: Sequence[Patches], first: int = 0
 ) -> Tensor:
     """Return the features of consecutive frames. They carry gradient to the tower.
 
@@ -78,25 +80,26 @@ def encode_frames(
         tower: Vision tower of transformers, built by `Family.build_tower`.
         family: Family of the model.
         frames: Frames to encode.
-        pixels: Patches of all frames in order, [patches, values] each, in host memory. Tensors may hold any number.
-        first: Row of `pixels`, counted over all tensors, at which `frames` begin.
+        patches: Patches of all frames in order, in host memory. Each may hold any number of frames.
+        first: Row of `patches`, counted over all of them, at which `frames` begin.
 
     Returns:
         [visual tokens, 1 + D, H]: replacements of the word embeddings, then the features of D layers (DeepStack).
     """
     if not frames:
-        frame = Frame(*family.blank_frame(tower))
-        features = _call(tower, family, [frame], [torch.zeros(frame.patches, pixels[0].shape[1])])
+        frame, rules = Frame(*family.blank_frame(tower)), family.patch_rules(cast(Any, tower).config)
+        pixels = torch.zeros(frame.patches, rules.temporal_patch_size, rules.patch_size**2, rules.channels)
+        features = _call(tower, family, [frame], [Patches(pixels.byte(), torch.zeros(rules.channels, 256))])
         return features[:0] + 0.0 * features.sum()
     parts = []
     for call in calls(frames, PATCHES_PER_CALL):
         stop = first + sum(frame.patches for frame in call)
-        parts.append(_call(tower, family, call, list(_rows(pixels, first, stop))))
+        parts.append(_call(tower, family, call, list(_rows(patches, first, stop))))
         first = stop
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _call(tower: torch.nn.Module, family: Family, frames: Sequence[Frame], pixels: Sequence[Tensor]) -> Tensor:
+def _call(tower: torch.nn.Module, family: Family, frames: Sequence[Frame], patches: Sequence[Patches]) -> Tensor:
     parameter = next(tower.parameters())
     device, dtype = parameter.device, parameter.dtype
     runs = [(len(list(equal)), *frame) for frame, equal in groupby(frames)]
@@ -104,7 +107,7 @@ def _call(tower: torch.nn.Module, family: Family, frames: Sequence[Frame], pixel
     flash = uses_flash(device, dtype, family.head_width(tower))
     rows = sum(frame.patches for frame in frames)
     output = tower(
-        _upload_pixels(pixels, device).to(dtype),
+        _upload(patches, device, dtype),
         grid_thw=torch.tensor(runs),
         cu_seqlens=torch.tensor([0, rows], dtype=torch.int32),  # one segment, see `packed_attention`
         cu_window_seqlens=torch.tensor([0, rows], dtype=torch.int32),
@@ -114,18 +117,26 @@ def _call(tower: torch.nn.Module, family: Family, frames: Sequence[Frame], pixel
     return torch.stack([output.pooler_output, *getattr(output, "deepstack_features", ())], dim=1)
 
 
-def _rows(tensors: Sequence[Tensor], first: int, stop: int) -> Iterator[Tensor]:
-    """Yield the rows from `first` to before `stop` of tensors that stand one after the other."""
-    for tensor in tensors:
-        if first < len(tensor) and stop > 0:
-            yield tensor[max(first, 0) : stop]
-        first, stop = first - len(tensor), stop - len(tensor)
+def _rows(parts: Sequence[Patches], first: int, stop: int) -> Iterator[Patches]:
+    """Yield the rows from `first` to before `stop` of patches that stand one after the other."""
+    for part in parts:
+        if first < len(part) and stop > 0:
+            yield part[max(first, 0) : stop]
+        first, stop = first - len(part), stop - len(part)
 
 
-def _upload_pixels(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the pixels as one tensor on the device, in their own type: a cast on the host is a slow second copy."""
+def _upload(parts: Sequence[Patches], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of patches on the device. Bytes go there, because they are a fraction of the numbers."""
+    values = []
+    for _, alike in groupby(parts, key=lambda part: (id(part.levels), part.repeats, part.pixels.shape[1:])):
+        run = list(alike)
+        pixels = replace(run[0], pixels=_upload_bytes([part.pixels for part in run], device))
+        values.append(pixels.values(dtype))
+    return torch.cat(values) if len(values) > 1 else values[0]
+
+
+def _upload_bytes(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
     if device.type != "cuda" or not torch.cuda.is_available():
         return torch.cat(list(pixels)).to(device, non_blocking=True)
-    size = sum(map(len, pixels)), pixels[0].shape[1]
-    pinned = torch.empty(size, dtype=pixels[0].dtype, pin_memory=True)
+    pinned = torch.empty((sum(map(len, pixels)), *pixels[0].shape[1:]), dtype=torch.uint8, pin_memory=True)
     return torch.cat(list(pixels), out=pinned).to(device, non_blocking=True)

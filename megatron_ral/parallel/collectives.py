@@ -14,6 +14,10 @@ from megatron_ral.parallel.process_groups import ProcessGroups
 
 MAXIMUM = ":max"
 """End of the name of a metric whose largest value over ranks is taken in place of the sum."""
+_SENT_TYPES = (torch.uint8, torch.bool, torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.float64)
+"""Types of tensors that `broadcast_in_replica` sends."""
+_ALIGNMENT = 8
+"""Multiple of bytes at which a tensor of any type may begin."""
 
 
 def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -148,6 +152,58 @@ def broadcast_from_stage_(tensor: Tensor, stage: int, process_groups: ProcessGro
     return tensor
 
 
+def is_first_of_replica(process_groups: ProcessGroups) -> bool:
+    """Return whether this rank is the first of those that hold one copy of the model."""
+    return _first_of_replica(process_groups) == dist.get_rank()
+
+
+def broadcast_in_replica(lists: Sequence[Sequence[Tensor]], process_groups: ProcessGroups) -> list[list[Tensor]]:
+    """Send lists of tensors from the first rank of a replica (tensor x pipeline) to all its ranks, without gradient.
+
+    Types and shapes are sent ahead of the bytes. One list is in flight at a time.
+
+    Args:
+        lists: Tensors in host memory, of a type in `_SENT_TYPES`. Ignored on ranks other than the first.
+        process_groups: Process groups.
+
+    Returns:
+        The lists, equal on every rank of the replica, in host memory.
+    """
+    group, first, device = process_groups.model, _first_of_replica(process_groups), process_groups.device
+    if group.size() == 1:
+        return [list(tensors) for tensors in lists]
+
+    def send(tensor: Tensor) -> Tensor:
+        placed = tensor.to(device)
+        dist.broadcast(placed, src=first, group=group)
+        return placed.cpu()
+
+    is_first = dist.get_rank() == first
+    header = [len(lists)] if is_first else []
+    for tensors in lists if is_first else ():
+        header.append(len(tensors))
+        for tensor in tensors:
+            header += [_SENT_TYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+    length = int(send(torch.tensor(len(header))))
+    numbers = iter(send(torch.tensor(header) if is_first else torch.empty(length, dtype=torch.int64)).tolist())
+    result = []
+    for place in range(next(numbers)):
+        parts = []
+        for _ in range(next(numbers)):
+            dtype, shape = _SENT_TYPES[next(numbers)], [next(numbers) for _ in range(next(numbers))]
+            size = dtype.itemsize * torch.Size(shape).numel()
+            parts.append((dtype, shape, size, size + -size % _ALIGNMENT))
+        packed = torch.empty(sum(padded for *_, padded in parts), dtype=torch.uint8)
+        if is_first:
+            for own, tensor in zip(packed.split([padded for *_, padded in parts]), lists[place]):
+                own[: tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        packed = send(packed)
+        pieces = zip(parts, packed.split([padded for *_, padded in parts]))
+        # Each has memory of its own, because a view that is saved or sent takes all that it is a part of with it.
+        result.append([piece[:size].clone().view(dtype).view(shape) for (dtype, shape, size, _), piece in pieces])
+    return result
+
+
 def send_to_stage(tensor: Tensor, stage: int, process_groups: ProcessGroups) -> dist.Work:
     """Start sending a contiguous tensor to the rank of another stage (0-based) with the same tensor and data rank.
 
@@ -239,6 +295,10 @@ def _all_ranks() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None, "no job was joined"
     return group
+
+
+def _first_of_replica(process_groups: ProcessGroups) -> int:
+    return dist.get_process_group_ranks(process_groups.model)[0]
 
 
 def _rank_of_stage(stage: int, process_groups: ProcessGroups) -> int:

@@ -120,7 +120,7 @@ class _Simulator:
             self.phase(
                 "vision",
                 self.work.num_prompts / engine.layout.tensor_size,
-                lambda: encode_frames(tower, engine.shape.family, frames, [prompt.pixel_values]),
+                lambda: encode_frames(tower, engine.shape.family, frames, prompt.patches),
             )
 
     def generation(self) -> None:

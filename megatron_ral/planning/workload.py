@@ -6,12 +6,13 @@ import torch
 
 from megatron_ral.config import RunConfig
 from megatron_ral.engine.stage import StageEngine
+from megatron_ral.models.families import PatchRules
 from megatron_ral.models.shape import ModelShape
 from megatron_ral.models.vision import PATCHES_PER_CALL
 from megatron_ral.parallel.rank_layout import RankLayout
 from megatron_ral.rollout.assemble import num_on_policy_updates
 from megatron_ral.rollout.lengths import MicroBatchSettings
-from megatron_ral.types import GroupBatch, Prompt, Sample, pad_prompts
+from megatron_ral.types import GroupBatch, Patches, Prompt, Sample, pad_prompts
 
 _SAMPLE = Sample("rehearsed", "", "", "", "", "", (), ())
 
@@ -122,7 +123,7 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
         input_ids=torch.where(mask, shape.image_token_id, 1),
         position_ids=torch.arange(length).expand(3, -1),
         next_position=length,
-        pixel_values=torch.empty(visual * rules.merge_size**2, rules.width),
+        patches=(make_patches(rules, visual * rules.merge_size**2),) if visual else (),
         grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
         is_video=torch.zeros(len(grids), dtype=torch.bool),
         seconds_per_grid=torch.zeros(len(grids)),
@@ -130,6 +131,12 @@ def make_prompt(shape: ModelShape, work: Workload) -> Prompt:
         target_mask=torch.arange(length) < min(visual, 1),
         response_ids=torch.zeros(0, dtype=torch.int64),
     )
+
+
+def make_patches(rules: PatchRules, count: int) -> Patches:
+    """Return patches of a picture without contents."""
+    pixels = torch.empty(count, 1, rules.patch_size**2, rules.channels, dtype=torch.uint8)
+    return Patches(pixels, torch.empty(rules.channels, 256), rules.temporal_patch_size)
 
 
 def make_groups(engine: StageEngine, work: Workload, size: int, embeds: bool) -> GroupBatch:

@@ -18,9 +18,7 @@ from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses
 from megatron_ral.functional.sampling import uniform_stream
 from megatron_ral.rollout.sampler import Sampler
-from megatron_ral.types import Prompt
-
-NUM_CHANNELS = 3
+from megatron_ral.types import Patches, Prompt
 
 
 def visible_tokens(prompt: Prompt, group_size: int, settings: ViewsConfig, *identity: object) -> Tensor:
@@ -57,11 +55,28 @@ def view_of(prompt: Prompt, seen: Tensor, number: int) -> Prompt:
     sample = replace(prompt.sample, key=f"{prompt.sample.key}/view{number}")
     if not len(seen):
         return replace(prompt, sample=sample)
-    # The patches of a visual token stand together, and the values of a patch are ordered by channel first.
-    patches = prompt.pixel_values.view(len(seen), -1, NUM_CHANNELS, prompt.pixel_values.shape[1] // NUM_CHANNELS)
-    median = patches.transpose(0, 2).flatten(1).median(dim=1).values
-    pixels = torch.where(seen[:, None, None, None], patches, median[:, None])
-    return replace(prompt, sample=sample, pixel_values=pixels.view_as(prompt.pixel_values))
+    # The patches of a visual token stand together.
+    shown = seen.repeat_interleave(prompt.num_patches // len(seen)).split([len(part) for part in prompt.patches])
+    colour = _median_colour(prompt.patches)
+    return replace(
+        prompt,
+        sample=sample,
+        patches=tuple(
+            replace(part, pixels=torch.where(rows[:, None, None, None], part.pixels, colour))
+            for part, rows in zip(prompt.patches, shown)
+        ),
+    )
+
+
+def _median_colour(patches: Sequence[Patches]) -> Tensor:
+    """Return the (lower) median byte of each channel over all pixels that the tower reads, [channels] uint8."""
+    counts = sum(
+        part.repeats * torch.stack([channel.flatten().bincount(minlength=256) for channel in part.pixels.unbind(-1)])
+        for part in patches
+    )
+    assert isinstance(counts, Tensor), "a hidden token belongs to a picture"
+    below = counts.cumsum(1)
+    return (below < (below[:, -1:] + 1) // 2).sum(1).byte()
 
 
 def sample_views(

@@ -32,6 +32,7 @@ from megatron_ral.training.step import SkippedUpdate
 from megatron_ral.types import (
     FramePictures,
     GroupBatch,
+    Patches,
     Prompt,
     PromptBatch,
     RlBatch,
@@ -53,6 +54,7 @@ _TYPES = {
         AttentionRecord,
         FramePictures,
         GroupBatch,
+        Patches,
         Prompt,
         PromptBatch,
         RlBatch,
@@ -90,18 +92,19 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return the value that `pack` was given.
 
     Raises:
-        CheckpointError: A dataclass is not known to this version.
+        CheckpointError: A dataclass is not known to this version, or has other fields in it.
     """
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
     if "type" in tree:
-        if tree["type"] not in _TYPES:
+        kind = _TYPES.get(tree["type"])
+        if kind is None or set(tree["fields"]) != {item.name for item in dataclasses.fields(kind)}:
             raise CheckpointError(
                 "the replay", tree["type"], "is of another version; run it with the version that wrote it"
             )
-        return _TYPES[tree["type"]](**{name: unpack(item, tensors) for name, item in tree["fields"].items()})
+        return kind(**{name: unpack(item, tensors) for name, item in tree["fields"].items()})
     if "items" in tree:
         return {key: unpack(item, tensors) for key, item in tree["items"]}
     return tuple(unpack(item, tensors) for item in tree["tuple"])

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megatron_ral.config import RunConfig
 from megatron_ral.config.rules import setting_warnings
 from megatron_ral.data.loader import PromptLoader
+from megatron_ral.data.peers import ReplicaPeers
 from megatron_ral.engine.frozen import FrozenEngine, PolicyBase
 from megatron_ral.engine.gather import gathered
 from megatron_ral.engine.settings import EngineSettings
@@ -85,6 +86,7 @@ class Trainer:
             batch_size=self.prompts_per_step,
             report=self.is_main,
             exchange=gather_from_all,
+            peers=ReplicaPeers(process_groups),
         )
         if self.eval_shards and config.logging.eval_interval:
             check_any_prompt(self._heldout_prompts(), process_groups)

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ral.config.sections import DataConfig, RewardConfig, RewardFunctionConfig
 from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.peers import ReplicaPeers
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.models.shape import read_shape
@@ -47,6 +48,7 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
         dp_size=layout.data_size,
         seed=5,
         exchange=gather_from_all,
+        peers=ReplicaPeers(process_groups),
     )
     draws = []
 

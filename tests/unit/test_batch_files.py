@@ -49,7 +49,7 @@ def test_packed_and_unpacked_batch_is_the_same_without_its_pictures(material):
     batch = dataclasses.replace(batch, advantages=torch.tensor([[1.5, -torch.inf]] * 3))
     tensors = {}
     tree = json.loads(json.dumps(pack([batch, batch], tensors)))
-    assert "0.groups.prompts.prompts.2.pixel_values" in tensors and "1.target_attention.3.query_BGRnD" in tensors
+    assert "0.groups.prompts.prompts.2.patches.0.pixels" in tensors and "1.target_attention.3.query_BGRnD" in tensors
     [first, second] = unpack(tree, tensors)
     bare = tuple(
         dataclasses.replace(prompt, sample=dataclasses.replace(prompt.sample, images=())) for prompt in prompts

@@ -18,8 +18,8 @@ from megatron_ral.data.loader import PromptLoader, open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import find_shards, open_shards, parse_sample, read_entry
 from megatron_ral.errors import DataError
-from megatron_ral.functional.patches import patchify_image
-from megatron_ral.types import FramePictures, Sample
+from megatron_ral.functional.patches import image_levels, patchify_image
+from megatron_ral.types import FramePictures, Patches, Sample
 from tests.unit.test_video import clip as mp4_clip
 
 
@@ -232,18 +232,17 @@ def test_unusable_samples_are_quarantined_by_key_and_the_run_goes_on(processor, 
 def test_patches_are_those_of_the_stock_processor_bit_for_bit(material, family):
     stock = PromptProcessor(str(material[family]), 128).image_processor
     rng = np.random.default_rng(0)
-    for width, height in ((28, 28), (300, 41), (31, 500), (5, 7), (448, 336), (200, 1)):
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        wanted = stock(images=[image], return_tensors="pt")
-        pixels, grid = patchify_image(image, stock)
-        assert torch.equal(pixels, wanted["pixel_values"]) and torch.equal(grid, wanted["image_grid_thw"][0])
+    sizes = [(28, 28), (300, 41), (31, 500), (5, 7), (448, 336), (200, 1)]
+    sizes += [tuple(size) for size in rng.integers(20, 500, (40, 2)).tolist()]
     small = type(stock)(**{**stock.to_dict(), "size": {"shortest_edge": 4 * 28**2, "longest_edge": 20 * 28**2}})
-    assert torch.equal(
-        patchify_image(image.resize((400, 333)), small)[0],
-        small(images=[image.resize((400, 333))], return_tensors="pt")["pixel_values"],
-    )
-    odd = type(stock)(**{**stock.to_dict(), "do_normalize": False})
-    assert torch.equal(patchify_image(image, odd)[0], odd(images=[image], return_tensors="pt")["pixel_values"])
+    odd = type(stock)(**{**stock.to_dict(), "do_normalize": False, "image_mean": [0.1, 0.2, 0.3]})
+    for number, (width, height) in enumerate(sizes):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for processor in (stock, small, odd)[: 3 if number < 20 else 1]:
+            wanted = processor(images=[image], return_tensors="pt")
+            pixels, grid = patchify_image(image, processor)
+            values = Patches(pixels, image_levels(processor), processor.temporal_patch_size).values()
+            assert torch.equal(values, wanted["pixel_values"]) and torch.equal(grid, wanted["image_grid_thw"][0])
 
 
 def test_prompt_suffix_follows_the_question(processor, material, tmp_path):

@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from webdataset.tariterators import tar_file_expander
 
 from megatron_ral.commands.shards import index_shard
 from megatron_ral.config.sections import DataConfig
-from megatron_ral.data.archive import scan_archive
+from megatron_ral.data.archive import plain_members, scan_archive
 from megatron_ral.data.index import index_path, open_index
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import PromptLoader, open_sources
@@ -135,6 +136,37 @@ def test_a_decoder_that_fails_in_its_own_way_ends_no_run(tmp_path, processor, mo
     assert len(stream.take(3)) == 3
     [text] = stream.quarantined.values()
     assert "ZeroDivisionError: once" in text and stream.quarantined_by_reason == {"unusable": 1}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_plain_members_are_those_that_webdataset_reads(tmp_path, form):
+    """Sizes around a block, in each format of tar, and with each byte of a header changed."""
+    stream = io.BytesIO()
+    contents = {f"k.{number}.png": bytes([number + 1]) * size for number, size in enumerate((0, 1, 511, 512, 513))}
+    with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.uname, info.mtime = len(content), "me", 1700000000
+            archive.addfile(info, io.BytesIO(content))
+        end = archive.offset
+    data = stream.getvalue()[:end]
+    assert plain_members(data) == list(contents.items())
+    assert plain_members(data[:-513]) is None and plain_members(b"") == []
+    for place in range(512):
+        for byte in (0, 32, 53, 255):
+            broken = data[:place] + bytes([byte]) + data[place + 1 :]
+            found = plain_members(broken)
+            if found is not None:
+                shown = tar_file_expander([{"url": "s", "stream": io.BytesIO(broken)}], eof_value=None)
+                assert found == [(member["fname"], member["data"]) for member in shown], (place, byte)
+
+
+@pytest.mark.parametrize("name, kind", [("k" * 120, b"0"), ("k.ü", b"0"), ("k.png", b"2"), ("k.png", b"5"), ("", b"0")])
+def test_members_that_are_not_plain_are_left_to_webdataset(name, kind):
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        assert plain_members(info.tobuf(form)) is None
 
 
 def test_hostile_archives(tmp_path, processor):

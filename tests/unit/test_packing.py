@@ -20,7 +20,7 @@ def make_prompts(lengths: list[int]) -> PromptBatch:
                 input_ids=ids,
                 position_ids=torch.stack([ids, ids + 1, ids + 2]),
                 next_position=length + 3,
-                pixel_values=torch.zeros(0, 4),
+                patches=(),
                 grid_thw=torch.zeros(0, 3, dtype=torch.int64),
                 is_video=torch.zeros(0, dtype=torch.bool),
                 seconds_per_grid=torch.zeros(0),

@@ -19,8 +19,8 @@ from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.data.targets import image_cells
 from megatron_ral.data.video import frames_video
 from megatron_ral.evaluation.attention_pictures import sample_panels
-from megatron_ral.functional.patches import patchify_image
-from megatron_ral.types import Sample
+from megatron_ral.functional.patches import image_levels, patchify_image
+from megatron_ral.types import Patches, Sample
 from tests.unit.picture_cases import BLUE, LEFT_RIGHT, RED, REFUSED, SIDE, TURNED, encoded, halves, png, stored
 
 SUFFIX = {b"\x89": "png", b"\xff": "jpg", b"R": "webp"}
@@ -71,10 +71,16 @@ def test_what_make_shards_accepts(samples):
     assert set(samples) == {*LEFT_RIGHT, *TURNED}
 
 
+def patches_of(image: Image.Image, stock) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised patches and their grid."""
+    pixels, grid = patchify_image(image, stock)
+    return Patches(pixels, image_levels(stock), stock.temporal_patch_size).values(), grid
+
+
 @pytest.mark.parametrize("kind", LEFT_RIGHT)
 def test_pixels(kind, samples, processor):
     _, left, right = LEFT_RIGHT[kind]
-    wanted, grid = patchify_image(halves("RGB", left, right), processor.image_processor)
+    wanted, grid = patches_of(halves("RGB", left, right), processor.image_processor)
     prompt = processor(samples[kind])
     assert torch.equal(prompt.pixel_values, wanted) and torch.equal(prompt.grid_thw[0], grid)
 
@@ -86,9 +92,7 @@ def test_pictures_are_upright_and_boxes_fit(kind, samples, processor):
     assert prompt.grid_thw.tolist() == [[1, 4, 6]] and lengths.visual_tokens == 6
     assert prompt.target_mask[prompt.visual_mask].tolist() == [True] + 5 * [False]
     levels = prompt.pixel_values.view(6, 4, 3, -1).mean(dim=(1, 3))
-    red, blue = (
-        patchify_image(Image.new("RGB", (28, 28), colour), processor.image_processor) for colour in (RED, BLUE)
-    )
+    red, blue = (patches_of(Image.new("RGB", (28, 28), colour), processor.image_processor) for colour in (RED, BLUE))
     torch.testing.assert_close(levels[0], red[0].view(4, 3, -1).mean(dim=(0, 2)), atol=0.1, rtol=0)
     torch.testing.assert_close(levels[1:], blue[0].view(4, 3, -1).mean(dim=(0, 2)).expand(5, 3), atol=0.1, rtol=0)
 

@@ -48,7 +48,7 @@ def prompt(key="a"):
         input_ids=tokens,
         position_ids=tokens.expand(3, 3),
         next_position=3,
-        pixel_values=torch.zeros(0, 4),
+        patches=(),
         grid_thw=torch.zeros(0, 3, dtype=torch.int64),
         is_video=torch.zeros(0, dtype=torch.bool),
         seconds_per_grid=torch.zeros(0),

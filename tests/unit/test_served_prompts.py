@@ -16,7 +16,7 @@ from megatron_ral.config.sections import ModelConfig, RolloutConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.errors import ConfigError
-from megatron_ral.functional.patches import byte_patches
+from megatron_ral.functional.patches import check_levels, image_levels
 from megatron_ral.functional.sampling import stream_seed, uniform_stream
 from megatron_ral.models.shape import read_shape
 from megatron_ral.rollout.served.conversion import response_batch, sampling_request
@@ -53,39 +53,40 @@ def normalised(patches: torch.Tensor, processor) -> torch.Tensor:
     return ((values - mean) / std).view(len(patches), -1)
 
 
-def test_patches_are_turned_back_into_the_bytes_that_they_were_made_of(processor):
-    pixels = prompt(processor, [picture(1), picture(2, 33)]).pixel_values
-    image = processor.image_processor
-    found = byte_patches(pixels, image.image_mean, image.image_std)
+def bytes_of(prompt) -> torch.Tensor:
+    return torch.cat([part.ordered_bytes for part in prompt.patches])
+
+
+def test_bytes_of_patches_are_those_that_the_image_processor_normalises(processor):
+    whole = prompt(processor, [picture(1), picture(2, 33)])
+    found = bytes_of(whole)
     assert found.dtype == torch.uint8 and len(found.unique()) == 256
-    assert torch.equal(normalised(found, processor), pixels), "bit for bit"
-    clip = prompt(processor, videos=[FramePictures((picture(3), picture(4)), 2.0)]).pixel_values
-    again = normalised(byte_patches(clip, image.image_mean, image.image_std), processor)
-    assert (again - clip).abs().max() <= 2e-6, "a clip's floats come from another formula"
-    assert byte_patches(pixels[:0], image.image_mean, image.image_std).shape == (0, pixels.shape[1])
+    assert torch.equal(normalised(found, processor), whole.pixel_values), "bit for bit"
+    clip = prompt(processor, videos=[FramePictures((picture(3), picture(4)), 2.0)])
+    again = normalised(bytes_of(clip), processor)
+    assert (again - clip.pixel_values).abs().max() <= 2e-6, "a clip's floats come from another formula"
 
 
 def test_a_view_of_a_picture_still_has_bytes(processor):
     whole = prompt(processor, [picture(1)])
     view = view_of(whole, torch.arange(int(whole.visual_mask.sum())) % 2 == 0, 0)
     assert not torch.equal(view.pixel_values, whole.pixel_values)
-    image = processor.image_processor
-    found = byte_patches(view.pixel_values, image.image_mean, image.image_std)
-    assert torch.equal(normalised(found, processor), view.pixel_values)
+    assert torch.equal(normalised(bytes_of(view), processor), view.pixel_values)
 
 
 @pytest.mark.parametrize("change", [lambda v: v + 0.001, lambda v: v * 1.01, lambda v: v + 10.0, lambda v: v * np.nan])
-def test_values_that_are_no_bytes_are_refused(processor, change):
+def test_bytes_that_are_normalised_otherwise_are_refused(processor, change):
     image = processor.image_processor
+    check_levels(image_levels(image), image.image_mean, image.image_std)
     with pytest.raises(ValueError, match="no normalised bytes"):
-        byte_patches(change(prompt(processor, [picture(1)]).pixel_values), image.image_mean, image.image_std)
+        check_levels(change(image_levels(image)), image.image_mean, image.image_std)
 
 
 def test_a_request_holds_expanded_ids_bytes_grids_and_the_seeds_of_the_native_sampler(processor):
     prompts = [prompt(processor, [picture(1)]), prompt(processor), prompt(processor, [picture(2), picture(3, 90)])]
     image = processor.image_processor
     found = sampling_request(prompts, SAMPLING, (7, 2), (5,), (image.image_mean, image.image_std))
-    assert found.sizes == [(len(p.input_ids), len(p.grid_thw), len(p.pixel_values)) for p in prompts]
+    assert found.sizes == [(len(p.input_ids), len(p.grid_thw), p.num_patches) for p in prompts]
     assert found.ids.tolist() == [token for p in prompts for token in p.input_ids.tolist()]
     assert found.patches.dtype == np.uint8 and found.grids.tolist() == [g for p in prompts for g in p.grid_thw.tolist()]
     assert found.settings["forbidden"] == [5] and found.settings["max_length"] == 5
@@ -107,7 +108,8 @@ def test_videos_and_foreign_pixels_are_refused_by_the_name_of_their_sample(proce
     with pytest.raises(ValueError, match="cannot see the video of sample 'shard/key'"):
         sampling_request([clip], SAMPLING, (), (), pixels)
     still = prompt(processor, [picture(1)])
-    foreign = dataclasses.replace(still, pixel_values=still.pixel_values + 0.003)
+    [part] = still.patches
+    foreign = dataclasses.replace(still, patches=(dataclasses.replace(part, levels=part.levels + 0.003),))
     with pytest.raises(ValueError, match="cannot see the picture of sample 'shard/key', which has patches"):
         sampling_request([foreign], SAMPLING, (), (), pixels)
 

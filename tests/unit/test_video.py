@@ -22,10 +22,12 @@ from megatron_ral.data.video import (
     sample_indices,
     seconds_per_grid,
     video_grid,
+    video_levels,
     visual_token_count,
 )
 from megatron_ral.errors import ConfigError
 from megatron_ral.models.families import FAMILIES, PatchRules
+from megatron_ral.types import Patches
 
 CODECS = {  # short groups of pictures, so that decoding skips some
     "mp4": ("mp4", "libx264", "yuv420p", {"g": "6", "bf": "2"}),
@@ -41,6 +43,12 @@ def settings(family="qwen2_5_vl", **choices) -> VideoSettings:
     processor = Qwen2VLImageProcessorPil(**stock)
     rules = PatchRules(processor.patch_size, processor.temporal_patch_size, processor.merge_size)
     return VideoSettings.from_checkpoint(rules, processor, family=family, **choices)
+
+
+def patches_of(video: DecodedVideo, chosen: VideoSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised patches and their grid."""
+    pixels, grid = patchify_video(video, chosen)
+    return Patches(pixels, video_levels(chosen)).values(), grid
 
 
 def clip(kind="mp4", count=20, times=None) -> bytes:
@@ -277,7 +285,7 @@ SIZES = {  # (frames, height, width): tokens (t, rows, columns) of Qwen2.5-VL an
 def test_tokens_are_counted_from_sizes_alone(size):
     for family, (t, rows, columns) in zip(FAMILIES, SIZES[size]):
         chosen = settings(family)
-        values, grid = patchify_video(noise(*size), chosen)
+        values, grid = patches_of(noise(*size), chosen)
         assert grid.tolist() == [t, 2 * rows, 2 * columns] and grid.dtype == torch.int64
         assert values.shape == (grid.prod(), 3 * 2 * chosen.patch_size**2) and values.dtype == torch.float32
         assert visual_token_count(*size, chosen) == t * rows * columns
@@ -293,7 +301,7 @@ def test_qwen3_vl_limits_the_pixels_of_the_clip():
 def test_patches_hold_the_frames_in_order():
     """Without resizing, each patch is cut out of two frames: (token row, token column, row, column) after time."""
     video, chosen = noise(3, 56, 84), settings(min_pixels_per_frame=28 * 28)
-    values, grid = patchify_video(video, chosen)
+    values, grid = patches_of(video, chosen)
     assert grid.tolist() == [2, 4, 6]
     mean, std = torch.tensor(chosen.image_mean).view(3, 1, 1, 1), torch.tensor(chosen.image_std).view(3, 1, 1, 1)
     for patch, frames, top, left in [
@@ -311,7 +319,7 @@ def test_patches_hold_the_frames_in_order():
 def test_resizing_is_bicubic_and_antialiased():
     """The frames equal those that PIL resizes, up to the rounding of a level."""
     video, chosen = noise(2, 300, 400), settings(max_pixels_per_frame=28 * 28, min_pixels_per_frame=1)
-    values, grid = patchify_video(video, chosen)
+    values, grid = patches_of(video, chosen)
     assert grid.tolist() == [1, 2, 2]
     token = values.view(2, 2, 3, 2, 14, 14)[:, :, :, 0].permute(0, 3, 1, 4, 2).reshape(28, 28, 3)
     levels = 255 * (token * torch.tensor(chosen.image_std) + torch.tensor(chosen.image_mean))
@@ -340,7 +348,7 @@ def test_patches_equal_the_stock_processors(family, size):
         "longest_edge": frames * chosen.max_pixels_per_frame,
     }
     wanted = stock(size=limits, do_sample_frames=False)(videos=[video.frames], return_tensors="pt")
-    values, grid = patchify_video(video, chosen)
+    values, grid = patches_of(video, chosen)
     assert grid.tolist() == wanted["video_grid_thw"][0].tolist()
     torch.testing.assert_close(values, wanted["pixel_values_videos"], rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ from megatron_ral.errors import ConfigError
 from megatron_ral.rollout import views
 from megatron_ral.rollout.sampler import SampledBatch
 from megatron_ral.rollout.views import sample_views, view_of, visible_tokens
-from megatron_ral.types import Prompt, ResponseBatch, Sample, pad_prompts
+from megatron_ral.types import Patches, Prompt, ResponseBatch, Sample, pad_prompts
 
 CHANNELS, PER_CHANNEL = 3, 8
 VIEWS = ViewsConfig(keep=0.4)
@@ -26,13 +26,16 @@ def prompt_of(key: str, grids: list[list[int]], before: int = 2, after: int = 3)
     length = before + tokens + after
     visual = torch.zeros(length, dtype=torch.bool)
     visual[before : before + tokens] = True
-    pixels = torch.rand(patches, CHANNELS * PER_CHANNEL, generator=torch.Generator().manual_seed(len(key)))
+    generator = torch.Generator().manual_seed(len(key))
+    levels = torch.arange(256.0).repeat(CHANNELS, 1) / 100 - torch.arange(3.0)[:, None]
+    pixels = torch.randint(0, 256, (patches, 1, PER_CHANNEL // 2, CHANNELS), generator=generator, dtype=torch.uint8)
+    parts = pixels.split(grid.prod(-1).tolist()) if grids else ()
     return Prompt(
         Sample(key, "a.tar", "?", "<answer>1</answer>", "", "", (), ()),
         torch.arange(length),
         torch.zeros(3, length, dtype=torch.int64),
         length,
-        pixels,
+        tuple(Patches(part, levels, 2) for part in parts),
         grid,
         torch.zeros(len(grid), dtype=torch.bool),
         torch.zeros(len(grid)),
@@ -84,8 +87,8 @@ def test_hidden_tokens_show_the_median_colour_and_all_else_stays():
         for field in dataclasses.fields(Prompt)
         if getattr(view, field.name) is not getattr(PICTURE, field.name)
     }
-    assert changed == {"sample", "pixel_values"}
-    assert view_of(TEXT, torch.zeros(0, dtype=torch.bool), 0).pixel_values is TEXT.pixel_values
+    assert changed == {"sample", "patches"}
+    assert view_of(TEXT, torch.zeros(0, dtype=torch.bool), 0).patches is TEXT.patches
 
 
 class EchoSampler:

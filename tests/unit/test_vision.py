@@ -12,6 +12,7 @@ from megatron_ral.models import packed_attention, vision
 from megatron_ral.models.families import FAMILIES
 from megatron_ral.models.packed_attention import Segments, _buckets
 from megatron_ral.models.vision import Frame, calls, encode_frames, frames_of, share
+from megatron_ral.types import Patches
 
 SIZES = {"depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 48}
 CONFIGS = {
@@ -41,9 +42,11 @@ def towers(family: str, attention: str = "sdpa") -> tuple[torch.nn.Module, torch
     return ours, stock
 
 
-def pixels_of(family: str, grids: torch.Tensor = GRIDS) -> torch.Tensor:
-    width = 6 * CONFIGS[family].patch_size ** 2
-    return torch.randn(int(grids.prod(dim=1).sum()), width, generator=torch.Generator().manual_seed(1))
+def pixels_of(family: str, grids: torch.Tensor = GRIDS) -> Patches:
+    generator = torch.Generator().manual_seed(1)
+    size = int(grids.prod(dim=1).sum()), 2, CONFIGS[family].patch_size ** 2, 3
+    pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    return Patches(pixels, torch.randn(3, 256, generator=generator))
 
 
 def check_against_stock(family: str, attention: str = "sdpa") -> None:
@@ -52,7 +55,7 @@ def check_against_stock(family: str, attention: str = "sdpa") -> None:
     # Prompts hold any number of pictures, also none.
     per_prompt = [pixels[:60], pixels[60:60], pixels[60:624], pixels[624:]]
     features = encode_frames(ours, FAMILIES[family], frames_of(GRIDS), per_prompt)
-    output = stock(pixels, grid_thw=GRIDS)
+    output = stock(pixels.values(), grid_thw=GRIDS)
     wanted = torch.stack([output.pooler_output, *getattr(output, "deepstack_features", ())], dim=1)
     assert features.shape == wanted.shape and (features - wanted).abs().max() <= 2e-5 * wanted.abs().max()
     weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))

@@ -133,7 +133,7 @@ def make_text_and_picture(length: int, number: int, text: int = 40):
         input_ids=ids,
         position_ids=torch.arange(length).expand(3, -1),
         next_position=length,
-        pixel_values=torch.zeros(0, 1176),
+        patches=(),
         grid_thw=torch.zeros(0, 3, dtype=torch.int64),
         is_video=torch.zeros(0, dtype=torch.bool),
         seconds_per_grid=torch.zeros(0),

@@ -263,9 +263,10 @@ class Family:
     def patchify_image(
         self, image: "Image", processor: Any, rules: PatchRules
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Return the patches of an RGB picture, [t h w, numbers of a patch] float32, and `image_grid` of its size.
+        """Return the patches of an RGB picture and `image_grid` of its size.
 
-        The patches of one visual token are neighbours, tokens go row by row, and frame follows frame.
+        Patches are [t h w, 1, patch * patch, channels] uint8 (see `types.Patches`). Those of one visual token are
+        neighbours, tokens go row by row, and frame follows frame.
         """
         from megatron_ral.functional.patches import patchify_image
 

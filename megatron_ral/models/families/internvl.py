@@ -137,11 +137,21 @@ class InternVL(Family):
         self, image: "Image", processor: Any, rules: PatchRules
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Return the patches of the tiles that the stock image processor makes, as InternVLProcessor calls it."""
-        from megatron_ral.functional.patches import cut_frames
+        import numpy as np
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-        tiles = processor(images=[image], return_tensors="pt", **_CROP)["pixel_values"]
-        patches = cut_frames(tiles.float(), rules.temporal_patch_size, rules.patch_size, rules.merge_size)
-        return patches, self.image_grid(*image.size, processor, rules)
+        from megatron_ral.functional.patches import cut_frames, resize
+
+        high, wide = processor.size["height"], processor.size["width"]
+        limits = processor.min_patches, processor.max_patches
+        wide_tiles, high_tiles = get_optimal_tiled_canvas((image.height, image.width), (high, wide), *limits)
+        canvas = resize(image, wide_tiles * wide, high_tiles * high, processor.resample)
+        corners = [(column * wide, row * high) for row in range(high_tiles) for column in range(wide_tiles)]
+        tiles = [canvas.crop((x, y, x + wide, y + high)) for x, y in corners]
+        if len(tiles) > 1:
+            tiles.append(resize(image, wide, high, processor.resample))
+        frames = np.stack([np.asarray(tile) for tile in tiles])
+        return cut_frames(frames, 1, rules.patch_size, rules.merge_size), self.image_grid(*image.size, processor, rules)
 
     def picture_views(self, grid: Sequence[int], token_side: int, width: int, height: int) -> list[PictureView]:
         """Return the picture, joined from its tiles, and the small copy where there is more than one tile.

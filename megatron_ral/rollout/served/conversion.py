@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_ral.engine.decoding_batch import SamplingSettings
-from megatron_ral.functional.patches import byte_patches
+from megatron_ral.functional.patches import check_levels
 from megatron_ral.functional.sampling import stream_seed
 from megatron_ral.rollout.served.request import SampledGroup, SamplingRequest
 from megatron_ral.types import Prompt, PromptBatch, ResponseBatch
@@ -37,7 +37,9 @@ def sampling_request(
         if bool(prompt.is_video.any()):
             raise ValueError(f"cannot see the video of sample '{name}', because videos are not sent; set native")
         try:
-            patches.append(byte_patches(prompt.pixel_values, *pixels))
+            for part in prompt.patches:
+                check_levels(part.levels, *pixels)
+                patches.append(part.ordered_bytes)
         except ValueError as error:
             raise ValueError(f"cannot see the picture of sample '{name}', which has {error}") from None
     seeds = [
@@ -45,10 +47,10 @@ def sampling_request(
         for prompt in prompts
     ]
     return SamplingRequest(
-        [(len(prompt.input_ids), len(prompt.grid_thw), len(prompt.pixel_values)) for prompt in prompts],
+        [(len(prompt.input_ids), len(prompt.grid_thw), prompt.num_patches) for prompt in prompts],
         torch.cat([prompt.input_ids for prompt in prompts]).numpy().astype(np.int32),
         torch.cat([prompt.grid_thw for prompt in prompts]).numpy().astype(np.int64),
-        torch.cat(patches).numpy(),
+        torch.cat(patches).numpy() if patches else np.zeros((0, 0), np.uint8),
         np.array(seeds, np.uint64),
         {
             "temperature": settings.temperature,

@@ -131,7 +131,7 @@ class Throughput:
         """
         settings, prompts = self.settings, batch.prompts
         lengths = list(zip(prompts.prompt_lengths.tolist(), batch.response_lengths.tolist()))
-        patches = sum(len(prompt.pixel_values) for prompt in prompts.prompts)
+        patches = sum(prompt.num_patches for prompt in prompts.prompts)
         flops = settings.policy_passes * sum(group_flops(self.shape, *length) for length in lengths)
         flops += settings.tower_passes * patches * self.per_patch
         if self.teacher is not None:
