@@ -225,3 +225,18 @@ def test_both_samplers_draw_the_same_and_the_ratios_are_those_of_the_table():
     [(ready, _, peak, over)] = [map(float, line.split()[1:5]) for line in lines if re.match(r"native +\d", line)]
     assert 100 < ready < peak and over == pytest.approx(peak - ready, abs=1.01)
     assert len(ratios) == 7 and lines[-1].startswith("ratio samplers_memory ")
+
+
+def test_the_loader_is_compared_with_the_resize_that_equals_the_image_processor():
+    sizes = ["--num-samples", "8", "--size", "100x75", "--batch-size", "4", "--threads", "1"]
+    lines = small_run("loader", *sizes, "--rounds", "1", "--epochs", "2")
+    verdicts = {found[1]: found[2] for line in lines if (found := re.match(r"resize +[\d.]+ ms  ([^:]*): (.*)", line))}
+    assert verdicts["Pillow"] == "equal bit for bit"
+    assert verdicts["torch.nn.functional.interpolate"].endswith("of bytes differ from the image processor")
+    rates = {line.split()[0]: line.split()[1::2] for line in lines if line.split()[2:3] == ["samples/s"]}
+    assert list(rates) == ["decoding", "limit", "processor", "loader", "numbers"]
+    ratios = {line.split()[1]: float(line.split()[2]) for line in lines if line.startswith("ratio ")}
+    assert list(ratios) == ["loader_processor_time", "loader"]
+    (limit, limit_time), (loader, loader_time) = (map(float, rates[name]) for name in ("limit", "loader"))
+    assert ratios["loader"] == pytest.approx(loader / limit, abs=0.01)
+    assert ratios["loader_processor_time"] == pytest.approx(limit_time / loader_time, abs=0.2)

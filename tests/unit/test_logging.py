@@ -206,9 +206,7 @@ def flops_of_a_step(material, config, teacher=None) -> float:
     meter = Throughput(
         ThroughputSettings.from_config(config), read_shape(str(material["tiny"])), teacher, process_groups
     )
-    prompts = SimpleNamespace(
-        prompt_lengths=torch.tensor([5]), prompts=[SimpleNamespace(num_patches=16)]
-    )
+    prompts = SimpleNamespace(prompt_lengths=torch.tensor([5]), prompts=[SimpleNamespace(num_patches=16)])
     return meter._flops(SimpleNamespace(prompts=prompts, response_lengths=torch.tensor([[3, 2]])))
 
 
