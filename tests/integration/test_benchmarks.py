@@ -233,7 +233,7 @@ def test_the_loader_is_compared_with_the_resize_that_equals_the_image_processor(
     verdicts = {found[1]: found[2] for line in lines if (found := re.match(r"resize +[\d.]+ ms  ([^:]*): (.*)", line))}
     assert verdicts["Pillow"] == "equal bit for bit"
     assert verdicts["torch.nn.functional.interpolate"].endswith("of bytes differ from the image processor")
-    rates = {line.split()[0]: line.split()[1::2] for line in lines if line.split()[2:3] == ["samples/s"]}
+    rates = {line.split()[0]: line.split()[1:4:2] for line in lines if line.split()[2:3] == ["samples/s"]}
     assert list(rates) == ["decoding", "limit", "processor", "loader", "numbers"]
     ratios = {line.split()[1]: float(line.split()[2]) for line in lines if line.startswith("ratio ")}
     assert list(ratios) == ["loader_processor_time", "loader"]
