@@ -50,12 +50,15 @@ class Task:
     """Samples of wrong searches."""
     settings: tuple[str, ...] = ()
     """Settings of all arms with noise."""
+    before: str = ""
+    """Task whose base model 0 learns to read and to search these pictures too. Empty: a model with random weights."""
 
 
+COARSE = ("rollout.attention_noise.grid=3",)
 TASKS = {
     "tokens-9": Task("9 visual tokens", 28, 19200, 19200, 11200),
-    "tokens-36": Task("36 visual tokens", 56, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
-    "tokens-144": Task("144 visual tokens", 112, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-36": Task("36 visual tokens", 56, 9600, 9600, 11200, COARSE, before="tokens-9"),
+    "tokens-144": Task("144 visual tokens", 112, 9600, 9600, 11200, COARSE, before="tokens-36"),
 }
 
 
@@ -115,25 +118,38 @@ class Study:
         """Return the folder of the samples of the base models. Numbers may repeat in a picture."""
         return self.root / task / "lessons"
 
-    def make_data(self, task: str) -> None:
-        model = self.root / task / "model"
+    def random_model(self) -> Path:
+        """Write the model with random weights in which every curriculum begins, and return its folder."""
+        model = self.root / "tokens-9" / "model"
         if not (model / "config.json").is_file():
             call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
-        for folder, options in ((self.data(task), ("--distinct",)), (self.lessons(task), ())):
+        return model
+
+    def make_data(self, task: str) -> None:
+        """Write the pictures of a task, and those of the tasks before it."""
+        if TASKS[task].before:
+            self.make_data(TASKS[task].before)
+        model = self.random_model()
+        for folder, options, splits in (
+            (self.data(task), ("--distinct",), {"biased": 12800, "rl": 4096, "heldout": 1024}),
+            (self.lessons(task), (), {"single": 9600, "search": TASKS[task].search}),
+        ):
             if (folder / "dataset_info.json").is_file():
                 continue
+            sizes = {**dict.fromkeys(("single", "search", "biased", "rl", "heldout"), 4), **splits}  # 4: the least
             call(
                 beside(folder, ".log"),
                 *("tools/make_digit_search.py", "--output", folder, "--force", *SEARCH_DATA, *options),
-                *("--cell-pixels", TASKS[task].cell_pixels, "--num-single", 9600, "--num-search", 19200),
-                *("--num-biased", 12800, "--num-rl", 4096, "--num-heldout", 1024),
+                *("--cell-pixels", TASKS[task].cell_pixels),
+                *(part for split, size in sizes.items() for part in (f"--num-{split}", size)),
             )
             call(beside(folder, ".log"), "tools/index_shards.py", f"{folder}/*.tar", "--model", model)
 
     def reader(self, task: str) -> Path:
         """Train the model that reads the number of a single cell, and return its folder."""
-        target = self.root / task / "reader"
-        self.supervise(task, self.root / task / "model", target, 0, self.lessons(task), "single")
+        target, before = self.root / task / "reader", TASKS[task].before
+        model = self.base(before, 0) if before else self.random_model()
+        self.supervise(task, model, target, 0, self.lessons(task), "single")
         return target / "hf"
 
     def base(self, task: str, number: int) -> Path:

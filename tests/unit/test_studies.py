@@ -174,6 +174,33 @@ def test_later_seeds_have_base_models_of_their_own():
     assert [study_explored.base_of(seed) for seed in (6, 7, 20)] == [6, 7, 20]
 
 
+def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, monkeypatch):
+    """The base model of 36 tokens begins as that of 9, which begins with random weights; each reads its own pictures."""
+    trained, written = [], []
+    tokens_9, tokens_36 = tmp_path / "tokens-9", tmp_path / "tokens-36"
+    monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(arguments))
+    monkeypatch.setattr(
+        study_explored,
+        "train_once",
+        lambda config, model, target, seed, settings: trained.append((model, target, settings)) or 1.0,
+    )
+    study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
+    assert study_of.base("tokens-36", 0) == tokens_36 / "base_0" / "hf"
+    assert [(model, target) for model, target, _ in trained] == [
+        (tokens_9 / "model", tokens_9 / "reader"),
+        (tokens_9 / "reader" / "hf", tokens_9 / "base_0"),
+        (tokens_9 / "base_0" / "hf", tokens_36 / "reader"),
+        (tokens_36 / "reader" / "hf", tokens_36 / "base_0"),
+    ]
+    for (_, target, settings), split in zip(trained, ("single", "search") * 2, strict=True):
+        assert f"{target.parent}/lessons/{split}-*.tar" in " ".join(settings)
+    study_of.make_data("tokens-36")
+    pictures = [map(str, arguments) for arguments in written if "make_digit_search.py" in str(arguments[0])]
+    assert [" ".join(arguments).split("--output ")[1].split()[0] for arguments in pictures] == [
+        str(folder / kind) for folder in (tokens_9, tokens_36) for kind in ("data", "lessons")
+    ]
+
+
 @pytest.mark.parametrize("arm", study_explored.ARMS)
 def test_settings_of_every_arm_are_a_configuration(arm):
     from megatron_ral.config import load_config
