@@ -50,6 +50,8 @@ class Task:
     """Samples of wrong searches."""
     settings: tuple[str, ...] = ()
     """Settings of all arms with noise."""
+    more: int = 0
+    """Samples of a second lesson of right searches, in another order. 0: none."""
     before: str = ""
     """Task whose base model 0 learns to read and to search these pictures too. Empty: a model with random weights."""
 
@@ -57,8 +59,8 @@ class Task:
 COARSE = ("rollout.attention_noise.grid=3",)
 TASKS = {
     "tokens-9": Task("9 visual tokens", 28, 19200, 19200, 11200),
-    "tokens-36": Task("36 visual tokens", 56, 9600, 9600, 11200, COARSE, before="tokens-9"),
-    "tokens-144": Task("144 visual tokens", 112, 9600, 9600, 11200, COARSE, before="tokens-36"),
+    "tokens-36": Task("36 visual tokens", 56, 9600, 9600, 9600, COARSE, more=6400, before="tokens-9"),
+    "tokens-144": Task("144 visual tokens", 112, 9600, 9600, 11200, COARSE, more=6400, before="tokens-36"),
 }
 
 
@@ -156,7 +158,11 @@ class Study:
         """Train the reader to search, and return its folder."""
         target = self.root / task / f"base_{number}"
         self.supervise(task, self.reader(task), target, number, self.lessons(task), "search")
-        return target / "hf"
+        if not TASKS[task].more:
+            return target / "hf"
+        longer = self.root / task / f"base_{number}_longer"
+        self.supervise(task, target / "hf", longer, number + 100, self.lessons(task), "search", TASKS[task].more)
+        return longer / "hf"
 
     def start(self, task: str, seed: int) -> Path:
         """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
@@ -171,9 +177,15 @@ class Study:
         line = {"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": read_curves(target)}
         self.results.add(line)
 
-    def supervise(self, task: str, model: Path, target: Path, seed: int, data: Path, split: str) -> float:
-        """Train on a split of a data set, and return the processor seconds."""
-        count = getattr(TASKS[task], split)
+    def supervise(
+        self, task: str, model: Path, target: Path, seed: int, data: Path, split: str, count: int = 0
+    ) -> float:
+        """Train on a split of a data set, and return the processor seconds.
+
+        Args:
+            count: samples. 0: the number that the task has for the split.
+        """
+        count = count or getattr(TASKS[task], split)
         return train_once(
             "sft_tiny",
             model,
@@ -245,6 +257,11 @@ def value_at(line: dict, rollout: int, name: str = "accuracy") -> float:
     return dict(map(tuple, line["curves"][name]))[rollout]
 
 
+def last_accuracy(line: dict) -> float:
+    """Return the accuracy of the last evaluation."""
+    return line["curves"]["accuracy"][-1][1]
+
+
 def gaze_of(results: Results, line: dict) -> str:
     """Return the name of the curve of the layer in which the base model of a run looks at the asked cell."""
     start = results.find(line["task"], line["seed"], "start") or line
@@ -311,6 +328,22 @@ def table(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]
         f"{100 * statistics.fmean(mixed):.0f} % of GRPO's groups are mixed in its first five rollouts.",
         "",
     ]
+
+
+def paired_differences(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
+    """Return the Markdown table of contrast minus each other arm at the end, paired by seed, and that of the oracle
+    minus GRPO at its best temperature, which says whether the start has power."""
+    text = ["| difference | points | standard errors | by seed |", "|---|---|---|---|"]
+    for first, second in (*(("contrast", arm) for arm in arms if arm != "contrast"), ("oracle", "grpo_warm")):
+        found = [(results.find(task, seed, first), results.find(task, seed, second)) for seed in seeds]
+        gaps = [last_accuracy(one) - last_accuracy(other) for one, other in found if one and other]
+        if not gaps:
+            continue
+        mean, error = mean_and_error(gaps)
+        errors = f"{mean / error:+.1f}" if error > 0 else ""
+        by_seed = ", ".join(f"{100 * gap:+.0f}" for gap in gaps)
+        text.append(f"| {ARMS[first].title} - {ARMS[second].title} | {points(gaps)} | {errors} | {by_seed} |")
+    return [*text, ""] if len(text) > 2 else []
 
 
 def plot(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str], folder: Path) -> None:
@@ -380,7 +413,12 @@ def main() -> int:
     if not arguments.report_only:
         run_all(study, arguments.tasks, seeds, arms, arguments.jobs)
     root.mkdir(parents=True, exist_ok=True)
-    text = [line for task in arguments.tasks for line in table(results, task, seeds, arms)]
+    text = [
+        line
+        for task in arguments.tasks
+        for part in (table, paired_differences)
+        for line in part(results, task, seeds, arms)
+    ]
     (root / "explored.md").write_text("\n".join(text) + "\n")
     for task in arguments.tasks:
         plot(results, task, seeds, arms, root)

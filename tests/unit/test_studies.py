@@ -147,6 +147,11 @@ def test_table_of_the_study_of_explored_attention(tmp_path):
         "Start: accuracy 0.0 +- 0.0, before the wrong lessons at most 90.0 +- 0.0; 15 % of GRPO's groups are mixed in "
         "its first five rollouts."
     )
+    assert study_explored.paired_differences(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])[2:] == [
+        "| contrast of explored attention - GRPO | 40.0 +- 10.0 | +4.0 | +30, +50 |",
+        "",
+    ]
+    assert study_explored.paired_differences(again, "tokens-9", [2, 3], ["noise"]) == []
     study_explored.plot(again, "tokens-9", [2, 3], ["grpo", "contrast"], tmp_path)
     assert (tmp_path / "explored_tokens-9.png").stat().st_size > 10_000
 
@@ -175,7 +180,7 @@ def test_later_seeds_have_base_models_of_their_own():
 
 
 def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, monkeypatch):
-    """The base model of 36 tokens begins as that of 9, which begins with random weights; each reads its own pictures."""
+    """The base model of 36 tokens begins as that of 9, and that with random weights; each sees its own pictures."""
     trained, written = [], []
     tokens_9, tokens_36 = tmp_path / "tokens-9", tmp_path / "tokens-36"
     monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(arguments))
