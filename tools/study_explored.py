@@ -6,7 +6,8 @@ The task is digit search with 3 x 3 cells and two digits in each (100 answers). 
 and then to search; seeds below 6 share this base model, later ones have an own order of its second lesson. Each seed
 then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number of the
 next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and its
-order of prompts.
+order of prompts. The base model of larger pictures goes on from that of smaller ones: a single cell first, then the
+search, which it finds in fewer steps and in the same layer.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the
@@ -393,7 +394,7 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="run all candidates on the tuning seeds instead")
     parser.add_argument("--report-only", action="store_true", help="run nothing; write the report of what is there")
     parser.add_argument("--num-rollouts", type=int, default=30)
-    parser.add_argument("--eval-interval", type=int, default=10, help="rollouts between evaluations")
+    parser.add_argument("--eval-interval", type=int, default=15, help="rollouts between evaluations")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one core")
     arguments = parser.parse_args()
     root = arguments.output_dir.absolute()

@@ -180,30 +180,43 @@ def test_later_seeds_have_base_models_of_their_own():
 
 
 def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, monkeypatch):
-    """The base model of 36 tokens begins as that of 9, and that with random weights; each sees its own pictures."""
+    """The base model of 36 tokens begins as that of 9, and that with random weights; each sees its own pictures. A
+    second lesson of the search has another order, and its own number of samples."""
     trained, written = [], []
     tokens_9, tokens_36 = tmp_path / "tokens-9", tmp_path / "tokens-36"
     monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(arguments))
-    monkeypatch.setattr(
-        study_explored,
-        "train_once",
-        lambda config, model, target, seed, settings: trained.append((model, target, settings)) or 1.0,
-    )
+    monkeypatch.setattr(study_explored, "train_once", lambda *arguments: trained.append(arguments) or 1.0)
     study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
-    assert study_of.base("tokens-36", 0) == tokens_36 / "base_0" / "hf"
-    assert [(model, target) for model, target, _ in trained] == [
-        (tokens_9 / "model", tokens_9 / "reader"),
-        (tokens_9 / "reader" / "hf", tokens_9 / "base_0"),
-        (tokens_9 / "base_0" / "hf", tokens_36 / "reader"),
-        (tokens_36 / "reader" / "hf", tokens_36 / "base_0"),
+    assert study_of.base("tokens-36", 0) == tokens_36 / "base_0_longer" / "hf"
+    assert [arguments[1:4] for arguments in trained] == [
+        (tokens_9 / "model", tokens_9 / "reader", 0),
+        (tokens_9 / "reader" / "hf", tokens_9 / "base_0", 0),
+        (tokens_9 / "base_0" / "hf", tokens_36 / "reader", 0),
+        (tokens_36 / "reader" / "hf", tokens_36 / "base_0", 0),
+        (tokens_36 / "base_0" / "hf", tokens_36 / "base_0_longer", 100),
     ]
-    for (_, target, settings), split in zip(trained, ("single", "search") * 2, strict=True):
-        assert f"{target.parent}/lessons/{split}-*.tar" in " ".join(settings)
+    lessons = [("single", 600), ("search", 600), ("single", 300), ("search", 300), ("search", 200)]
+    for (_, _, target, _, settings), (split, steps) in zip(trained, lessons, strict=True):
+        shards = f"{target.parent}/lessons/{split}-*.tar"
+        assert f"data.train=[{{shards: '{shards}', num_samples: {32 * steps}}}]" in settings
+        assert f"train.num_steps={steps}" in settings
     study_of.make_data("tokens-36")
     pictures = [map(str, arguments) for arguments in written if "make_digit_search.py" in str(arguments[0])]
     assert [" ".join(arguments).split("--output ")[1].split()[0] for arguments in pictures] == [
         str(folder / kind) for folder in (tokens_9, tokens_36) for kind in ("data", "lessons")
     ]
+
+
+def test_noise_of_a_task_yields_to_that_of_an_arm():
+    grids = {
+        arm: [setting for setting in study_explored.settings_of("tokens-36", arm) if ".grid=" in setting]
+        for arm in ("grpo", "contrast", "contrast@grid=2")
+    }
+    assert grids == {
+        "grpo": [],
+        "contrast": ["rollout.attention_noise.grid=3"],
+        "contrast@grid=2": ["rollout.attention_noise.grid=2"],
+    }
 
 
 @pytest.mark.parametrize("arm", study_explored.ARMS)
