@@ -6,7 +6,8 @@ The task is digit search with 3 x 3 cells and two digits in each (100 answers). 
 and then to search; seeds below 6 share this base model, later ones have an own order of its second lesson. Each seed
 then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number of the
 next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and its
-order of prompts.
+order of prompts. The base model of larger pictures goes on from that of smaller ones: a single cell first, then the
+search, which it finds in fewer steps and in the same layer.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the
@@ -50,12 +51,17 @@ class Task:
     """Samples of wrong searches."""
     settings: tuple[str, ...] = ()
     """Settings of all arms with noise."""
+    more: int = 0
+    """Samples of a second lesson of right searches, in another order. 0: none."""
+    before: str = ""
+    """Task whose base model 0 learns to read and to search these pictures too. Empty: a model with random weights."""
 
 
+COARSE = ("rollout.attention_noise.grid=3",)
 TASKS = {
     "tokens-9": Task("9 visual tokens", 28, 19200, 19200, 11200),
-    "tokens-36": Task("36 visual tokens", 56, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
-    "tokens-144": Task("144 visual tokens", 112, 19200, 19200, 11200, ("rollout.attention_noise.grid=3",)),
+    "tokens-36": Task("36 visual tokens", 56, 9600, 9600, 9600, COARSE, more=6400, before="tokens-9"),
+    "tokens-144": Task("144 visual tokens", 112, 9600, 9600, 11200, COARSE, more=6400, before="tokens-36"),
 }
 
 
@@ -115,32 +121,49 @@ class Study:
         """Return the folder of the samples of the base models. Numbers may repeat in a picture."""
         return self.root / task / "lessons"
 
-    def make_data(self, task: str) -> None:
-        model = self.root / task / "model"
+    def random_model(self) -> Path:
+        """Write the model with random weights in which every curriculum begins, and return its folder."""
+        model = self.root / "tokens-9" / "model"
         if not (model / "config.json").is_file():
             call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
-        for folder, options in ((self.data(task), ("--distinct",)), (self.lessons(task), ())):
+        return model
+
+    def make_data(self, task: str) -> None:
+        """Write the pictures of a task, and those of the tasks before it."""
+        if TASKS[task].before:
+            self.make_data(TASKS[task].before)
+        model = self.random_model()
+        for folder, options, splits in (
+            (self.data(task), ("--distinct",), {"biased": 12800, "rl": 4096, "heldout": 1024}),
+            (self.lessons(task), (), {"single": 9600, "search": TASKS[task].search}),
+        ):
             if (folder / "dataset_info.json").is_file():
                 continue
+            sizes = {**dict.fromkeys(("single", "search", "biased", "rl", "heldout"), 4), **splits}  # 4: the least
             call(
                 beside(folder, ".log"),
                 *("tools/make_digit_search.py", "--output", folder, "--force", *SEARCH_DATA, *options),
-                *("--cell-pixels", TASKS[task].cell_pixels, "--num-single", 9600, "--num-search", 19200),
-                *("--num-biased", 12800, "--num-rl", 4096, "--num-heldout", 1024),
+                *("--cell-pixels", TASKS[task].cell_pixels),
+                *(part for split, size in sizes.items() for part in (f"--num-{split}", size)),
             )
             call(beside(folder, ".log"), "tools/index_shards.py", f"{folder}/*.tar", "--model", model)
 
     def reader(self, task: str) -> Path:
         """Train the model that reads the number of a single cell, and return its folder."""
-        target = self.root / task / "reader"
-        self.supervise(task, self.root / task / "model", target, 0, self.lessons(task), "single")
+        target, before = self.root / task / "reader", TASKS[task].before
+        model = self.base(before, 0) if before else self.random_model()
+        self.supervise(task, model, target, 0, self.lessons(task), "single")
         return target / "hf"
 
     def base(self, task: str, number: int) -> Path:
         """Train the reader to search, and return its folder."""
         target = self.root / task / f"base_{number}"
         self.supervise(task, self.reader(task), target, number, self.lessons(task), "search")
-        return target / "hf"
+        if not TASKS[task].more:
+            return target / "hf"
+        longer = self.root / task / f"base_{number}_longer"
+        self.supervise(task, target / "hf", longer, number + 100, self.lessons(task), "search", TASKS[task].more)
+        return longer / "hf"
 
     def start(self, task: str, seed: int) -> Path:
         """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
@@ -155,9 +178,15 @@ class Study:
         line = {"task": task, "seed": seed, "arm": arm, **more, "seconds": seconds, "curves": read_curves(target)}
         self.results.add(line)
 
-    def supervise(self, task: str, model: Path, target: Path, seed: int, data: Path, split: str) -> float:
-        """Train on a split of a data set, and return the processor seconds."""
-        count = getattr(TASKS[task], split)
+    def supervise(
+        self, task: str, model: Path, target: Path, seed: int, data: Path, split: str, count: int = 0
+    ) -> float:
+        """Train on a split of a data set, and return the processor seconds.
+
+        Args:
+            count: samples. 0: the number that the task has for the split.
+        """
+        count = count or getattr(TASKS[task], split)
         return train_once(
             "sft_tiny",
             model,
@@ -229,6 +258,11 @@ def value_at(line: dict, rollout: int, name: str = "accuracy") -> float:
     return dict(map(tuple, line["curves"][name]))[rollout]
 
 
+def last_accuracy(line: dict) -> float:
+    """Return the accuracy of the last evaluation."""
+    return line["curves"]["accuracy"][-1][1]
+
+
 def gaze_of(results: Results, line: dict) -> str:
     """Return the name of the curve of the layer in which the base model of a run looks at the asked cell."""
     start = results.find(line["task"], line["seed"], "start") or line
@@ -297,6 +331,22 @@ def table(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]
     ]
 
 
+def paired_differences(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str]) -> list[str]:
+    """Return the Markdown table of contrast minus each other arm at the end, paired by seed, and that of the oracle
+    minus GRPO at its best temperature, which says whether the start has power."""
+    text = ["| difference | points | standard errors | by seed |", "|---|---|---|---|"]
+    for first, second in (*(("contrast", arm) for arm in arms if arm != "contrast"), ("oracle", "grpo_warm")):
+        found = [(results.find(task, seed, first), results.find(task, seed, second)) for seed in seeds]
+        gaps = [last_accuracy(one) - last_accuracy(other) for one, other in found if one and other]
+        if not gaps:
+            continue
+        mean, error = mean_and_error(gaps)
+        errors = f"{mean / error:+.1f}" if error > 0 else ""
+        by_seed = ", ".join(f"{100 * gap:+.0f}" for gap in gaps)
+        text.append(f"| {ARMS[first].title} - {ARMS[second].title} | {points(gaps)} | {errors} | {by_seed} |")
+    return [*text, ""] if len(text) > 2 else []
+
+
 def plot(results: Results, task: str, seeds: Sequence[int], arms: Sequence[str], folder: Path) -> None:
     """Draw accuracy and gaze over rollouts, mean over seeds with its standard error; shuffled controls dotted."""
     import matplotlib
@@ -344,7 +394,7 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="run all candidates on the tuning seeds instead")
     parser.add_argument("--report-only", action="store_true", help="run nothing; write the report of what is there")
     parser.add_argument("--num-rollouts", type=int, default=30)
-    parser.add_argument("--eval-interval", type=int, default=10, help="rollouts between evaluations")
+    parser.add_argument("--eval-interval", type=int, default=15, help="rollouts between evaluations")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one core")
     arguments = parser.parse_args()
     root = arguments.output_dir.absolute()
@@ -364,7 +414,12 @@ def main() -> int:
     if not arguments.report_only:
         run_all(study, arguments.tasks, seeds, arms, arguments.jobs)
     root.mkdir(parents=True, exist_ok=True)
-    text = [line for task in arguments.tasks for line in table(results, task, seeds, arms)]
+    text = [
+        line
+        for task in arguments.tasks
+        for part in (table, paired_differences)
+        for line in part(results, task, seeds, arms)
+    ]
     (root / "explored.md").write_text("\n".join(text) + "\n")
     for task in arguments.tasks:
         plot(results, task, seeds, arms, root)

@@ -82,6 +82,8 @@ for _name, _of, *_changed in (
     ("contrast@coef=25", "contrast", "loss.attention_coef=25.0"),
     ("contrast@constant", "contrast", "rollout.attention_noise.decay=constant"),
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
+    ("contrast@grid=0", "contrast", "rollout.attention_noise.grid=0"),
+    ("contrast@grid=2", "contrast", "rollout.attention_noise.grid=2"),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):
@@ -92,11 +94,12 @@ def arm_settings(arm: str, noise: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the settings of an arm. Of two for one key the later one holds.
 
     Args:
-        noise: settings that an arm with noise has in addition.
+        noise: settings that an arm with noise has in addition, where it does not choose for itself.
     """
-    noisy = any("attention_noise" in setting for setting in ARMS[arm].settings)
-    everything = (*BASE, *ARMS[arm].settings, *(noise if noisy else ()))
-    by_key = {setting.split("=")[0]: setting for setting in everything}
+    by_key = {setting.split("=")[0]: setting for setting in (*BASE, *ARMS[arm].settings)}
+    if any("attention_noise" in setting for setting in ARMS[arm].settings):
+        for setting in noise:
+            by_key.setdefault(setting.split("=")[0], setting)
     return tuple(by_key.values())
 
 

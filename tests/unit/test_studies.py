@@ -147,6 +147,11 @@ def test_table_of_the_study_of_explored_attention(tmp_path):
         "Start: accuracy 0.0 +- 0.0, before the wrong lessons at most 90.0 +- 0.0; 15 % of GRPO's groups are mixed in "
         "its first five rollouts."
     )
+    assert study_explored.paired_differences(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])[2:] == [
+        "| contrast of explored attention - GRPO | 40.0 +- 10.0 | +4.0 | +30, +50 |",
+        "",
+    ]
+    assert study_explored.paired_differences(again, "tokens-9", [2, 3], ["noise"]) == []
     study_explored.plot(again, "tokens-9", [2, 3], ["grpo", "contrast"], tmp_path)
     assert (tmp_path / "explored_tokens-9.png").stat().st_size > 10_000
 
@@ -172,6 +177,46 @@ def test_explored_study_repeats_no_run_and_refuses_other_settings(tmp_path):
 def test_later_seeds_have_base_models_of_their_own():
     assert {study_explored.base_of(seed) for seed in range(6)} == {0}
     assert [study_explored.base_of(seed) for seed in (6, 7, 20)] == [6, 7, 20]
+
+
+def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, monkeypatch):
+    """The base model of 36 tokens begins as that of 9, and that with random weights; each sees its own pictures. A
+    second lesson of the search has another order, and its own number of samples."""
+    trained, written = [], []
+    tokens_9, tokens_36 = tmp_path / "tokens-9", tmp_path / "tokens-36"
+    monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(arguments))
+    monkeypatch.setattr(study_explored, "train_once", lambda *arguments: trained.append(arguments) or 1.0)
+    study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
+    assert study_of.base("tokens-36", 0) == tokens_36 / "base_0_longer" / "hf"
+    assert [arguments[1:4] for arguments in trained] == [
+        (tokens_9 / "model", tokens_9 / "reader", 0),
+        (tokens_9 / "reader" / "hf", tokens_9 / "base_0", 0),
+        (tokens_9 / "base_0" / "hf", tokens_36 / "reader", 0),
+        (tokens_36 / "reader" / "hf", tokens_36 / "base_0", 0),
+        (tokens_36 / "base_0" / "hf", tokens_36 / "base_0_longer", 100),
+    ]
+    lessons = [("single", 600), ("search", 600), ("single", 300), ("search", 300), ("search", 200)]
+    for (_, _, target, _, settings), (split, steps) in zip(trained, lessons, strict=True):
+        shards = f"{target.parent}/lessons/{split}-*.tar"
+        assert f"data.train=[{{shards: '{shards}', num_samples: {32 * steps}}}]" in settings
+        assert f"train.num_steps={steps}" in settings
+    study_of.make_data("tokens-36")
+    pictures = [map(str, arguments) for arguments in written if "make_digit_search.py" in str(arguments[0])]
+    assert [" ".join(arguments).split("--output ")[1].split()[0] for arguments in pictures] == [
+        str(folder / kind) for folder in (tokens_9, tokens_36) for kind in ("data", "lessons")
+    ]
+
+
+def test_noise_of_a_task_yields_to_that_of_an_arm():
+    grids = {
+        arm: [setting for setting in study_explored.settings_of("tokens-36", arm) if ".grid=" in setting]
+        for arm in ("grpo", "contrast", "contrast@grid=2")
+    }
+    assert grids == {
+        "grpo": [],
+        "contrast": ["rollout.attention_noise.grid=3"],
+        "contrast@grid=2": ["rollout.attention_noise.grid=2"],
+    }
 
 
 @pytest.mark.parametrize("arm", study_explored.ARMS)
