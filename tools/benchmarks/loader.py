@@ -101,6 +101,7 @@ def resizers() -> dict[str, Callable]:
 def fastest_equal_resizer(pictures: Sequence, width: int, height: int, image_processor) -> Callable:
     """Print the time of every library and whether it equals the image processor; returns the fastest that does."""
     import numpy as np
+    from transformers.image_processing_backends import PilBackend
     from transformers.image_utils import SizeDict
 
     equal: dict[float, Callable] = {}
