@@ -106,11 +106,9 @@ def fastest_equal_resizer(pictures: Sequence, width: int, height: int, image_pro
 
     equal: dict[float, Callable] = {}
     wanted = [
-        type(image_processor)
-        .__base__.resize(  # the resize itself, to a size that is given
+        PilBackend.resize(  # the resize itself, to a size that is given
             image_processor, np.array(picture).transpose(2, 0, 1), SizeDict(height=height, width=width), 3
-        )
-        .transpose(1, 2, 0)
+        ).transpose(1, 2, 0)
         for picture in pictures
     ]
 
