@@ -101,15 +101,14 @@ def resizers() -> dict[str, Callable]:
 def fastest_equal_resizer(pictures: Sequence, width: int, height: int, image_processor) -> Callable:
     """Print the time of every library and whether it equals the image processor; returns the fastest that does."""
     import numpy as np
+    from transformers.image_processing_backends import PilBackend
     from transformers.image_utils import SizeDict
 
     equal: dict[float, Callable] = {}
     wanted = [
-        type(image_processor)
-        .__base__.resize(  # the resize itself, to a size that is given
+        PilBackend.resize(  # the resize itself, to a size that is given
             image_processor, np.array(picture).transpose(2, 0, 1), SizeDict(height=height, width=width), 3
-        )
-        .transpose(1, 2, 0)
+        ).transpose(1, 2, 0)
         for picture in pictures
     ]
 
