@@ -24,7 +24,14 @@ not counted. Shapes follow Qwen2.5-VL-7B at another size: feed-forward 5.3 times
 share of the work, a vision tower narrower and shallower in proportion. Memory is the peak of resident memory of the
 process.
 
-The last lines:
+With --drawn responses end at drawn lengths, the same on both sides (a token is put in the place of another). Pictures
+stay of one size, because GRPOTrainer stopped with a shape mismatch when they were of several.
+
+With --memory no seconds are compared, but the most bytes that PyTorch's allocator gave during the last update (forward
+and backward pass, on our side with the sum of gradients) above those before it. The last line is then
+    ratio update_memory_trl        ours over TRL's, each per response that a pass trains on
+
+The last lines without it:
     ratio whole_step_trl_memory    peak memory of TRL over ours
     ratio whole_step_trl           samples (responses trained on) per second, ours over TRL's
 """
@@ -33,7 +40,6 @@ import argparse
 import functools
 import io
 import json
-import math
 import os
 import subprocess
 import sys
@@ -44,7 +50,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from tools.benchmarks.padding import PROMPTS, RESPONSES, draw_lengths
+from tools.benchmarks.padding import RESPONSES, draw_lengths
 from tools.benchmarks.step_material import SCALES, STEADY, make_scaled, versions
 from tools.benchmarks.trl_side import OTHER_TOKEN, QUESTION, peak_bytes, read_lengths, run_trl, say
 
@@ -98,19 +104,16 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> None:
         make_scaled(folder, args.scale, args.num_layers)
     else:
         make_small_model(folder / "model", args)
-    sizes = [(args.rows, args.columns)] * args.prompts
     if args.drawn:
         generator = torch.Generator().manual_seed(0)
-        prompts = draw_lengths(args.prompts, PROMPTS, generator).tolist()
-        sizes = [((tokens - 15) // math.isqrt(tokens), math.isqrt(tokens)) for tokens in prompts]
         responses = draw_lengths(args.prompts * args.group_size, RESPONSES, generator).clamp(max=args.length)
         (folder / "lengths.json").write_text(json.dumps(responses.view(args.prompts, -1).tolist()))
     rng, text = np.random.default_rng(0), {"problem": QUESTION, "solution": "<answer>7</answer>", "data_type": "image"}
     (folder / "pictures").mkdir()
     with tarfile.open(folder / "data.tar", "w") as archive:
-        for number, (rows, columns) in enumerate(sizes):
+        for number in range(args.prompts):
             stream, path = io.BytesIO(), folder / f"pictures/k{number:03d}.png"
-            pixels = rng.integers(0, 255, (28 * rows, 28 * columns, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 255, (28 * args.rows, 28 * args.columns, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(stream, "PNG")
             path.write_bytes(stream.getvalue())
             for name, data in ((path.name, stream.getvalue()), (f"{path.stem}.json", json.dumps(text).encode())):
@@ -341,7 +344,7 @@ def main() -> None:
         default=0,
         help="widths of the 7B model / scale in place of --hidden-size",
     )
-    parser.add_argument("--drawn", action="store_true", help="lengths of prompts and responses as in padding.py")
+    parser.add_argument("--drawn", action="store_true", help="lengths of responses as in padding.py")
     parser.add_argument("--memory", action="store_true", help="measure memory of the last update in place of seconds")
     parser.add_argument("--recompute", action="store_true", help="recompute activations on both sides")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
@@ -364,17 +367,16 @@ def main() -> None:
             for side, rounds in found.items():
                 rounds.append(child(pythons[side], side, args))
         first, other = found["ours"][0], found["trl"][0]
-        if not args.drawn:
-            assert all(first[name] == other[name] for name in ("prompt", "response", "visual")), (first, other)
+        same = ("prompt", "visual") if args.drawn else ("prompt", "visual", "response")
+        assert all(first[name] == other[name] for name in same), (first, other)
         P, G, R = first["prompt"], args.group_size, args.length
         print(
             f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
-            f"{args.prompts} prompts and updates, G = {G}, "
+            f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, "
             + (
-                "lengths of prompts and responses drawn"
+                f"R up to {R}, drawn"
                 if args.drawn
-                else f"P = {P} with {first['visual']} visual tokens, R = {R}; "
-                f"token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}"
+                else f"R = {R}; token ratio G (P + R) / (P + G R) = {G * (P + R) / (P + G * R):.2f}"
             )
         )
         print(
