@@ -37,7 +37,7 @@ class Arm:
     title: str
     settings: tuple[str, ...]
     tuning: bool = False
-    """Tried on the tuning seeds alone."""
+    """Left out where arms are not named: a candidate of the tuning seeds."""
 
 
 def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
