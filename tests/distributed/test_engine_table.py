@@ -154,8 +154,9 @@ def test_three_steps_equal_one_process(table_material, alone, tensor, pipeline, 
 @pytest.mark.parametrize("tensor, pipeline, data_size", chosen(LAYOUTS[1:], [(1, 1, 2), (1, 2, 1), (2, 2, 2)]))
 def test_bfloat16_differs_from_one_process_by_its_rounding(table_material, alone, tensor, pipeline, data_size):
     """Tolerances, of the first step: its terms and norm 4 % (seen: 2.6 % of the attention loss, whose terms have both
-    signs, and 0.6 % of the others), the gradient as a whole 15 % and less than bfloat16 itself differs from float32 (19 %); without tensor parallelism, where no sum is split but micro-batches are padded
-    otherwise, the gradient 3 %. After three steps: norms 10 %, float32 master weights 0.2 %."""
+    signs, and 0.6 % of the others), the gradient as a whole 15 % and less than bfloat16 itself differs from float32
+    (19 %); without tensor parallelism, where no sum is split but micro-batches are padded otherwise, the gradient 3
+    %. After three steps: norms 10 %, float32 master weights 0.2 %."""
     cases = [(tensor > 1, False, False, False, True, 1), (False, True, True, True, True, 5)]
     world = tensor * pipeline * data_size
     results = run_ranks(
