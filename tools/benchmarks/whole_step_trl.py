@@ -51,7 +51,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tools.benchmarks.padding import RESPONSES, draw_lengths
-from tools.benchmarks.step_material import SCALES, STEADY, make_scaled, versions
+from tools.benchmarks.step_material import REAL, SCALES, STEADY, make_scaled, versions
 from tools.benchmarks.trl_side import OTHER_TOKEN, QUESTION, peak_bytes, read_lengths, run_trl, say
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -370,8 +370,9 @@ def main() -> None:
         same = ("prompt", "visual") if args.drawn else ("prompt", "visual", "response")
         assert all(first[name] == other[name] for name in same), (first, other)
         P, G, R = first["prompt"], args.group_size, args.length
+        width = REAL["hidden_size"] // args.scale if args.scale else args.hidden_size
         print(
-            f"Qwen2.5-VL of {args.num_layers} layers x {args.hidden_size}, {size:.1f} M float32 parameters; "
+            f"Qwen2.5-VL of {args.num_layers} layers x {width}, {size:.1f} M float32 parameters; "
             f"{args.prompts} prompts and updates, P = {P} with {first['visual']} visual tokens, G = {G}, "
             + (
                 f"R up to {R}, drawn"
