@@ -219,7 +219,7 @@ def test_both_samplers_draw_the_same_and_the_ratios_are_those_of_the_table():
     for kind in ("pictures", "texts"):
         ours, modules, theirs = ([float(value) for value in rows[side, kind]] for side in ("native", "modules", "vllm"))
         assert ours[-1] == modules[-1] == theirs[-1] < -1, "mean log-probabilities of the tokens"
-        assert 0 < ours[0] < ours[1] and 0 < theirs[0] < theirs[1], "seconds"
+        assert min(*ours[:2], *theirs[:2]) > 0, "seconds"
         for column, name in ((2, f"samplers_{kind}"), (3, f"samplers_decoding_{kind}")):
             assert ratios[name] == pytest.approx(ours[column] / theirs[column], rel=0.05, abs=0.01)
     [(ready, _, peak, over)] = [map(float, line.split()[1:5]) for line in lines if re.match(r"native +\d", line)]
