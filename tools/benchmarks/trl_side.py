@@ -56,7 +56,7 @@ def run_trl(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     now = time.perf_counter if args.clock == "wall" else time.process_time
     folder, spent, phases, seen = Path(args.folder), {"rollout": 0.0, "old": 0.0}, [], {}
-    lengths, peaks = read_lengths(folder), []
+    lengths, peaks, sampled = read_lengths(folder), [], []
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 
     class Processor(Qwen2_5_VLProcessor):
@@ -88,10 +88,9 @@ def run_trl(args: argparse.Namespace) -> None:
             return result
 
         def _compute_loss(self, model, inputs):
+            sampled.extend(inputs["completion_mask"].sum(1).tolist())
             seen.update(
                 prompt=inputs["prompt_ids"].shape[1],
-                response=int(inputs["completion_mask"].sum(1).min()),
-                longest=int(inputs["completion_mask"].sum(1).max()),
                 visual=int(inputs["image_grid_thw"][0].prod()) // 4,
                 rows=len(inputs["prompt_ids"]),
                 old=inputs["old_per_token_logps"] is not None,
@@ -191,7 +190,7 @@ def run_trl(args: argparse.Namespace) -> None:
 
         trainer.model.generate = ended
     trainer.train()
-    last = lengths[-1] if lengths else [args.length]
-    assert (seen["response"], seen["longest"]) == (min(last), max(last)), seen
+    wanted = [length for group in lengths for length in group] if lengths else [args.length] * len(sampled)
+    assert sorted(sampled[-len(wanted) :]) == sorted(wanted), (sampled, wanted)
     assert seen["rows"] == rows and seen["old"], seen
-    say(phases, update_peak=max(peaks, default=0), **seen)
+    say(phases, update_peak=max(peaks, default=0), response=max(wanted), **seen)
