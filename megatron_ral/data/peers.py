@@ -46,7 +46,7 @@ class ReplicaPeers:
             items: prompts on the rank that decodes; on the others the samples that they are made of.
         """
         made = [item for item in items if isinstance(item, Prompt)]
-        if self._process_groups is None or self._process_groups.model.size() == 1 or not items:
+        if self._process_groups is None or not items:
             return made
         sent = broadcast_in_replica([_tensors(prompt) for prompt in made], self._process_groups)
         if self.decodes:

@@ -136,7 +136,7 @@ class PromptProcessor:
         """Return the prompt of a sample, within the limits of this processor or (False) of any length."""
         # In NumPy up to the prompt, because operations of PyTorch on a few numbers take longer than the work itself.
         visuals = self.reader.read(sample)
-        input_ids = np.array(self._tokenize(sample, visuals), np.int64)
+        input_ids = self._tokenize(sample, visuals)
         visual_mask = (input_ids == self.image_token_id) | (input_ids == self.video_token_id)
         patches = tuple(cast(Patches, visual.patches) for visual in visuals)
         num_features = sum(map(len, patches)) // self.rules.merge_size**2

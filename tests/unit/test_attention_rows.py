@@ -18,6 +18,7 @@ from megatron_ral.attention.rows import head_mean_attention, row_divergence
 from megatron_ral.attention.torch_backend import head_blocks, weight_blocks
 from megatron_ral.attention.types import RowKeys, RowQK
 from tests.unit.slow_attention import KINDS, slow_attention, slow_divergences, slow_policy
+from tools.benchmarks.trl_side import peak_bytes
 
 SCALE, LENGTHS = 0.6, (5, 3)
 ROWS = ("token", "predictor", "prompt alone")
@@ -510,19 +511,6 @@ def test_row_mass_by_hand(monkeypatch, size):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(function) -> int:
-    """Most bytes allocated at once while `function` runs, above those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    return peak
-
-
 def memory_case(R: int, S: int = 4096, n: int = 28, k: int = 4, D: int = 128):
     """One response of R tokens in a sequence of S, heads as in Qwen2.5-VL 7B."""
     generator = torch.Generator().manual_seed(0)
@@ -546,7 +534,7 @@ def test_memory_is_that_of_three_maps_of_rows():
         value = row_divergence(qk, head_mean_attention(qk), target, keys)
         return torch.autograd.grad(value.sum(), qk[:3])
 
-    peak = peak_bytes(ours)
+    _, peak = peak_bytes(ours)
     gradients_alone = sum(tensor.numel() * 4 for tensor in qk[:3])
     assert gradients_alone + 512 * 4096 * 4 < peak <= 3 * 512 * 4096 * 4, peak
     assert peak - gradients_alone <= 2 * 512 * 4096 * 4, "without the gradients themselves"
@@ -555,6 +543,6 @@ def test_memory_is_that_of_three_maps_of_rows():
     def eager():
         return torch.autograd.grad(eager_divergence(qk, target, keys).sum(), qk[:3])
 
-    few = peak_bytes(eager)
+    _, few = peak_bytes(eager)
     assert few / 32 > 10 * peak / 512, (few, peak)
     assert few > 2 * 28 * 32 * 4096 * 4

@@ -259,7 +259,7 @@ def test_mismatch_of_tokens_and_features_is_caught_where_the_key_is_known(proces
     """A processor that disagrees with the text about the number of tokens (another merge size, say)."""
     write_shard(tmp_path / "a.tar", [good("s0")])
     sample = loader(tmp_path / "a.tar", processor).take(1)[0].sample
-    monkeypatch.setattr(processor, "_tokenize", lambda sample, counts: [processor.image_token_id] * 3)
+    monkeypatch.setattr(processor, "_tokenize", lambda sample, visuals: np.full(3, processor.image_token_id))
     with pytest.raises(SampleError, match="'s0': 3 visual tokens in the text but 4 visual features"):
         processor(sample)
 

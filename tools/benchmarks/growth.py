@@ -16,6 +16,7 @@ An exponent is the slope of log(time) over log(size) between the two largest siz
 The last lines:
     ratio growth_NAME        the exponent of the time
     ratio memory_NAME        the exponent of the memory
+    ratio held_D             the exponent of the bytes that a rank holds between steps
 """
 
 import argparse
