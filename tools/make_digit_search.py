@@ -36,17 +36,21 @@ import numpy as np
 from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
+    add_number_options,
     add_split_sizes,
     answer,
     ask,
     check_arguments,
+    check_numbers,
     colour_question,
     curriculum,
     draw_puzzles,
+    join_scans,
     make_dataset,
     make_parser,
     next_colour,
     number_of,
+    numbers_of,
     paint,
     think,
 )
@@ -66,15 +70,6 @@ def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def join_scans(masks: np.ndarray, cell_pixels: int) -> np.ndarray:
-    """Put the scans of a number side by side at the top, [cells, digits, side, side] to [cells, cell, cell] float32."""
-    cells, digits, side, _ = masks.shape
-    joined = np.zeros((cells, cell_pixels, cell_pixels), dtype=np.float32)
-    left = (cell_pixels - digits * side) // 2
-    joined[:, :side, left : left + digits * side] = masks.transpose(0, 2, 1, 3).reshape(cells, side, -1)
-    return joined
 
 
 def neighbour_of(cell: int, grid: int) -> int:
@@ -112,10 +107,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
                 "target_boxes": [[x0, y0, x0 + cell_pixels, y0 + cell_pixels]],
                 "grid": grid,
                 "cell_colours": puzzle.colours,
-                "cell_digits": [
-                    int(number) if args.digits == 1 else number
-                    for number in (number_of(scans, digits) for scans in puzzle.scans)
-                ],
+                "cell_digits": numbers_of(puzzle.scans, digits),
                 "asked_cell": puzzle.asked,
                 "answered_cell": puzzle.read,
             },
@@ -125,26 +117,14 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line. Every error names the option and its value."""
     parser = make_parser(__doc__.split("\n\n")[0])
-    parser.add_argument("--digits", type=int, default=1, help="digits of the number in a cell")
-    parser.add_argument(
-        "--bias-by",
-        choices=("place", "colour"),
-        default="place",
-        help="neighbour of the biased split: the cell to the right, or the cell of the next colour of the palette",
-    )
-    parser.add_argument(
-        "--distinct", action="store_true", help="show no number twice in a picture, so that a wrong cell is never right"
-    )
+    add_number_options(parser, "the cell to the right")
     add_split_sizes(parser, single=4096, search=8192, biased=4096, rl=2048, heldout=512)
     args = parser.parse_args(argv)
     if args.grid < 2:
         parser.error(f"--grid must be at least 2 (a cell needs a neighbour), got {args.grid}")
     if args.grid**2 > args.num_colours:
         parser.error(f"--grid {args.grid} needs {args.grid**2} colours, but --num-colours is {args.num_colours}")
-    if args.distinct and args.grid**2 > 10**args.digits:
-        parser.error(f"--distinct with --grid {args.grid} needs more than {10**args.digits} numbers; raise --digits")
-    if not 1 <= args.digits <= args.cell_pixels // 10:
-        parser.error(f"--digits must lie in 1..{args.cell_pixels // 10} (10 pixels each), got {args.digits}")
+    check_numbers(parser, args, "--grid", args.grid, args.grid**2)
     check_arguments(parser, args)
     return args
 

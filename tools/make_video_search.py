@@ -1,20 +1,21 @@
 """Write the video-search task as WebDataset shards: look for the asked colour in a clip, read the digit there.
 
-The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows one handwritten digit,
-in a colour of its own, in a random cell of an otherwise black grid. A digit question names a colour ("Which digit is
-red?"), which appears in one scene only; a colour question names a scene ("Which colour is scene 2?", counted from 1).
-The thought before the answer is that of digit search. Clips are real mp4 files (H.264, 4:2:0) written through PyAV;
-with the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per second. Five splits are
-written, each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
+The sibling of make_digit_search.py in time. A clip is a few scenes of equal length; each shows a handwritten digit (or
+a number of several, --digits), in a colour of its own, in a random cell of an otherwise black grid. A digit question
+names a colour ("Which digit is red?"), which appears in one scene only; a colour question names a scene ("Which colour
+is scene 2?", counted from 1). The thought before the answer is that of digit search. Clips are real mp4 files (H.264,
+4:2:0) written through PyAV; with the defaults each scene is one temporal patch of a Qwen2.5-VL that samples a frame per
+second. Five splits are written, each as a family of shards `SPLIT-%06d.tar` of `{key}.mp4` and `{key}.json`:
 
     single    one scene, digit and colour questions half and half     train scans   (learn to read)
     search    n scenes, digit and colour questions half and half      train scans   (learn to search)
     biased    n scenes, digit questions, a share of them answered     train scans   (learn to look at the wrong scene)
-              with the digit of the NEXT scene
+              with the digit of the NEXT scene (or of the scene of
+              the next colour, --bias-by)
     rl        n scenes, digit questions, true answers                 train scans   (correct the gaze)
     heldout   n scenes, digit questions, true answers                 held-out scans
 
-`target_frames` always mark the asked scene and cell, also where the answer is the next scene's: seconds [start, end) of
+`target_frames` always mark the asked scene and cell, also where the answer is another scene's: seconds [start, end) of
 the clip and boxes in pixels of a frame. No scan is in both train and held-out. Equal arguments write equal bytes.
 
     python tools/make_video_search.py --output video_search
@@ -30,15 +31,20 @@ import numpy as np
 from megatron_ral.demo.search_task import (
     PALETTE,
     Split,
+    add_number_options,
     add_split_sizes,
     answer,
     ask,
     check_arguments,
+    check_numbers,
     curriculum,
     draw_puzzles,
+    join_scans,
     make_dataset,
     make_parser,
+    next_colour,
     number_of,
+    numbers_of,
     paint,
     scene_question,
     think,
@@ -83,10 +89,14 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     """Yield the samples of one split as dicts that a `webdataset.TarWriter` accepts."""
     rng = np.random.default_rng([args.seed, *split.name.encode()])
     colour_names = list(PALETTE)[: args.num_colours]
-    puzzles = draw_puzzles(rng, split, len(masks), colour_names, lambda scene, _: (scene + 1) % split.places)
+    by_colour = args.bias_by == "colour"
+    neighbour = next_colour(colour_names) if by_colour else lambda scene, _: (scene + 1) % split.places
+    puzzles = draw_puzzles(
+        rng, split, len(masks), colour_names, neighbour, args.digits, digits if args.distinct else None
+    )
     for i, puzzle in enumerate(puzzles):
         cells = rng.integers(args.grid**2, size=split.places)
-        scenes = paint_scenes(masks[puzzle.scans[:, 0]], puzzle.colours, cells, args.grid)
+        scenes = paint_scenes(join_scans(masks[puzzle.scans], args.cell_pixels), puzzle.colours, cells, args.grid)
         colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)
         problem, problem_type, solution = ask(puzzle, number, scene_question)
 
@@ -110,7 +120,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
                     }
                 ],
                 "scene_colours": puzzle.colours,
-                "scene_digits": [int(digits[s]) for s in puzzle.scans[:, 0]],
+                "scene_digits": numbers_of(puzzle.scans, digits),
                 "scene_cells": cells.tolist(),
                 "asked_scene": puzzle.asked,
                 "answered_scene": puzzle.read,
@@ -124,11 +134,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=4, help="scenes of a clip")
     parser.add_argument("--scene-seconds", type=int, default=2, help="length of a scene")
     parser.add_argument("--fps", type=int, default=2, help="frames per second of the files")
+    add_number_options(parser, "the next scene")
     add_split_sizes(parser, single=2048, search=4096, biased=3072, rl=1024, heldout=512)
     args = parser.parse_args(argv)
     for name, least in (("grid", 1), ("scenes", 2), ("scene_seconds", 1), ("fps", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    check_numbers(parser, args, "--scenes", args.scenes, args.scenes)
     if args.scenes > args.num_colours:
         parser.error(f"--scenes {args.scenes} needs as many colours, but --num-colours is {args.num_colours}")
     if args.grid * args.cell_pixels % 2:

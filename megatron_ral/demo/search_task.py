@@ -104,6 +104,17 @@ def next_colour(colour_names: list[str]) -> Callable[[int, list[str]], int]:
     return find
 
 
+def numbers_of(scans: np.ndarray, digits: np.ndarray) -> list[int] | list[str]:
+    """Return the numbers that stand in all places, for the record of a sample: single digits as int, else text.
+
+    Args:
+        scans: int [places, digits of a number].
+        digits: digit of each scan.
+    """
+    numbers = [number_of(place, digits) for place in scans]
+    return [int(number) for number in numbers] if scans.shape[-1] == 1 else numbers
+
+
 def answer(text: str) -> str:
     """Return an answer in the tags that the rewards search for."""
     return f"<answer>{text}</answer>"
@@ -129,6 +140,15 @@ def load_scans(cell_pixels: int, heldout: bool) -> tuple[np.ndarray, np.ndarray]
         enlarged = Image.fromarray((scan / 16.0).astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
         mask[margin : margin + side, margin : margin + side] = np.asarray(enlarged)
     return masks, bunch.target[chosen]
+
+
+def join_scans(masks: np.ndarray, cell_pixels: int) -> np.ndarray:
+    """Put the scans of a number side by side at the top, [cells, digits, side, side] to [cells, cell, cell] float32."""
+    cells, digits, side, _ = masks.shape
+    joined = np.zeros((cells, cell_pixels, cell_pixels), dtype=np.float32)
+    left = (cell_pixels - digits * side) // 2
+    joined[:, :side, left : left + digits * side] = masks.transpose(0, 2, 1, 3).reshape(cells, side, -1)
+    return joined
 
 
 def paint(masks: np.ndarray, colours: list[str]) -> np.ndarray:
@@ -215,7 +235,7 @@ def write_dataset(
     info = {}
     with tqdm(total=sum(split.num_samples for split in splits), unit="sample", desc=what, mininterval=0.5) as progress:
         for split in splits:
-            masks, digits = load_scans(args.cell_pixels // getattr(args, "digits", 1), split.heldout_scans)
+            masks, digits = load_scans(args.cell_pixels // args.digits, split.heldout_scans)
             samples, shards = generate(args, split, masks, digits), []
             for number, size in enumerate(shard_sizes(split.num_samples, args.shard_size)):
                 name = f"{split.name}-{number:06d}.tar"
@@ -254,6 +274,40 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--bias", type=float, default=0.6, help="share of wrong-place answers in the biased split")
     parser.add_argument("--shard-size", type=int, default=2048, help="most samples in one shard")
     return parser
+
+
+def add_number_options(parser: argparse.ArgumentParser, neighbour: str) -> None:
+    """Add the options that say which numbers a sample shows, and which one a biased gaze reads.
+
+    Args:
+        neighbour: what the neighbour by place is, for the help.
+    """
+    parser.add_argument("--digits", type=int, default=1, help="digits of the number in a place")
+    parser.add_argument(
+        "--bias-by",
+        choices=("place", "colour"),
+        default="place",
+        help=f"neighbour of the biased split: {neighbour}, or the place of the next colour of the palette",
+    )
+    parser.add_argument(
+        "--distinct", action="store_true", help="show no number twice in a sample, so that a wrong place is never right"
+    )
+
+
+def check_numbers(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, option: str, value: int, places: int
+) -> None:
+    """Exit with one sentence where the options of `add_number_options` are impossible.
+
+    Args:
+        option: option that says how many places a sample has.
+        value: its value.
+        places: that number.
+    """
+    if args.distinct and places > 10**args.digits:
+        parser.error(f"--distinct with {option} {value} needs more than {10**args.digits} numbers; raise --digits")
+    if not 1 <= args.digits <= args.cell_pixels // 10:
+        parser.error(f"--digits must lie in 1..{args.cell_pixels // 10} (10 pixels each), got {args.digits}")
 
 
 def add_split_sizes(parser: argparse.ArgumentParser, **sizes: int) -> None:

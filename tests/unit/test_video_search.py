@@ -97,6 +97,43 @@ def test_answers_and_the_biased_gaze(clips):
             assert sum(record["answered_scene"] != record["asked_scene"] for _, record in rows) == 12, "0.6 of 20"
 
 
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """Clips of nine scenes of one cell with two digits each, and a gaze that is wrong by colour."""
+    folder = tmp_path_factory.mktemp("numbers") / "clips"
+    sizes = ("--num-single", "4", "--num-search", "4", "--num-biased", "40", "--num-rl", "4", "--num-heldout", "8")
+    options = ("--scenes", "9", "--num-colours", "9", "--digits", "2", "--distinct", "--bias-by", "colour")
+    place = ("--grid", "1", "--cell-pixels", "56", "--bias", "0.95")
+    make_video_search.main(["--output", str(folder), *sizes, *options, *place])
+    return folder
+
+
+def test_numbers_of_two_digits_survive_compression_and_the_wrong_gaze_follows_the_colours(numbers, processor):
+    (masks, digits), order = load_scans(28, heldout=True), list(PALETTE)
+    for sample, record in samples(numbers, "heldout"):
+        video = decode_video(sample.videos[0], processor.video)
+        assert len(set(record["scene_digits"])) == len(set(record["scene_colours"])) == 9
+        assert sample.problem.startswith("Which digits are ") and record["asked_scene"] == record["answered_scene"]
+        prompt = processor(sample)
+        assert prompt.grid_thw.tolist() == [[9, 4, 4]]
+        wanted = [4 * record["asked_scene"] + token for token in range(4)]
+        assert prompt.target_mask[prompt.visual_mask].nonzero().flatten().tolist() == wanted
+        for scene, number in enumerate(record["scene_digits"]):
+            frame = video.frames[scene * len(video.frames) // 9]
+            for place, digit in enumerate(number):
+                colour, strokes = shown(frame, place)
+                assert colour == record["scene_colours"][scene], (sample.key, scene)
+                assert digits[nearest(strokes, masks)] == int(digit), (sample.key, scene)
+    biased = [record for _, record in samples(numbers, "biased")]
+    aside = [record for record in biased if record["answered_scene"] != record["asked_scene"]]
+    assert len(aside) == 38, "0.95 of 40"
+    for record in aside:
+        asked, read = record["asked_scene"], record["answered_scene"]
+        colours = [order.index(record["scene_colours"][scene]) for scene in (asked, read)]
+        assert colours[1] == (colours[0] + 1) % 9
+        assert record["solution"] == f"<answer>{record['scene_digits'][read]}</answer>"
+
+
 def test_equal_arguments_write_equal_bytes(tmp_path):
     sizes = [word for name in ("single", "search", "biased", "rl", "heldout") for word in (f"--num-{name}", "4")]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
@@ -114,6 +151,11 @@ def test_equal_arguments_write_equal_bytes(tmp_path):
         (["--scenes", "1"], "--scenes must be at least 2, got 1"),
         (["--scenes", "9"], "--scenes 9 needs as many colours, but --num-colours is 8"),
         (["--grid", "1", "--cell-pixels", "29"], "--cell-pixels 29 must be even"),
+        (["--digits", "3"], "--digits must lie in 1..2 (10 pixels each), got 3"),
+        (
+            ["--scenes", "11", "--distinct"],
+            "--distinct with --scenes 11 needs more than 10 numbers; raise --digits",
+        ),
         (["--fps", "0"], "--fps must be at least 1, got 0"),
         (["--bias", "1.5"], "--bias must lie in 0..1, got 1.5"),
         (["--num-heldout", "3"], "--num-heldout must be at least 4"),
