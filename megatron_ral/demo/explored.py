@@ -105,6 +105,8 @@ def arm_settings(arm: str, noise: Sequence[str] = ()) -> tuple[str, ...]:
 
 SEARCH_DATA = ("--grid", 3, "--digits", 2, "--num-colours", 9, "--bias", 0.99, "--bias-by", "colour")
 """Options of tools/make_digit_search.py: 100 answers, and wrong lessons that show the cell of the next colour."""
+VIDEO_DATA = ("--scenes", 9, "--grid", 1, "--digits", 2, "--num-colours", 9, "--bias", 0.99, "--bias-by", "colour")
+"""The same of tools/make_video_search.py: the cells of a picture one after the other."""
 LESSON_SIZE = 32
 """Samples of a supervised step."""
 CURVES = {

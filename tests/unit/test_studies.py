@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ral.demo import heat_maps, runs
+from megatron_ral.demo import explored_report, heat_maps, runs
 from megatron_ral.evaluation.attention_page import PageSample
 from megatron_ral.evaluation.attention_pictures import Panel
 from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored
@@ -119,6 +119,10 @@ def test_every_arm_of_the_studies_is_a_configuration():
             assert not setting_warnings(config), name
 
 
+def explored_results(file: Path) -> explored_report.Results:
+    return explored_report.Results(file, study_explored.settings_of)
+
+
 def explored_line(seed: int, arm: str, last: float, task: str = "tokens-9") -> dict:
     points = {
         "accuracy": [[0, 0.0], [10, last / 2], [20, last]],
@@ -132,13 +136,13 @@ def explored_line(seed: int, arm: str, last: float, task: str = "tokens-9") -> d
 
 def test_table_of_the_study_of_explored_attention(tmp_path):
     """Two seeds; contrast is 30 and 50 points above GRPO, and reaches GRPO's 20 and 30 after 8 and 7.5 rollouts."""
-    results = study_explored.Results(tmp_path / "results.jsonl")
+    results = explored_results(tmp_path / "results.jsonl")
     for seed, base, gain in ((2, 0.2, 0.3), (3, 0.3, 0.5)):
         for arm, last in (("start", 0.9), ("grpo", base), ("contrast", base + gain)):
             results.add(explored_line(seed, arm, last))
-    again = study_explored.Results(tmp_path / "results.jsonl")
+    again = explored_results(tmp_path / "results.jsonl")
     assert again.lines == results.lines
-    text = study_explored.table(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])
+    text = explored_report.table(again, "tokens-9", "9 tokens", [2, 3, 4], ["grpo", "contrast", "noise"])
     [row] = [line for line in text if line.startswith("| contrast of explored attention")]
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert cells == ["2", "32.5 / 65.0", "40.0 +- 10.0", "+4.0", "8", "30.0 +- 0.0", "0.5", "60"]
@@ -147,24 +151,24 @@ def test_table_of_the_study_of_explored_attention(tmp_path):
         "Start: accuracy 0.0 +- 0.0, before the wrong lessons at most 90.0 +- 0.0; 15 % of GRPO's groups are mixed in "
         "its first five rollouts."
     )
-    assert study_explored.paired_differences(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])[2:] == [
+    assert explored_report.paired_differences(again, "tokens-9", [2, 3, 4], ["grpo", "contrast", "noise"])[2:] == [
         "| contrast of explored attention - GRPO | 40.0 +- 10.0 | +4.0 | +30, +50 |",
         "",
     ]
-    assert study_explored.paired_differences(again, "tokens-9", [2, 3], ["noise"]) == []
-    study_explored.plot(again, "tokens-9", [2, 3], ["grpo", "contrast"], tmp_path)
+    assert explored_report.paired_differences(again, "tokens-9", [2, 3], ["noise"]) == []
+    explored_report.plot(again, "tokens-9", "9 tokens", [2, 3], ["grpo", "contrast"], tmp_path)
     assert (tmp_path / "explored_tokens-9.png").stat().st_size > 10_000
 
 
 def test_rollouts_to_a_level():
     line = {"curves": {"accuracy": [[0, 0.1], [10, 0.1], [20, 0.5]]}}
-    assert study_explored.rollouts_to(line, 0.1) == 0
-    assert study_explored.rollouts_to(line, 0.3) == 15
-    assert study_explored.rollouts_to(line, 0.6) == float("inf")
+    assert explored_report.rollouts_to(line, 0.1) == 0
+    assert explored_report.rollouts_to(line, 0.3) == 15
+    assert explored_report.rollouts_to(line, 0.6) == float("inf")
 
 
 def test_explored_study_repeats_no_run_and_refuses_other_settings(tmp_path):
-    study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
+    study_of = study_explored.Study(tmp_path, explored_results(tmp_path / "r.jsonl"), 20, 10)
     for seed, arm in ((2, "grpo"), (2, "contrast"), (3, "grpo")):
         study_of.results.add(explored_line(seed, arm, 0.5))
     left = study_explored.missing(study_of, ["tokens-9"], [2, 3], ["grpo", "contrast"])
@@ -186,7 +190,7 @@ def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, m
     tokens_9, tokens_36 = tmp_path / "tokens-9", tmp_path / "tokens-36"
     monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(arguments))
     monkeypatch.setattr(study_explored, "train_once", lambda *arguments: trained.append(arguments) or 1.0)
-    study_of = study_explored.Study(tmp_path, study_explored.Results(tmp_path / "r.jsonl"), 20, 10)
+    study_of = study_explored.Study(tmp_path, explored_results(tmp_path / "r.jsonl"), 20, 10)
     assert study_of.base("tokens-36", 0) == tokens_36 / "base_0_longer" / "hf"
     assert [arguments[1:4] for arguments in trained] == [
         (tokens_9 / "model", tokens_9 / "reader", 0),
@@ -200,11 +204,14 @@ def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, m
         shards = f"{target.parent}/lessons/{split}-*.tar"
         assert f"data.train=[{{shards: '{shards}', num_samples: {32 * steps}}}]" in settings
         assert f"train.num_steps={steps}" in settings
-    study_of.make_data("tokens-36")
-    pictures = [map(str, arguments) for arguments in written if "make_digit_search.py" in str(arguments[0])]
-    assert [" ".join(arguments).split("--output ")[1].split()[0] for arguments in pictures] == [
-        str(folder / kind) for folder in (tokens_9, tokens_36) for kind in ("data", "lessons")
+    study_of.make_data("video")
+    samples = [" ".join(map(str, arguments)) for arguments in written if "_search.py" in str(arguments[0])]
+    assert [(text.split()[0], text.split("--output ")[1].split()[0]) for text in samples] == [
+        (f"tools/make_{tool}.py", str(tmp_path / task / kind))
+        for task, tool in (("tokens-9", "digit_search"), ("tokens-36", "digit_search"), ("video", "video_search"))
+        for kind in ("data", "lessons")
     ]
+    assert all("--digits 2 --num-colours 9 --bias 0.99 --bias-by colour" in text for text in samples)
 
 
 def test_noise_of_a_task_yields_to_that_of_an_arm():

@@ -102,7 +102,19 @@ def numbers(tmp_path_factory):
     """Clips of nine scenes of one cell with two digits each, and a gaze that is wrong by colour."""
     folder = tmp_path_factory.mktemp("numbers") / "clips"
     sizes = ("--num-single", "4", "--num-search", "4", "--num-biased", "40", "--num-rl", "4", "--num-heldout", "8")
-    options = ("--scenes", "9", "--num-colours", "9", "--digits", "2", "--distinct", "--bias-by", "colour")
+    options = (
+        "--scenes",
+        "9",
+        "--fps",
+        "1",
+        "--num-colours",
+        "9",
+        "--digits",
+        "2",
+        "--distinct",
+        "--bias-by",
+        "colour",
+    )
     place = ("--grid", "1", "--cell-pixels", "56", "--bias", "0.95")
     make_video_search.main(["--output", str(folder), *sizes, *options, *place])
     return folder
