@@ -323,7 +323,7 @@ RULES: tuple[Rule, ...] = (
         "with {loss.attention_target}, whose only row is the prompt's last one",
     ),
     *without_effect(
-        "rollout.attention_noise scale layers grid shared decay",
+        "rollout.attention_noise scale layers grid shared decay adaptive",
         lambda c: _is_rl(c) and c.rollout.attention_noise.sigma == 0,
         "with {rollout.attention_noise.sigma}",
     ),

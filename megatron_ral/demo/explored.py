@@ -84,6 +84,15 @@ for _name, _of, *_changed in (
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
     ("contrast@grid=0", "contrast", "rollout.attention_noise.grid=0"),
     ("contrast@grid=2", "contrast", "rollout.attention_noise.grid=2"),
+    ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
+    (
+        "contrast@sigma=4@adaptive=3",
+        "contrast",
+        "rollout.attention_noise.sigma=4.0",
+        "rollout.attention_noise.decay=constant",
+        "rollout.attention_noise.adaptive=3",
+    ),
+    ("noise@adaptive=2", "noise", "rollout.attention_noise.adaptive=2"),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):

@@ -35,6 +35,16 @@ def group_advantages(rewards_BG: Tensor, eps: float = 1e-6, scale: str = "std") 
     return torch.where(signal, advantages, torch.zeros_like(advantages)).float()
 
 
+def is_right(accuracy: Tensor) -> Tensor:
+    """Return which responses are right: those whose accuracy is at least one half, bool of the same shape.
+
+    Args:
+        accuracy: Accuracy part of the rewards, float in [0, 1]. The format is left out, because noise and temperature
+            change it too.
+    """
+    return accuracy >= 0.5
+
+
 def has_signal(rewards_BG: Tensor) -> Tensor:
     """Return which groups have rewards that are not all equal.
 

@@ -23,7 +23,6 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.rollout.collect import (
     Rollout,
-    RolloutSettings,
     ScoredRollout,
     begin_rollout,
     cut_rollout,
@@ -32,6 +31,7 @@ from megatron_ral.rollout.collect import (
 from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.rollout.refill import DrawPrompts
 from megatron_ral.rollout.sampler import Background, Sampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.types import Prompt
 
 

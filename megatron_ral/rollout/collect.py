@@ -7,112 +7,22 @@ import torch
 from torch import Tensor
 
 from megatron_ral.attention.exploration import ExplorationSettings
-from megatron_ral.attention.targets.base import AttentionTarget
-from megatron_ral.attention.targets.load import load_target
-from megatron_ral.attention.targets.registry import TARGETS, TargetPass
-from megatron_ral.config.sections import AttentionNoiseConfig, RewardConfig, RunConfig, ViewsConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.decoding_batch import SamplingSettings
 from megatron_ral.engine.pipelined_decoder import PromptResponses
-from megatron_ral.engine.settings import schedule_factor
 from megatron_ral.engine.stage import StageEngine
 from megatron_ral.engine.teacher import TeacherEngine
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.functional.sampling import uniform_stream
-from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches, longest_first
 from megatron_ral.rollout.refill import DrawPrompts, ScoredGroups, refill
+from megatron_ral.rollout.resample import Resampling, resample
 from megatron_ral.rollout.sampler import Background, Sampler
 from megatron_ral.rollout.scoring import answer_tokens, score_responses
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.rollout.views import sample_views
 from megatron_ral.types import GroupBatch, Prompt, Score, pad_prompts
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """Settings of a rollout."""
-
-    seed: int
-    group_size: int
-    max_response_length: int
-    temperature: float
-    top_p: float
-    generation_batch_size: int
-    """Largest number of prompts that are generated together."""
-    cache_tokens: int
-    """Largest number of tokens in the KV cache of one batch. 0: no limit."""
-    num_minibatches: int
-    """Number of optimizer updates per pass over the rollout."""
-    refill_rounds: int
-    """Maximum number of rounds in which groups without signal are replaced."""
-    reward: RewardConfig
-    reward_time_limit: float
-    """Seconds that one call of a reward function of the user may take."""
-    advantage_scale: str
-    """Scale of `group_advantages`."""
-    target: AttentionTarget
-    """Target of the attention term, which weights the responses."""
-    recorded_layers: tuple[int, ...]
-    """Layers whose attention rows decoding records, 0-based or negative from the last."""
-    noise: AttentionNoiseConfig
-    views: Optional[ViewsConfig]
-    """Partial views that responses are sampled from. None: the whole picture."""
-    num_steps: int
-    """Number of rollouts of the run, over which the noise is scheduled."""
-    shuffles_attention_advantages: bool
-    """True if the attention term gets the advantages of each group in a random order (a control)."""
-    teacher_rollouts: float
-    """Share of prompts that the teacher answers, 0 without a teacher."""
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> "RolloutSettings":
-        rollout, needs = config.rollout, TARGETS[config.loss.attention_target].needs
-        return cls(
-            seed=config.seed,
-            group_size=rollout.group_size,
-            max_response_length=rollout.max_response_length,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            generation_batch_size=rollout.generation_batch_size,
-            cache_tokens=rollout.cache_tokens,
-            num_minibatches=rollout.num_minibatches,
-            refill_rounds=rollout.refill_rounds,
-            reward=config.reward,
-            reward_time_limit=config.watchdog.reward_time_limit,
-            advantage_scale=config.loss.advantage_scale,
-            target=load_target(config.loss.attention_target),
-            recorded_layers=config.loss.attention_layers if needs is TargetPass.ROLLOUT else (),
-            noise=rollout.attention_noise,
-            views=rollout.views if rollout.has_views else None,
-            num_steps=config.train.num_steps,
-            shuffles_attention_advantages=config.loss.attention_advantages == "shuffled",
-            teacher_rollouts=config.distill.teacher_rollouts if config.distills else 0.0,
-        )
-
-    @property
-    def explores(self) -> bool:
-        """Say whether responses are sampled from another distribution than the policy's on the whole picture."""
-        return self.noise.sigma > 0 or self.views is not None
-
-    def exploration(self, shape: ModelShape, step: int) -> ExplorationSettings:
-        """Return noise and recording of one rollout.
-
-        Args:
-            shape: Shape of the policy.
-            step: 0-based rollout number.
-        """
-        noise = self.noise
-        return ExplorationSettings(
-            noise.sigma * schedule_factor(step, self.num_steps, 0, noise.decay),
-            frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or shape.softmax_layers),
-            noise.grid,
-            is_shared=noise.shared,
-            by_lead=noise.scale == "lead",
-            recorded_layers=frozenset()
-            if self.views is not None
-            else frozenset(shape.layer_indices(self.recorded_layers)),
-        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +53,9 @@ class ScoredRollout:
     groups: ScoredGroups
     """Groups to train on."""
     sampled_rewards: Tensor
-    """Rewards of all groups that were sampled, also of those that were replaced, [groups, G] float32."""
+    """Rewards of all groups, also of those that were replaced by other prompts, [groups, G] float32."""
+    resampling: Resampling = field(default_factory=Resampling)
+    """What sampling with more noise did for the groups without a right response."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +67,8 @@ class Rollout:
     versions: list[int]
     """Optimizer updates behind the weights that sampled each group of the policy's responses, in no order."""
     sampled_rewards: Tensor
+    """As in `ScoredRollout`."""
+    resampling: Resampling = field(default_factory=Resampling)
     """As in `ScoredRollout`."""
 
 
@@ -217,9 +131,13 @@ def sample_rollout(
     draw: Optional[DrawPrompts] = None,
 ) -> ScoredRollout:
     """Sample and score this rank's prompts, and replace groups without signal. Arguments: `collect_rollout`."""
+    resampling = Resampling()
+
+    def attempt(prompts: Sequence[Prompt], number: int) -> ScoredGroups:
+        return _answer(engine, sampler, prompts, processor, settings, step, teacher, number)
 
     def answer(prompts: Sequence[Prompt]) -> ScoredGroups:
-        return _answer(engine, sampler, prompts, processor, settings, step, teacher)
+        return resample(attempt(prompts, 0), attempt, settings.noise.adaptive, resampling)
 
     with engine.resident():
         groups = answer(prompts)
@@ -227,7 +145,7 @@ def sample_rollout(
         if draw is not None:
             groups, replaced = refill(groups, answer, draw, settings.refill_rounds, engine.process_groups)
             scores += replaced
-    return ScoredRollout(groups, torch.cat([score.rewards for score in scores]))
+    return ScoredRollout(groups, torch.cat([score.rewards for score in scores]), resampling)
 
 
 def cut_rollout(
@@ -251,7 +169,7 @@ def cut_rollout(
     )
     batches = [_micro_batch(groups.select(part), processor, settings, step) for part in parts]
     own = [version for version, taught in zip(groups.versions, groups.from_teacher) if not taught]
-    return Rollout(batches, own, scored.sampled_rewards)
+    return Rollout(batches, own, scored.sampled_rewards, scored.resampling)
 
 
 def _micro_batch(
@@ -292,13 +210,17 @@ def _answer(
     settings: RolloutSettings,
     step: int,
     teacher: Optional[TeacherEngine],
+    attempt: int,
 ) -> ScoredGroups:
     """Sample and score groups of responses to one prompt or more.
 
     The engine must be resident, and all ranks of a model copy make the same call.
+
+    Args:
+        attempt: How often the prompts were sampled before in this rollout. Every attempt has draws of its own.
     """
     pad_token_id, asked = processor.pad_token_id, _asks_teacher(prompts, settings, step)
-    rows, embeds, versions = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher)
+    rows, embeds, versions = _responses(engine, sampler, prompts, asked, processor, settings, step, teacher, attempt)
     texts_only = [replace(row, attention={}) for row in rows]
     everything = PromptResponses.join(pad_prompts(prompts, pad_token_id), texts_only, pad_token_id)
     score = score_responses(everything, processor, settings.reward, engine, settings.reward_time_limit)
@@ -325,6 +247,7 @@ def _sampling_settings(
     settings: RolloutSettings,
     step: int,
     teacher: Optional[TeacherEngine],
+    attempt: int = 0,
 ) -> SamplingSettings:
     """Return the settings of the draws of a rollout."""
     return SamplingSettings(
@@ -335,7 +258,7 @@ def _sampling_settings(
         settings.temperature,
         settings.top_p,
         min(engine.shape.vocab_size, teacher.shape.vocab_size) if teacher is not None else 0,
-        settings.exploration(engine.shape, step),
+        settings.exploration(engine.shape, step, attempt),
         settings.cache_tokens,
     )
 
@@ -349,11 +272,12 @@ def _responses(
     settings: RolloutSettings,
     step: int,
     teacher: Optional[TeacherEngine],
+    attempt: int,
 ) -> tuple[list[PromptResponses], list[Optional[Tensor]], list[int]]:
     """Return for each prompt the responses (by the teacher where `asked`), the policy's visual embeddings and the
     version of the weights that sampled."""
-    sampling = _sampling_settings(engine, processor, settings, step, teacher)
-    size, identity = settings.generation_batch_size, (settings.seed, step)
+    sampling = _sampling_settings(engine, processor, settings, step, teacher, attempt)
+    size, identity = settings.generation_batch_size, (settings.seed, step, *(("attempt", attempt) if attempt else ()))
     rows: dict[int, PromptResponses] = {}
     embeds: dict[int, Optional[Tensor]] = {}
     versions: dict[int, int] = {}

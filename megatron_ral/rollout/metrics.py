@@ -8,6 +8,7 @@ from megatron_ral.engine.policy import PolicyEngine
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.parallel.collectives import sum_metrics
 from megatron_ral.rollout.collect import RolloutBatch
+from megatron_ral.rollout.resample import Resampling
 
 
 def rollout_metrics(rollout: Sequence[RolloutBatch], policy: PolicyEngine, distills: bool = False) -> dict[str, float]:
@@ -51,6 +52,23 @@ def staleness_metrics(versions: Sequence[int], policy: PolicyEngine) -> dict[str
         sums = {"groups": float(len(versions)), "updates": float(sum(policy.num_steps_taken - v for v in versions))}
     total = sum_metrics(sums, policy.process_groups)
     return {"sampling/staleness": total["updates"] / total["groups"]} if total["groups"] else {}
+
+
+def resampling_metrics(resampling: Resampling, num_groups: int, policy: PolicyEngine) -> dict[str, float]:
+    """Return shares of the groups that are trained on, the same on every rank: of those without a right response at the
+    first attempt, and of those to which more noise gave one.
+
+    Args:
+        resampling: Count of this rank.
+        num_groups: Number of this rank's groups.
+        policy: Policy.
+    """
+    sums = {"groups": 0.0, "failed": 0.0, "rescued": 0.0}
+    if policy.layout.is_last_stage:
+        sums = {"groups": num_groups, "failed": resampling.failed, "rescued": resampling.rescued}
+    total = sum_metrics(sums, policy.process_groups)
+    groups = total.pop("groups")
+    return {f"attention_noise/{name}": value / groups for name, value in total.items()}
 
 
 def refill_metrics(rewards: torch.Tensor, policy: PolicyEngine) -> dict[str, float]:

@@ -26,11 +26,12 @@ from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.ahead import RolloutsAhead
 from megatron_ral.rollout.assemble import Passes, assemble_minibatches, global_totals, num_on_policy_updates
-from megatron_ral.rollout.collect import Rollout, RolloutBatch, RolloutSettings, collect_rollout
+from megatron_ral.rollout.collect import Rollout, RolloutBatch, collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings, cut_into_micro_batches
-from megatron_ral.rollout.metrics import refill_metrics, rollout_metrics, staleness_metrics
+from megatron_ral.rollout.metrics import refill_metrics, resampling_metrics, rollout_metrics, staleness_metrics
 from megatron_ral.rollout.refill import DrawPrompts
 from megatron_ral.rollout.sampler import Sampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.runtime.progress import progress
 from megatron_ral.training.gradients import accumulate_gradients
 from megatron_ral.types import GroupBatch, Prompt, RlBatch, Score, SftBatch, TeacherOutputs, TrainBatch, pad_prompts
@@ -263,6 +264,9 @@ def _train(
         process_groups=policy.process_groups,
     )
     report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
+    if rollout_settings.noise.adaptive:
+        num_groups = sum(len(batch.advantages) for batch in report.rollout)
+        report.metrics.update(resampling_metrics(rollout.resampling, num_groups, policy))
     if rollout_settings.refill_rounds:
         report.metrics.update(refill_metrics(rollout.sampled_rewards, policy))
 

@@ -24,8 +24,8 @@ from megatron_ral.models.shape import ModelShape
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.ahead import RolloutsAhead
-from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.scoring import ScoringIssueLog, scoring_issues
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.runtime.progress import progress
 from megatron_ral.runtime.random_state import seed_random_state
 from megatron_ral.runtime.stopping import StopRequests

@@ -23,8 +23,8 @@ from megatron_ral.models.instrumented_attention import InstrumentedAttention
 from megatron_ral.parallel.collectives import gather_objects
 from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.rewards import score
-from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.step import Engines, StepSettings, rl_step
 from megatron_ral.types import GroupBatch, pad_prompts
 from tests.distributed.cases import fixed_groups, full_weights, open_policy

@@ -11,9 +11,10 @@ from megatron_ral.models.shape import read_shape
 from megatron_ral.objectives.supervised import supervised_objective
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.assemble import global_totals
-from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
 from megatron_ral.training.step import supervised_batches
 from megatron_ral.types import FramePictures, Sample, SftBatch

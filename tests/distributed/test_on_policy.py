@@ -7,8 +7,8 @@ import pytest
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.parallel.process_groups import stop_groups
-from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training import step as steps
 from tests.distributed.cases import fixed_groups, full_weights, open_policy
 from tests.distributed.runner import run_ranks

@@ -14,8 +14,8 @@ from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.errors import UserError
 from megatron_ral.parallel.process_groups import stop_groups
 from megatron_ral.rollout.ahead import RolloutsAhead
-from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.step import Engines, StepSettings, overlapped_step
 from tests.distributed.cases import fixed_groups, micro_batches, open_policy
 from tests.distributed.runner import run_ranks

@@ -13,10 +13,11 @@ from megatron_ral.functional.advantages import has_signal
 from megatron_ral.models.shape import read_shape
 from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
-from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings
 from megatron_ral.rollout.metrics import refill_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
 from tests.distributed.cases import make_config
 from tests.distributed.runner import run_ranks

@@ -8,8 +8,8 @@ import pytest
 from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.parallel.process_groups import stop_groups
-from megatron_ral.rollout.collect import RolloutSettings
 from megatron_ral.rollout.native_sampler import NativeSampler
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.step import Engines, StepSettings, rl_step
 from tests.distributed.cases import LENGTH, fixed_groups, full_weights, open_policy
 from tests.distributed.runner import run_ranks

@@ -27,6 +27,7 @@ from megatron_ral.rollout.lengths import (
     spread,
 )
 from megatron_ral.rollout.sampler import SampledBatch
+from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.types import GroupBatch, Prompt, ResponseBatch, Sample, Score, StepTotals, pad_prompts
 
 G, R = 2, 4
@@ -167,7 +168,7 @@ def collected(monkeypatch, indices, micro_batch_size, group_size=G, step=0, seed
     monkeypatch.setattr(collect, "score_responses", lambda *arguments: score)
     engine, processor = ENGINE, PROCESSOR
     sampler = SimpleNamespace(sample=lambda *arguments: iter([SampledBatch(batch, None, (0,) * len(indices))]))
-    settings = collect.RolloutSettings.from_config(replace(config(**loss), seed=seed))
+    settings = RolloutSettings.from_config(replace(config(**loss), seed=seed))
     rollout = collect.collect_rollout(
         engine, sampler, batch.prompts.prompts, processor, settings, step, MicroBatchSettings(micro_batch_size)
     )
@@ -374,7 +375,7 @@ def test_a_micro_batch_is_as_wide_as_its_longest(monkeypatch):
     monkeypatch.setattr(collect, "score_responses", score)
     engine, processor = ENGINE, PROCESSOR
     batches = collect.collect_rollout(
-        engine, sampler, prompts, processor, collect.RolloutSettings.from_config(config()), 0, MicroBatchSettings(2)
+        engine, sampler, prompts, processor, RolloutSettings.from_config(config()), 0, MicroBatchSettings(2)
     ).batches
     keys = [item.sample.key for scored in batches for item in scored.groups.prompts.prompts]
     assert keys == ["prompt 3", "prompt 1", "prompt 2", "prompt 0"]  # 10, 9, 7 and 6 tokens

@@ -203,6 +203,11 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= 4 has no effect with rollout.attention_noise.sigma = 0.0",
     ),
     (
+        ["rollout.attention_noise={adaptive: 2}"],
+        "rollout.attention_noise.adaptive",
+        "= 2 has no effect with rollout.attention_noise.sigma = 0.0",
+    ),
+    (
         ["rollout.views={grid: 4}"],
         "rollout.views.grid",
         "= 4 has no effect with rollout.views.keep = 1.0",

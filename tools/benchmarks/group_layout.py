@@ -146,9 +146,10 @@ class Bench:
 
     def rollout(self) -> tuple[list, list[int]]:
         """Run a rollout and a step on it; returns its micro-batches, and [calls, pictures] of the vision tower."""
-        from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.collect import collect_rollout
         from megatron_ral.rollout.lengths import MicroBatchSettings
         from megatron_ral.rollout.native_sampler import NativeSampler
+        from megatron_ral.rollout.settings import RolloutSettings
 
         sampler, settings = NativeSampler(self.policy), RolloutSettings.from_config(self.config)
         with counted(self.policy.stage.visual) as counts:

@@ -106,9 +106,10 @@ class Depth:
 
     def sample(self) -> None:
         """Sample rollouts without noise and with it. All steps use the first ones."""
-        from megatron_ral.rollout.collect import RolloutSettings, collect_rollout
+        from megatron_ral.rollout.collect import collect_rollout
         from megatron_ral.rollout.lengths import MicroBatchSettings
         from megatron_ral.rollout.native_sampler import NativeSampler
+        from megatron_ral.rollout.settings import RolloutSettings
 
         for name, side in (("rollout", "grpo"), ("noisy rollout", self.sides[-1])):  # the last records most layers
             with self.clock.measure(f"{self.num_layers} {name}"):

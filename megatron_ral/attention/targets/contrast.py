@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ral.attention.targets.explored import ExploredTarget
+from megatron_ral.functional.advantages import is_right
 
 
 class ContrastTarget(ExploredTarget):
@@ -20,7 +21,7 @@ class ContrastTarget(ExploredTarget):
     divergence = "cross_entropy"
 
     def response_weights(self, advantages_BG: Tensor, rewards_BG: Tensor, accuracy_BG: Tensor) -> Tensor:
-        return contrast_weights(accuracy_BG >= 0.5).to(advantages_BG)
+        return contrast_weights(is_right(accuracy_BG)).to(advantages_BG)
 
 
 def contrast_weights(is_right_BG: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Adaptive noise: a prompt that no response answers correctly is sampled again with more noise on its attention.
+
+A model that is sure of the wrong place needs more noise than one that is not, and how sure it is differs from prompt to
+prompt. So the noise of a prompt rises until a response is right, for some attempts. Which prompts are sampled again
+does not depend on the number of ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+from megatron_ral.functional.advantages import is_right
+from megatron_ral.rollout.refill import ScoredGroups
+from megatron_ral.types import Prompt
+
+
+@dataclass
+class Resampling:
+    """Count of this rank's groups in a rollout."""
+
+    failed: int = 0
+    """Groups without a right response at their first attempt, if there were more."""
+    rescued: int = 0
+    """Those of them with a right response at a later one."""
+
+
+def resample(
+    groups: ScoredGroups,
+    attempt: Callable[[Sequence[Prompt], int], ScoredGroups],
+    num_attempts: int,
+    resampling: Resampling,
+) -> ScoredGroups:
+    """Sample the groups without a right response again, until they have one.
+
+    Args:
+        groups: Groups of the first attempt. Those of a teacher stay.
+        attempt: Function of prompts and the number of an attempt, which samples and scores groups.
+        num_attempts: Largest number of further attempts. Each replaces the groups of the one before.
+        resampling: Count to add to.
+
+    Returns:
+        As many groups as before, in the same order.
+    """
+    for number in range(1, num_attempts + 1):
+        right = is_right(groups.score.components["accuracy"]).any(dim=1)
+        failed = [row for row, taught in enumerate(groups.from_teacher) if not taught and not right[row]]
+        if number == 1:
+            resampling.failed += len(failed)
+        if not failed:
+            break
+        fresh = attempt([groups.prompts[row] for row in failed], number)
+        resampling.rescued += int(is_right(fresh.score.components["accuracy"]).any(dim=1).sum())
+        rows = list(range(len(groups.prompts)))
+        for offset, row in enumerate(failed):
+            rows[row] = len(groups.prompts) + offset
+        groups = groups.followed_by(fresh).select(rows)
+    return groups
