@@ -65,6 +65,7 @@ def main(argv: Arguments = None) -> int:
 
     from tqdm import tqdm
 
+    from megatron_ral.data.peers import ReplicaPeers
     from megatron_ral.engine.frozen import FrozenEngine
     from megatron_ral.engine.settings import EngineSettings
     from megatron_ral.evaluation.evaluate import evaluate_prompts, sample_prompts
@@ -90,6 +91,7 @@ def main(argv: Arguments = None) -> int:
         dp_rank=layout.data_rank,
         dp_size=layout.data_size,
         num_readers=layout.world_size,
+        peers=ReplicaPeers(process_groups),
     )
     with one_sentence():  # an AgreedError
         check_any_prompt(prompts, process_groups)

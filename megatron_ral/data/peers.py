@@ -5,11 +5,12 @@ of them reads the encoded sample from its shard, which takes little and keeps fo
 sent as bytes behind their types and shapes. Nothing is pickled.
 """
 
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_ral.data.issues import SampleError
 from megatron_ral.parallel.collectives import broadcast_in_replica, is_first_of_replica
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.types import Patches, Prompt, Sample
@@ -53,6 +54,37 @@ class ReplicaPeers:
             return made
         return [self._prompt(sample, tensors) for sample, tensors in zip(items, sent) if isinstance(sample, Sample)]
 
+    def make(self, sample: Sample, make: Callable[[Sample], Prompt]) -> Prompt:
+        """Return the prompt of a sample. All ranks of the replica call this together, and one of them makes it.
+
+        Args:
+            sample: The same sample on every rank.
+            make: Maker of prompts.
+
+        Raises:
+            SampleError: The sample cannot be used. Every rank raises it.
+            MemoryError: The sample does not fit into the memory of the rank that makes it, which alone raises this.
+        """
+        prompt, fault = None, SampleError("")
+        if self.decodes:
+            try:
+                prompt = make(sample)
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders of foreign bytes may raise anything
+                fault = SampleError(str(error), error.reason if isinstance(error, SampleError) else "unusable")
+        if self._process_groups is not None:
+            told = [_bytes(fault.reason), _bytes(str(fault))] if prompt is None else _tensors(prompt)
+            [received] = broadcast_in_replica([told], self._process_groups)
+            if not self.decodes and len(received) == 2:
+                reason, text = (part.numpy().tobytes().decode() for part in received)
+                fault = SampleError(text, reason)
+            elif not self.decodes:
+                prompt = self._prompt(sample, received)
+        if prompt is None:
+            raise fault
+        return prompt
+
     def _prompt(self, sample: Sample, tensors: Sequence[Tensor]) -> Prompt:
         numbers, parts = tensors[len(_TENSORS)].tolist(), tensors[len(_TENSORS) + 1 :]
         # One table per kind of visual, because the vision tower looks up together what has the same table.
@@ -63,6 +95,10 @@ class ReplicaPeers:
             patches=tuple(map(Patches, parts[::2], levels, numbers[1:])),
             **dict(zip(_TENSORS, tensors)),
         )
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def _tensors(prompt: Prompt) -> list[Tensor]:

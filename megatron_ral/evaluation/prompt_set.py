@@ -3,10 +3,11 @@
 import itertools
 import logging
 from collections import Counter
-from typing import Iterator, Sequence
+from typing import Iterator, Optional, Sequence
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import Source
+from megatron_ral.data.peers import ReplicaPeers
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.errors import DataError
@@ -37,6 +38,8 @@ class PromptSet:
         dp_size: Number of data-parallel ranks.
         num_readers: Number of processes that read the same samples. With more than one, a failure that may concern one
             process alone (its disk, its memory) is raised instead of counted, because the ranks would otherwise differ.
+        peers: Ranks of the replica, of which one decodes for all, and which read the set together. None: every process
+            decodes for itself.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class PromptSet:
         dp_rank: int = 0,
         dp_size: int = 1,
         num_readers: int = 1,
+        peers: Optional[ReplicaPeers] = None,
     ):
         self.shards, self.processor, self.limit, self.num_readers = shards, processor, limit, num_readers
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self.peers = dp_rank, dp_size, peers or ReplicaPeers()
         self.left_out: dict[tuple[str, str], str] = {}
         """Reason (one of `data.issues.REASONS`) by (shard, key) of each unusable sample that was reached so far."""
 
@@ -64,8 +68,8 @@ class PromptSet:
         for index, entry in enumerate(itertools.islice(shard_entries(self.shards, self.num_readers), self.limit)):
             if index % self.dp_size == self.dp_rank:
                 try:
-                    prompt = self.processor(parse_sample(entry))
-                except Exception as error:  # decoders of foreign bytes may raise anything
+                    prompt = self.peers.make(parse_sample(entry), self.processor)
+                except Exception as error:
                     if isinstance(error, MemoryError) and self.num_readers > 1:
                         raise
                     place = (entry["__url__"], entry["__key__"])
@@ -88,9 +92,12 @@ def read_prompts(
     dp_rank: int = 0,
     dp_size: int = 1,
     num_readers: int = 1,
+    peers: Optional[ReplicaPeers] = None,
 ) -> list[Prompt]:
     """Return all prompts of a `PromptSet` with these arguments at once."""
-    return list(PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size, num_readers=num_readers))
+    return list(
+        PromptSet(shards, processor, limit, dp_rank=dp_rank, dp_size=dp_size, num_readers=num_readers, peers=peers)
+    )
 
 
 def check_any_prompt(prompts: PromptSet, process_groups: ProcessGroups) -> None:

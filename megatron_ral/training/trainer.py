@@ -76,6 +76,7 @@ class Trainer:
         self.inputs, self.processor, self.eval_shards = inputs, inputs.processor, inputs.eval_shards
         self.stopping = stopping or StopRequests(config.train.time_limit_minutes)
         self.num_skipped, self.first_step, self.problems = 0, 0, ScoringIssueLog()
+        self.peers = ReplicaPeers(process_groups)
         self.loader = PromptLoader(
             inputs.sources,
             self.processor,
@@ -86,7 +87,7 @@ class Trainer:
             batch_size=self.prompts_per_step,
             report=self.is_main,
             exchange=gather_from_all,
-            peers=ReplicaPeers(process_groups),
+            peers=self.peers,
         )
         if self.eval_shards and config.logging.eval_interval:
             check_any_prompt(self._heldout_prompts(), process_groups)
@@ -322,7 +323,8 @@ class Trainer:
         settings = self.config.logging
         if not self.eval_shards or not settings.probe_interval or not settings.num_probes:
             return []
-        return read_prompts(self.eval_shards, self.processor, settings.num_probes, num_readers=self.layout.world_size)
+        readers, peers = self.layout.world_size, self.peers
+        return read_prompts(self.eval_shards, self.processor, settings.num_probes, num_readers=readers, peers=peers)
 
     def _evaluate_if_due(self, log: Loggers, probes: list, step: int) -> None:
         """Evaluate and draw attention pictures where they are due after `step` steps."""
@@ -346,6 +348,7 @@ class Trainer:
             dp_rank=self.layout.data_rank,
             dp_size=self.layout.data_size,
             num_readers=self.layout.world_size,
+            peers=self.peers,
         )
 
     def _print_shards(self) -> None:
