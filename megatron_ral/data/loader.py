@@ -196,22 +196,19 @@ class PromptLoader:
         return mine
 
     def read(self, places: Mapping[int, Place]) -> list[Prompt]:
-        """Return this rank's prompts of an earlier batch once more, in the order of their slots.
+        """Return this rank's prompts of an earlier batch once more, in the order of their slots. All ranks call this.
 
         Args:
             places: `places` as they were after that batch, in a run with any number of ranks.
 
         Raises:
-            DataError: a sample can no longer be used.
+            DataError: a sample can no longer be used, on some rank.
         """
-        own = {slot: place for slot, place in places.items() if slot % self.dp_size == self.dp_rank}
-        prompts = []
-        decoder = Prefetcher(self._decode, self.settings.decode_workers, 0)  # peers do not meet here, so each decodes
-        for slot, result in sorted(decoder.get(own).items()):
-            if isinstance(result, SampleIssue):
-                raise DataError(self.sources[own[slot].source].key, None, f": {result.text}; it was usable before")
-            prompts.append(result)
-        return prompts
+        results = self._prefetcher.get({slot: p for slot, p in places.items() if slot % self.dp_size == self.dp_rank})
+        bad = {slot: result.text for slot, result in results.items() if isinstance(result, SampleIssue)}
+        for slot, text in sorted(item for rank in self._exchange(bad) for item in rank.items()):
+            raise DataError(self.sources[places[slot].source].key, None, f": {text}; it was usable before")
+        return self._peers.share([cast(Prompt | Sample, results[slot]) for slot in sorted(results)])
 
     def _agree(self) -> None:
         """Raise DataError on all ranks if they found different samples or orders; compared once."""

@@ -47,9 +47,10 @@ def fail_on(rank: int, own: int, key: str, reason: str, patched: pytest.MonkeyPa
 
 
 def taken(model: str, shards: str, tensor: int, pipeline: int, faults: tuple) -> dict:
-    """Take batches; return what this rank got of them, and the error that ended it."""
+    """Take batches, and the last one again; return what this rank got of them, and the error that ended it."""
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor, layout, prompts, error = CountingProcessor(model, 256), process_groups.layout, [], ""
+    again: list[Prompt] = []
     processor.made = 0
     with pytest.MonkeyPatch.context() as patched:
         sources = open_sources([(shards, 0)], "data.train")
@@ -68,11 +69,13 @@ def taken(model: str, shards: str, tensor: int, pipeline: int, faults: tuple) ->
         try:
             for count in (4, 6, 4):
                 prompts += stream.take(count)
+            again += stream.read(stream.places)
         except DataError as caught:
             error = str(caught)
     result = {
         "layout": (layout.data_rank, layout.tensor_rank, layout.pipeline_rank),
         "prompts": {prompt.sample.identity: fields_of(prompt) for prompt in prompts},
+        "again": {prompt.sample.identity: fields_of(prompt) for prompt in again},
         "tables": len({id(part.levels) for prompt in prompts for part in prompt.patches}),
         "made": processor.made,
         "state": stream.state(),
@@ -137,6 +140,7 @@ def test_one_rank_of_a_replica_decodes_and_all_get_its_prompts(material, shards,
         assert (part["made"] > 0) == decodes
         mates = [other for other in parts if other["layout"][0] == part["layout"][0]]
         assert all(same(part["prompts"], other["prompts"]) for other in mates)
+        assert part["again"] and same({key: part["prompts"][key] for key in part["again"]}, part["again"])
         assert part["tables"] <= 2, "the vision tower looks up together what shares a table"
     found = {key: prompt for part in parts for key, prompt in part["prompts"].items()}
     assert same({key: found[key] for key in alone["prompts"]}, alone["prompts"])

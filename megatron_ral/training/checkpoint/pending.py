@@ -9,7 +9,7 @@ pickled.
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ from megatron_ral.rollout.refill import ScoredGroups
 from megatron_ral.training.checkpoint.files import read_manifest
 from megatron_ral.types import Prompt, Score
 
+Made = TypeVar("Made")
 _COMPONENT = "component."
 _ROWS = ("response_ids", "response_lengths", "rollout_logprobs", "finished")
 
@@ -75,24 +76,45 @@ def restore_pending(checkpoint: Path, layout: RankLayout, loader: PromptLoader) 
     Raises:
         AgreedError: Some rank cannot read its part, or a sample is another one than when the rollout was made.
     """
-    problem, pending = None, None
-    try:
-        pending = _read(checkpoint, layout, loader)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if not isinstance(error, UserError):
-            error = CheckpointError(f"'{checkpoint}'", None, f"holds a rollout that cannot be read ({error})")
-        problem = error
-    raise_together(problem)
-    assert pending is not None
-    return pending
 
+    def together(read: Callable[[], Made]) -> Made:
+        """Return what `read` returns. Every rank raises an error if it fails on one of them."""
+        problem, made = None, None
+        try:
+            made = read()
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if not isinstance(error, UserError):
+                error = CheckpointError(f"'{checkpoint}'", None, f"holds a rollout that cannot be read ({error})")
+            problem = error
+        raise_together(problem)
+        return cast(Made, made)
 
-def _read(checkpoint: Path, layout: RankLayout, loader: PromptLoader) -> PendingRollout:
-    old_size, size = read_manifest(checkpoint).layout.data_size, layout.data_size
+    old_size = together(lambda: read_manifest(checkpoint).layout.data_size)
     files = cache(lambda rank: _Saved(checkpoint / _name(rank)))
-    first = files(layout.data_rank % old_size).tree
-    places = {slot: Place(*place) for slot, *place in first["places"]}
-    prompts = loader.read(places)
+    places = together(
+        lambda: {slot: Place(*place) for slot, *place in files(layout.data_rank % old_size).tree["places"]}
+    )
+    prompts = together(lambda: loader.read(places))  # fails on all ranks alike, because they read it together
+    return together(lambda: _put_together(files, old_size, layout, places, prompts))
+
+
+def _put_together(
+    files: Callable[[int], "_Saved"],
+    old_size: int,
+    layout: RankLayout,
+    places: Mapping[int, Place],
+    prompts: list[Prompt],
+) -> PendingRollout:
+    """Return the rollout.
+
+    Args:
+        files: Files of a data-parallel rank that saved it.
+        old_size: Number of these ranks.
+        layout: Layout of this run.
+        places: Place of each slot's prompt, of all ranks.
+        prompts: Prompts of this rank, by slot.
+    """
+    first, size = files(layout.data_rank % old_size).tree, layout.data_size
     slots = [slot for slot in sorted(places) if slot % size == layout.data_rank]
     rows = [files(slot % old_size).row(slot // old_size, prompt) for slot, prompt in zip(slots, prompts, strict=True)]
     responses, taught, versions, scores = zip(*rows)
@@ -102,7 +124,7 @@ def _read(checkpoint: Path, layout: RankLayout, loader: PromptLoader) -> Pending
     # The rewards of replaced groups belong to nobody any more. Every file is read by one of the new ranks.
     own = [files(rank).tensors["sampled_rewards"] for rank in range(old_size) if rank % size == layout.data_rank]
     sampled = torch.cat([groups.score.rewards[:0], *own])
-    return PendingRollout(first["step"], ScoredRollout(groups, sampled), places, first["seconds"])
+    return PendingRollout(first["step"], ScoredRollout(groups, sampled), dict(places), first["seconds"])
 
 
 class _Saved:
