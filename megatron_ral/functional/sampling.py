@@ -31,7 +31,9 @@ def _generator(identity: tuple[object, ...]) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(*identity))
 
 
-def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+def sample_tokens(
+    logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_p: float = 1.0, on_host: bool = False
+) -> Tensor:
     """Sample one token per row by the inverse CDF, with temperature and nucleus (top-p) truncation.
 
     Args:
@@ -39,6 +41,7 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
         uniform_X: [X] float64 in [0, 1), one draw per row.
         temperature: >= 0; 0 is greedy (the most likely token, the lowest id on ties).
         top_p: in (0, 1]. A token is drawn from the smallest set of most likely tokens whose probability reaches top_p.
+        on_host: True to order float32 logits in host memory with NumPy. It does not change the result.
 
     Returns:
         [X] token ids (int64).
@@ -46,7 +49,11 @@ def sample_tokens(logits_XV: Tensor, uniform_X: Tensor, temperature: float, top_
     if temperature == 0:
         return logits_XV.argmax(dim=-1)
     probabilities = torch.softmax(logits_XV.double() / temperature, dim=-1)
-    ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    if on_host:
+        _, token_ids = _ordered_on_host(logits_XV, torch.arange(logits_XV.shape[-1]).expand_as(logits_XV))
+        ordered = probabilities.gather(-1, token_ids)
+    else:
+        ordered, token_ids = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = ordered.cumsum(dim=-1)
     if top_p < 1.0:
         outside = cumulative - ordered >= top_p

@@ -45,6 +45,7 @@ class PendingDraw:
     temperature: float
     top_p: float
     group: dist.ProcessGroup
+    on_host: bool
 
     @torch.no_grad()
     def finish(self) -> Draw:
@@ -65,7 +66,7 @@ class PendingDraw:
                     "gives logits that are not a number, from which no token can be drawn; the weights or what they "
                     "compute overflow: resume from an earlier checkpoint with a lower optimizer.learning_rate",
                 )
-            token[rows] = sample_tokens(whole, self.uniform[rows], self.temperature, self.top_p)
+            token[rows] = sample_tokens(whole, self.uniform[rows], self.temperature, self.top_p, self.on_host)
             _agree_(token, self.group)
             logit = whole.gather(-1, token[rows, None])[:, 0].double()
             largest, total = (part[rows] for part in self.every)
@@ -161,7 +162,7 @@ def begin_draw(
     _agree_(token, group)
     logit = candidates.double().masked_fill(ids != token[:, None], float("-inf")).amax(dim=-1)
     logprob = ((logit - every.largest) / scale - every.total.log()).float()
-    return PendingDraw(token, logprob, logits, uniform_X.to(every.total), every, temperature, top_p, group)
+    return PendingDraw(token, logprob, logits, uniform_X.to(every.total), every, temperature, top_p, group, on_host)
 
 
 def _agree_(token: Tensor, group: dist.ProcessGroup) -> None:

@@ -122,6 +122,7 @@ def test_candidates_settle_only_what_the_whole_vocabulary_would_draw(top_p, num_
     numbers = torch.stack(least).amax(0), maximum, total, uniform, 0.7, top_p
     token, settled = sample_candidates(logits.gather(1, ids), ids, *numbers)
     wanted = sample_tokens(logits, uniform, 0.7, top_p)
+    assert torch.equal(sample_tokens(logits, uniform, 0.7, top_p, on_host=True), wanted)
     mixed = ids.flip(1)
     on_host = sample_candidates(logits.gather(1, mixed), mixed, *numbers, on_host=True)
     assert torch.equal(on_host[0], token) and torch.equal(on_host[1], settled)
