@@ -64,6 +64,7 @@ class ReplicaPeers:
         Raises:
             SampleError: The sample cannot be used. Every rank raises it.
             MemoryError: The sample does not fit into the memory of the rank that makes it, which alone raises this.
+            RuntimeError: The network failed. This is no fault of the sample.
         """
         prompt, fault = None, SampleError("")
         if self.decodes:
@@ -98,7 +99,8 @@ class ReplicaPeers:
 
 
 def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    # Messages may quote names with undecodable bytes. An error here would leave the peers waiting.
+    return torch.tensor(list(text.encode("utf-8", "backslashreplace")), dtype=torch.uint8)
 
 
 def _tensors(prompt: Prompt) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter
-from typing import Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 from megatron_ral.data.issues import SampleError
 from megatron_ral.data.loader import Source
@@ -14,7 +14,7 @@ from megatron_ral.errors import DataError
 from megatron_ral.parallel.collectives import gather_from_all, gather_objects, raise_together
 from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.scoring import unused_rules
-from megatron_ral.types import Prompt
+from megatron_ral.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,13 @@ class PromptSet:
         Raises:
             DataError: With several readers, a shard that cannot be read.
             MemoryError: With several readers, a sample that does not fit into memory.
+            RuntimeError: The network between the ranks of the replica failed.
         """
         for index, entry in enumerate(itertools.islice(shard_entries(self.shards, self.num_readers), self.limit)):
             if index % self.dp_size == self.dp_rank:
                 try:
-                    prompt = self.peers.make(parse_sample(entry), self.processor)
-                except Exception as error:
+                    prompt = self.peers.make(_parse(entry), self.processor)
+                except (SampleError, MemoryError) as error:  # others are none of the sample's, as of a lost peer
                     if isinstance(error, MemoryError) and self.num_readers > 1:
                         raise
                     place = (entry["__url__"], entry["__key__"])
@@ -124,6 +125,16 @@ def check_any_prompt(prompts: PromptSet, process_groups: ProcessGroups) -> None:
             "name them",
         )
     raise_together(problem)
+
+
+def _parse(entry: dict[str, Any]) -> Sample:
+    """Return the sample of an entry. Every error but one of memory is a SampleError."""
+    try:
+        return parse_sample(entry)
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:  # parsers of foreign bytes may raise anything
+        raise SampleError(str(error)) from error
 
 
 def _num_readable(source: Source) -> int:

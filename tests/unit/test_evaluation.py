@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from megatron_ral.config.sections import RewardConfig
+from megatron_ral.data import peers
+from megatron_ral.data.issues import SampleError, printable
 from megatron_ral.data.loader import open_sources
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.errors import DataError
 from megatron_ral.evaluation import prompt_set
 from megatron_ral.evaluation.generation import EvaluationSettings
 from megatron_ral.evaluation.prompt_set import PromptSet, read_prompts, warn_about_prompts
+from megatron_ral.parallel.process_groups import ProcessGroups
 from megatron_ral.rollout.scoring import unused_rules
 from tests.distributed.cases import make_config
 from tests.unit.shard_faults import picture
@@ -136,3 +139,46 @@ def test_settings_of_an_evaluation_are_those_of_the_rollout_and_the_reward():
     assert EvaluationSettings.from_config(config) == EvaluationSettings(
         config.rollout.max_response_length, config.rollout.generation_batch_size, 500, 0.5, 0.9, 7, config.reward, 42.0
     )
+
+
+class Network:
+    """Network of a replica in one process: a peer receives what the first rank sent last."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.sent, self.failure = monkeypatch, [], None
+
+    def rank(self, is_first: bool) -> peers.ReplicaPeers:
+        def broadcast(lists, process_groups):
+            if self.failure is not None:
+                raise self.failure
+            self.sent = lists if is_first else self.sent
+            return self.sent
+
+        self.monkeypatch.setattr(peers, "is_first_of_replica", lambda process_groups: is_first)
+        self.monkeypatch.setattr(peers, "broadcast_in_replica", broadcast)
+        return peers.ReplicaPeers(ProcessGroups.__new__(ProcessGroups))
+
+
+def test_a_lost_peer_ends_the_evaluation_and_is_no_fault_of_the_samples(shards, processor, monkeypatch):
+    network = Network(monkeypatch)
+    prompts = PromptSet(shards, processor, 100, num_readers=2, peers=network.rank(is_first=True))
+    found = iter(prompts)
+    assert next(found).sample.key == "a0"
+    network.failure = RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        list(found)
+    assert prompts.left_out == {}
+
+
+def test_a_fault_reaches_the_peers_whatever_its_text(shards, processor, monkeypatch):
+    """A message may quote a name of undecodable bytes. An error while it is sent would leave the peers waiting."""
+    sample, network, told = next(iter(PromptSet(shards, processor, 1))).sample, Network(monkeypatch), []
+
+    def fails(sample):
+        raise SampleError("'\udcff.png' cannot be decoded", "broken_image")
+
+    for is_first in (True, False):
+        with pytest.raises(SampleError, match="cannot be decoded") as caught:
+            network.rank(is_first).make(sample, fails)
+        told.append((caught.value.reason, printable(str(caught.value))))
+    assert told == [("broken_image", "'\\udcff.png' cannot be decoded")] * 2
