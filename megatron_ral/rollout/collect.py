@@ -137,7 +137,7 @@ def sample_rollout(
         return _answer(engine, sampler, prompts, processor, settings, step, teacher, number)
 
     def answer(prompts: Sequence[Prompt]) -> ScoredGroups:
-        return resample(attempt(prompts, 0), attempt, settings.noise.adaptive, resampling)
+        return resample(attempt(prompts, 0), attempt, settings.num_resamplings, resampling)
 
     with engine.resident():
         groups = answer(prompts)
@@ -307,7 +307,8 @@ def _responses(
                 versions.update(zip(chosen, batch.versions))
                 done += len(chosen)
         encode(numbers[True])
-    if teacher is not None and settings.teacher_rollouts > 0:
+    # All ranks call a teacher together, but not all of them have prompts to sample again, and none of those is for it.
+    if teacher is not None and settings.teacher_rollouts > 0 and not attempt:
         plain = replace(sampling, exploration=ExplorationSettings())
         answers = teacher.answer([prompts[index] for index in numbers[True]], plain, size, *identity)
         rows.update(zip(numbers[True], answers))

@@ -1,5 +1,6 @@
 """Figures of a rollout for the log: rewards and lengths, staleness, and what refill rounds sampled."""
 
+from dataclasses import asdict
 from typing import Sequence
 
 import torch
@@ -54,21 +55,20 @@ def staleness_metrics(versions: Sequence[int], policy: PolicyEngine) -> dict[str
     return {"sampling/staleness": total["updates"] / total["groups"]} if total["groups"] else {}
 
 
-def resampling_metrics(resampling: Resampling, num_groups: int, policy: PolicyEngine) -> dict[str, float]:
-    """Return shares of the groups that are trained on, the same on every rank: of those without a right response at the
-    first attempt, and of those to which more noise gave one.
+def resampling_metrics(resampling: Resampling, policy: PolicyEngine) -> dict[str, float]:
+    """Return shares of the groups that the policy sampled, the same on every rank: of those without a right response at
+    the first attempt, and of those to which more noise gave one. Empty where a teacher answered all prompts.
 
     Args:
         resampling: Count of this rank.
-        num_groups: Number of this rank's groups.
         policy: Policy.
     """
-    sums = {"groups": 0.0, "failed": 0.0, "rescued": 0.0}
+    sums = dict.fromkeys(asdict(resampling), 0.0)
     if policy.layout.is_last_stage:
-        sums = {"groups": num_groups, "failed": resampling.failed, "rescued": resampling.rescued}
+        sums.update(asdict(resampling))
     total = sum_metrics(sums, policy.process_groups)
-    groups = total.pop("groups")
-    return {f"attention_noise/{name}": value / groups for name, value in total.items()}
+    tried = total.pop("tried")
+    return {f"attention_noise/{name}": value / tried for name, value in total.items()} if tried else {}
 
 
 def refill_metrics(rewards: torch.Tensor, policy: PolicyEngine) -> dict[str, float]:

@@ -17,10 +17,12 @@ from megatron_ral.types import Prompt
 class Resampling:
     """Count of this rank's groups in a rollout."""
 
+    tried: int = 0
+    """Groups of the policy, those that were later replaced by other prompts included."""
     failed: int = 0
-    """Groups without a right response at their first attempt, if there were more."""
+    """Those of them without a right response at their first attempt, if there were more."""
     rescued: int = 0
-    """Those of them with a right response at a later one."""
+    """Those of the failed ones with a right response at a later attempt."""
 
 
 def resample(
@@ -31,6 +33,9 @@ def resample(
 ) -> ScoredGroups:
     """Sample the groups without a right response again, until they have one.
 
+    Data-parallel ranks make unequal numbers of attempts, so that an attempt must not wait for other ranks than those of
+    its copy of the model.
+
     Args:
         groups: Groups of the first attempt. Those of a teacher stay.
         attempt: Function of prompts and the number of an attempt, which samples and scores groups.
@@ -40,6 +45,7 @@ def resample(
     Returns:
         As many groups as before, in the same order.
     """
+    resampling.tried += groups.from_teacher.count(False)
     for number in range(1, num_attempts + 1):
         right = is_right(groups.score.components["accuracy"]).any(dim=1)
         failed = [row for row, taught in enumerate(groups.from_teacher) if not taught and not right[row]]

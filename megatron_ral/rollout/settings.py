@@ -78,6 +78,11 @@ class RolloutSettings:
         """Say whether responses are sampled from another distribution than the policy's on the whole picture."""
         return self.noise.sigma > 0 or self.views is not None
 
+    @property
+    def num_resamplings(self) -> int:
+        """Return how often a prompt without a right response is sampled again. Without noise there is none to raise."""
+        return self.noise.adaptive if self.noise.sigma > 0 else 0
+
     def exploration(self, shape: ModelShape, step: int, attempt: int = 0) -> ExplorationSettings:
         """Return noise and recording of one rollout.
 

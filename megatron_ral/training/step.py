@@ -264,9 +264,8 @@ def _train(
         process_groups=policy.process_groups,
     )
     report.metrics.update(rollout_metrics(report.rollout, policy, engines.teacher is not None))
-    if rollout_settings.noise.adaptive:
-        num_groups = sum(len(batch.advantages) for batch in report.rollout)
-        report.metrics.update(resampling_metrics(rollout.resampling, num_groups, policy))
+    if rollout_settings.num_resamplings:
+        report.metrics.update(resampling_metrics(rollout.resampling, policy))
     if rollout_settings.refill_rounds:
         report.metrics.update(refill_metrics(rollout.sampled_rewards, policy))
 

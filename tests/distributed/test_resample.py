@@ -71,8 +71,7 @@ def resampled(path: str, data: str, tensor: int, pipeline: int, adaptive: int) -
         0,
         MicroBatchSettings(2),
     )
-    num_groups = sum(len(batch.advantages) for batch in rollout.batches)
-    metrics = resampling_metrics(rollout.resampling, num_groups, policy)
+    metrics = resampling_metrics(rollout.resampling, policy)
     stop_groups()
     groups = {}
     for batch in rollout.batches:
