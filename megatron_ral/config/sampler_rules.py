@@ -27,6 +27,11 @@ def _reads_rollout(config: RunConfig) -> bool:
     return target is not None and target.needs is TargetPass.ROLLOUT
 
 
+def _has_no_samples(config: RunConfig) -> bool:
+    """Say whether no response is the policy's own."""
+    return config.distills and config.distill.teacher_rollouts == 1
+
+
 SAMPLER_RULES: tuple[Rule, ...] = (
     Rule(
         ERROR,
@@ -102,6 +107,16 @@ SAMPLER_RULES: tuple[Rule, ...] = (
         lambda c: c.overlaps and c.loss.policy_coef > 0 and c.loss.sampler_correction == "none",
         "with {rollout.overlap} trains on samples of older weights as if they were of the present ones; set "
         "token_truncate",
+    ),
+    *without_effect(
+        "rollout.attention_noise sigma scale layers grid shared decay adaptive",
+        _has_no_samples,
+        "with {distill.teacher_rollouts}, because the teacher answers every prompt",
+    ),
+    *without_effect(
+        "rollout.views keep grid",
+        _has_no_samples,
+        "with {distill.teacher_rollouts}, because the teacher answers every prompt",
     ),
     *without_effect("rollout overlap", lambda c: c.train.algorithm != "ral", "with {train.algorithm}"),
     *without_effect(

@@ -208,6 +208,18 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "= 2 has no effect with rollout.attention_noise.sigma = 0.0",
     ),
     (
+        [TEACHER, "loss={policy_coef: 0.0, attention_coef: 0.0}", "distill.teacher_rollouts=1.0"]
+        + ["rollout.attention_noise={sigma: 2.0}"],
+        "rollout.attention_noise.sigma",
+        "= 2.0 has no effect with distill.teacher_rollouts = 1.0, because the teacher answers every prompt",
+    ),
+    (
+        [TEACHER, "loss={policy_coef: 0.0, attention_coef: 0.0}", "distill.teacher_rollouts=1.0"]
+        + ["rollout.views={keep: 0.3}"],
+        "rollout.views.keep",
+        "= 0.3 has no effect with distill.teacher_rollouts = 1.0, because the teacher answers every prompt",
+    ),
+    (
         ["rollout.views={grid: 4}"],
         "rollout.views.grid",
         "= 4 has no effect with rollout.views.keep = 1.0",
