@@ -3,12 +3,12 @@
     python tools/study_explored.py --output-dir DIR [--seeds 2 3 4 5] [--tasks tokens-9 ...] [--arms ARM ...] [--jobs 2]
 
 The task is digit search with 3 x 3 cells and two digits in each (100 answers), in pictures of several sizes or, one
-cell after the other, in time. A model learns to read a single cell,
-and then to search; seeds below 6 share this base model, later ones have an own order of its second lesson. Each seed
-then teaches it to look at the wrong cell with confidence: 99 % of these lessons are answered with the number of the
-next colour. Hardly any group of GRPO holds a right response after that. All arms of a seed share its start and its
-order of prompts. The base model of larger pictures and of clips goes on from that of smaller pictures: a single cell
-first, then the search, which it finds in fewer steps and in the same layer.
+cell after the other, in time. A model learns to read a single cell, and then to search; seeds below 6 share this base
+model, later ones have an own order of its second lesson. Each seed then teaches it to look at the wrong cell with
+confidence: 99 % of these lessons are answered with the number of the next colour. Hardly any group of GRPO holds a
+right response after that. All arms of a seed share its start and its order of prompts. The base model of larger
+pictures and of clips goes on from that of smaller pictures: a single cell first, then the search, which it finds in
+fewer steps and in the same layer.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the

@@ -157,8 +157,8 @@ def plot(results: Results, task: str, title: str, seeds: Sequence[int], arms: Se
         axes,
         ("accuracy", "gaze"),
         (
-            "accuracy on held-out pictures",
-            "attention on the asked cell\n(row that decides, layer that searches; share of the picture)",
+            "accuracy on held-out prompts",
+            "attention on the asked cell\n(row that decides, layer that searches; share of all visual tokens)",
         ),
     ):
         for index, (arm, lines) in enumerate(found.items()):

@@ -24,7 +24,8 @@ from tests.distributed.runner import run_ranks
 def evaluation(path: str, data: str, tensor: int, pipeline: int, limit: int = 21):
     own = {"even": RewardFunctionConfig("tests.distributed.user_rewards:fails_on_odd_digits", 1.0)}
     config = replace(make_config(path, tensor=tensor, pipeline=pipeline), reward=RewardConfig(functions=own))
-    settings = EvaluationSettings.from_config(config)
+    # Small batches, so that one of them is in flight while the stages read the next prompts together.
+    settings = replace(EvaluationSettings.from_config(config), generation_batch_size=2)
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     processor = PromptProcessor(path, 128)
     shards = open_sources([(f"{data}/heldout-*.tar", 0)], "data.eval_shards")[0].shards
