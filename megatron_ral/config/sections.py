@@ -137,7 +137,7 @@ class AttentionNoiseConfig:
     noise of its own."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule by which `sigma` falls to 0 over the rollouts of the run."""
-    adaptive: NonNegativeInt = 0
+    adaptive: Annotated[int, Ge(0), Le(10)] = 0
     """Number of times that a prompt without a right response is sampled again in a rollout, each time with twice the
     `sigma` of the time before. The responses of the last time count."""
 
