@@ -15,7 +15,8 @@ from megatron_ral.config.sections import (
     SourceConfig,
     TrainConfig,
 )
-from megatron_ral.data.loader import open_sources
+from megatron_ral.data.loader import PromptLoader, open_sources
+from megatron_ral.data.peers import ReplicaPeers
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.engine.frozen import FrozenEngine
 from megatron_ral.engine.policy import PolicyEngine
@@ -24,8 +25,8 @@ from megatron_ral.engine.stage import StageEngine
 from megatron_ral.evaluation.prompt_set import read_prompts
 from megatron_ral.functional.advantages import group_advantages
 from megatron_ral.objectives.base import Objective, finish_metrics
-from megatron_ral.parallel.collectives import gather_shards
-from megatron_ral.parallel.process_groups import start_groups, stop_groups
+from megatron_ral.parallel.collectives import gather_from_all, gather_shards
+from megatron_ral.parallel.process_groups import ProcessGroups, start_groups, stop_groups
 from megatron_ral.rollout.assemble import assemble_minibatches
 from megatron_ral.rollout.collect import RolloutBatch
 from megatron_ral.training.build import build_objective, build_policy
@@ -66,6 +67,20 @@ def make_config(
         # The key bias has a gradient of rounding size only; with AdamW's usual eps its sign alone would decide.
         optimizer=OptimizerConfig(learning_rate=learning_rate, clip_grad_norm=0.5, eps=1e-5),
         train=TrainConfig(algorithm="ral", num_steps=10, micro_batch_size=2),
+    )
+
+
+def open_loader(shards: str, processor: PromptProcessor, process_groups: ProcessGroups) -> PromptLoader:
+    """Stream of a rank's training prompts, decoded by the first rank of its copy of the model."""
+    return PromptLoader(
+        open_sources([(shards, 0)], "data.train"),
+        processor,
+        DataConfig(shuffle_buffer=20, decode_workers=0),
+        dp_rank=process_groups.layout.data_rank,
+        dp_size=process_groups.layout.data_size,
+        seed=5,
+        exchange=gather_from_all,
+        peers=ReplicaPeers(process_groups),
     )
 
 

@@ -5,13 +5,10 @@ import zlib
 
 import pytest
 
-from megatron_ral.config.sections import DataConfig, RewardConfig, RewardFunctionConfig
-from megatron_ral.data.loader import PromptLoader, open_sources
-from megatron_ral.data.peers import ReplicaPeers
+from megatron_ral.config.sections import RewardConfig, RewardFunctionConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.functional.advantages import has_signal
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout.collect import collect_rollout
 from megatron_ral.rollout.lengths import MicroBatchSettings
@@ -19,7 +16,7 @@ from megatron_ral.rollout.metrics import refill_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
-from tests.distributed.cases import make_config
+from tests.distributed.cases import make_config, open_loader
 from tests.distributed.runner import run_ranks
 
 NUM_PROMPTS = 8
@@ -40,17 +37,8 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
     )
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     policy = build_policy(config, read_shape(path), process_groups)
-    processor, layout = PromptProcessor(path, 128), process_groups.layout
-    loader = PromptLoader(
-        open_sources([(f"{data}/rl-*.tar", 0)], "data.train"),
-        processor,
-        DataConfig(shuffle_buffer=20, decode_workers=0),
-        dp_rank=layout.data_rank,
-        dp_size=layout.data_size,
-        seed=5,
-        exchange=gather_from_all,
-        peers=ReplicaPeers(process_groups),
-    )
+    processor = PromptProcessor(path, 128)
+    loader = open_loader(f"{data}/rl-*.tar", processor, process_groups)
     draws = []
 
     def draw(slots):

@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from megatron_ral.attention.exploration import AttentionNoise
-from megatron_ral.config.sections import AttentionNoiseConfig, DataConfig
-from megatron_ral.data.loader import PromptLoader, open_sources
-from megatron_ral.data.peers import ReplicaPeers
+from megatron_ral.config.sections import AttentionNoiseConfig
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.models.shape import read_shape
-from megatron_ral.parallel.collectives import gather_from_all
 from megatron_ral.parallel.process_groups import start_groups, stop_groups
 from megatron_ral.rollout import collect
 from megatron_ral.rollout.lengths import MicroBatchSettings
@@ -20,7 +17,7 @@ from megatron_ral.rollout.metrics import resampling_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
-from tests.distributed.cases import make_config
+from tests.distributed.cases import make_config, open_loader
 from tests.distributed.runner import run_ranks
 
 NUM_PROMPTS = 8
@@ -35,7 +32,7 @@ def resampled(path: str, data: str, tensor: int, pipeline: int, adaptive: int) -
     )
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
     policy = build_policy(config, read_shape(path), process_groups)
-    processor, layout, score = PromptProcessor(path, 128), process_groups.layout, collect.score_responses
+    processor, score = PromptProcessor(path, 128), collect.score_responses
 
     def rarely_right(*arguments):
         """One response in 16 is right, so that of three groups two have none."""
@@ -52,16 +49,7 @@ def resampled(path: str, data: str, tensor: int, pipeline: int, adaptive: int) -
 
     collect.score_responses = rarely_right
     AttentionNoise.draw = classmethod(watched)
-    loader = PromptLoader(
-        open_sources([(f"{data}/rl-*.tar", 0)], "data.train"),
-        processor,
-        DataConfig(shuffle_buffer=20, decode_workers=0),
-        dp_rank=layout.data_rank,
-        dp_size=layout.data_size,
-        seed=5,
-        exchange=gather_from_all,
-        peers=ReplicaPeers(process_groups),
-    )
+    loader = open_loader(f"{data}/rl-*.tar", processor, process_groups)
     rollout = collect.collect_rollout(
         policy,
         NativeSampler(policy),
