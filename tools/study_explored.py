@@ -55,6 +55,12 @@ class Task:
     """Samples of a second lesson of right searches, in another order. 0: none."""
     before: str = ""
     """Task whose base model 0 learns to read and to search these samples too. Empty: a model with random weights."""
+    own_weights: bool = False
+    """True if each seed has random weights of its own, of which the first layer cannot search."""
+    fewer: int = 0
+    """Samples of a lesson of right searches among 2 x 2 cells, before that of all cells. 0: none."""
+    learning_rate: str = "6.0e-4"
+    """Learning rate of the lessons of the base model."""
 
 
 PICTURES, CLIPS = "tools/make_digit_search.py", "tools/make_video_search.py"
@@ -78,6 +84,16 @@ TASKS = {
         more=6400,
         before="tokens-36",
     ),
+    "own-weights": Task(
+        "9 visual tokens, random weights of each seed's own",
+        (PICTURES, *SEARCH_DATA),
+        *(12800, 8000, 11200),
+        ("rollout.attention_noise.layers=[1,2,3]",),  # layer 0 stays even
+        more=6400,
+        own_weights=True,
+        fewer=4800,
+        learning_rate="9.0e-4",
+    ),
     "video": Task(
         "video, 9 scenes of 4 visual tokens",
         (CLIPS, *VIDEO_DATA, "--cell-pixels", 56, "--fps", 1),
@@ -89,9 +105,10 @@ TASKS = {
 }
 
 
-def base_of(seed: int) -> int:
-    """Return the number of the base model of a seed: 0 below seed 6, one of its own for each seed from there on."""
-    return 0 if seed < 6 else seed
+def base_of(task: str, seed: int) -> int:
+    """Return the number of the base model of a seed: 0 below seed 6, one of its own for each seed from there on. With
+    weights of its own every seed has its own."""
+    return 0 if seed < 6 and not TASKS[task].own_weights else seed
 
 
 def settings_of(task: str, arm: str) -> tuple[str, ...]:
@@ -115,11 +132,13 @@ class Study:
         """Return the folder of the samples of the base models. Numbers may repeat in a picture."""
         return self.root / task / "lessons"
 
-    def random_model(self) -> Path:
-        """Write the model with random weights in which every curriculum begins, and return its folder."""
-        model = self.root / "tokens-9" / "model"
+    def random_model(self, task: str = "tokens-9", number: int = 0) -> Path:
+        """Write the model with random weights in which a curriculum begins, and return its folder."""
+        own = TASKS[task].own_weights
+        model = self.root / task / f"model_{number}" if own else self.root / "tokens-9" / "model"
+        options = ("--seed", number, "--even-layers", 1) if own else ()
         if not (model / "config.json").is_file():
-            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force")
+            call(beside(model, ".log"), "tools/make_tiny_model.py", "--output", model, "--force", *options)
         return model
 
     def make_data(self, task: str) -> None:
@@ -127,10 +146,13 @@ class Study:
         if TASKS[task].before:
             self.make_data(TASKS[task].before)
         model = self.random_model()
-        for folder, options, splits in (
+        parts = [
             (self.data(task), ("--distinct",), {"biased": 12800, "rl": 4096, "heldout": 1024}),
             (self.lessons(task), (), {"single": 9600, "search": TASKS[task].search}),
-        ):
+        ]
+        if TASKS[task].fewer:
+            parts.append((self.few_cells(task), ("--grid", 2), {"search": TASKS[task].fewer}))
+        for folder, options, splits in parts:
             if (folder / "dataset_info.json").is_file():
                 continue
             sizes = {**dict.fromkeys(("single", "search", "biased", "rl", "heldout"), 4), **splits}  # 4: the least
@@ -141,17 +163,30 @@ class Study:
             )
             call(beside(folder, ".log"), "tools/index_shards.py", f"{folder}/*.tar", "--model", model)
 
-    def reader(self, task: str) -> Path:
-        """Train the model that reads the number of a single cell, and return its folder."""
-        target, before = self.root / task / "reader", TASKS[task].before
-        model = self.base(before, 0) if before else self.random_model()
-        self.supervise(task, model, target, 0, self.lessons(task), "single")
+    def few_cells(self, task: str) -> Path:
+        """Return the folder of the samples with 2 x 2 cells."""
+        return self.root / task / "few_cells"
+
+    def reader(self, task: str, number: int = 0) -> Path:
+        """Train the model that reads the number of a single cell, and return its folder.
+
+        Args:
+            number: number of the base model, where each begins with weights of its own.
+        """
+        before, own = TASKS[task].before, TASKS[task].own_weights
+        target = self.root / task / (f"reader_{number}" if own else "reader")
+        model = self.base(before, 0) if before else self.random_model(task, number)
+        self.supervise(task, model, target, number if own else 0, self.lessons(task), "single")
         return target / "hf"
 
     def base(self, task: str, number: int) -> Path:
         """Train the reader to search, and return its folder."""
-        target = self.root / task / f"base_{number}"
-        self.supervise(task, self.reader(task), target, number, self.lessons(task), "search")
+        target, model = self.root / task / f"base_{number}", self.reader(task, number)
+        if TASKS[task].fewer:
+            few = self.root / task / f"few_{number}"
+            self.supervise(task, model, few, number, self.few_cells(task), "search", TASKS[task].fewer)
+            model = few / "hf"
+        self.supervise(task, model, target, number, self.lessons(task), "search")
         if not TASKS[task].more:
             return target / "hf"
         longer = self.root / task / f"base_{number}_longer"
@@ -161,7 +196,7 @@ class Study:
     def start(self, task: str, seed: int) -> Path:
         """Teach a base model to look at the wrong cell, and return its folder: the start of all arms of a seed."""
         target = self.root / task / f"seed_{seed}" / "start"
-        seconds = self.supervise(task, self.base(task, base_of(seed)), target, seed, self.data(task), "biased")
+        seconds = self.supervise(task, self.base(task, base_of(task, seed)), target, seed, self.data(task), "biased")
         if self.results.find(task, seed, "start") is None:
             self.record(task, seed, "start", target, seconds)
         return target / "hf"
@@ -190,7 +225,7 @@ class Study:
                 f"data.train=[{{shards: '{data}/{split}-*.tar', num_samples: {count}}}]",
                 f"train.num_steps={count // LESSON_SIZE}",
                 f"train.micro_batch_size={LESSON_SIZE}",
-                "optimizer.learning_rate=6.0e-4",
+                f"optimizer.learning_rate={'6.0e-4' if split == 'biased' else TASKS[task].learning_rate}",
                 "optimizer.decay=constant",
                 "logging.eval_interval=100",
                 "logging.num_eval_prompts=256",
@@ -234,8 +269,9 @@ def run_all(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequ
         study.make_data(task)
     seeds_left = sorted({(task, seed) for task, seed, _ in left})
     for task in sorted({task for task, _ in seeds_left}):
-        study.reader(task)
-    side_by_side("base models", study.base, sorted({(task, base_of(seed)) for task, seed in seeds_left}), jobs)
+        if not TASKS[task].own_weights:
+            study.reader(task)
+    side_by_side("base models", study.base, sorted({(task, base_of(task, seed)) for task, seed in seeds_left}), jobs)
     side_by_side("starts", study.start, seeds_left, jobs)
     side_by_side("arms", study.arm, left, jobs)
 

@@ -1,6 +1,7 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,34 @@ def test_explored_study_repeats_no_run_and_refuses_other_settings(tmp_path):
 
 
 def test_later_seeds_have_base_models_of_their_own():
-    assert {study_explored.base_of(seed) for seed in range(6)} == {0}
-    assert [study_explored.base_of(seed) for seed in (6, 7, 20)] == [6, 7, 20]
+    assert {study_explored.base_of("tokens-9", seed) for seed in range(6)} == {0}
+    assert [study_explored.base_of("tokens-9", seed) for seed in (6, 7, 20)] == [6, 7, 20]
+    assert [study_explored.base_of("own-weights", seed) for seed in (0, 2, 7)] == [0, 2, 7]
+
+
+def test_seeds_with_weights_of_their_own_share_no_model(tmp_path, monkeypatch):
+    """Random weights, single cells, few cells, all cells, all cells in another order."""
+    trained, written = [], []
+    monkeypatch.setattr(study_explored, "call", lambda log, *arguments: written.append(" ".join(map(str, arguments))))
+    monkeypatch.setattr(study_explored, "train_once", lambda *arguments: trained.append(arguments) or 1.0)
+    study_of = study_explored.Study(tmp_path, explored_results(tmp_path / "r.jsonl"), 20, 10)
+    folder = tmp_path / "own-weights"
+    assert study_of.base("own-weights", 3) == folder / "base_3_longer" / "hf"
+    chain = [folder / name for name in ("model_3", "reader_3", "few_3", "base_3", "base_3_longer")]
+    assert [arguments[1:3] for arguments in trained] == [
+        (model if number == 0 else model / "hf", target) for number, (model, target) in enumerate(pairwise(chain))
+    ]
+    assert [arguments[3] for arguments in trained] == [3, 3, 3, 103]
+    assert [model for model in written if "make_tiny_model" in model] == [
+        f"tools/make_tiny_model.py --output {folder}/model_3 --force --seed 3 --even-layers 1"
+    ]
+    lessons = [("lessons/single", 400), ("few_cells/search", 150), ("lessons/search", 250), ("lessons/search", 200)]
+    for (*_, settings), (shards, steps) in zip(trained, lessons, strict=True):
+        assert f"data.train=[{{shards: '{folder}/{shards}-*.tar', num_samples: {32 * steps}}}]" in settings
+        assert "optimizer.learning_rate=9.0e-4" in settings
+    study_of.make_data("own-weights")
+    [few] = [text for text in written if "few_cells --force" in text]
+    assert few.split("--grid ")[-1].split()[0] == "2" and f"--num-search {32 * 150}" in few
 
 
 def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, monkeypatch):
@@ -203,7 +230,7 @@ def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, m
     for (_, _, target, _, settings), (split, steps) in zip(trained, lessons, strict=True):
         shards = f"{target.parent}/lessons/{split}-*.tar"
         assert f"data.train=[{{shards: '{shards}', num_samples: {32 * steps}}}]" in settings
-        assert f"train.num_steps={steps}" in settings
+        assert f"train.num_steps={steps}" in settings and "optimizer.learning_rate=6.0e-4" in settings
     study_of.make_data("video")
     samples = [" ".join(map(str, arguments)) for arguments in written if "_search.py" in str(arguments[0])]
     assert [(text.split()[0], text.split("--output ")[1].split()[0]) for text in samples] == [
