@@ -20,9 +20,9 @@ class LossConfig:
     """policy_coef * policy loss + kl_coef * KL - entropy_coef * entropy over tokens, + attention_coef * attention term
     (+ the terms of section `distill` where there is a teacher).
 
-    Known methods as settings: DAPO (without refill and length penalty) is clip_high = 0.28, kl_coef = 0,
-    filter_equal_rewards; Dr. GRPO is aggregation = sequence_sum_norm, advantage_scale = none, kl_coef = 0; GSPO is
-    policy_loss = gspo, aggregation = sequence_mean, clip_low = 3e-4, clip_high = 4e-4, kl_coef = 0.
+    Known methods as settings: DAPO (without length penalty; its refill is rollout.refill_rounds) is clip_high = 0.28,
+    kl_coef = 0, filter_equal_rewards; Dr. GRPO is aggregation = sequence_sum_norm, advantage_scale = none, kl_coef = 0;
+    GSPO is policy_loss = gspo, aggregation = sequence_mean, clip_low = 3e-4, clip_high = 4e-4, kl_coef = 0.
     """
 
     policy_coef: NonNegativeFloat = 1.0
@@ -66,8 +66,9 @@ class LossConfig:
     """Weight of the entropy of the token distributions, as a bonus."""
     filter_equal_rewards: bool = False
     """Exclusion of groups with equal rewards from every term and denominator (the condition of DAPO's dynamic
-    sampling). Such groups are dropped and *not* refilled, so that an optimizer step has fewer groups, and no gradient
-    when none is left. With false they have zero advantage but count in the means, the KL divergence and the entropy."""
+    sampling). Such groups are dropped and not refilled by this setting (`rollout.refill_rounds` does that), so that an
+    optimizer step has fewer groups, and no gradient when none is left. With false they have zero advantage but count in
+    the means, the KL divergence and the entropy."""
     attention_coef: NonNegativeFloat = 1.0
     """Weight of the attention term (lambda_attn in the paper: 0.5, 1 or 5). 0 is GRPO, with the term only logged."""
     attention_coef_warmup_steps: NonNegativeInt = 0
@@ -104,7 +105,8 @@ class LossConfig:
     attention_negative_weight: NonNegativeFloat = 1.0
     """Factor of rows with a negative advantage, which are pushed away from their target in no particular direction."""
     attention_advantages: Literal["own", "shuffled"] = "own"
-    """Advantages that weight the attention term. shuffled: a control in which each group's are permuted at random."""
+    """Weights of the responses in the attention term: advantages, or what the target makes of them. shuffled: a control
+    in which each group's are permuted at random."""
     attention_store: Literal["rows", "qk"] = "rows"
     """Form in which the target's pass is stored until the update: its rows in float32 (4 bytes x rows x keys), or its
     queries and keys, from which the same code computes the rows again (less memory for long sequences)."""
