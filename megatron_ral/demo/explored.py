@@ -52,7 +52,7 @@ ARMS = {
     "contrast": Arm("contrast of explored attention", _target("contrast", WEIGHT, NOISE, PULL)),
     "contrast_shuffled": Arm("contrast, success shuffled", _target("contrast", WEIGHT, NOISE, PULL, SHUFFLED)),
     "noise": Arm("noise alone", (*OFF, *NOISE)),
-    "explored": Arm("explored attention in the paper's loss", _target("explored", RATIO, NOISE, PULL)),
+    "explored": Arm("explored attention in the paper's divergence", _target("explored", RATIO, NOISE, PULL)),
     "oracle": Arm("annotated cell (control)", _target("oracle", _ORACLE)),
     "explored_shuffled": Arm("explored, advantages shuffled", _target("explored", RATIO, NOISE, PULL, SHUFFLED)),
     "contrast_quiet": Arm("contrast without noise", _target("contrast", WEIGHT, PULL)),
