@@ -158,7 +158,7 @@ def plot(results: Results, task: str, title: str, seeds: Sequence[int], arms: Se
         ("accuracy", "gaze"),
         (
             "accuracy on held-out prompts",
-            "attention on the asked cell\n(row that decides, layer that searches; share of all visual tokens)",
+            "attention on the asked cell, share of all visual tokens\n(row that decides, layer that searches)",
         ),
     ):
         for index, (arm, lines) in enumerate(found.items()):
