@@ -59,8 +59,6 @@ class Task:
     """True if each seed has random weights of its own, of which the first layer cannot search."""
     fewer: int = 0
     """Samples of a lesson of right searches among 2 x 2 cells, before that of all cells. 0: none."""
-    learning_rate: str = "6.0e-4"
-    """Learning rate of the lessons of the base model."""
 
 
 PICTURES, CLIPS = "tools/make_digit_search.py", "tools/make_video_search.py"
@@ -87,12 +85,11 @@ TASKS = {
     "own-weights": Task(
         "9 visual tokens, random weights of each seed's own",
         (PICTURES, *SEARCH_DATA),
-        *(12800, 8000, 11200),
+        *(19200, 8000, 11200),
         ("rollout.attention_noise.layers=[1,2,3]",),  # layer 0 stays even
-        more=6400,
+        more=22400,
         own_weights=True,
         fewer=4800,
-        learning_rate="9.0e-4",
     ),
     "video": Task(
         "video, 9 scenes of 4 visual tokens",
@@ -225,7 +222,7 @@ class Study:
                 f"data.train=[{{shards: '{data}/{split}-*.tar', num_samples: {count}}}]",
                 f"train.num_steps={count // LESSON_SIZE}",
                 f"train.micro_batch_size={LESSON_SIZE}",
-                f"optimizer.learning_rate={'6.0e-4' if split == 'biased' else TASKS[task].learning_rate}",
+                "optimizer.learning_rate=6.0e-4",
                 "optimizer.decay=constant",
                 "logging.eval_interval=100",
                 "logging.num_eval_prompts=256",

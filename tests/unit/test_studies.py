@@ -201,10 +201,9 @@ def test_seeds_with_weights_of_their_own_share_no_model(tmp_path, monkeypatch):
     assert [model for model in written if "make_tiny_model" in model] == [
         f"tools/make_tiny_model.py --output {folder}/model_3 --force --seed 3 --even-layers 1"
     ]
-    lessons = [("lessons/single", 400), ("few_cells/search", 150), ("lessons/search", 250), ("lessons/search", 200)]
+    lessons = [("lessons/single", 600), ("few_cells/search", 150), ("lessons/search", 250), ("lessons/search", 700)]
     for (*_, settings), (shards, steps) in zip(trained, lessons, strict=True):
         assert f"data.train=[{{shards: '{folder}/{shards}-*.tar', num_samples: {32 * steps}}}]" in settings
-        assert "optimizer.learning_rate=9.0e-4" in settings
     study_of.make_data("own-weights")
     [few] = [text for text in written if "few_cells --force" in text]
     assert few.split("--grid ")[-1].split()[0] == "2" and f"--num-search {32 * 150}" in few
