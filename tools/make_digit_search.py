@@ -34,7 +34,6 @@ from typing import Iterator
 import numpy as np
 
 from megatron_ral.demo.search_task import (
-    PALETTE,
     Split,
     add_number_options,
     add_split_sizes,
@@ -48,7 +47,6 @@ from megatron_ral.demo.search_task import (
     join_scans,
     make_dataset,
     make_parser,
-    next_colour,
     number_of,
     numbers_of,
     paint,
@@ -82,12 +80,7 @@ def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, 
     """Yield the samples of one split as dicts that a `webdataset.TarWriter` accepts."""
     rng = np.random.default_rng([args.seed, *split.name.encode()])
     grid, cell_pixels = math.isqrt(split.places), args.cell_pixels
-    colour_names = list(PALETTE)[: args.num_colours]
-    neighbour = next_colour(colour_names) if args.bias_by == "colour" else lambda cell, _: neighbour_of(cell, grid)
-    puzzles = draw_puzzles(
-        rng, split, len(masks), colour_names, neighbour, args.digits, digits if args.distinct else None
-    )
-    for i, puzzle in enumerate(puzzles):
+    for i, puzzle in enumerate(draw_puzzles(rng, args, split, digits, lambda cell: neighbour_of(cell, grid))):
         colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)
         problem, problem_type, solution = ask(puzzle, number, colour_question)
 

@@ -29,7 +29,6 @@ from typing import Iterator, Sequence
 import numpy as np
 
 from megatron_ral.demo.search_task import (
-    PALETTE,
     Split,
     add_number_options,
     add_split_sizes,
@@ -42,7 +41,6 @@ from megatron_ral.demo.search_task import (
     join_scans,
     make_dataset,
     make_parser,
-    next_colour,
     number_of,
     numbers_of,
     paint,
@@ -88,13 +86,7 @@ def cell_box(cell: int, grid: int, side: int) -> list[int]:
 def generate_samples(args: argparse.Namespace, split: Split, masks: np.ndarray, digits: np.ndarray) -> Iterator[dict]:
     """Yield the samples of one split as dicts that a `webdataset.TarWriter` accepts."""
     rng = np.random.default_rng([args.seed, *split.name.encode()])
-    colour_names = list(PALETTE)[: args.num_colours]
-    by_colour = args.bias_by == "colour"
-    neighbour = next_colour(colour_names) if by_colour else lambda scene, _: (scene + 1) % split.places
-    puzzles = draw_puzzles(
-        rng, split, len(masks), colour_names, neighbour, args.digits, digits if args.distinct else None
-    )
-    for i, puzzle in enumerate(puzzles):
+    for i, puzzle in enumerate(draw_puzzles(rng, args, split, digits, lambda scene: (scene + 1) % split.places)):
         cells = rng.integers(args.grid**2, size=split.places)
         scenes = paint_scenes(join_scans(masks[puzzle.scans], args.cell_pixels), puzzle.colours, cells, args.grid)
         colour, number = puzzle.colours[puzzle.asked], number_of(puzzle.scans[puzzle.read], digits)

@@ -8,7 +8,7 @@ model, later ones have an own order of its second lesson. Each seed then teaches
 confidence: 99 % of these lessons are answered with the number of the next colour. Hardly any group of GRPO holds a
 right response after that. All arms of a seed share its start and its order of prompts. The base model of larger
 pictures and of clips goes on from that of smaller pictures: a single cell first, then the search, which it finds in
-fewer steps and in the same layer.
+fewer steps and in the same layer. In the task own-weights each seed has random weights of its own.
 
 A finished run is one line of DIR/results.jsonl (or of --results), with its settings and curves. Runs that stand there
 are not repeated, so that the study can be stopped and continued, also on another machine. Settings were chosen on the

@@ -1,7 +1,7 @@
 """Form of the rules about combinations of settings; the rules are in `rules.py`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Callable, Iterator, Optional, Union
 
@@ -96,6 +96,11 @@ def setting(config: RunConfig, key: str) -> Any:
 def changed(config: RunConfig, key: str) -> bool:
     """Return True if the setting at a dotted key differs from its default."""
     return setting(config, key) != setting(type(config)(), key)
+
+
+def keys_of(section: str, settings: type, but: str = "") -> str:
+    """Return the keys of a section of settings but one, as `without_effect` takes them."""
+    return " ".join([section, *(field.name for field in fields(settings) if field.name != but)])
 
 
 def without_effect(keys: str, applies: Callable[[RunConfig], bool], reason: Text) -> Iterator[Rule]:

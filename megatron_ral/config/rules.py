@@ -6,15 +6,14 @@ a single setting belong to its type in `sections.py`. The rules of an attention 
 `attention/targets/registry.py`.
 """
 
-from dataclasses import fields
 from typing import Iterator, Optional
 
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
 from megatron_ral.config.adapter import PROJECTIONS
 from megatron_ral.config.launch_rules import LAUNCH_RULES
-from megatron_ral.config.rule import Launch, Rule, Severity, Subject, without_effect
+from megatron_ral.config.rule import Launch, Rule, Severity, Subject, keys_of, without_effect
 from megatron_ral.config.sampler_rules import SAMPLER_RULES
-from megatron_ral.config.sections import RunConfig
+from megatron_ral.config.sections import AttentionNoiseConfig, RunConfig
 
 
 def _target(config: RunConfig) -> TargetRules:
@@ -62,7 +61,7 @@ ERROR, WARNING = Severity.ERROR, Severity.WARNING
 _TEACHER_KEYS = (
     "teacher path dtype tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel cpu_offload"
 )
-_DISTILL_KEYS = "distill " + " ".join(field.name for field in fields(type(RunConfig().distill)))
+_DISTILL_KEYS = keys_of("distill", type(RunConfig().distill))
 
 RULES: tuple[Rule, ...] = (
     # Impossible combinations. The first one that applies is reported.
@@ -323,7 +322,7 @@ RULES: tuple[Rule, ...] = (
         "with {loss.attention_target}, whose only row is the prompt's last one",
     ),
     *without_effect(
-        "rollout.attention_noise scale layers grid shared decay adaptive",
+        keys_of("rollout.attention_noise", AttentionNoiseConfig, but="sigma"),
         lambda c: _is_rl(c) and c.rollout.attention_noise.sigma == 0,
         "with {rollout.attention_noise.sigma}",
     ),

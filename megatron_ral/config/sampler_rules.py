@@ -1,11 +1,9 @@
 """Table of the rules about samplers; like `rules.py`."""
 
-from dataclasses import fields
-
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass
-from megatron_ral.config.rule import Rule, Severity, without_effect
+from megatron_ral.config.rule import Rule, Severity, keys_of, without_effect
 from megatron_ral.config.sampler import VllmConfig
-from megatron_ral.config.sections import RunConfig
+from megatron_ral.config.sections import AttentionNoiseConfig, RunConfig, ViewsConfig
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
@@ -109,18 +107,18 @@ SAMPLER_RULES: tuple[Rule, ...] = (
         "token_truncate",
     ),
     *without_effect(
-        "rollout.attention_noise sigma scale layers grid shared decay adaptive",
+        keys_of("rollout.attention_noise", AttentionNoiseConfig),
         _has_no_samples,
         "with {distill.teacher_rollouts}, because the teacher answers every prompt",
     ),
     *without_effect(
-        "rollout.views keep grid",
+        keys_of("rollout.views", ViewsConfig),
         _has_no_samples,
         "with {distill.teacher_rollouts}, because the teacher answers every prompt",
     ),
     *without_effect("rollout overlap", lambda c: c.train.algorithm != "ral", "with {train.algorithm}"),
     *without_effect(
-        "rollout.vllm " + " ".join(field.name for field in fields(VllmConfig)),
+        keys_of("rollout.vllm", VllmConfig),
         lambda c: not _is_served(c),
         lambda c: "with {rollout.sampler}" if c.train.algorithm == "ral" else "with {train.algorithm}",
     ),

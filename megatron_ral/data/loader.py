@@ -206,7 +206,8 @@ class PromptLoader:
         """
         results = self._prefetcher.get({slot: p for slot, p in places.items() if slot % self.dp_size == self.dp_rank})
         bad = {slot: result.text for slot, result in results.items() if isinstance(result, SampleIssue)}
-        for slot, text in sorted(item for rank in self._exchange(bad) for item in rank.items()):
+        if told := [item for rank in self._exchange(bad) for item in rank.items()]:
+            slot, text = min(told)
             raise DataError(self.sources[places[slot].source].key, None, f": {text}; it was usable before")
         return self._peers.share([cast(Prompt | Sample, results[slot]) for slot in sorted(results)])
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, cast
+from typing import Any, Callable, Iterator, cast
 
 import numpy as np
 
@@ -166,28 +166,28 @@ def marked_share(rng: np.random.Generator, count: int, share: float) -> np.ndarr
 
 def draw_puzzles(
     rng: np.random.Generator,
+    args: argparse.Namespace,
     split: Split,
-    num_scans: int,
-    colour_names: list[str],
-    neighbour: Callable[[int, list[str]], int],
-    num_digits: int = 1,
-    digits: Optional[np.ndarray] = None,
+    digits: np.ndarray,
+    next_place: Callable[[int], int],
 ) -> Iterator[Puzzle]:
     """Yield the questions of one split.
 
     Args:
-        neighbour: (asked place, colours of all places) -> the place that a biased gaze reads instead.
-        num_digits: scans in one place.
-        digits: digit of each scan, so that no number stands in two places of a puzzle. None: numbers may repeat.
+        args: arguments with the options of `make_parser` and `add_number_options`.
+        digits: digit of each scan.
+        next_place: asked place -> the place that a biased gaze reads instead, with `--bias-by place`.
     """
+    colour_names = list(PALETTE)[: args.num_colours]
+    neighbour = next_colour(colour_names) if args.bias_by == "colour" else lambda place, _: next_place(place)
     asks_colour = marked_share(rng, split.num_samples, split.colour_share)
     looks_aside = np.zeros(split.num_samples, dtype=bool)
     looks_aside[~asks_colour] = marked_share(rng, int((~asks_colour).sum()), split.bias)
     for i in range(split.num_samples):
-        if digits is None:
-            scans = rng.integers(num_scans, size=(split.places, num_digits))
+        if args.distinct:
+            scans = draw_distinct(rng, digits, split.places, args.digits)
         else:
-            scans = draw_distinct(rng, digits, split.places, num_digits)
+            scans = rng.integers(len(digits), size=(split.places, args.digits))
         colours = [colour_names[c] for c in rng.permutation(len(colour_names))[: split.places]]
         asked = int(rng.integers(split.places))
         read = neighbour(asked, colours) if looks_aside[i] else asked

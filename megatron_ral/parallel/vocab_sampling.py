@@ -41,7 +41,7 @@ class PendingDraw:
     uniform: Tensor
     """[X] float64."""
     every: "_Sums"
-    """Of the logits of all tokens."""
+    """Sums over the logits of all tokens."""
     temperature: float
     top_p: float
     group: dist.ProcessGroup

@@ -55,7 +55,7 @@ class ScoredRollout:
     sampled_rewards: Tensor
     """Rewards of all groups, also of those that were replaced by other prompts, [groups, G] float32."""
     resampling: Resampling = field(default_factory=Resampling)
-    """What sampling with more noise did for the groups without a right response."""
+    """Count of the groups that were sampled again with more noise."""
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,19 @@ class ScoredGroups:
             self.score.select(rows),
         )
 
-    def followed_by(self, other: "ScoredGroups") -> "ScoredGroups":
-        """Return these groups and those of another rollout behind them."""
+    def replaced(self, rows: Sequence[int], fresh: "ScoredGroups") -> "ScoredGroups":
+        """Return these groups with others in the places of some.
+
+        Args:
+            rows: Places, one for each group of `fresh`.
+            fresh: Groups that take them.
+        """
+        chosen = list(range(len(self.prompts)))
+        for number, row in enumerate(rows):
+            chosen[row] = len(self.prompts) + number
+        return self._followed_by(fresh).select(chosen)
+
+    def _followed_by(self, other: "ScoredGroups") -> "ScoredGroups":
         return ScoredGroups(
             self.prompts + other.prompts,
             self.responses + other.responses,
@@ -91,8 +102,5 @@ def refill(
             continue
         fresh = answer([drawn[slot] for slot in lacking])
         scores.append(fresh.score)
-        rows = list(range(len(groups.prompts)))
-        for number, slot in enumerate(lacking):
-            rows[slot // size] = len(groups.prompts) + number
-        groups = groups.followed_by(fresh).select(rows)
+        groups = groups.replaced([slot // size for slot in lacking], fresh)
     return groups, scores

@@ -8,6 +8,8 @@ does not depend on the number of ranks.
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
+from torch import Tensor
+
 from megatron_ral.functional.advantages import is_right
 from megatron_ral.rollout.refill import ScoredGroups
 from megatron_ral.types import Prompt
@@ -20,9 +22,9 @@ class Resampling:
     tried: int = 0
     """Groups of the policy, those that were later replaced by other prompts included."""
     failed: int = 0
-    """Those of them without a right response at their first attempt, if there were more."""
+    """Groups of these without a right response at their first attempt, if there were more."""
     rescued: int = 0
-    """Those of the failed ones with a right response at a later attempt."""
+    """Failed groups with a right response at a later attempt."""
 
 
 def resample(
@@ -47,16 +49,18 @@ def resample(
     """
     resampling.tried += groups.from_teacher.count(False)
     for number in range(1, num_attempts + 1):
-        right = is_right(groups.score.components["accuracy"]).any(dim=1)
+        right = _has_right(groups)
         failed = [row for row, taught in enumerate(groups.from_teacher) if not taught and not right[row]]
         if number == 1:
             resampling.failed += len(failed)
         if not failed:
             break
         fresh = attempt([groups.prompts[row] for row in failed], number)
-        resampling.rescued += int(is_right(fresh.score.components["accuracy"]).any(dim=1).sum())
-        rows = list(range(len(groups.prompts)))
-        for offset, row in enumerate(failed):
-            rows[row] = len(groups.prompts) + offset
-        groups = groups.followed_by(fresh).select(rows)
+        resampling.rescued += int(_has_right(fresh).sum())
+        groups = groups.replaced(failed, fresh)
     return groups
+
+
+def _has_right(groups: ScoredGroups) -> Tensor:
+    """Return which groups have a right response, [groups] bool."""
+    return is_right(groups.score.components["accuracy"]).any(dim=1)

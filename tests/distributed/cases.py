@@ -1,8 +1,10 @@
 """What the ranks of the distributed tests do: fixed rollouts of a tiny model, and one optimizer step on them."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_ral.config import RunConfig
 from megatron_ral.config.adapter import AdapterConfig
@@ -82,6 +84,15 @@ def open_loader(shards: str, processor: PromptProcessor, process_groups: Process
         exchange=gather_from_all,
         peers=ReplicaPeers(process_groups),
     )
+
+
+def responses_by_prompt(batches: Sequence[RolloutBatch], mark: Callable[[Score], Tensor]) -> dict[str, tuple]:
+    """Prompt -> token ids of its responses, and whether `mark` of its group's score is true."""
+    return {
+        key: (batch.groups.response_ids[b].tolist(), bool(mark(batch.score)[b]))
+        for batch in batches
+        for b, key in enumerate(batch.groups.prompts.identities)
+    }
 
 
 def fixed_groups(path: str, data: str, num_groups: int = NUM_GROUPS) -> list[tuple]:

@@ -16,7 +16,7 @@ from megatron_ral.rollout.metrics import refill_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
-from tests.distributed.cases import make_config, open_loader
+from tests.distributed.cases import make_config, open_loader, responses_by_prompt
 from tests.distributed.runner import run_ranks
 
 NUM_PROMPTS = 8
@@ -52,10 +52,7 @@ def refilled(path: str, data: str, tensor: int, pipeline: int, num_rounds: int) 
     )
     metrics, position = refill_metrics(rollout.sampled_rewards, policy), loader.state()["offset"]
     stop_groups()
-    groups = {}
-    for batch in rollout.batches:
-        for b, key in enumerate(batch.groups.prompts.identities):
-            groups[key] = batch.groups.response_ids[b].tolist(), bool(has_signal(batch.score.rewards)[b])
+    groups = responses_by_prompt(rollout.batches, lambda score: has_signal(score.rewards))
     return {"groups": groups, "metrics": metrics, "position": position, "draws": draws}
 
 

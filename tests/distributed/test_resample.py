@@ -17,7 +17,7 @@ from megatron_ral.rollout.metrics import resampling_metrics
 from megatron_ral.rollout.native_sampler import NativeSampler
 from megatron_ral.rollout.settings import RolloutSettings
 from megatron_ral.training.build import build_policy
-from tests.distributed.cases import make_config, open_loader
+from tests.distributed.cases import make_config, open_loader, responses_by_prompt
 from tests.distributed.runner import run_ranks
 
 NUM_PROMPTS = 8
@@ -61,11 +61,7 @@ def resampled(path: str, data: str, tensor: int, pipeline: int, adaptive: int) -
     )
     metrics = resampling_metrics(rollout.resampling, policy)
     stop_groups()
-    groups = {}
-    for batch in rollout.batches:
-        for b, key in enumerate(batch.groups.prompts.identities):
-            right = bool((batch.score.components["accuracy"][b] >= 0.5).any())
-            groups[key] = batch.groups.response_ids[b].tolist(), right
+    groups = responses_by_prompt(rollout.batches, lambda score: (score.components["accuracy"] >= 0.5).any(dim=1))
     return {"groups": groups, "metrics": metrics, "sigmas": sigmas}
 
 

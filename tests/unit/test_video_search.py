@@ -10,6 +10,7 @@ import torch
 from megatron_ral.data.processor import PromptProcessor
 from megatron_ral.data.shards import parse_sample, shard_entries
 from megatron_ral.data.video import decode_video
+from megatron_ral.demo.explored import VIDEO_DATA
 from megatron_ral.demo.search_task import PALETTE, load_scans
 from tools import make_video_search
 
@@ -102,21 +103,8 @@ def numbers(tmp_path_factory):
     """Clips of nine scenes of one cell with two digits each, and a gaze that is wrong by colour."""
     folder = tmp_path_factory.mktemp("numbers") / "clips"
     sizes = ("--num-single", "4", "--num-search", "4", "--num-biased", "40", "--num-rl", "4", "--num-heldout", "8")
-    options = (
-        "--scenes",
-        "9",
-        "--fps",
-        "1",
-        "--num-colours",
-        "9",
-        "--digits",
-        "2",
-        "--distinct",
-        "--bias-by",
-        "colour",
-    )
-    place = ("--grid", "1", "--cell-pixels", "56", "--bias", "0.95")
-    make_video_search.main(["--output", str(folder), *sizes, *options, *place])
+    options = (*map(str, VIDEO_DATA), "--cell-pixels", "56", "--fps", "1", "--distinct", "--bias", "0.95")
+    make_video_search.main(["--output", str(folder), *sizes, *options])
     return folder
 
 
