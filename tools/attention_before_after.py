@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from megatron_ral.commands.attention import make_samples, parse_arguments
-from megatron_ral.commands.common import quiet_third_parties
+from megatron_ral.commands.common import import_libraries, quiet_third_parties
 from megatron_ral.demo.heat_maps import draw_heat_map, draw_picture, is_right, picture_shares
 from megatron_ral.evaluation.attention_page import PageSample
 
@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture and print the mean share on the asked cell before and after."""
     arguments = read_arguments(argv)
     quiet_third_parties()
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
+    import_libraries()
     both = [answer_prompts(arguments.output_dir / name / "hf", arguments) for name in ("sft", "rl")]
     pairs = [pair for pair in zip(*both, strict=True) if min(sample.deciding_token for sample in pair) >= 0]
     names = ["picture"]

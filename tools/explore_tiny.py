@@ -310,11 +310,10 @@ def run(comparison: Comparison, processes: int) -> None:
 
 def report(comparison: Comparison) -> None:
     """Write report.json and explored.png, and print the table."""
-    from megatron_ral.commands.common import quiet_third_parties
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.commands.common import import_libraries, quiet_third_parties
 
     quiet_third_parties()
-    choose_deepspeed_accelerator()
+    import_libraries()
     folder, figures = comparison.folder, Figures.read(comparison)
     with comparison.phase("picture", "where the models look"):
         models = [

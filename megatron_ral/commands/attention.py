@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_ral.commands.common import Arguments, command, quiet_third_parties
+from megatron_ral.commands.common import Arguments, command, import_libraries, quiet_third_parties
 from megatron_ral.errors import DataError
 
 
@@ -73,10 +73,9 @@ def main(argv: Arguments = None) -> int:
     """Write the page."""
     quiet_third_parties()
     arguments = parse_arguments(argv)
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    import_libraries()
     from megatron_ral.evaluation.attention_page import page
 
-    choose_deepspeed_accelerator()
     samples, layers = make_samples(arguments)
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

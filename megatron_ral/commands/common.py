@@ -60,6 +60,16 @@ def quiet_third_parties() -> None:
     warn_untried_versions()
 
 
+def import_libraries() -> None:
+    """Import megatron-core, and let DeepSpeed use the CPU where no accelerator is. Call this before modules that import
+    them."""
+    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.compat.megatron_lazy_compile import import_megatron_core
+
+    choose_deepspeed_accelerator()
+    import_megatron_core()
+
+
 def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:
     """Make the `main` of a command in one process: a `UserError` becomes one sentence and exit status 2."""
 

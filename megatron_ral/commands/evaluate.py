@@ -16,7 +16,14 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ral.commands.common import Arguments, one_sentence, parse_arguments, quiet_third_parties, read_config
+from megatron_ral.commands.common import (
+    Arguments,
+    import_libraries,
+    one_sentence,
+    parse_arguments,
+    quiet_third_parties,
+    read_config,
+)
 from megatron_ral.errors import ConfigError
 
 
@@ -50,9 +57,7 @@ def main(argv: Arguments = None) -> int:
         if not config.data.eval_shards:
             raise ConfigError("data.eval_shards", None, "is empty; give held-out shards to evaluate on")
 
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.data.loader import open_sources
     from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.weights.conversion import check_weights, open_weights

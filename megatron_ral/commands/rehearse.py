@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import os
 
-from megatron_ral.commands.common import Arguments, command, quiet_third_parties
+from megatron_ral.commands.common import Arguments, command, import_libraries, quiet_third_parties
 from megatron_ral.config import load_config
 
 
@@ -23,9 +23,7 @@ def main(argv: Arguments = None) -> int:
     """Print the rehearsal; return 1 where the run does not fit."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rehearsal must not take memory of a GPU
     quiet_third_parties()
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.planning.hardware import Hardware
     from megatron_ral.planning.launch_plan import LaunchPlan

@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ral.commands.common import Arguments, one_sentence, quiet_third_parties
+from megatron_ral.commands.common import Arguments, import_libraries, one_sentence, quiet_third_parties
 from megatron_ral.config import load_config
 from megatron_ral.errors import ConfigError
 
@@ -24,9 +24,7 @@ def main(argv: Arguments = None) -> int:
     parser.add_argument("folder", type=Path, help="a folder of <output_dir>/replay")
     folder, world_size = parser.parse_args(argv).folder, int(os.environ.get("WORLD_SIZE", 1))
 
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.data.processor import PromptProcessor
     from megatron_ral.engine.settings import shape_from_config
     from megatron_ral.models.folder import read_json

@@ -16,6 +16,7 @@ from megatron_ral.commands.common import (
     Arguments,
     dry_run,
     fail,
+    import_libraries,
     leave,
     parse_arguments,
     quiet_third_parties,
@@ -117,9 +118,7 @@ def _train(argv: Arguments) -> None:
             print(dry_run(config, shape, teacher))
         return
 
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.parallel.process_groups import start_groups, stop_groups
     from megatron_ral.planning.launch_facts import LaunchSettings
     from megatron_ral.planning.launch_plan import LaunchPlan

@@ -50,6 +50,55 @@ def test_megatron_still_forms_rotations_in_every_layer():
     assert "query = apply_rotary_pos_emb(" in inspect.getsource(attention.Attention)
 
 
+def test_megatron_still_compiles_functions_while_it_is_imported():
+    program = "import sys, megatron.core; print('torch._inductor.compile_fx' in sys.modules)"
+    output = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True).stdout
+    assert output.strip() == "True"
+
+
+def test_commands_import_megatron_without_the_compiler():
+    program = """
+import sys, torch
+compile = torch.compile
+from megatron_ral.commands.common import import_libraries
+import_libraries()
+from megatron.core.fusions.fused_bias_gelu import bias_gelu
+import megatron_ral.training.trainer
+print("megatron.core" in sys.modules, "torch._inductor.compile_fx" in sys.modules, torch.compile is compile)
+"""
+    output = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True).stdout
+    assert output.split() == ["True", "False", "True"]
+
+
+def test_a_function_is_compiled_once_at_its_first_call(monkeypatch):
+    from megatron_ral.compat import megatron_lazy_compile as lazy
+
+    compiled = []
+
+    def record(model, **options):
+        compiled.append((model, options))
+        return lambda *args: ("compiled", *args)
+
+    monkeypatch.setattr(lazy, "_compile", record)
+
+    @lazy.compile_at_first_call
+    def plain(value):
+        """Text."""
+
+    @lazy.compile_at_first_call(dynamic=True)
+    def with_options(value): ...
+
+    assert not compiled and plain.__doc__ == "Text."
+    assert [plain(1), plain(2), with_options(3)] == [("compiled", 1), ("compiled", 2), ("compiled", 3)]
+    assert [(model.__name__, options) for model, options in compiled] == [
+        ("plain", {}),
+        ("with_options", {"dynamic": True}),
+    ]
+    module = torch.nn.Identity()  # compiled at once: it is an object that others read
+    lazy.compile_at_first_call(module, mode="default")
+    assert compiled[-1] == (module, {"mode": "default"})
+
+
 def test_deepspeed_still_compiles_a_collective_on_cpu():
     assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op")
 

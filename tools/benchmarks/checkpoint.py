@@ -67,11 +67,10 @@ def make_inputs(root: Path, arguments: argparse.Namespace) -> None:
 
 def measure(root: Path, arguments: argparse.Namespace) -> None:
     """Train and print the costs."""
-    from megatron_ral.commands.common import quiet_third_parties
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.commands.common import import_libraries, quiet_third_parties
 
     quiet_third_parties()
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.config import load_config
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups

@@ -40,9 +40,9 @@ def make_trainer(run: Path, folder: str, settings: list[str]):
     Raises:
         CheckpointError: `run` holds no checkpoint of the RL run.
     """
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.commands.common import import_libraries
 
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.config import load_config
     from megatron_ral.errors import CheckpointError
     from megatron_ral.models.shape import read_shape

@@ -243,12 +243,11 @@ def start(threads: int):
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     import torch
 
-    from megatron_ral.commands.common import quiet_third_parties
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.commands.common import import_libraries, quiet_third_parties
 
     torch.set_num_threads(threads)
     quiet_third_parties()
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.parallel.process_groups import start_groups
 
     return start_groups(tensor_size=1, pipeline_size=1, seed=0)

@@ -129,12 +129,11 @@ def run_ours(args: argparse.Namespace) -> None:
     """Train with `Trainer.run` on the folder."""
     import torch
 
-    from megatron_ral.commands.common import quiet_third_parties
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
+    from megatron_ral.commands.common import import_libraries, quiet_third_parties
 
     torch.set_num_threads(args.threads)
     quiet_third_parties()
-    choose_deepspeed_accelerator()
+    import_libraries()
     from megatron_ral.config import load_config
     from megatron_ral.models.shape import read_shape
     from megatron_ral.parallel.process_groups import start_groups, stop_groups

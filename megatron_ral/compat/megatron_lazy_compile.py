@@ -1,0 +1,48 @@
+"""megatron-core imported without torch's compiler, which its fused functions load and we do not call.
+
+megatron-core decorates some functions with `torch.compile` while it is imported. Decorating alone imports torch's
+compiler back end, about a sixth of the processor seconds before the first step of a small model. Here the decorator
+waits: a function is compiled when it is first called, with the same options and results.
+
+Tried on: megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
+Retired by: `test_megatron_still_compiles_functions_while_it_is_imported`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+
+_compile = torch.compile
+
+
+def compile_at_first_call(model: Optional[Callable] = None, **options: Any) -> Callable:
+    """Return a function that compiles `model` when it is first called; without `model`, a decorator.
+
+    Args:
+        options: those of `torch.compile`.
+    """
+    if model is None:
+        return functools.partial(compile_at_first_call, **options)
+    if not callable(model) or isinstance(model, (type, torch.nn.Module)):
+        return _compile(model, **options)
+    compiled: Optional[Callable] = None
+
+    @functools.wraps(model)
+    def call(*args: Any, **named: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = _compile(model, **options)
+        return compiled(*args, **named)
+
+    return call
+
+
+def import_megatron_core() -> None:
+    """Import megatron-core, whose functions are compiled at their first call from then on."""
+    torch.compile = compile_at_first_call
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = _compile
