@@ -84,6 +84,7 @@ for _name, _of, *_changed in (
     ("contrast@own-noise", "contrast", "rollout.attention_noise.shared=false"),
     ("contrast@grid=0", "contrast", "rollout.attention_noise.grid=0"),
     ("contrast@grid=2", "contrast", "rollout.attention_noise.grid=2"),
+    ("contrast@grid=4", "contrast", "rollout.attention_noise.grid=4"),
     ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
     (
         "contrast@sigma=4@adaptive=3",
