@@ -1,8 +1,9 @@
 """Exploration of attention while sampling: noise that moves the attention of a response inside the picture.
 
 Each response gets noise of its own for every explored layer: one normal number per cell of the picture, equal for all
-heads and all rows of the response. It is added to the scores towards visual keys, after which every head and
-row gets the attention mass back that it had on the picture before:
+heads and all rows of the response. Responses of a group may divide the picture into cells of different sizes. The noise
+is added to the scores towards visual keys, after which every head and row gets the attention mass back that it had on
+the picture before:
 
     weight'(k) = weight(k) exp(sigma eps(k)) * M / M',   M = sum_k weight(k),   M' = sum_k weight(k) exp(sigma eps(k))
 
@@ -34,8 +35,9 @@ class ExplorationSettings:
     """Standard deviation of the noise on attention scores, or with `by_lead` its multiple of the lead. 0: none."""
     noisy_layers: frozenset[int] = frozenset()
     """0-based layers with noise."""
-    grid: int = 0
-    """Cells along each side of an image or frame. 0: every visual token is a cell."""
+    grids: tuple[int, ...] = (0,)
+    """Cells along each side of an image or frame. 0: every visual token is a cell. Responses of a group take one of the
+    grids each, in turn."""
     is_shared: bool = False
     """True if all layers of a response have the same noise."""
     by_lead: bool = False
@@ -74,7 +76,7 @@ class AttentionNoise:
     values_NLC: Tensor
     """sigma * eps of each response, layer and cell, float32; C is the largest number of cells of a prompt."""
     cells_BP: Tensor
-    """Cell of each prompt token, int64; -1 where it is not visual."""
+    """Cell of each prompt token, int64; -1 where it is not visual. With several grids every visual token is a cell."""
     by_lead: bool = False
     """True if the noise of a head and row is multiplied by the lead of its scores."""
 
@@ -90,22 +92,22 @@ class AttentionNoise:
             settings: Noise.
             identity: Key of the random streams, such as seed and rollout.
         """
-        layers = tuple(sorted(settings.noisy_layers))
+        layers, grids = tuple(sorted(settings.noisy_layers)), settings.grids
         cells = torch.full(prompts.input_ids.shape, -1)
-        counts = []
-        for b, prompt in enumerate(prompts.prompts):
-            own = visual_cells(prompt, settings.grid)
-            cells[b, prompts.visual_mask[b]] = own
-            counts.append(torch.bincount(own, minlength=1).double())
-        values = torch.zeros(len(prompts) * group_size, len(layers), max(len(count) for count in counts))
+        by_grid = [[visual_cells(prompt, grid) for grid in grids] for prompt in prompts.prompts]
+        for b, own in enumerate(by_grid):
+            cells[b, prompts.visual_mask[b]] = own[0] if len(grids) == 1 else torch.arange(len(own[0]))
+        values = torch.zeros(len(prompts) * group_size, len(layers), max(int(cells.max()) + 1, 1))
         for b, key in enumerate(prompts.identities):
-            count = counts[b]
+            counts = [torch.bincount(own, minlength=1).double() for own in by_grid[b]]
             for g in range(group_size):
+                count, own = counts[g % len(grids)], by_grid[b][g % len(grids)]
                 for index, layer in enumerate(layers):
                     of_layer = "all layers" if settings.is_shared else layer
                     eps = normal_stream(len(count), "attention noise", *identity, key, g, of_layer)
                     eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
-                    values[b * group_size + g, index, : len(count)] = settings.sigma * eps
+                    eps = eps if len(grids) == 1 else eps[own]
+                    values[b * group_size + g, index, : len(eps)] = settings.sigma * eps
         return cls(layers, values, cells, settings.by_lead)
 
     def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":

@@ -11,7 +11,7 @@ from typing import Iterator, Optional
 from megatron_ral.attention.targets.registry import TARGETS, TargetPass, TargetRules
 from megatron_ral.config.adapter import PROJECTIONS
 from megatron_ral.config.launch_rules import LAUNCH_RULES
-from megatron_ral.config.rule import Launch, Rule, Severity, Subject, keys_of, without_effect
+from megatron_ral.config.rule import Launch, Rule, Severity, Subject, keys_of, setting, without_effect
 from megatron_ral.config.sampler_rules import SAMPLER_RULES
 from megatron_ral.config.sections import AttentionNoiseConfig, RunConfig
 
@@ -173,17 +173,21 @@ RULES: tuple[Rule, ...] = (
         "is not possible with a teacher: it would replace the groups that failed throughout, which have most to learn "
         "from one; set it to 0",
     ),
-    Rule(
-        ERROR,
-        "distill.attention_layers",
-        lambda c: _has_repeats(c.distill.attention_layers),
-        "must name each layer only once",
+    *(
+        Rule(ERROR, key, lambda c, key=key: _has_repeats(setting(c, key)), "must name each layer only once")
+        for key in ("distill.attention_layers", "rollout.attention_noise.layers")
     ),
     Rule(
         ERROR,
-        "rollout.attention_noise.layers",
-        lambda c: _has_repeats(c.rollout.attention_noise.layers),
-        "must name each layer only once",
+        "rollout.attention_noise.grid",
+        lambda c: c.rollout.attention_noise.grid > 0 and len(c.rollout.attention_noise.grids) > 0,
+        "is not used with {rollout.attention_noise.grids}; name it there, or leave one of the two out",
+    ),
+    Rule(
+        ERROR,
+        "rollout.attention_noise.grids",
+        lambda c: len(c.rollout.attention_noise.grids) > c.rollout.group_size,
+        "has more values than {rollout.group_size}, so that the last ones are never used; leave some out",
     ),
     Rule(
         ERROR,

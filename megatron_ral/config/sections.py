@@ -132,6 +132,9 @@ class AttentionNoiseConfig:
     grid: NonNegativeInt = 0
     """Cells along each side of an image or video frame, each with one draw for all its visual tokens; 0 for one draw
     per visual token, which averages out where an object covers many."""
+    grids: tuple[NonNegativeInt, ...] = ()
+    """Several values in place of `grid`, of which the responses of a group take one each, in turn: for objects of
+    different or unknown sizes. Empty for `grid` alone."""
     shared: bool = False
     """True: a response has the same noise in all its layers, so that they look at the same place. False: each layer has
     noise of its own."""

@@ -85,6 +85,15 @@ for _name, _of, *_changed in (
     ("contrast@grid=0", "contrast", "rollout.attention_noise.grid=0"),
     ("contrast@grid=2", "contrast", "rollout.attention_noise.grid=2"),
     ("contrast@grid=4", "contrast", "rollout.attention_noise.grid=4"),
+    *(
+        (
+            f"{arm}@grids={','.join(map(str, grids))}",
+            arm,
+            "rollout.attention_noise.grid=0",
+            f"rollout.attention_noise.grids={grids}",
+        )
+        for arm, grids in (("contrast", [2, 4]), ("contrast", [2, 3, 4, 6]), ("noise", [2, 3, 4, 6]))
+    ),
     ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
     (
         "contrast@sigma=4@adaptive=3",

@@ -95,7 +95,7 @@ class RolloutSettings:
         return ExplorationSettings(
             noise.sigma * 2**attempt * schedule_factor(step, self.num_steps, 0, noise.decay),
             frozenset(shape.layer_indices(noise.layers, "rollout.attention_noise.layers") or shape.softmax_layers),
-            noise.grid,
+            noise.grids or (noise.grid,),
             is_shared=noise.shared,
             by_lead=noise.scale == "lead",
             recorded_layers=frozenset()

@@ -33,7 +33,7 @@ from tests.distributed.test_generation import read
 
 G, R, LAYERS, SIGMA, IDENTITY = 3, 10, 4, 2.5, (5, 7)
 EVERYWHERE = frozenset(range(LAYERS))
-EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), 0, by_lead=True, recorded_layers=EVERYWHERE)
+EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), (0,), by_lead=True, recorded_layers=EVERYWHERE)
 
 
 def explored(policy) -> ExplorationSettings:

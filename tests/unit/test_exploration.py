@@ -60,7 +60,7 @@ def test_cells_of_a_coarse_grid():
 
 
 def test_noise_is_centred_and_belongs_to_the_response():
-    settings = ExplorationSettings(2.0, frozenset({1, 3}), 2)
+    settings = ExplorationSettings(2.0, frozenset({1, 3}), (2,))
     together = AttentionNoise.draw(batch_of(TEXT, PICTURE, CLIP), 4, settings, 0, 1)
     alone = AttentionNoise.draw(batch_of(PICTURE), 4, settings, 0, 1)
     cells = alone.values_NLC.shape[2]
@@ -76,12 +76,29 @@ def test_noise_is_centred_and_belongs_to_the_response():
 
 
 def test_shared_noise_is_the_same_in_all_layers_of_a_response():
-    settings = ExplorationSettings(2.0, frozenset({1, 3}), 2, is_shared=True)
+    settings = ExplorationSettings(2.0, frozenset({1, 3}), (2,), is_shared=True)
     noise = AttentionNoise.draw(batch_of(PICTURE, CLIP), 4, settings, 0, 1)
     assert torch.equal(noise.of_layer(1), noise.of_layer(3))
     assert len({tuple(row.tolist()) for row in noise.of_layer(1)}) == 8, "responses have noise of their own"
-    fewer = AttentionNoise.draw(batch_of(CLIP), 4, ExplorationSettings(2.0, frozenset({3}), 2, is_shared=True), 0, 1)
+    fewer = AttentionNoise.draw(batch_of(CLIP), 4, ExplorationSettings(2.0, frozenset({3}), (2,), is_shared=True), 0, 1)
     assert torch.equal(fewer.of_layer(3), noise.of_layer(3)[4:]), "whichever other layers have it"
+
+
+def test_responses_take_the_grids_in_turn_and_draw_as_with_one_alone():
+    prompts, layers = batch_of(TEXT, PICTURE, CLIP), frozenset({1, 3})
+    several = AttentionNoise.draw(prompts, 5, ExplorationSettings(2.0, layers, (2, 0, 1)), 0, 1)
+
+    def on_tokens(noise: AttentionNoise, b: int, g: int) -> torch.Tensor:
+        cells = noise.cells_BP[b, prompts.visual_mask[b]]
+        return noise.values_NLC[b * 5 + g][:, cells]
+
+    for g, grid in enumerate((2, 0, 1, 2, 0)):
+        one = AttentionNoise.draw(prompts, 5, ExplorationSettings(2.0, layers, (grid,)), 0, 1)
+        for b in range(3):
+            assert torch.equal(on_tokens(several, b, g), on_tokens(one, b, g))
+    assert on_tokens(several, 1, 0)[0].unique().numel() == 4
+    assert on_tokens(several, 1, 1)[0].unique().numel() == 24
+    assert on_tokens(several, 1, 2).abs().max() < 1e-9, "one cell leaves the picture as it is"
 
 
 def test_scale_of_the_noise():

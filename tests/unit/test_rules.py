@@ -165,6 +165,16 @@ ONE_OF_EACH = [  # settings on top of a working configuration -> key of the rule
         "must name each layer only once",
     ),
     (
+        ["rollout.attention_noise={sigma: 2.0, grid: 3, grids: [2, 4]}"],
+        "rollout.attention_noise.grid",
+        "= 3 is not used with rollout.attention_noise.grids = [2, 4]",
+    ),
+    (
+        ["rollout.attention_noise={sigma: 2.0, grids: [1, 2, 3]}", "rollout.group_size=2"],
+        "rollout.attention_noise.grids",
+        "= [1, 2, 3] has more values than rollout.group_size = 2",
+    ),
+    (
         ["rollout={views: {keep: 0.3}, attention_noise: {sigma: 2.0}}"],
         "rollout.views.keep",
         "= 0.3 is not possible with rollout.attention_noise.sigma = 2.0",
