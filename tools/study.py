@@ -4,8 +4,9 @@
 
 Every arm of one seed and grid starts from the same SFT checkpoint (the arms without thinking from one of their own),
 sees the same prompts in the same order and draws from the same random streams. Finished runs are not repeated, so that
-the study can be stopped and continued. Writes DIR/study.md (table: mean, standard error over seeds, paired
-difference from GRPO), DIR/study.json and PNG plots of accuracy and target mass over rollouts.
+the study can be stopped and continued. Arms with explored attention (contrast, noise) run where they are named. Writes
+DIR/study.md (table: mean, standard error over seeds, paired difference from GRPO), DIR/study.json and PNG plots of
+accuracy and target mass over rollouts.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ral.demo.explored import DECIDING, NOISE, PULL, SHUFFLED, WEIGHT
 from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 RATIO = (
@@ -30,6 +32,8 @@ class Arm:
     settings: tuple[str, ...]
     zero: bool = False
     """Without thinking: supervised data and format without the think block."""
+    later: bool = False
+    """Left out where arms are not named: an arm with noise on the attention while sampling."""
 
 
 def _arms() -> dict[str, Arm]:
@@ -60,6 +64,20 @@ def _arms() -> dict[str, Arm]:
     arms["ral_zero"] = Arm(
         "RAL-zero, old, coefficient 1", (*target("old", "loss.attention_coef=1.0"), no_think), zero=True
     )
+    explores = ("loss.attention_layers=[0,1,2,3]", *NOISE)
+    contrast = (*target("contrast", *DECIDING, *WEIGHT, *PULL), *explores)
+    for name, title, settings in (
+        ("contrast", "contrast of explored attention", contrast),
+        ("contrast_shuffled", "contrast of explored attention, shuffled", (*contrast, *SHUFFLED)),
+        ("noise", "noise alone", ("loss.attention_coef=0.0", *explores)),
+        ("contrast_4", "contrast, sigma 4", (*contrast, "rollout.attention_noise.sigma=4.0")),
+        (
+            "contrast_lead",
+            "contrast, sigma 1 of the lead",
+            (*contrast, "rollout.attention_noise.sigma=1.0", "rollout.attention_noise.scale=lead"),
+        ),
+    ):
+        arms[name] = Arm(title, settings, later=True)
     return arms
 
 
@@ -260,7 +278,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--grids", type=int, nargs="+", default=[2, 3], choices=sorted(GRIDS))
     parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}"
+        "--arms",
+        nargs="+",
+        default=[name for name, arm in ARMS.items() if not arm.later],
+        choices=list(ARMS),
+        metavar="ARM",
+        help=f"of: {', '.join(ARMS)}",
     )
     parser.add_argument("--num-rollouts", type=int, default=24)
     parser.add_argument("--eval-interval", type=int, default=6, help="rollouts between evaluations")
