@@ -102,12 +102,12 @@ class AttentionNoise:
             counts = [torch.bincount(own, minlength=1).double() for own in by_grid[b]]
             for g in range(group_size):
                 count, own = counts[g % len(grids)], by_grid[b][g % len(grids)]
-                for index, layer in enumerate(layers):
-                    of_layer = "all layers" if settings.is_shared else layer
-                    eps = normal_stream(len(count), "attention noise", *identity, key, g, of_layer)
+                for index, layer in enumerate(("all layers",) if settings.is_shared else layers):
+                    eps = normal_stream(len(count), "attention noise", *identity, key, g, layer)
                     eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
                     eps = eps if len(grids) == 1 else eps[own]
-                    values[b * group_size + g, index, : len(eps)] = settings.sigma * eps
+                    places = slice(None) if settings.is_shared else index
+                    values[b * group_size + g, places, : len(eps)] = settings.sigma * eps
         return cls(layers, values, cells, settings.by_lead)
 
     def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":
