@@ -94,6 +94,7 @@ for _name, _of, *_changed in (
         )
         for arm, grids in (("contrast", [2, 4]), ("contrast", [2, 3, 4, 6]), ("noise", [2, 3, 4, 6]))
     ),
+    *((f"{arm}@layers=1", arm, "loss.attention_layers=[1]") for arm in ("contrast", "contrast_shuffled", "oracle")),
     ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
     (
         "contrast@sigma=4@adaptive=3",
