@@ -25,9 +25,11 @@ from megatron_ral.demo.explored import (
     ARMS,
     LESSON_SIZE,
     SEARCH_DATA,
+    SEARCHING,
     VIDEO_DATA,
     arm_settings,
     read_curves,
+    searching_layers,
 )
 from megatron_ral.demo.explored_report import Results, paired_differences, plot, table
 from megatron_ral.demo.runs import beside, call, side_by_side, train_once
@@ -232,9 +234,12 @@ class Study:
     def arm(self, task: str, seed: int, name: str) -> None:
         """Train one arm."""
         target, settings = self.root / task / f"seed_{seed}" / name, settings_of(task, name)
+        start, more = self.start(task, seed), {}
+        if SEARCHING in settings:
+            more["layers"] = self.searching(task, seed)
         seconds = train_once(
             "ral_tiny",
-            self.start(task, seed),
+            start,
             target,
             seed,
             [
@@ -244,10 +249,16 @@ class Study:
                 f"logging.eval_interval={self.eval_interval}",
                 "logging.num_eval_prompts=512",
                 "logging.gradient_ratio_interval=10",
-                *settings,
+                *(setting.replace("SEARCHING", str(more.get("layers"))) for setting in settings),
             ],
         )
-        self.record(task, seed, name, target, seconds, settings=list(settings))
+        self.record(task, seed, name, target, seconds, settings=list(settings), **more)
+
+    def searching(self, task: str, seed: int) -> list[int]:
+        """Return the layers in which the base model of a seed searches."""
+        start = self.results.find(task, seed, "start")
+        assert start is not None, "`start` has recorded it"
+        return searching_layers(lambda layer: start["curves"][f"gaze_{layer}"][0][1])
 
 
 def missing(study: Study, tasks: Sequence[str], seeds: Sequence[int], arms: Sequence[str]) -> Iterator[tuple]:

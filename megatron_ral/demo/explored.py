@@ -28,6 +28,8 @@ PULL = ("loss.attention_negative_weight=0.0",)  # towards where right responses 
 VIEWS = ("rollout.views.keep=0.3", "rollout.generation_batch_size=128")
 SHUFFLED = ("loss.attention_advantages=shuffled",)
 LITERAL = ("loss.attention_layers=[-1]", "loss.attention_coef=1.0")
+SEARCHING = "loss.attention_layers=SEARCHING"
+"""Stands for the layers that looked at the asked cell before the wrong lessons (`searching_layers`)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,14 @@ for _name, _of, *_changed in (
         )
         for arm, grids in (("contrast", [2, 4]), ("contrast", [2, 3, 4, 6]), ("noise", [2, 3, 4, 6]))
     ),
-    *((f"{arm}@layers=1", arm, "loss.attention_layers=[1]") for arm in ("contrast", "contrast_shuffled", "oracle")),
+    *((f"{arm}@layers=1", arm, "loss.attention_layers=[1]") for arm in ("contrast", "oracle")),
+    (
+        "contrast@layers=1@noise=1",
+        "contrast",
+        "loss.attention_layers=[1]",
+        "rollout.attention_noise.layers=[1]",
+    ),
+    *((f"{arm}@searching", arm, SEARCHING) for arm in ("contrast", "contrast_shuffled", "oracle")),
     ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
     (
         "contrast@sigma=4@adaptive=3",
@@ -143,6 +152,16 @@ that predicts the answer."""
 def read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Return all curves of a finished run."""
     return {name: curve(run, tag) for name, tag in CURVES.items()}
+
+
+def searching_layers(share: Callable[[int], float], cells: int = 9) -> list[int]:
+    """Return the layers that look at the asked cell at least twice as much as chance.
+
+    Args:
+        share: share of the asked cell in a layer, when the model had learned to search.
+        cells: number of cells.
+    """
+    return [layer for layer in range(4) if share(layer) >= 2 / cells]
 
 
 def searching_layer(share: Callable[[int], float]) -> int:

@@ -240,6 +240,22 @@ def test_more_visual_tokens_are_learned_from_the_base_model_of_fewer(tmp_path, m
     assert all("--digits 2 --num-colours 9 --bias 0.99 --bias-by colour" in text for text in samples)
 
 
+def test_an_arm_pulls_the_layers_that_searched_before_the_wrong_lessons(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(study_explored, "call", lambda log, *arguments: None)
+    monkeypatch.setattr(study_explored, "read_curves", lambda run: {})
+    monkeypatch.setattr(study_explored, "train_once", lambda *arguments: trained.append(arguments) or 1.0)
+    study_of = study_explored.Study(tmp_path, explored_results(tmp_path / "r.jsonl"), 20, 10)
+    shares = {0: (0.11, 0.9), 1: (0.87, 0.01), 2: (0.23, 0.9), 3: (0.22, 0.9)}  # before and after the wrong lessons
+    gaze = {f"gaze_{layer}": list(enumerate(pair)) for layer, pair in shares.items()}
+    study_of.results.add({"task": "tokens-9", "seed": 2, "arm": "start", "curves": gaze})
+    study_of.arm("tokens-9", 2, "oracle@searching")
+    assert "loss.attention_layers=[1, 2]" in trained[-1][4] and not any("SEARCHING" in text for text in trained[-1][4])
+    assert study_of.results.find("tokens-9", 2, "oracle@searching")["layers"] == [1, 2]
+    study_of.arm("tokens-9", 2, "oracle")
+    assert "loss.attention_layers=[0,1,2,3]" in trained[-1][4]
+
+
 def test_noise_of_a_task_yields_to_that_of_an_arm():
     grids = {
         arm: [setting for setting in study_explored.settings_of("tokens-36", arm) if ".grid=" in setting]
@@ -259,7 +275,7 @@ def test_settings_of_every_arm_are_a_configuration(arm):
     for task in study_explored.TASKS:
         config = load_config(
             runs.PROJECT / "pretrained_configs/runs/ral_tiny.yaml",
-            ["model.path=m", *study_explored.settings_of(task, arm)],
+            ["model.path=m", *(text.replace("SEARCHING", "[1]") for text in study_explored.settings_of(task, arm))],
         )
         assert config.loss.kl_coef == 0 and config.optimizer.decay == "constant"
         assert (config.rollout.attention_noise.sigma > 0) == any(
