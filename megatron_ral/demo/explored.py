@@ -29,7 +29,8 @@ VIEWS = ("rollout.views.keep=0.3", "rollout.generation_batch_size=128")
 SHUFFLED = ("loss.attention_advantages=shuffled",)
 LITERAL = ("loss.attention_layers=[-1]", "loss.attention_coef=1.0")
 SEARCHING = "loss.attention_layers=SEARCHING"
-"""Stands for the layers that looked at the asked cell before the wrong lessons (`searching_layers`)."""
+"""Pull in the layers that looked at the asked cell before the wrong lessons (`searching_layers`), for which the word
+stands."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ for _name, _of, *_changed in (
         "loss.attention_layers=[1]",
         "rollout.attention_noise.layers=[1]",
     ),
-    *((f"{arm}@searching", arm, SEARCHING) for arm in ("contrast", "contrast_shuffled", "oracle")),
+    *((f"{arm}@searching", arm, SEARCHING) for arm in ("contrast", "oracle")),
+    *(
+        (f"{arm}@focused", arm, SEARCHING, "rollout.attention_noise.layers=SEARCHING")
+        for arm in ("contrast", "contrast_shuffled", "noise")
+    ),
     ("contrast@adaptive=2", "contrast", "rollout.attention_noise.adaptive=2"),
     (
         "contrast@sigma=4@adaptive=3",
