@@ -1,5 +1,6 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_ral.demo import explored_report, heat_maps, runs
 from megatron_ral.evaluation.attention_page import PageSample
 from megatron_ral.evaluation.attention_pictures import Panel
-from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored
+from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored, study_thoughts
 
 
 def finished(run: Path, **curves) -> None:
@@ -365,3 +366,17 @@ def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys)
     with pytest.raises(SystemExit):
         make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "4"])
     assert "--even-layers must lie in 0..3" in capsys.readouterr().err
+
+
+def test_share_of_thoughts_that_name_the_asked_colour():
+    def line(asked: str, text: str, accuracy: float) -> str:
+        greedy = {"text": text, "parts": {"accuracy": accuracy}}
+        return json.dumps({"problem": f"Which digits are {asked}?", "greedy": greedy})
+
+    lines = [
+        line("green", "<think>green42</think><answer>42</answer>", 1.0),
+        line("green", "<think>red42</think><answer>42</answer>", 1.0),  # right by way of another colour
+        line("white", "<think>red17, white17</think><answer>17</answer>", 0.0),
+        line("white", "17", 0.0),
+    ]
+    assert study_thoughts.named_colours(lines) == (0.5, 0.25)
