@@ -72,9 +72,10 @@ class AttentionNoise:
     """Noise of the responses to some prompts, by cell."""
 
     layers: tuple[int, ...]
-    """0-based layers, in the order of `values_NLC`."""
+    """0-based layers with noise."""
     values_NLC: Tensor
-    """sigma * eps of each response, layer and cell, float32; C is the largest number of cells of a prompt."""
+    """sigma * eps of each response, layer and cell, float32: of `layers` in their order, or of all of them at once,
+    L = 1, where they share it. C is the largest number of cells of a prompt."""
     cells_BP: Tensor
     """Cell of each prompt token, int64; -1 where it is not visual. With several grids every visual token is a cell."""
     by_lead: bool = False
@@ -97,17 +98,17 @@ class AttentionNoise:
         by_grid = [[visual_cells(prompt, grid) for grid in grids] for prompt in prompts.prompts]
         for b, own in enumerate(by_grid):
             cells[b, prompts.visual_mask[b]] = own[0] if len(grids) == 1 else torch.arange(len(own[0]))
-        values = torch.zeros(len(prompts) * group_size, len(layers), max(int(cells.max()) + 1, 1))
+        names = ("all layers",) if settings.is_shared else layers
+        values = torch.zeros(len(prompts) * group_size, len(names), max(int(cells.max()) + 1, 1))
         for b, key in enumerate(prompts.identities):
             counts = [torch.bincount(own, minlength=1).double() for own in by_grid[b]]
             for g in range(group_size):
                 count, own = counts[g % len(grids)], by_grid[b][g % len(grids)]
-                for index, layer in enumerate(("all layers",) if settings.is_shared else layers):
-                    eps = normal_stream(len(count), "attention noise", *identity, key, g, layer)
+                for index, name in enumerate(names):
+                    eps = normal_stream(len(count), "attention noise", *identity, key, g, name)
                     eps = eps - (eps * count).sum() / count.sum().clamp(min=1)
                     eps = eps if len(grids) == 1 else eps[own]
-                    places = slice(None) if settings.is_shared else index
-                    values[b * group_size + g, places, : len(eps)] = settings.sigma * eps
+                    values[b * group_size + g, index, : len(eps)] = settings.sigma * eps
         return cls(layers, values, cells, settings.by_lead)
 
     def select(self, rows: Tensor, prompts: Optional[Tensor], length: int) -> "AttentionNoise":
@@ -121,15 +122,17 @@ class AttentionNoise:
         cells = self.cells_BP if prompts is None else self.cells_BP.index_select(0, prompts)
         return AttentionNoise(self.layers, self.values_NLC.index_select(0, rows), cells[:, :length], self.by_lead)
 
-    def of_layer(self, layer: int) -> Optional[Tensor]:
-        """Return the noise of a layer by cell, [N, C]. None: the layer has none."""
-        return self.values_NLC[:, self.layers.index(layer)] if layer in self.layers else None
+    def place_of(self, layer: int) -> Optional[int]:
+        """Return where the noise of a layer stands in `values_NLC`. None: the layer has none."""
+        if layer not in self.layers:
+            return None
+        return 0 if self.values_NLC.shape[1] == 1 else self.layers.index(layer)
 
     def on_keys(self, values_BWC: Tensor) -> VisualNoise:
         """Return the noise of every key.
 
         Args:
-            values_BWC: Noise of a layer (`of_layer`), arranged by prompt, with W responses of each.
+            values_BWC: Noise of a layer, arranged by prompt, with W responses of each.
         """
         visual = self.cells_BP >= 0
         index = self.cells_BP.clamp(min=0)[:, None].expand(-1, values_BWC.shape[1], -1)

@@ -67,7 +67,8 @@ class GroupKVCache:
         self._hidden: Optional[Tensor] = None
         self._padding_mask: Optional[tuple[Optional[Tensor]]] = None
         self._own_hidden: Optional[Tensor] = None
-        self._layer_noise: dict[int, Optional[VisualNoise]] = {}
+        self._noise_on_keys: dict[int, VisualNoise] = {}
+        """Place of a layer's noise (`AttentionNoise.place_of`) -> its noise on every key."""
 
     def store_prompt(self, layer: int, key_BPkD: Tensor, value_BPkD: Tensor) -> None:
         """Store a layer's prompt keys and values.
@@ -163,10 +164,12 @@ class GroupKVCache:
         """Return the noise on a layer's scores of the prompt. None: the layer has none."""
         if self.noise is None:
             return None
-        if layer not in self._layer_noise:
-            values = self.noise.of_layer(layer)
-            self._layer_noise[layer] = None if values is None else self.noise.on_keys(self.by_prompt(values))
-        return self._layer_noise[layer]
+        place = self.noise.place_of(layer)
+        if place is None:
+            return None
+        if place not in self._noise_on_keys:
+            self._noise_on_keys[place] = self.noise.on_keys(self.by_prompt(self.noise.values_NLC[:, place]))
+        return self._noise_on_keys[place]
 
     def by_prompt(self, rows: Tensor) -> Tensor:
         """Arrange values of rows by prompt: [N, ...] to [B, width, ...]. Places without a row are zero."""

@@ -72,16 +72,16 @@ def test_noise_is_centred_and_belongs_to_the_response():
     assert len({tuple(row.tolist()) for row in flat}) == 8, "responses and layers have noise of their own"
     other = AttentionNoise.draw(batch_of(PICTURE), 4, settings, 0, 2)
     assert not torch.equal(other.values_NLC, alone.values_NLC), "the next rollout has other noise"
-    assert alone.of_layer(0) is None and torch.equal(alone.of_layer(3), alone.values_NLC[:, 1])
+    assert [alone.place_of(layer) for layer in range(4)] == [None, 0, None, 1]
 
 
 def test_shared_noise_is_the_same_in_all_layers_of_a_response():
     settings = ExplorationSettings(2.0, frozenset({1, 3}), (2,), is_shared=True)
     noise = AttentionNoise.draw(batch_of(PICTURE, CLIP), 4, settings, 0, 1)
-    assert torch.equal(noise.of_layer(1), noise.of_layer(3))
-    assert len({tuple(row.tolist()) for row in noise.of_layer(1)}) == 8, "responses have noise of their own"
+    assert [noise.place_of(layer) for layer in range(4)] == [None, 0, None, 0] and noise.values_NLC.shape[1] == 1
+    assert len({tuple(row.tolist()) for row in noise.values_NLC[:, 0]}) == 8, "responses have noise of their own"
     fewer = AttentionNoise.draw(batch_of(CLIP), 4, ExplorationSettings(2.0, frozenset({3}), (2,), is_shared=True), 0, 1)
-    assert torch.equal(fewer.of_layer(3), noise.of_layer(3)[4:]), "whichever other layers have it"
+    assert torch.equal(fewer.values_NLC, noise.values_NLC[4:]), "whichever other layers have it"
 
 
 def test_responses_take_the_grids_in_turn_and_draw_as_with_one_alone():
