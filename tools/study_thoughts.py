@@ -1,18 +1,20 @@
-"""Read what the models of a study write: how often a response names the colour that was asked for.
+"""Read what the models of a study write: which colour a right answer names in its thought.
 
     python tools/study_thoughts.py --output-dir DIR --tasks tokens-36 --arms grpo_warm contrast [--seeds 2 3 4 5]
         [--num-prompts 256]
 
 DIR is that of tools/study_explored.py, whose final models are still there. Each answers held-out prompts greedily. A
-thought in this task is a colour and its number. A model that looks at the wrong cell can name another colour, so that
-the wrong gaze falls on the right cell: its answers become right and its gaze stays wrong. The table has accuracy and
-the share of responses whose first colour is the asked one, in % by seed. Responses stand in DIR/TASK/seed_N/ARM.jsonl.
+thought in this task is a colour and its number. A model that looks at the cell of the next colour can name the colour
+before the asked one: its wrong gaze then falls on the right cell, and its answer is right. The table counts the right
+answers of all seeds by the first colour that they name, and has the share of answers that are right and name the asked
+colour, in % by seed. Responses stand in DIR/TASK/seed_N/ARM.jsonl.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,23 +22,32 @@ from megatron_ral.demo.explored import ARMS
 from megatron_ral.demo.runs import PROJECT, beside, call
 from megatron_ral.demo.search_task import PALETTE
 
-COLOUR = re.compile("|".join(PALETTE))
+COLOURS = list(PALETTE)
+COLOUR = re.compile("|".join(COLOURS))
+KINDS = ("asked", "before", "other")
 
 
-def named_colours(lines: Iterable[str]) -> tuple[float, float]:
-    """Return accuracy, and the share of greedy responses whose first colour is that of the question.
+def right_answers(lines: Iterable[str]) -> tuple[Counter[str], int]:
+    """Return how many greedy responses are right, by the first colour that they name, and the number of responses.
 
     Args:
         lines: JSON lines of `megatron_ral.evaluate`.
+
+    Returns:
+        Counts of `KINDS`: the colour asked for, the one before it in the palette, another or none; and their number.
     """
-    right, same, count = 0.0, 0, 0
+    counts: Counter[str] = Counter()
+    number = 0
     for line in lines:
         record = json.loads(line)
+        number += 1
+        if record["greedy"]["parts"]["accuracy"] < 1:
+            continue
         asked, named = (COLOUR.search(text) for text in (record["problem"], record["greedy"]["text"]))
-        right += record["greedy"]["parts"]["accuracy"]
-        same += asked is not None and named is not None and asked[0] == named[0]
-        count += 1
-    return right / count, same / count
+        assert asked is not None, "every question names a colour"
+        back = (COLOURS.index(asked[0]) - COLOURS.index(named[0])) % len(COLOURS) if named else -1
+        counts["asked" if back == 0 else "before" if back == 1 else "other"] += 1
+    return counts, number
 
 
 def main() -> int:
@@ -48,12 +59,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--num-prompts", type=int, default=256)
     arguments = parser.parse_args()
-    print(f"| task | arm | accuracy, seeds {', '.join(map(str, arguments.seeds))} | asked colour named |")
-    print("|---|---|---|---|")
+    seeds = ", ".join(map(str, arguments.seeds))
+    print(f"| task | arm | right | naming {' | '.join(KINDS)} | right and asked colour named, seeds {seeds} |")
+    print("|---|---|---|---|---|---|---|")
     for task in arguments.tasks:
         root = arguments.output_dir.absolute() / task
         for arm in arguments.arms:
-            found = []
+            found, shares = Counter[str](), []
             for seed in arguments.seeds:
                 run = root / f"seed_{seed}" / arm
                 written = beside(run, ".jsonl")
@@ -66,9 +78,11 @@ def main() -> int:
                         f"data.eval_shards='{root}/data/heldout-*.tar'",
                         f"logging.num_eval_prompts={arguments.num_prompts}",
                     )
-                found.append(named_colours(written.read_text().splitlines()))
-            columns = (" / ".join(f"{100 * value:.0f}" for value in column) for column in zip(*found, strict=True))
-            print(f"| {task} | {ARMS[arm].title} | {' | '.join(columns)} |", flush=True)
+                counts, number = right_answers(written.read_text().splitlines())
+                found += counts
+                shares.append(f"{100 * counts['asked'] / number:.1f}")
+            columns = [found.total(), *(found[kind] for kind in KINDS), " / ".join(shares)]
+            print(f"| {task} | {ARMS[arm].title} | {' | '.join(map(str, columns))} |", flush=True)
     return 0
 
 

@@ -368,15 +368,17 @@ def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys)
     assert "--even-layers must lie in 0..3" in capsys.readouterr().err
 
 
-def test_share_of_thoughts_that_name_the_asked_colour():
+def test_right_answers_by_the_colour_that_they_name():
     def line(asked: str, text: str, accuracy: float) -> str:
         greedy = {"text": text, "parts": {"accuracy": accuracy}}
         return json.dumps({"problem": f"Which digits are {asked}?", "greedy": greedy})
 
     lines = [
         line("green", "<think>green42</think><answer>42</answer>", 1.0),
-        line("green", "<think>red42</think><answer>42</answer>", 1.0),  # right by way of another colour
-        line("white", "<think>red17, white17</think><answer>17</answer>", 0.0),
-        line("white", "17", 0.0),
+        line("green", "<think>red42</think><answer>42</answer>", 1.0),  # right by way of the colour before it
+        line("red", "<think>purple42</think><answer>42</answer>", 1.0),  # the palette is a circle
+        line("red", "<think>green42</think><answer>42</answer>", 1.0),
+        line("white", "<think>white17</think><answer>17</answer>", 0.0),
+        line("white", "<answer>17</answer>", 1.0),
     ]
-    assert study_thoughts.named_colours(lines) == (0.5, 0.25)
+    assert study_thoughts.right_answers(lines) == ({"asked": 1, "before": 2, "other": 2}, 6)
