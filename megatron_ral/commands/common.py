@@ -61,13 +61,12 @@ def quiet_third_parties() -> None:
 
 
 def import_libraries() -> None:
-    """Import megatron-core, and let DeepSpeed use the CPU where no accelerator is. Call this before modules that import
+    """Import megatron-core and DeepSpeed, on the CPU where no accelerator is. Call this before modules that import
     them."""
-    from megatron_ral.compat.cpu_backend import choose_deepspeed_accelerator
-    from megatron_ral.compat.megatron_lazy_compile import import_megatron_core
+    from megatron_ral.compat import cpu_backend, lazy_compile
 
-    choose_deepspeed_accelerator()
-    import_megatron_core()
+    cpu_backend.choose_deepspeed_accelerator()
+    lazy_compile.import_libraries()
 
 
 def command(body: Callable[[Arguments], Optional[int]]) -> Callable[..., int]:

@@ -1,11 +1,12 @@
-"""megatron-core imported without torch's compiler, which its fused functions load and we do not call.
+"""megatron-core and DeepSpeed imported without torch's compiler, which functions of theirs load and we do not call.
 
-megatron-core decorates some functions with `torch.compile` while it is imported. Decorating alone imports torch's
-compiler back end, about a sixth of the processor seconds before the first step of a small model. Here the decorator
-waits: a function is compiled when it is first called, with the same options and results.
+megatron-core's fused functions, and DeepSpeed's optimizer Muon, are decorated with `torch.compile` while they are
+imported. Decorating alone imports torch's compiler back end, about a sixth of the processor seconds before the first
+step of a small model. Here the decorator waits: a function is compiled when it is first called, with the same options
+and results.
 
-Tried on: megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
-Retired by: `test_megatron_still_compiles_functions_while_it_is_imported`.
+Tried on: megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2; DeepSpeed 0.19.8.
+Retired by: `test_libraries_still_compile_functions_while_they_are_imported`.
 """
 
 import functools
@@ -39,10 +40,11 @@ def compile_at_first_call(model: Optional[Callable] = None, **options: Any) -> C
     return call
 
 
-def import_megatron_core() -> None:
-    """Import megatron-core, whose functions are compiled at their first call from then on."""
+def import_libraries() -> None:
+    """Import megatron-core and DeepSpeed, whose functions are compiled at their first call from then on."""
     torch.compile = compile_at_first_call
     try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported for every optimizer that DeepSpeed gets
         import megatron.core  # noqa: F401
     finally:
         torch.compile = _compile
