@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ral.demo.explored import DECIDING, NOISE, PULL, SHUFFLED, WEIGHT
+from megatron_ral.demo import explored
 from megatron_ral.demo.runs import beside, call, curve, draw_curves, mean_and_error, side_by_side, train_once
 
 RATIO = (
@@ -64,19 +64,14 @@ def _arms() -> dict[str, Arm]:
     arms["ral_zero"] = Arm(
         "RAL-zero, old, coefficient 1", (*target("old", "loss.attention_coef=1.0"), no_think), zero=True
     )
-    explores = ("loss.attention_layers=[0,1,2,3]", *NOISE)
-    contrast = (*target("contrast", *DECIDING, *WEIGHT, *PULL), *explores)
-    for name, title, settings in (
-        ("contrast", "contrast of explored attention", contrast),
-        ("contrast_shuffled", "contrast of explored attention, shuffled", (*contrast, *SHUFFLED)),
-        ("noise", "noise alone", ("loss.attention_coef=0.0", *explores)),
-        ("contrast_4", "contrast, sigma 4", (*contrast, "rollout.attention_noise.sigma=4.0")),
-        (
-            "contrast_lead",
-            "contrast, sigma 1 of the lead",
-            (*contrast, "rollout.attention_noise.sigma=1.0", "rollout.attention_noise.scale=lead"),
-        ),
+    for name, of, title, *changed in (
+        ("contrast", "contrast", "contrast of explored attention"),
+        ("contrast_shuffled", "contrast_shuffled", "contrast of explored attention, shuffled"),
+        ("noise", "noise", "noise alone"),
+        ("contrast_4", "contrast", "contrast, sigma 4", "rollout.attention_noise.sigma=4.0"),
+        ("contrast_lead", "contrast@lead=1", "contrast, sigma 1 of the lead"),
     ):
+        settings = (*explored.ARMS[of].settings, "loss.attention_layers=[0,1,2,3]", *changed)
         arms[name] = Arm(title, settings, later=True)
     return arms
 

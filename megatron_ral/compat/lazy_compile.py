@@ -44,7 +44,7 @@ def import_libraries() -> None:
     """Import megatron-core and DeepSpeed, whose functions are compiled at their first call from then on."""
     torch.compile = compile_at_first_call
     try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  imported for every optimizer that DeepSpeed gets
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports it for every optimizer
         import megatron.core  # noqa: F401
     finally:
         torch.compile = _compile
