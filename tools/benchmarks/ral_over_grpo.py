@@ -84,15 +84,17 @@ class Depth:
         self.processor = open_processor(model)
         self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
         every = [*lengths, f"loss.attention_layers={list(range(num_layers))}"]
+        grids = [2, 4, 8][: args.group_size]  # those of the run, as far as a small group takes them in turn
+        explored = [*lengths, f"rollout.attention_noise.grids={grids}"]
         self.configs = {
             "grpo": settings_of("grpo_7b", model, lengths),
             "ral": settings_of("ral_7b", model, lengths),
             "ral all layers": settings_of("ral_7b", model, every),
-            "contrast": settings_of("ral_explored_7b", model, [*lengths, "loss.attention_layers=[-1]"]),
+            "contrast": settings_of("ral_explored_7b", model, [*explored, "loss.attention_layers=[-1]"]),
         }
         if num_layers > 1:
             self.configs["contrast two"] = settings_of(
-                "ral_explored_7b", model, [*lengths, "loss.attention_layers=[-2,-1]"]
+                "ral_explored_7b", model, [*explored, "loss.attention_layers=[-2,-1]"]
             )
         self.configs["bare grpo"] = self.configs["grpo"]
         shape = read_shape(model)
