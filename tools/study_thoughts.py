@@ -12,7 +12,6 @@ colour, in % by seed. Responses stand in DIR/TASK/seed_N/ARM.jsonl.
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -20,10 +19,8 @@ from pathlib import Path
 
 from megatron_ral.demo.explored import ARMS
 from megatron_ral.demo.runs import PROJECT, beside, call
-from megatron_ral.demo.search_task import PALETTE
+from megatron_ral.demo.thoughts import COLOURS, colour_in
 
-COLOURS = list(PALETTE)
-COLOUR = re.compile("|".join(COLOURS))
 KINDS = ("asked", "before", "other")
 
 
@@ -43,9 +40,8 @@ def right_answers(lines: Iterable[str]) -> tuple[Counter[str], int]:
         number += 1
         if record["greedy"]["parts"]["accuracy"] < 1:
             continue
-        asked, named = (COLOUR.search(text) for text in (record["problem"], record["greedy"]["text"]))
-        assert asked is not None, "every question names a colour"
-        back = (COLOURS.index(asked[0]) - COLOURS.index(named[0])) % len(COLOURS) if named else -1
+        asked, named = (colour_in(text) for text in (record["problem"], record["greedy"]["text"]))
+        back = (COLOURS.index(asked) - COLOURS.index(named)) % len(COLOURS) if named else -1
         counts["asked" if back == 0 else "before" if back == 1 else "other"] += 1
     return counts, number
 

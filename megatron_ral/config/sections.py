@@ -208,7 +208,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class RewardFunctionConfig:
-    """A reward function of the user: f(completion, solution, problem_type) -> float."""
+    """A reward function of the user: f(completion, solution, problem_type) -> float. One that has a parameter named
+    `problem` too gets the text of the question."""
 
     path: str
     """Import path `package.module:function`, with its folder on PYTHONPATH. Where the function raises or returns no

@@ -28,6 +28,9 @@ PULL = ("loss.attention_negative_weight=0.0",)  # towards where right responses 
 VIEWS = ("rollout.views.keep=0.3", "rollout.generation_batch_size=128")
 SHUFFLED = ("loss.attention_advantages=shuffled",)
 LITERAL = ("loss.attention_layers=[-1]", "loss.attention_coef=1.0")
+WORDS = (
+    'reward.functions.words={path: "megatron_ral.demo.thoughts:other_colour", weight: -0.9}',
+)  # a right answer behind another colour earns nothing
 SEARCHING = "loss.attention_layers=SEARCHING"
 """Pull in the layers that looked at the asked cell before the wrong lessons (`searching_layers`), for which the word
 stands."""
@@ -118,6 +121,15 @@ for _name, _of, *_changed in (
         "rollout.attention_noise.adaptive=3",
     ),
     ("noise@adaptive=2", "noise", "rollout.attention_noise.adaptive=2"),
+    *(
+        (f"{arm}@words", arm, *WORDS)
+        for arm in ("grpo", "grpo_warm", "contrast", "contrast_shuffled", "noise", "oracle")
+    ),
+    *(
+        (f"{arm}@kl={kl}", arm, f"loss.kl_coef={kl}")
+        for arm in ("grpo_warm", "contrast", "noise")
+        for kl in (0.01, 0.04)
+    ),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):

@@ -29,7 +29,7 @@ class NoRating(Exception):
     """The judge gave no rating. The text says why."""
 
 
-def rating(completion: str, solution: str, problem_type: str) -> float:
+def rating(completion: str, solution: str, problem_type: str, problem: str = "") -> float:
     """Return the judge's rating of a response, in [0, 1].
 
     Raises:
@@ -45,7 +45,7 @@ def rating(completion: str, solution: str, problem_type: str) -> float:
         if left <= 0:
             break
         try:
-            return read_rating(_ask(question(completion, solution), left))
+            return read_rating(_ask(question(completion, solution, problem), left))
         except urllib.error.HTTPError as error:
             reason = f"status {error.code}"
             if error.code not in _RETRIED:
@@ -55,11 +55,11 @@ def rating(completion: str, solution: str, problem_type: str) -> float:
     raise NoRating(f"no answer of the judge in time ({reason or 'JUDGE_SECONDS is too short'})")
 
 
-def question(completion: str, solution: str) -> str:
+def question(completion: str, solution: str, problem: str) -> str:
     """Return the text that the judge is asked."""
     return (
         "Rate how well the reasoning of the response supports its answer, from 0 (not at all) to 10 (fully). Reply "
-        f"with the number alone.\n\nReference answer: {solution}\n\nResponse:\n{completion}"
+        f"with the number alone.\n\nQuestion: {problem}\n\nReference answer: {solution}\n\nResponse:\n{completion}"
     )
 
 

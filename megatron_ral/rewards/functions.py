@@ -7,8 +7,10 @@ from typing import Any, Callable
 from megatron_ral.errors import ConfigError
 
 CALL = "f(completion, solution, problem_type) -> float"
-RewardFunction = Callable[[str, str, str], float]
-"""Function with the arguments of CALL."""
+RewardFunction = Callable[..., float]
+"""Function with the arguments of CALL. One that has a parameter named `problem` too gets the text of the question."""
+QUESTION = "problem"
+"""Name of that parameter."""
 
 
 def load_function(key: str, path: str) -> RewardFunction:
@@ -32,6 +34,12 @@ def load_function(key: str, path: str) -> RewardFunction:
     if reason:
         raise ConfigError(key, path, reason)
     return function
+
+
+def reads_question(function: Callable[..., Any]) -> bool:
+    """Say whether a function that can be called as a reward has a parameter for the question."""
+    parameter = inspect.signature(function).parameters.get(QUESTION)
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _find(module_name: str, name: str) -> tuple[Any, str]:
@@ -64,7 +72,7 @@ def _call_problem(function: object) -> str:
     except (TypeError, ValueError):
         return f"has no signature that can be read; wrap it in a function {CALL}"
     try:
-        signature.bind("", "", "")
+        signature.bind("", "", "", **({QUESTION: ""} if reads_question(function) else {}))
     except TypeError as error:
         return f"has the signature {signature}, which cannot be called as {CALL} ({error})"
     return ""

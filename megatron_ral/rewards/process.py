@@ -68,13 +68,19 @@ class FunctionProcess:
             self._load(key, path)
 
     def call(
-        self, path: str, *arguments: str, seconds: Optional[float] = None, cpu_seconds: Optional[float] = None
+        self,
+        path: str,
+        *arguments: str,
+        problem: str = "",
+        seconds: Optional[float] = None,
+        cpu_seconds: Optional[float] = None,
     ) -> float:
         """Return what the function at `path` returns, as a float.
 
         Args:
             path: Import path, see `load`.
             arguments: Arguments of the call.
+            problem: Text of the question, for a function that reads it.
             seconds: Time limit of the call alone; None for no limit.
             cpu_seconds: Limit of its processor time, which does not depend on the load of the machine; None for none.
 
@@ -84,7 +90,8 @@ class FunctionProcess:
         """
         with self._lock:
             self._load(path, path)
-            request = {"call": path, "arguments": arguments, "seconds": seconds, "cpu_seconds": cpu_seconds}
+            request = {"call": path, "arguments": arguments, "problem": problem}
+            request |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
             reply = self._ask(request, seconds)
             if reply.get("status") == -signal.SIGPROF and cpu_seconds is not None:
                 raise CallTimeout(cpu_seconds)

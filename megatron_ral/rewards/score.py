@@ -15,8 +15,8 @@ LARGEST = 1.0e30
 """Largest value, before or after weighting, that counts as finite, because larger ones overflow float32 in a sum."""
 _OWN = FunctionProcess()
 
-PartFunction = Callable[[str, str, str, Sequence[str]], float]
-"""Function of a response, the solution, the problem type and the options of the sample."""
+PartFunction = Callable[[str, str, str, Sequence[str], str], float]
+"""Function of a response, the solution, the problem type, the options and the question of the sample."""
 
 
 class RewardTimeout(Exception):
@@ -112,7 +112,7 @@ def reward_parts(settings: RewardSettings, time_limit: Optional[float] = None) -
         ConfigError: a function of the user cannot be used.
     """
 
-    def accuracy(response: str, solution: str, problem_type: str, options: Sequence[str]) -> float:
+    def accuracy(response: str, solution: str, problem_type: str, options: Sequence[str], _: str) -> float:
         if settings.accuracy == "exact":
             return accuracy_reward(response, solution)
         # A late import, because ROUGE's package takes two seconds to load.
@@ -143,9 +143,9 @@ def reward_parts(settings: RewardSettings, time_limit: Optional[float] = None) -
 
 
 def _own_function(name: str, path: str, time_limit: Optional[float]) -> PartFunction:
-    def call(response: str, solution: str, problem_type: str, options: Sequence[str]) -> float:
+    def call(response: str, solution: str, problem_type: str, _: Sequence[str], problem: str) -> float:
         try:
-            return _OWN.call(path, response, solution, problem_type, seconds=time_limit)
+            return _OWN.call(path, response, solution, problem_type, problem=problem, seconds=time_limit)
         except CallTimeout as error:
             raise RewardTimeout(name, error.seconds) from None
 
@@ -153,7 +153,12 @@ def _own_function(name: str, path: str, time_limit: Optional[float]) -> PartFunc
 
 
 def score_response(
-    response: str, solution: str, problem_type: str, parts: tuple[RewardPart, ...], options: Sequence[str] = ()
+    response: str,
+    solution: str,
+    problem_type: str,
+    parts: tuple[RewardPart, ...],
+    options: Sequence[str] = (),
+    problem: str = "",
 ) -> ResponseScore:
     """Return the score of one response. The reward is the sum over parts of weight * value.
 
@@ -165,6 +170,7 @@ def score_response(
         problem_type: problem type of the sample; may be empty.
         parts: parts of the reward.
         options: contents of the sample's options; empty where it has none.
+        problem: text of the question, for functions of the user that read it.
 
     Raises:
         RewardTimeout: a function of the user did not return in time.
@@ -176,20 +182,20 @@ def score_response(
     values[UNPARSED], values[ERROR] = float(bool(problems)), 0.0
     reward = 0.0
     for part in parts:
-        values[part.name], problem = _value(part, response, solution, problem_type, options)
+        values[part.name], fault = _value(part, response, solution, problem_type, options, problem)
         reward += part.weight * values[part.name]
-        if problem:
+        if fault:
             values[ERROR] = 1.0
-            problems.append(f"reward '{part.name}': {problem}")
+            problems.append(f"reward '{part.name}': {fault}")
     return ResponseScore(reward, values, tuple(problems))
 
 
 def _value(
-    part: RewardPart, response: str, solution: str, problem_type: str, options: Sequence[str]
+    part: RewardPart, response: str, solution: str, problem_type: str, options: Sequence[str], problem: str
 ) -> tuple[float, str]:
-    """Return (value of a part, problem); an empty problem: none."""
+    """Return (value of a part, fault); an empty fault: none."""
     try:
-        value = part.function(response, solution, problem_type, options)
+        value = part.function(response, solution, problem_type, options, problem)
     except RewardTimeout:
         raise
     except (CallFailed, CallTimeout) as error:

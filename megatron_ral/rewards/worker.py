@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable
 
 from megatron_ral.errors import ConfigError
-from megatron_ral.rewards.functions import load_function
+from megatron_ral.rewards.functions import QUESTION, load_function, reads_question
 
 GRACE = 5.0
 """Seconds behind the caller's limit after which a process ends itself whose caller has died."""
@@ -21,7 +21,7 @@ def serve(request_end: int, reply_end: int, memory_gib: int) -> None:
 
     Args:
         request_end: File descriptor with lines of JSON: {"load", "key", "sys_path"} or {"call", "arguments",
-            "seconds", "cpu_seconds"}.
+            "problem", "seconds", "cpu_seconds"}.
         reply_end: File descriptor for the replies: {"refused"}, {"value"} or {"error"}.
         memory_gib: Address space in GiB; 0 for no limit.
     """
@@ -67,7 +67,9 @@ def _call(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> 
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
     try:
-        return {"value": float(functions[request["call"]](*request["arguments"]))}
+        function = functions[request["call"]]
+        question = {QUESTION: request["problem"]} if reads_question(function) else {}
+        return {"value": float(function(*request["arguments"], **question))}
     except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:

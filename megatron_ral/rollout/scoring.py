@@ -112,7 +112,7 @@ def score_responses(
 
 def _score_in_time(text: str, sample: Sample, parts: tuple[RewardPart, ...]) -> ResponseScore:
     try:
-        return score_response(text, sample.solution, sample.problem_type, parts, sample.options)
+        return score_response(text, sample.solution, sample.problem_type, parts, sample.options, sample.problem)
     except RewardTimeout as error:
         step = f" of step {progress.step}" if progress.step else ""
         raise UserError(

@@ -61,10 +61,11 @@ def server(monkeypatch):
 def test_a_rating_is_asked_for_and_read(server, monkeypatch):
     assert judge.rating(GOOD, "<answer>7</answer>", "") == 0.8
     monkeypatch.setenv("OPENAI_API_KEY", "word")
-    assert judge.rating(GOOD, "7", "") == 0.8
-    (path, without, body), (_, with_key, _) = server.requests
+    assert judge.rating(GOOD, "7", "", "Which digit is red?") == 0.8
+    (path, without, body), (_, with_key, asked) = server.requests
     assert (path, without, with_key) == ("/v1/chat/completions", None, "Bearer word")
     assert body["model"] == "a-judge" and body["temperature"] == 0.0
+    assert "Which digit is red?" in asked["messages"][0]["content"]
     assert GOOD in body["messages"][0]["content"] and "<answer>7</answer>" in body["messages"][0]["content"]
 
 

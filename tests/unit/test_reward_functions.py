@@ -160,6 +160,13 @@ def test_own_functions_are_called_and_weighed():
     assert score.reward == pytest.approx(0.9 + 0.1 - 0.001 * value + 0.5 + 1 + 3) and not score.problems
 
 
+def test_a_function_that_reads_the_question_gets_it():
+    parts = reward_parts(settings(mine=("reads_question", 1.0)))
+    for problem, value in (("Which digit is red", 1.0), ("Which digit is blue", 0.0)):
+        score = score_response(GOOD, "<answer>7</answer>", "numerical", parts, problem=problem)
+        assert score.components["mine"] == value and not score.problems
+
+
 @pytest.mark.parametrize(
     "path, said",
     [
@@ -239,6 +246,8 @@ def test_unparsed_and_errors_are_counted_apart_from_wrong(processor):
     assert score.components["judge"].tolist() == [[0.5, 0, 0, 0.5], [0.5, 0, 0.5, 0.5]]
     wanted = 0.9 * score.components["accuracy"] + 0.1 * score.components["format"] + 2 * score.components["judge"]
     assert torch.allclose(score.rewards, wanted) and score.rewards.dtype == torch.float32
+    asked = score_responses(responses, processor, settings(question=("reads_question", 1.0)))  # "?" is in no response
+    assert not asked.components["question"].any() and not asked.components["error"].any()
     by_type = score_responses(responses, processor, RewardConfig(accuracy="by_type"))
     assert by_type.components["accuracy"].tolist() == [[1, 0, 0, 0], [1, 0, 0, 1]]
     assert not by_type.components["error"].any()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ral.demo import explored_report, heat_maps, runs
+from megatron_ral.demo.thoughts import other_colour
 from megatron_ral.evaluation.attention_page import PageSample
 from megatron_ral.evaluation.attention_pictures import Panel
 from tools import distill_study, explore_tiny, make_tiny_model, study, study_explored, study_thoughts
@@ -366,6 +367,20 @@ def test_even_layers_get_no_gradient_in_their_queries_and_keys(tmp_path, capsys)
     with pytest.raises(SystemExit):
         make_tiny_model.parse_arguments(["--output", str(tmp_path / "model"), "--even-layers", "4"])
     assert "--even-layers must lie in 0..3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "response, value",
+    [
+        ("<think>green42</think><answer>42</answer>", 0.0),
+        ("<think>red42</think><answer>42</answer>", 1.0),
+        ("<think>42</think><answer>42</answer>", 1.0),
+        ("<think>red43</think><answer>43</answer>", 0.0),
+        ("<think>red, no, green42</think><answer>42</answer>", 1.0),
+    ],
+)
+def test_a_right_answer_behind_another_colour_is_found(response, value):
+    assert other_colour(response, "<answer>42</answer>", "numerical", "Which digits are green?") == value
 
 
 def test_right_answers_by_the_colour_that_they_name():
