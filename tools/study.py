@@ -32,8 +32,8 @@ class Arm:
     settings: tuple[str, ...]
     zero: bool = False
     """Without thinking: supervised data and format without the think block."""
-    later: bool = False
-    """Left out where arms are not named: an arm with noise on the attention while sampling."""
+    on_request: bool = False
+    """Run only where it is named: an arm with noise on the attention while sampling."""
 
 
 def _arms() -> dict[str, Arm]:
@@ -72,7 +72,7 @@ def _arms() -> dict[str, Arm]:
         ("contrast_lead", "contrast@lead=1", "contrast, sigma 1 of the lead"),
     ):
         settings = (*explored.ARMS[of].settings, "loss.attention_layers=[0,1,2,3]", *changed)
-        arms[name] = Arm(title, settings, later=True)
+        arms[name] = Arm(title, settings, on_request=True)
     return arms
 
 
@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument(
         "--arms",
         nargs="+",
-        default=[name for name, arm in ARMS.items() if not arm.later],
+        default=[name for name, arm in ARMS.items() if not arm.on_request],
         choices=list(ARMS),
         metavar="ARM",
         help=f"of: {', '.join(ARMS)}",

@@ -35,7 +35,7 @@ from megatron_ral.demo.explored_report import Results, paired_differences, plot,
 from megatron_ral.demo.runs import beside, call, side_by_side, train_once
 
 TUNING_SEEDS = (0, 1)
-REPORTED = tuple(name for name, arm in ARMS.items() if not arm.tuning)
+REPORTED = tuple(name for name, arm in ARMS.items() if not arm.on_request)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def main() -> int:
             "contrast",
             "noise",
             "explored",
-            *(name for name, arm in ARMS.items() if arm.tuning),
+            *(name for name, arm in ARMS.items() if arm.on_request),
         ]
     if not arguments.report_only:
         run_all(study, arguments.tasks, seeds, arms, arguments.jobs)

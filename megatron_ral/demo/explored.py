@@ -42,8 +42,8 @@ class Arm:
 
     title: str
     settings: tuple[str, ...]
-    tuning: bool = False
-    """Left out where arms are not named: a candidate of the tuning seeds."""
+    on_request: bool = False
+    """Run only where it is named, or on the tuning seeds: a candidate, or a question of its own."""
 
 
 def _target(name: str, *more: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ for _name, _of, *_changed in (
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):
-    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, *_changed), tuning=True)
+    ARMS[_name] = Arm(_name, (*ARMS[_of].settings, *_changed), on_request=True)
 
 
 def arm_settings(arm: str, noise: Sequence[str] = ()) -> tuple[str, ...]:

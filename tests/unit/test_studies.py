@@ -279,7 +279,7 @@ def test_settings_of_every_arm_are_a_configuration(arm):
             runs.PROJECT / "pretrained_configs/runs/ral_tiny.yaml",
             ["model.path=m", *(text.replace("SEARCHING", "[1]") for text in study_explored.settings_of(task, arm))],
         )
-        assert config.loss.kl_coef == 0 and config.optimizer.decay == "constant"
+        assert (config.loss.kl_coef > 0) == ("@kl" in arm) and config.optimizer.decay == "constant"
         assert (config.rollout.attention_noise.sigma > 0) == any(
             word in arm for word in ("noise", "explored", "contrast")
         ) or "quiet" in arm
