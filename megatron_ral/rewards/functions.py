@@ -1,5 +1,6 @@
 """Reward functions of the user, found by import path."""
 
+import functools
 import importlib
 import inspect
 from typing import Any, Callable
@@ -7,6 +8,8 @@ from typing import Any, Callable
 from megatron_ral.errors import ConfigError
 
 CALL = "f(completion, solution, problem_type) -> float"
+NUM_ARGUMENTS = 3
+"""Number of the arguments of CALL."""
 RewardFunction = Callable[..., float]
 """Function with the arguments of CALL. One that has a parameter named `problem` too gets the text of the question."""
 QUESTION = "problem"
@@ -36,10 +39,32 @@ def load_function(key: str, path: str) -> RewardFunction:
     return function
 
 
-def reads_question(function: Callable[..., Any]) -> bool:
-    """Say whether a function that can be called as a reward has a parameter for the question."""
-    parameter = inspect.signature(function).parameters.get(QUESTION)
-    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+def reads_question(function: Any) -> bool:
+    """Say whether a function that can be called as a reward has a parameter for the question.
+
+    It has none where `problem` is the name of one of the three arguments of CALL, or is bound by `functools.partial`.
+    """
+    parameters = inspect.signature(function).parameters
+    is_bound = isinstance(function, functools.partial) and QUESTION in function.keywords
+    if QUESTION not in parameters or is_bound:
+        return False
+    kind, place = parameters[QUESTION].kind, list(parameters).index(QUESTION)
+    is_beyond = kind is kind.KEYWORD_ONLY or (kind is kind.POSITIONAL_OR_KEYWORD and place >= NUM_ARGUMENTS)
+    return is_beyond and _takes_keyword(function)
+
+
+def _takes_keyword(function: Any) -> bool:
+    """Say whether a function takes the question by its name.
+
+    A decorated function shows the signature of the function inside, but a decorator itself may take `*args` alone.
+    """
+    try:
+        own = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except ValueError:  # a decorator without a signature, such as functools.cache, takes what the function takes
+        takes = True
+    else:
+        takes = any(parameter.name == QUESTION or parameter.kind is parameter.VAR_KEYWORD for parameter in own)
+    return takes and (not hasattr(function, "__wrapped__") or _takes_keyword(function.__wrapped__))
 
 
 def _find(module_name: str, name: str) -> tuple[Any, str]:

@@ -168,6 +168,30 @@ def test_a_function_that_reads_the_question_gets_it():
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        "third_is_named_problem",
+        "first_is_named_problem",
+        "decorated",
+        "decorated_twice",
+        "bound",
+        "bound_first",
+    ],
+)
+def test_a_function_that_cannot_take_the_question_is_called_without_it(path):
+    parts = reward_parts(settings(mine=(path, 1.0)))
+    score = score_response(GOOD, "<answer>7</answer>", "numerical", parts, problem="Which digit is red")
+    assert score.components["mine"] == 1.0 and not score.problems
+
+
+def test_a_decorated_function_that_takes_the_question_gets_it():
+    paths = {"with_default": 0.0, "transparent": 0.0, "cached": 1.0}
+    parts = reward_parts(settings(**{path: (path, 1.0) for path in paths}))
+    score = score_response(GOOD, "<answer>7</answer>", "numerical", parts, problem="Which digit is red")
+    assert {path: score.components[path] for path in paths} == paths and not score.problems
+
+
+@pytest.mark.parametrize(
     "path, said",
     [
         ("NAN", "returned nan"),

@@ -1,6 +1,7 @@
 """Reward functions that a user might have, good and bad, for the tests. They import little, because a process of their
 own imports them again."""
 
+import functools
 import math
 import os
 import random
@@ -29,6 +30,46 @@ judge = Judge()
 
 def reads_question(completion, solution, problem_type, *, problem):
     return float(problem.split()[-1] in completion)
+
+
+def third_is_named_problem(completion, solution, problem):
+    return float(problem == "numerical")
+
+
+def first_is_named_problem(problem, completion, solution):
+    return float(problem.endswith("</answer>"))
+
+
+def with_default(completion, solution, problem_type, problem="default"):
+    return float(problem == "default")
+
+
+def passes_positions(function):
+    """Decorate a function with one that takes no keyword."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return function(*arguments)
+
+    return call
+
+
+def passes_everything(function):
+    """Decorate a function with one that takes what it takes."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        return function(*arguments, **named)
+
+    return call
+
+
+decorated = passes_positions(with_default)
+decorated_twice = passes_everything(decorated)
+transparent = passes_everything(with_default)
+cached = functools.cache(reads_question)
+bound = functools.partial(with_default, problem="default")
+bound_first = functools.partial(lambda mark, completion, solution, problem: float(problem == mark), "numerical")
 
 
 def with_defaults(completion, *rest):
