@@ -37,6 +37,9 @@ def compile_at_first_call(model: Optional[Callable] = None, **options: Any) -> C
             compiled = _compile(model, **options)
         return compiled(*args, **named)
 
+    # A compiled function that calls this one reads `model` into its own graph, as it does behind `torch.compile`.
+    # Without this it would read the lines above, and be compiled again once `compiled` is set.
+    call._torchdynamo_inline = model  # type: ignore[attr-defined]
     return call
 
 

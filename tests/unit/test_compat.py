@@ -101,6 +101,28 @@ def test_a_function_is_compiled_once_at_its_first_call(monkeypatch):
     assert compiled[-1] == (module, {"mode": "default"})
 
 
+def test_a_compiled_function_holds_another_in_its_own_graph(monkeypatch):
+    """As behind torch.compile: megatron-core's fused functions call each other."""
+    from torch._dynamo.testing import CompileCounter
+
+    from megatron_ral.compat import lazy_compile as lazy
+
+    counter, compile_now = CompileCounter(), torch.compile
+    monkeypatch.setattr(lazy, "_compile", lambda model, **options: compile_now(model, backend=counter, **options))
+
+    @lazy.compile_at_first_call
+    def inner(value):
+        return value * 2
+
+    @lazy.compile_at_first_call
+    def outer(value):
+        return inner(value) + 1
+
+    value = torch.ones(3)
+    assert [outer(value).sum() for _ in range(3)] == [9.0] * 3 and counter.frame_count == 1
+    assert inner(value).sum() == 6.0 and outer(value).sum() == 9.0 and counter.frame_count == 2
+
+
 def test_deepspeed_still_compiles_a_collective_on_cpu():
     assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op")
 
