@@ -1,10 +1,11 @@
 """Exploration while sampling: decoding under noise equals a slow pass under the same noise, in every layout.
 
 The slow pass reads one prompt and one response at a time, in float64 where attention is formed: the noise is drawn
-per visual token, multiplied by the lead of the head and row, added to the scores, and the mass on the picture is put
-back head by head and row by row.
+per visual token or per cell, multiplied by the lead of the head and row, added to the scores, and the mass on the
+picture is put back head by head and row by row.
 """
 
+import itertools
 import zlib
 from dataclasses import replace
 
@@ -32,14 +33,32 @@ from tests.distributed.runner import run_ranks
 from tests.distributed.test_generation import read
 
 G, R, LAYERS, SIGMA, IDENTITY = 3, 10, 4, 2.5, (5, 7)
+MERGE = 2
+"""Patches along each side of a visual token."""
 EVERYWHERE = frozenset(range(LAYERS))
 EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), (0,), by_lead=True, recorded_layers=EVERYWHERE)
+GRIDS = replace(EXPLORATION, grids=(2, 3), is_shared=True)
+"""As pretrained_configs/runs/ral_explored_*.yaml: coarse cells, of two sizes in each group, for all layers together."""
 
 
-def explored(policy) -> ExplorationSettings:
+def explored(policy, settings: ExplorationSettings) -> ExplorationSettings:
     """Noise in three of four layers and rows of all; where some have linear attention, in and of the others."""
     softmax = frozenset(policy.shape.softmax_layers)
-    return EXPLORATION if softmax == EVERYWHERE else replace(EXPLORATION, noisy_layers=softmax, recorded_layers=softmax)
+    return settings if softmax == EVERYWHERE else replace(settings, noisy_layers=softmax, recorded_layers=softmax)
+
+
+def cell_of_each_token(prompt, grid: int) -> torch.Tensor:
+    """Return the cell of each visual token, one token after the other."""
+    if not grid:
+        return torch.arange(int(prompt.visual_mask.sum()))
+    cells, first = [], 0
+    for frames, height, width in prompt.grid_thw.tolist():
+        height, width = height // MERGE, width // MERGE
+        tall, wide = min(grid, height), min(grid, width)
+        for frame, row, column in itertools.product(range(frames), range(height), range(width)):
+            cells.append(first + (frame * tall + row * tall // height) * wide + column * wide // width)
+        first += frames * tall * wide
+    return torch.tensor(cells, dtype=torch.int64)
 
 
 def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings:
@@ -49,11 +68,13 @@ def sampling(exploration: ExplorationSettings, end: int = 3) -> SamplingSettings
 class SlowNoise:
     """Takes the place of `InstrumentedAttention._groups`: one prompt whose last token is the first of its response."""
 
-    def __init__(self, prompt, response: int, noisy_layers: frozenset[int]):
+    def __init__(self, prompt, response: int, settings: ExplorationSettings):
         visual = prompt.visual_mask.nonzero()[:, 0]
         self.length, self.visual, self.noise, self.rows = len(prompt.input_ids) - 1, visual, {}, {}
-        for layer in noisy_layers:
-            eps = normal_stream(len(visual), "attention noise", *IDENTITY, prompt.sample.identity, response, layer)
+        cells = cell_of_each_token(prompt, settings.grids[response % len(settings.grids)])
+        for layer in settings.noisy_layers if len(visual) else ():
+            key = prompt.sample.identity, response, "all layers" if settings.is_shared else layer
+            eps = normal_stream(int(cells.max()) + 1, "attention noise", *IDENTITY, *key)[cells]
             self.noise[layer] = SIGMA * (eps - eps.mean())
 
     def __call__(self, attention, query, key, value, pass_):
@@ -65,7 +86,7 @@ class SlowNoise:
         scores = scores.masked_fill(places > places[:, None], float("-inf"))
         weights = scores.softmax(-1)
         noise = self.noise.get(attention.layer)
-        if noise is not None and len(self.visual):
+        if noise is not None:
             picture = weights[:, self.length :, self.visual]  # the prompt but for its last token has no noise
             own = scores[:, self.length :, self.visual]
             moved = picture * (noise * (own.amax(-1, keepdim=True) - own.mean(-1, keepdim=True))).exp()
@@ -75,11 +96,11 @@ class SlowNoise:
         return torch.einsum("nij,jnd->ind", weights, value).to(torch.float32)
 
 
-def slow(policy, prompt, response: int, ids: torch.Tensor) -> tuple[dict, torch.Tensor]:
+def slow(policy, prompt, response: int, ids: torch.Tensor, settings: ExplorationSettings) -> tuple[dict, torch.Tensor]:
     """Return the rows by layer [R, P + R] and the log-probabilities [R] of one response under its noise."""
     batch = pad_prompts([prompt], 0)
     groups = GroupBatch(batch, ids[None, None], torch.tensor([[len(ids)]]), policy.encode_visual(batch))
-    noise = SlowNoise(prompt, response, explored(policy).noisy_layers)
+    noise = SlowNoise(prompt, response, explored(policy, settings))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(InstrumentedAttention, "_groups", lambda self, *arguments: noise(self, *arguments))
         logits = policy.stage(groups, AttentionPass(GroupLayout.of(groups))).float()
@@ -87,16 +108,16 @@ def slow(policy, prompt, response: int, ids: torch.Tensor) -> tuple[dict, torch.
     return {layer: rows[:-1] for layer, rows in noise.rows.items()}, logprobs  # the last token predicts nothing
 
 
-def expected(path: str):
+def expected(path: str, settings: ExplorationSettings = EXPLORATION):
     """Draw responses by one process's decoding and read each of them slowly."""
     policy, prompts = open_policy(path, 1, 1)[3], read(path)
     with policy.resident():
         batch = pad_prompts(prompts, 0)
         drawn = PromptResponses.split(
-            generate(policy, batch, policy.encode_visual(batch), sampling(explored(policy)), *IDENTITY)
+            generate(policy, batch, policy.encode_visual(batch), sampling(explored(policy, settings)), *IDENTITY)
         )
         found = [
-            [slow(policy, prompt, g, rows.response_ids[g, : int(rows.response_lengths[g])]) for g in range(G)]
+            [slow(policy, prompt, g, rows.response_ids[g, : int(rows.response_lengths[g])], settings) for g in range(G)]
             for prompt, rows in zip(prompts, drawn)
         ]
         without = PromptResponses.split(
@@ -107,7 +128,7 @@ def expected(path: str):
                 policy,
                 batch,
                 policy.encode_visual(batch),
-                sampling(ExplorationSettings(recorded_layers=explored(policy).recorded_layers)),
+                sampling(ExplorationSettings(recorded_layers=explored(policy, settings).recorded_layers)),
                 *IDENTITY,
             )
         )
@@ -120,13 +141,15 @@ def wanted(material):
     return run_ranks(1, expected, str(material["tiny"]))[0]
 
 
-def decoded(path: str, tensor: int, pipeline: int, batch_size: int) -> list[PromptResponses]:
+def decoded(
+    path: str, tensor: int, pipeline: int, batch_size: int, settings: ExplorationSettings = EXPLORATION
+) -> list[PromptResponses]:
     policy, prompts = open_policy(path, tensor, pipeline)[3], read(path)
     layout, rows = policy.layout, []
     share = -(-len(prompts) // layout.data_size)
     mine = prompts[layout.data_rank * share : (layout.data_rank + 1) * share]
     with policy.resident():
-        for batch, _ in sample_responses(policy, mine, sampling(explored(policy)), batch_size, *IDENTITY):
+        for batch, _ in sample_responses(policy, mine, sampling(explored(policy, settings)), batch_size, *IDENTITY):
             rows += PromptResponses.split(batch)
     stages = gather_objects([row.attention for row in rows], policy.process_groups.pipeline)
     rows = [
@@ -197,6 +220,16 @@ def test_every_layout_decodes_under_the_same_noise(material, wanted, layout):
     world, *rest = LAYOUTS[layout]
     for rank in run_ranks(world, decoded, str(material["tiny"]), *rest):
         check(rank, wanted)
+
+
+def test_responses_with_cells_of_their_own_size_decode_as_the_slow_pass_reads(material):
+    path = str(material["tiny"])
+    wanted = run_ranks(1, expected, path, GRIDS)[0]
+    check(wanted[0], wanted)
+    for layout in ("by two", "TP=2 PP=2"):
+        world, *rest = LAYOUTS[layout]
+        for rank in run_ranks(world, decoded, path, *rest, GRIDS):
+            check(rank, wanted)
 
 
 def test_a_model_with_linear_attention_decodes_under_noise_as_the_slow_pass_reads(material):
