@@ -46,6 +46,33 @@ def right_answers(lines: Iterable[str]) -> tuple[Counter[str], int]:
     return counts, number
 
 
+def greedy_responses(run: Path, data: Path, num_prompts: int) -> list[str]:
+    """Return JSON lines of `megatron_ral.evaluate` for the final model of a run, made unless they are there already.
+
+    Lines of another number of prompts, and those older than the model, are made again.
+
+    Args:
+        run: folder of the run. The lines go beside it.
+        data: folder of the held-out prompts.
+        num_prompts: number of prompts.
+    """
+    written, model = beside(run, ".jsonl"), run / "hf"
+    exported = model / "config.json"
+    is_old = written.is_file() and exported.is_file() and written.stat().st_mtime < exported.stat().st_mtime
+    lines = written.read_text().splitlines() if written.is_file() and not is_old else []
+    if len(lines) == num_prompts:
+        return lines
+    call(
+        beside(run, ".evaluation.log"),
+        *("-m", "megatron_ral.evaluate", "--model", model, "--output", beside(run, ".json")),
+        *("--config", PROJECT / "pretrained_configs" / "runs" / "ral_tiny.yaml"),
+        f"data.train=[{{shards: '{data}/rl-*.tar'}}]",
+        f"data.eval_shards='{data}/heldout-*.tar'",
+        f"logging.num_eval_prompts={num_prompts}",
+    )
+    return written.read_text().splitlines()
+
+
 def main() -> int:
     """Evaluate the models and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,18 +90,8 @@ def main() -> int:
         for arm in arguments.arms:
             found, shares = Counter[str](), []
             for seed in arguments.seeds:
-                run = root / f"seed_{seed}" / arm
-                written = beside(run, ".jsonl")
-                if not written.is_file():
-                    call(
-                        beside(run, ".evaluation.log"),
-                        *("-m", "megatron_ral.evaluate", "--model", run / "hf", "--output", beside(run, ".json")),
-                        *("--config", PROJECT / "pretrained_configs" / "runs" / "ral_tiny.yaml"),
-                        f"data.train=[{{shards: '{root}/data/rl-*.tar'}}]",
-                        f"data.eval_shards='{root}/data/heldout-*.tar'",
-                        f"logging.num_eval_prompts={arguments.num_prompts}",
-                    )
-                counts, number = right_answers(written.read_text().splitlines())
+                responses = greedy_responses(root / f"seed_{seed}" / arm, root / "data", arguments.num_prompts)
+                counts, number = right_answers(responses)
                 found += counts
                 shares.append(f"{100 * counts['asked'] / number:.1f}")
             columns = [found.total(), *(found[kind] for kind in KINDS), " / ".join(shares)]

@@ -1,6 +1,7 @@
 """What the studies make of finished runs: tables, paired differences, plots; and that a run is made once."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -397,3 +398,23 @@ def test_right_answers_by_the_colour_that_they_name():
         line("white", "<answer>17</answer>", 1.0),
     ]
     assert study_thoughts.right_answers(lines) == ({"asked": 1, "before": 2, "other": 2}, 6)
+
+
+def test_responses_of_other_prompts_or_of_an_older_model_are_made_again(tmp_path, monkeypatch):
+    run, counts = tmp_path / "contrast@kl=0.01", []
+    (run / "hf").mkdir(parents=True)
+    (run / "hf" / "config.json").touch()
+
+    def evaluate(log, *arguments):
+        counts.append(int(arguments[-1].removeprefix("logging.num_eval_prompts=")))
+        output = arguments[arguments.index("--output") + 1]
+        output.with_suffix(".jsonl").write_text("{}\n" * counts[-1])
+
+    monkeypatch.setattr(study_thoughts, "call", evaluate)
+    for number in (3, 3, 5):
+        assert len(study_thoughts.greedy_responses(run, tmp_path / "data", number)) == number
+    assert counts == [3, 5]
+    later = (tmp_path / "contrast@kl=0.01.jsonl").stat().st_mtime + 1
+    os.utime(run / "hf" / "config.json", (later, later))
+    study_thoughts.greedy_responses(run, tmp_path / "data", 5)
+    assert counts == [3, 5, 5]
