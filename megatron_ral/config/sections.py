@@ -131,7 +131,8 @@ class AttentionNoiseConfig:
     """Layers with noise, 0-based, negative from the last; empty for all."""
     grid: NonNegativeInt = 0
     """Cells along each side of an image or video frame, each with one draw for all its visual tokens; 0 for one draw
-    per visual token, which averages out where an object covers many."""
+    per visual token, which averages out where an object covers many. With 1 a single picture is not explored; attention
+    then moves between the frames or pictures of a prompt alone."""
     grids: tuple[NonNegativeInt, ...] = ()
     """Several values in place of `grid`, of which the responses of a group take one each, in turn: for objects of
     different or unknown sizes. Empty for `grid` alone."""
