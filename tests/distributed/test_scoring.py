@@ -14,7 +14,7 @@ from tests.distributed.runner import run_ranks
 
 def score_on_a_rank(tensor: int, pipeline: int):
     process_groups = start_groups(tensor_size=tensor, pipeline_size=pipeline, seed=0)
-    sample = SimpleNamespace(solution="7", problem_type="", identity="a/b", options=())
+    sample = SimpleNamespace(solution="7", problem_type="", identity="a/b", options=(), problem="?")
     responses = ResponseBatch(
         SimpleNamespace(prompts=[SimpleNamespace(sample=sample)] * 2),
         torch.arange(12).reshape(2, 2, 3),

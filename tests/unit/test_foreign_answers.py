@@ -400,11 +400,11 @@ def test_a_comparison_that_takes_too_long_is_wrong_and_counted(monkeypatch):
     monkeypatch.setattr(rules, "MATH_WAIT", 0.0)
     assert accuracy_by_type(response, "1/7", "math") == 0.0
     with pytest.raises(rules.CallTimeout):
-        mathematics("1/7", "1/8")
-    score = score_response("<answer>1/7</answer>", "1/8", "math", parts)
+        mathematics("1/7", tower)
+    score = score_response("<answer>1/7</answer>", tower, "math", parts)
     assert (score.components["accuracy"], score.components["error"]) == (0.0, 1.0)
     assert score.problems == ("reward 'accuracy': did not return within 0 s",)
-    several = score_response("<answer>1/7</answer>", "<answer>1/8</answer><answer>1/7</answer>", "math", parts)
+    several = score_response("<answer>1/7</answer>", f"<answer>{tower}</answer><answer>1/7</answer>", "math", parts)
     assert (several.components["accuracy"], several.components["error"]) == (1.0, 0.0)
     monkeypatch.undo()
     assert accuracy("math", "2/14", "1/7") == 1.0
