@@ -41,6 +41,7 @@ def right_answers(lines: Iterable[str]) -> tuple[Counter[str], int]:
         if record["greedy"]["parts"]["accuracy"] < 1:
             continue
         asked, named = (colour_in(text) for text in (record["problem"], record["greedy"]["text"]))
+        assert asked, "every question names a colour"
         back = (COLOURS.index(asked) - COLOURS.index(named)) % len(COLOURS) if named else -1
         counts["asked" if back == 0 else "before" if back == 1 else "other"] += 1
     return counts, number

@@ -125,11 +125,7 @@ for _name, _of, *_changed in (
         (f"{arm}@words", arm, *WORDS)
         for arm in ("grpo", "grpo_warm", "contrast", "contrast_shuffled", "noise", "oracle")
     ),
-    *(
-        (f"{arm}@kl={kl}", arm, f"loss.kl_coef={kl}")
-        for arm in ("grpo_warm", "contrast", "noise")
-        for kl in (0.01, 0.04)
-    ),
+    *((f"{arm}@kl=0.04", arm, "loss.kl_coef=0.04") for arm in ("grpo_warm", "contrast", "noise")),
     ("noise@sigma=8", "noise", "rollout.attention_noise.sigma=8.0"),
     ("noise@constant", "noise", "rollout.attention_noise.decay=constant"),
 ):

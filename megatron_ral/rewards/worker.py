@@ -37,7 +37,7 @@ def serve(request_end: int, reply_end: int, memory_gib: int) -> None:
         signal.signal(asks_to_stop, pass_on)
     os.set_inheritable(request_end, False)
     os.set_inheritable(reply_end, False)
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, tuple[Callable[..., Any], bool]] = {}  # with their answer to `reads_question`
     with open(request_end, "rb") as requests, open(reply_end, "wb", buffering=0) as replies:
         for line in requests:
             request = json.loads(line)
@@ -48,16 +48,17 @@ def serve(request_end: int, reply_end: int, memory_gib: int) -> None:
                 return
 
 
-def _load(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> dict[str, Any]:
+def _load(functions: dict[str, tuple[Callable[..., Any], bool]], request: dict[str, Any]) -> dict[str, Any]:
     sys.path[:] = request["sys_path"]
     try:
-        functions[request["load"]] = load_function(request["key"], request["load"])
+        function = load_function(request["key"], request["load"])
+        functions[request["load"]] = function, reads_question(function)
     except ConfigError as error:
         return {"refused": error.remedy}
     return {"refused": ""}
 
 
-def _call(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> dict[str, Any]:
+def _call(functions: dict[str, tuple[Callable[..., Any], bool]], request: dict[str, Any]) -> dict[str, Any]:
     _seed(request["call"], *request["arguments"])
     seconds = request["seconds"]
     if seconds is not None:
@@ -67,8 +68,8 @@ def _call(functions: dict[str, Callable[..., Any]], request: dict[str, Any]) -> 
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
     try:
-        function = functions[request["call"]]
-        question = {QUESTION: request["problem"]} if reads_question(function) else {}
+        function, is_asked = functions[request["call"]]
+        question = {QUESTION: request["problem"]} if is_asked else {}
         return {"value": float(function(*request["arguments"], **question))}
     except (Exception, SystemExit) as error:  # no failure of a reward function may end the run
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}

@@ -67,9 +67,9 @@ class Rollout:
     versions: list[int]
     """Optimizer updates behind the weights that sampled each group of the policy's responses, in no order."""
     sampled_rewards: Tensor
-    """As in `ScoredRollout`."""
+    """See `ScoredRollout`."""
     resampling: Resampling = field(default_factory=Resampling)
-    """As in `ScoredRollout`."""
+    """See `ScoredRollout`."""
 
 
 def collect_rollout(

@@ -38,7 +38,7 @@ MERGE = 2
 EVERYWHERE = frozenset(range(LAYERS))
 EXPLORATION = ExplorationSettings(SIGMA, frozenset({0, 2, 3}), (0,), by_lead=True, recorded_layers=EVERYWHERE)
 GRIDS = replace(EXPLORATION, grids=(2, 3), is_shared=True)
-"""As pretrained_configs/runs/ral_explored_*.yaml: coarse cells, of two sizes in each group, for all layers together."""
+"""Coarse cells of two sizes in each group, for all layers together, as in pretrained_configs/runs/ral_explored_*."""
 
 
 def explored(policy, settings: ExplorationSettings) -> ExplorationSettings:

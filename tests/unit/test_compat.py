@@ -102,7 +102,7 @@ def test_a_function_is_compiled_once_at_its_first_call(monkeypatch):
 
 
 def test_a_compiled_function_holds_another_in_its_own_graph(monkeypatch):
-    """As behind torch.compile: megatron-core's fused functions call each other."""
+    """Functions of megatron-core call each other, and are then one graph, as behind torch.compile."""
     from torch._dynamo.testing import CompileCounter
 
     from megatron_ral.compat import lazy_compile as lazy

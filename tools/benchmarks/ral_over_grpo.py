@@ -84,8 +84,8 @@ class Depth:
         self.processor = open_processor(model)
         self.prompts = make_prompts(self.processor, args.prompts, args.prompt_length)
         every = [*lengths, f"loss.attention_layers={list(range(num_layers))}"]
-        grids = [2, 4, 8][: args.group_size]  # those of the run, as far as a small group takes them in turn
-        explored = [*lengths, f"rollout.attention_noise.grids={grids}"]
+        grids = settings_of("ral_explored_7b", model, []).rollout.attention_noise.grids
+        explored = [*lengths, f"rollout.attention_noise.grids={list(grids[: args.group_size])}"]  # a small group
         self.configs = {
             "grpo": settings_of("grpo_7b", model, lengths),
             "ral": settings_of("ral_7b", model, lengths),
